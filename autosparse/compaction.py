@@ -1,0 +1,139 @@
+"""Compact parameters: a pruned weight is held as the 1-D parameter of its surviving values.
+
+`compact` swaps each pruned weight of a model for a `torch.nn.utils.parametrize` parametrization:
+forward scatters the values into a dense tensor, backward gathers the gradient. What was pruned
+does not exist: the optimizer, ZeRO, all-reduce and checkpoints only ever see survivors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from autosparse.models import owner
+
+if TYPE_CHECKING:
+    from autosparse.ticket import Ticket
+
+SUFFIX = ".original"
+MARK = "parametrizations."
+
+
+class _Scatter(torch.autograd.Function):
+    """Values [kept] -> dense tensor, zero where pruned; its gradient is the gather."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(index)
+        dense = values.new_zeros(shape)
+        dense.view(-1).index_copy_(0, index.long(), values)
+        return dense
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gradient.reshape(-1).index_select(0, index), None, None
+
+
+class CompactWeight(nn.Module):
+    """Parametrization of one weight by its surviving values.
+
+    Args:
+        mask: bool tensor of the weight's shape, True = kept. Only the positions of the survivors
+            are stored (int32, in a buffer that checkpoints do not repeat).
+    """
+
+    index: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(mask.shape)
+        index = mask.flatten().nonzero().squeeze(1).int()
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the dense weight of shape `self.shape` for values of shape [kept]."""
+        return _Scatter.apply(values, self.index, self.shape)  # type: ignore[return-value]
+
+    def right_inverse(self, dense: Tensor) -> Tensor:
+        """Return the surviving values, shape [kept], of a dense weight."""
+        return dense.reshape(-1).index_select(0, self.index)
+
+    def mask(self) -> Tensor:
+        """Return the mask: a bool tensor of the weight's shape."""
+        flat = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device).view(-1)
+        return flat.index_fill_(0, self.index.long(), True).view(self.shape)
+
+
+def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """Put `model` into the ticket's state, its pruned weights compact; in place.
+
+    Weights that the ticket keeps whole stay ordinary parameters. A weight that several modules
+    share stays shared. Raises UsageError that names the first parameter that differs if the
+    ticket is for another model.
+    """
+    ticket.check(model)
+    load_state(model, ticket)
+    for name, mask in ticket.masks.items():
+        if not mask.all():
+            _register(model, name, mask)
+    return model
+
+
+def load_state(model: nn.Module, ticket: Ticket) -> None:
+    """Copy the ticket's values and the rest of its state into a dense model (pruned = 0)."""
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, tensor in ticket.dense_state().items():
+            state[name].copy_(tensor)
+
+
+def _register(model: nn.Module, name: str, mask: Tensor) -> None:
+    weight = model.get_parameter(name)
+    first: nn.Parameter | None = None
+    for module, attribute in _holders(model, weight):
+        parametrization = CompactWeight(mask.to(weight.device))
+        parametrize.register_parametrization(module, attribute, parametrization)
+        slot = module.parametrizations[attribute]  # type: ignore[index]
+        if first is None:
+            first = slot.original
+        else:
+            slot.original = first
+
+
+def _holders(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, attribute)
+        for module in list(model.modules())
+        for attribute, parameter in list(module.named_parameters(recurse=False))
+        if parameter is weight
+    ]
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Turn compact weights back into ordinary ones, zero where pruned; in place."""
+    dense: dict[int, nn.Parameter] = {}
+    for name, _ in list(compact_weights(model)):
+        module, attribute = owner(model, name)
+        values = module.parametrizations[attribute].original  # type: ignore[index]
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        plain = nn.Parameter(getattr(module, attribute).detach(), values.requires_grad)
+        setattr(module, attribute, dense.setdefault(id(values), plain))
+    return model
+
+
+def compact_weights(model: nn.Module) -> Iterator[tuple[str, CompactWeight]]:
+    """Yield every compact weight by the name that the dense parameter had."""
+    for path, module in model.named_modules():
+        if isinstance(module, CompactWeight):
+            name = path.rpartition(".")[0].replace(MARK, "")
+            yield name, module
+
+
+def dense_name(name: str) -> str:
+    """Return the dense parameter's name for a name in a compact model's `named_parameters`."""
+    return name.replace(MARK, "").removesuffix(SUFFIX) if MARK in name else name

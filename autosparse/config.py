@@ -1,0 +1,320 @@
+"""Every setting of every job, as frozen dataclasses of plain data.
+
+The docstring under a field is its help text. Nothing here imports torch, so that
+`autosparse --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from autosparse.errors import UsageError, unknown
+
+
+def _local(default: Any) -> Any:
+    """Declare a field that says where or how fast, not what: left out of run_id."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"identity": False})
+    return field(default=default, metadata={"identity": False})
+
+
+def _root_identity(config: DataConfig) -> str | None:
+    """Own data is known by its folder's name, wherever it lies; named sets by their name."""
+    own = config.name in ("folder", "shards") and config.root
+    return Path(config.root).name if own else None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A timm model and which of its weights may be pruned."""
+
+    name: str = "test_resnet"
+    """Any name from `timm.list_models()`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for `timm.create_model`, e.g. {patch_size: 4, drop_path_rate: 0.1}."""
+    exclude: list[str] = field(default_factory=list)
+    """Prunable weights to leave dense: `head`, `stem`, or patterns such as `layer4.*`."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how they are split."""
+
+    name: str = "digits"
+    """digits, a torchvision set (cifar10, cifar100, mnist, fashion_mnist), folder or shards."""
+    root: str | None = field(default=None, metadata={"identity": _root_identity})
+    """Folder of the data: required for folder and shards; torchvision sets download into it."""
+    image_size: int | None = None
+    """Side of the square images in pixels; by default what suits the data set."""
+    augment: str = "auto"
+    """none, shift, shift+flip, or auto (what suits the data set)."""
+    validation_fraction: float = 0.15
+    """Share of the training images held out for validation, stratified, the same every time."""
+    train_limit: int | None = None
+    """Use only this many training images, stratified, the same ones every time."""
+    workers: int = _local(2)
+    """Processes that decode images, for sets that are too large for memory."""
+    memory_limit_gb: float = _local(4.0)
+    """Sets whose decoded images take less than this are held in memory as uint8 tensors."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained."""
+
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images per step, over all ranks together."""
+    optimizer: str = "adamw"
+    """Any optimizer of timm's factory."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Weight decay; biases and norms are exempt, compact weights are not."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """More keyword arguments for the optimizer, e.g. {momentum: 0.9}."""
+    schedule: str = "cosine"
+    """Any schedule of timm's factory; `none` keeps the rate constant."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up, counted in the total."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; none by default."""
+    label_smoothing: float = 0.0
+    """Label smoothing, 0 to 1."""
+    precision: str = "fp32"
+    """fp32, or bf16 (autocast; with DeepSpeed its bf16 engine)."""
+    checkpoint_epochs: int = _local(5)
+    """Save a checkpoint to resume from every so many epochs; 0: never."""
+
+
+@dataclass(frozen=True)
+class IRPConfig:
+    """One run of iterative rewind pruning: `levels` + 1 trainings, level 0 dense."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How each level is trained."""
+    label: str = "magnitude"
+    """Criterion that ranks the trained weights of a level: magnitude or snip."""
+    levels: int = 6
+    """N: how often the network is pruned."""
+    final_density: float = 0.02
+    """Fraction of prunable weights left at the last level."""
+    schedule: str = "exponential"
+    """Density at level i: exponential final^(i/N), or linear 1 - (1 - final) i/N."""
+    scope: str = "global"
+    """Over what weights are compared: global or layer."""
+    samples_per_class: int = 10
+    """Images per class that gradients at init (features) and SNIP labels are taken on."""
+    seed: int = 0
+    """Fixes the initial weights and the order of batches."""
+    device: str = _local("auto")
+    """auto, cpu, cuda, cuda:1 …"""
+    out: str = _local("corpus")
+    """The corpus folder; the run goes into a folder of its own there, named by its run_id."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """A corpus to grow: one IRP run for every (model, data, seed, label)."""
+
+    models: list[ModelConfig] = field(default_factory=lambda: [ModelConfig()])
+    """The models."""
+    data: list[DataConfig] = field(default_factory=lambda: [DataConfig()])
+    """The data sets."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """The seeds."""
+    labels: list[str] = field(default_factory=lambda: ["magnitude"])
+    """The label criteria."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How each level is trained."""
+    levels: int = 6
+    """N: how often each network is pruned."""
+    final_density: float = 0.02
+    """Fraction of prunable weights left at the last level."""
+    schedule: str = "exponential"
+    """exponential or linear."""
+    scope: str = "global"
+    """global or layer."""
+    samples_per_class: int = 10
+    """Images per class that gradients are taken on."""
+    cpus_per_run: float = 1.0
+    """Ray CPUs of one run; also its number of threads."""
+    gpus_per_run: float = 0.0
+    """Ray GPUs of one run; may be a fraction."""
+    out: str = "corpus"
+    """The corpus folder."""
+
+    def runs(self) -> list[IRPConfig]:
+        """Return the plan: one IRPConfig per run."""
+        return [
+            IRPConfig(
+                model=model, data=data, training=self.training, label=label, seed=seed,
+                levels=self.levels, final_density=self.final_density, schedule=self.schedule,
+                scope=self.scope, samples_per_class=self.samples_per_class, out=self.out,
+                device="cuda" if self.gpus_per_run else "cpu",
+            )
+            for model in self.models
+            for data in self.data
+            for seed in self.seeds
+            for label in self.labels
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Fit AutoS on a corpus."""
+
+    corpus: str = _local("corpus")
+    """The corpus folder."""
+    features: str = "context"
+    """paper (initial weight and gradient) or context (scale-free inputs and layer context)."""
+    hidden: list[int] = field(default_factory=lambda: [32, 32])
+    """Widths of the hidden layers."""
+    holdout: float = 0.25
+    """Share of the runs held out whole for validation (at least one)."""
+    rows_per_run: int = 200_000
+    """Weights sampled from each run."""
+    epochs: int = 20
+    """Passes over the sampled weights."""
+    batch_size: int = 4096
+    """Weights per step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of Adam, cosine schedule."""
+    seed: int = 0
+    """Fixes the sample, the held-out runs, the initial weights and the order."""
+    out: str = _local("autos.safetensors")
+    """The AutoS file to write."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Prune a model at initialization and save the ticket."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data that scores are computed on."""
+    criterion: str = "autos"
+    """What scores the weights; `dense` keeps them all."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the criterion, e.g. {scorer: autos.safetensors} or {rounds: 100}."""
+    sparsity: float = 0.95
+    """Fraction of prunable weights to remove, 0 <= sparsity < 1."""
+    scope: str = "global"
+    """Over what scores are compared: global or layer."""
+    samples_per_class: int = 10
+    """Images per class that scores are computed on."""
+    seed: int = 0
+    """Fixes the initial weights, the scored images and random criteria."""
+    device: str = "auto"
+    """auto, cpu, cuda …"""
+    out: str = "ticket.safetensors"
+    """The ticket file to write."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What only training under DeepSpeed uses."""
+
+    zero_stage: int = 1
+    """ZeRO stage, 0 to 3."""
+    gradient_accumulation: int = 1
+    """Micro-batches per step."""
+
+
+@dataclass(frozen=True)
+class SparseTrainConfig:
+    """Train tickets, or the dense model where no ticket is given."""
+
+    tickets: list[str] = _local([])
+    """Ticket files (or patterns); each is trained in turn into its own folder."""
+    model: ModelConfig | None = None
+    """The model, if no ticket is given: trained dense."""
+    data: DataConfig | None = None
+    """The data; by default what the ticket was made on."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Used by launch/train_sparse.py only."""
+    seed: int | None = None
+    """Fixes the order of batches; by default the ticket's own seed."""
+    device: str = _local("auto")
+    """auto, cpu, cuda …"""
+    tracking: bool = _local(True)
+    """Log to MLflow."""
+    out: str = _local("trained")
+    """Folder for the trained tickets."""
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """Return what differs from the defaults, as nested plain data, local fields left out."""
+    different = {}
+    for spec in dataclasses.fields(config):
+        rule = spec.metadata.get("identity", True)
+        if rule is False:
+            continue
+        value = rule(config) if callable(rule) else getattr(config, spec.name)
+        default = _default(spec)
+        if dataclasses.is_dataclass(value):
+            inner = identity(value)
+            if inner or default is None:
+                different[spec.name] = inner
+        elif value != default:
+            different[spec.name] = value
+    return different
+
+
+def _default(spec: dataclasses.Field) -> Any:
+    if spec.default_factory is not dataclasses.MISSING:
+        return spec.default_factory()
+    return spec.default
+
+
+def run_id(config: Any, *more: str) -> str:
+    """Return 12 hex digits that name a run: the hash of what differs from the defaults.
+
+    `more` holds other things that the run depends on, such as a ticket's content hash.
+    """
+    text = json.dumps([type(config).__name__, identity(config), *more], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return the whole config as nested plain data (for cards and MLflow)."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(kind: type, values: dict[str, Any]) -> Any:
+    """Build a flat config dataclass of `kind` from plain data; refuses unknown keys."""
+    names = {spec.name for spec in dataclasses.fields(kind)}
+    for key in values:
+        if key not in names:
+            raise unknown(f"{kind.__name__} key", key, names)
+    return kind(**values)
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return `sparsity` if 0 <= sparsity < 1; raise UsageError otherwise."""
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    return sparsity
+
+
+def keep_count(total: int, sparsity: float) -> int:
+    """Return how many of `total` weights survive at `sparsity`: exact, halves rounded up.
+
+    The decimal that was written is meant: 0.95 of 1000 removes 950, whatever binary says.
+    """
+    removed = total * Fraction(str(check_sparsity(sparsity)))
+    return total - int(removed + Fraction(1, 2))

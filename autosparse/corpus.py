@@ -1,0 +1,170 @@
+"""The corpus: a folder of finished IRP runs.
+
+A run is a folder named by its run_id. `run.safetensors` holds `initial/NAME` and `survival/NAME`
+(uint8) per prunable parameter and `rest/NAME` for the rest of the initial state; its header is
+the card. `finished.json` is written last and holds the file's SHA-256: a folder without it is
+not part of the corpus. `index.parquet` is derived from the cards and can be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from autosparse import masks
+from autosparse.errors import UsageError
+from autosparse.files import (
+    read_card,
+    read_json,
+    read_tensors,
+    replacing,
+    sha256_of_file,
+    write_json,
+    write_tensors,
+)
+from autosparse.ticket import Ticket
+
+FORMAT = 1
+RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
+
+
+@dataclass(frozen=True)
+class IRPRun:
+    """A finished run: initial values, survival per weight, and the card."""
+
+    initial: dict[str, Tensor]
+    """Per prunable parameter its value at init."""
+    survival: dict[str, Tensor]
+    """Per prunable parameter, uint8 of its shape: the number of levels each weight survived."""
+    rest: dict[str, Tensor]
+    """The rest of the state dict at init."""
+    card: dict[str, Any]
+    """Config, model, data, and per level density, accuracy and seconds."""
+
+    @property
+    def levels(self) -> int:
+        """N: survival lies in 0..N."""
+        return self.card["config"]["levels"]
+
+    def masks(self, level: int) -> dict[str, Tensor]:
+        """Return the masks of a level, 0 (dense) to N: survival >= level."""
+        if not 0 <= level <= self.levels:
+            raise UsageError(f"the run has levels 0 to {self.levels}, not {level}")
+        return {name: survival >= level for name, survival in self.survival.items()}
+
+    def ticket(self, level: int) -> Ticket:
+        """Return the level's winning ticket, at its initial values."""
+        chosen = self.masks(level)
+        values = {name: self.initial[name][mask] for name, mask in chosen.items()}
+        config = self.card["config"]
+        card = {
+            "model": self.card["model"],
+            "data": config["data"],
+            "criterion": "irp",
+            "options": {"run_id": self.card["run_id"], "level": level, "label": config["label"]},
+            "sparsity": masks.sparsity(chosen),
+            "seed": config["seed"],
+            "versions": self.card["versions"],
+        }
+        return Ticket(chosen, values, self.rest, card)
+
+
+def write_run(folder: Path, run: IRPRun) -> None:
+    """Write a finished run; the commit marker comes last."""
+    tensors = {f"initial/{name}": tensor for name, tensor in run.initial.items()}
+    tensors |= {f"survival/{name}": tensor for name, tensor in run.survival.items()}
+    tensors |= {f"rest/{name}": tensor for name, tensor in run.rest.items()}
+    write_tensors(folder / RUN, tensors, {"kind": "irp", "format": FORMAT, **run.card})
+    write_json(folder / FINISHED, {"sha256": sha256_of_file(folder / RUN)})
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the run in `folder` is part of the corpus."""
+    return (folder / FINISHED).is_file()
+
+
+def read_run(folder: Path) -> IRPRun:
+    """Read a finished run; raise UsageError when it is unfinished or its file was changed."""
+    if not is_finished(folder):
+        raise UsageError(f"{folder} holds no finished IRP run")
+    if sha256_of_file(folder / RUN) != read_json(folder / FINISHED)["sha256"]:
+        raise UsageError(f"{folder / RUN} is not what was written (its SHA-256 differs)")
+    tensors, card = read_tensors(folder / RUN)
+    groups: dict[str, dict[str, Tensor]] = {"initial": {}, "survival": {}, "rest": {}}
+    for name in _order(card, tensors):
+        group, _, parameter = name.partition("/")
+        groups[group][parameter] = tensors[name]
+    return IRPRun(groups["initial"], groups["survival"], groups["rest"], card)
+
+
+def _order(card: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
+    """safetensors sorts by size and name; put prunable parameters back in the model's order."""
+    order = [f"{group}/{name}" for group in ("initial", "survival") for name in card["prunable"]]
+    return [*order, *(name for name in tensors if name.startswith("rest/"))]
+
+
+class Corpus:
+    """The finished runs below a folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UsageError(f"no corpus at {self.path}: it is not a folder")
+
+    def folders(self) -> list[Path]:
+        """Return the folders of all finished runs, by run_id; raise UsageError if there is none."""
+        found = sorted(child for child in self.path.iterdir() if is_finished(child))
+        if not found:
+            raise UsageError(f"the corpus {self.path} has no finished run; grow it first")
+        return found
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Return the cards of all finished runs, by run_id."""
+        return [read_card(folder / RUN) for folder in self.folders()]
+
+    def read(self, run_id: str) -> IRPRun:
+        """Read one run."""
+        return read_run(self.path / run_id)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of which runs are there, and their content."""
+        entries = [(folder.name, read_json(folder / FINISHED)["sha256"]) for folder in self.folders()]
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row per finished run."""
+        return [_row(card) for card in self.cards()]
+
+    def write_index(self) -> Path:
+        """Write `index.parquet`, a row per finished run, from the cards."""
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.path / INDEX
+        with replacing(path) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.table()), temporary)
+        return path
+
+
+def _row(card: dict[str, Any]) -> dict[str, Any]:
+    config, levels = card["config"], card["levels"]
+    return {
+        "run_id": card["run_id"],
+        "model": config["model"]["name"],
+        "data": config["data"]["name"],
+        "seed": config["seed"],
+        "label": config["label"],
+        "schedule": config["schedule"],
+        "levels": config["levels"],
+        "final_density": config["final_density"],
+        "prunable_weights": card["prunable_weights"],
+        "dense_accuracy": levels[0]["validation_accuracy"],
+        "final_accuracy": levels[-1]["validation_accuracy"],
+        "seconds": sum(level["seconds"] for level in levels),
+    }

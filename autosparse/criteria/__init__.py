@@ -1,0 +1,115 @@
+"""Criteria: functions that score weights at initialization. One file each, found by name.
+
+`get("snip")(model, batches, loss_fn)` returns a float tensor per prunable parameter,
+higher = keep; `names()` lists them. To add one, add a file with one registered function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import UsageError, unknown
+from autosparse.gradients import LossFn, untouched
+from autosparse.models import prunable
+
+Scores = dict[str, Tensor]
+_REGISTRY: dict[str, Criterion] = {}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A registered criterion."""
+
+    name: str
+    function: Callable[..., Scores]
+    """(model, parameters, batches, loss_fn, **options) -> scores."""
+    needs_data: bool
+    """Whether it looks at the batches."""
+    provenance: Callable[..., dict[str, str]] | None = None
+    """Options -> what else the scores depend on, for the ticket's card."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options with their defaults: the function's keyword-only arguments."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        loss_fn: LossFn,
+        *,
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> Scores:
+        """Score every prunable weight of `model`; the model and the RNGs are left as they were.
+
+        Args:
+            model: on the device of the batches.
+            batches: (normalised images [B, C, H, W], labels [B]); not looked at if
+                `needs_data` is False.
+            loss_fn: (outputs, labels) -> mean loss.
+            exclude: patterns of weights that are not prunable (see `models.prunable`).
+            options: the criterion's own; an unknown one raises UsageError.
+        """
+        for key in options:
+            if key not in self.options:
+                raise unknown(f"option of {self.name}", key, self.options)
+        missing = [key for key, value in self.options.items() if value is inspect.Parameter.empty]
+        for key in missing:
+            if key not in options:
+                raise UsageError(f"criterion {self.name} needs the option {key}")
+        batches = list(batches)
+        if self.needs_data and not batches:
+            raise UsageError(f"criterion {self.name} needs data, and there is no batch")
+        parameters = prunable(model, exclude)
+        with untouched(model):
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            scores = self.function(model, parameters, batches, loss_fn, **options)
+        return {name: self._checked(name, scores[name]) for name in parameters}
+
+    def _checked(self, layer: str, score: Tensor) -> Tensor:
+        if not torch.isfinite(score).all():
+            raise UsageError(f"{self.name}: the scores of {layer} are not finite")
+        return score.detach()
+
+
+def register(
+    name: str, *, needs_data: bool, provenance: Callable[..., dict[str, str]] | None = None
+) -> Callable:
+    """Register the decorated function as the criterion `name`."""
+
+    def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
+        _REGISTRY[name] = Criterion(name, function, needs_data, provenance)
+        return function
+
+    return add
+
+
+def _load_all() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+def names() -> list[str]:
+    """Return the names of all criteria, sorted."""
+    _load_all()
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> Criterion:
+    """Return the criterion of that name; raise UsageError with the nearest right name."""
+    _load_all()
+    if name not in _REGISTRY:
+        raise unknown("criterion", name, _REGISTRY)
+    return _REGISTRY[name]

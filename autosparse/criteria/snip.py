@@ -1,0 +1,26 @@
+"""SNIP: connection sensitivity, how much the loss changes as a weight is removed.
+
+Paper: N. Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity
+(ICLR 2019), arXiv 1810.02340, equations 3 to 5: score = |dL/dm| / sum |dL/dm| with the mask m at
+one; and dL/dm = θ * dL/dθ.
+
+Departure: the normalising sum is left out, since it doesn't change any comparison. The paper
+initialises by variance scaling; here the model's own initial weights are scored.
+"""
+
+from __future__ import annotations
+
+from autosparse.criteria import Scores, register
+from autosparse.gradients import mean_gradients
+
+
+@register("snip", needs_data=True)
+def snip(model, parameters, batches, loss_fn, *, training_mode: bool = True) -> Scores:
+    """Return |θ * dL/dθ| with the mean gradient over the batches.
+
+    Args:
+        training_mode: whether batch norm uses the batch's statistics, as in the paper's code.
+    """
+    model.train(training_mode)
+    gradients = mean_gradients(model, parameters, batches, loss_fn)
+    return {name: (weight.detach() * gradients[name]).abs() for name, weight in parameters.items()}

@@ -1,0 +1,40 @@
+"""scikit-learn's digits: 1,797 real 8 x 8 scans of handwritten digits, embedded, the default.
+
+Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from autosparse.config import DataConfig
+from autosparse.data.source import (
+    DataSource,
+    MemorySplit,
+    choose_augment,
+    in_memory,
+    resized,
+    stratified,
+)
+
+TEST_FRACTION = 0.2
+
+
+def load_digits(config: DataConfig) -> DataSource:
+    """Return digits as grey images of side 16 unless told otherwise; a fifth is the test split."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
+    images = resized(pixels.round().byte(), config.image_size or 16)
+    labels = torch.from_numpy(bunch.target).long()
+    rest, held_out = stratified(labels, TEST_FRACTION, salt=2)
+    return in_memory(
+        "digits",
+        MemorySplit(images[rest], labels[rest]),
+        MemorySplit(images[held_out], labels[held_out]),
+        num_classes=10,
+        validation_fraction=config.validation_fraction,
+        train_limit=config.train_limit,
+        augment=choose_augment(config.augment, "shift"),
+    )

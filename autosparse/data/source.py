@@ -1,0 +1,249 @@
+"""What every data set gives: splits in memory or streamed, and batched augmentation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autosparse.errors import UsageError
+
+Batch = tuple[Tensor, Tensor]
+AUGMENTS = ("none", "shift", "shift+flip")
+SPLIT_SEED = 20240827
+"""Fixes every split; not an option, so that a test image never becomes a training image."""
+
+
+class Split(Protocol):
+    """One of train, validation, test."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def steps(self, batch_size: int, world_size: int = 1) -> int:
+        """Return how many whole batches of `batch_size` per rank an epoch has."""
+        ...
+
+    def shuffled(
+        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield whole batches in an order fixed by (seed, epoch); as many on every rank."""
+        ...
+
+    def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield every image exactly once over all ranks; the last batch may be smaller."""
+        ...
+
+    def to(self, device: torch.device) -> Split:
+        """Return the split with its batches on `device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """A split held whole as uint8 images [N, C, H, W] and labels [N], on any device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def steps(self, batch_size: int, world_size: int = 1) -> int:
+        return len(self) // (batch_size * world_size)
+
+    def shuffled(
+        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        step = batch_size * world_size
+        for start in range(0, len(self) - step + 1, step):
+            first = start + rank * batch_size
+            chosen = order[first : first + batch_size]
+            yield self.images[chosen], self.labels[chosen]
+
+    def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        images, labels = self.images[rank::world_size], self.labels[rank::world_size]
+        for start in range(0, len(labels), batch_size):
+            stop = start + batch_size
+            yield images[start:stop], labels[start:stop]
+
+    def to(self, device: torch.device) -> MemorySplit:
+        return MemorySplit(self.images.to(device), self.labels.to(device))
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of the pixels and labels."""
+        digest = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
+        digest.update(self.labels.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set: three splits, and what a model and a batch need to know about it."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    in_chans: int
+    image_size: int
+    mean: tuple[float, ...]
+    """Per channel, of pixels scaled to 0..1."""
+    std: tuple[float, ...]
+    augment: str
+    """none, shift, or shift+flip: what `prepare` does to a training batch."""
+    fingerprint: str
+    """16 hex digits of the training images and labels (of the manifest, for shards)."""
+
+    def to(self, device: torch.device) -> DataSource:
+        """Return the source with its batches on `device`."""
+        splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **splits)
+
+    def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Turn uint8 images into normalised floats; augment them if a generator is given."""
+        if generator is not None and self.augment != "none":
+            images = augmented(images, generator, flip=self.augment.endswith("flip"))
+        return prepare(images, self.mean, self.std)
+
+    def score_batches(
+        self, samples_per_class: int, *, seed: int = 0, batch_size: int = 128
+    ) -> list[Batch]:
+        """Return balanced, normalised training batches for criteria: k images of every class.
+
+        The images are the first k of each class in the order of epoch 0 of `seed`.
+        """
+        if samples_per_class < 1:
+            raise UsageError(f"samples_per_class must be at least 1, got {samples_per_class}")
+        left = {label: samples_per_class for label in range(self.num_classes)}
+        images, labels = [], []
+        small = min(batch_size, len(self.train))
+        for batch, targets in self.train.shuffled(small, seed=seed, epoch=0):
+            for image, target in zip(batch, targets.tolist(), strict=True):
+                if left[target]:
+                    left[target] -= 1
+                    images.append(image)
+                    labels.append(target)
+            if not any(left.values()):
+                break
+        device = images[0].device
+        pixels, targets = torch.stack(images), torch.tensor(labels, device=device)
+        floats = self.prepare(pixels)
+        return list(zip(floats.split(batch_size), targets.split(batch_size), strict=True))
+
+
+def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Scale uint8 images [B, C, H, W] to 0..1 and normalise each channel."""
+    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
+    scale = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
+    return (images - shift) / scale
+
+
+def augmented(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Shift every image by up to 1/8 of its side, edges repeated; mirror half of them if `flip`.
+
+    One gather for the whole batch, on its device; the offsets come from a CPU generator.
+    """
+    count, channels, height, width = images.shape
+    reach = max(1, height // 8)
+    draws = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    mirror = torch.randint(0, 2, (count, 1), generator=generator).bool() & flip
+    rows = (torch.arange(height) + draws[0]).clamp(0, height - 1)
+    columns = (torch.arange(width) + draws[1]).clamp(0, width - 1)
+    columns = torch.where(mirror, columns.flip(1), columns)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1).to(images.device)
+    index = flat.expand(count, channels, height * width)
+    return images.flatten(2).gather(2, index).view_as(images)
+
+
+def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tensor, Tensor]:
+    """Split positions into (rest, chosen): `fraction` of every class chosen, always the same.
+
+    Every class with two or more images gets at least one into each part.
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED + salt)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        places = (labels == label).nonzero().squeeze(1)
+        count = round(len(places) * fraction)
+        if len(places) > 1:
+            count = min(max(count, 1), len(places) - 1)
+        chosen[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+    return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+def choose_augment(asked: str, suitable: str) -> str:
+    """Resolve `data.augment`."""
+    if asked == "auto":
+        return suitable
+    if asked not in AUGMENTS:
+        raise UsageError(f"data.augment must be auto or one of {', '.join(AUGMENTS)}: {asked!r}")
+    return asked
+
+
+def limited(train: MemorySplit, limit: int | None) -> MemorySplit:
+    """Keep `limit` training images, stratified, always the same ones."""
+    if limit is None or limit >= len(train):
+        return train
+    _, chosen = stratified(train.labels, limit / len(train), salt=1)
+    return MemorySplit(train.images[chosen], train.labels[chosen])
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel of uint8 images, in units of 0..1."""
+    flat = images.transpose(0, 1).flatten(1).double() / 255
+    return tuple(flat.mean(1).tolist()), tuple(flat.std(1).clamp(min=1e-3).tolist())
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Resize square uint8 images [N, C, H, W] to `size`, antialiased bilinear."""
+    if images.shape[-1] == size and images.shape[-2] == size:
+        return images
+    parts = [
+        torch.nn.functional.interpolate(
+            part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+        )
+        for part in images.split(4096)
+    ]
+    return torch.cat([part.round().clamp(0, 255).byte() for part in parts])
+
+
+def in_memory(
+    name: str,
+    train: MemorySplit,
+    test: MemorySplit,
+    *,
+    num_classes: int,
+    validation_fraction: float,
+    train_limit: int | None,
+    augment: str,
+    validation: MemorySplit | None = None,
+) -> DataSource:
+    """Assemble a source from whole splits; validation is cut from train unless it is given."""
+    if validation is None:
+        rest, held_out = stratified(train.labels, validation_fraction)
+        validation = MemorySplit(train.images[held_out], train.labels[held_out])
+        train = MemorySplit(train.images[rest], train.labels[rest])
+    train = limited(train, train_limit)
+    mean, std = channel_statistics(train.images)
+    return DataSource(
+        name=name,
+        train=train,
+        validation=validation,
+        test=test,
+        num_classes=num_classes,
+        in_chans=train.images.shape[1],
+        image_size=train.images.shape[-1],
+        mean=mean,
+        std=std,
+        augment=augment,
+        fingerprint=train.fingerprint(),
+    )

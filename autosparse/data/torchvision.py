@@ -1,0 +1,57 @@
+"""torchvision's sets: read from `data.root`, or downloaded into it where there is a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autosparse.config import DataConfig
+from autosparse.data.source import DataSource, MemorySplit, choose_augment, in_memory, resized
+from autosparse.errors import UsageError
+
+SETS = {
+    "cifar10": ("CIFAR10", 10, "shift+flip"),
+    "cifar100": ("CIFAR100", 100, "shift+flip"),
+    "mnist": ("MNIST", 10, "shift"),
+    "fashion_mnist": ("FashionMNIST", 10, "shift+flip"),
+}
+"""Ours -> torchvision's class, number of classes, suitable augmentation."""
+
+
+def load_torchvision(config: DataConfig) -> DataSource:
+    """Return a torchvision set at its own size unless `image_size` is set."""
+    kind, num_classes, suitable = SETS[config.name]
+    root = Path(config.root or os.environ.get("AUTOSPARSE_DATA", "data")).expanduser()
+    train, test = (_split(kind, root, train, config.image_size) for train in (True, False))
+    return in_memory(
+        config.name,
+        train,
+        test,
+        num_classes=num_classes,
+        validation_fraction=config.validation_fraction,
+        train_limit=config.train_limit,
+        augment=choose_augment(config.augment, suitable),
+    )
+
+
+def _split(kind: str, root: Path, train: bool, image_size: int | None) -> MemorySplit:
+    from torchvision import datasets
+
+    make = getattr(datasets, kind)
+    try:
+        found = make(root, train=train, download=False)
+    except RuntimeError:
+        try:
+            found = make(root, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                f"{kind} is not in {root} and could not be downloaded ({error}); "
+                "set data.root to a folder that holds it"
+            ) from error
+    pixels = torch.as_tensor(np.asarray(found.data))
+    images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
+    labels = torch.as_tensor(found.targets).long()
+    return MemorySplit(resized(images.contiguous(), image_size or images.shape[-1]), labels)

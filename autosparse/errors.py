@@ -1,0 +1,35 @@
+"""What a user is told when something is wrong: one line, and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake or a failure that one line explains; no traceback is shown for it."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """What was asked for cannot be: a wrong name, key, value or file (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """A run that was rightly asked for failed on its way: NaN loss, a full disk (exit code 1)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name closest to `name`, or ""."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Build the error for a name that nobody knows, with the nearest right one."""
+    known = sorted(known)
+    listing = f" Known: {', '.join(known)}." if len(known) <= 20 else ""
+    return UsageError(f"unknown {kind} {name!r}.{nearest(name, known)}{listing}")

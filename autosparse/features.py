@@ -1,0 +1,149 @@
+"""Per-weight features: what AutoS sees of a weight at initialization.
+
+Two kinds. `paper` (arXiv 2408.14757): the initial weight and the initial gradient, as they are.
+`context` (ours): the same two freed of their scale, the strength of the weight's output and
+input channel, and the shape, depth and gradient mass of its layer; so that a scorer fitted on
+one network can read another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autosparse.errors import unknown
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "paper": ("weight", "gradient"),
+    "context": (
+        "abs_weight",
+        "abs_gradient",
+        "weight_times_gradient",
+        "out_channel_weight",
+        "out_channel_gradient",
+        "in_channel_weight",
+        "in_channel_gradient",
+        "layer_size",
+        "layer_share",
+        "fan_in",
+        "fan_out",
+        "kernel",
+        "depth",
+        "layer_sensitivity",
+    ),
+}
+"""Kind -> names of its inputs. A scorer's card holds them, so that a change is noticed."""
+
+CHUNK = 1 << 16
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What is the same for all weights of a layer; `constants` are inputs, already scaled."""
+
+    constants: tuple[float, ...]
+
+
+def names_of(kind: str) -> tuple[str, ...]:
+    """Return the inputs of a kind; raise UsageError when there is no such kind."""
+    if kind not in KINDS:
+        raise unknown("kind of features", kind, KINDS)
+    return KINDS[kind]
+
+
+def contexts(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> dict[str, LayerContext]:
+    """Return the context of every layer of one model, from all of its prunable weights."""
+    total = sum(weight.numel() for weight in weights.values())
+    mass = {
+        name: float((weight.detach() * gradients[name]).abs().mean())
+        for name, weight in weights.items()
+    }
+    mean_mass = sum(mass[name] * weight.numel() for name, weight in weights.items()) / total
+    found = {}
+    for place, (name, weight) in enumerate(weights.items()):
+        fan_out, fan_in = weight.shape[0], weight.shape[1]
+        kernel = math.prod(weight.shape[2:])
+        sensitivity = math.log10(max(mass[name], TINY) / max(mean_mass, TINY))
+        found[name] = LayerContext(
+            (
+                math.log10(weight.numel()) - 4,
+                math.log10(weight.numel() / total) + 1,
+                math.log10(fan_in * kernel) - 2,
+                math.log10(fan_out) - 1.5,
+                math.log10(kernel),
+                place / max(len(weights) - 1, 1),
+                min(max(sensitivity, -3.0), 3.0),
+            )
+        )
+    return found
+
+
+def layer_features(
+    kind: str, weight: Tensor, gradient: Tensor, context: LayerContext
+) -> Iterator[Tensor]:
+    """Yield the features of one layer in pieces of shape [F, n], weights in row-major order.
+
+    Args:
+        kind: a key of KINDS; F is the number of its inputs.
+        weight: initial weight [out, in, *kernel].
+        gradient: initial gradient, of the same shape.
+        context: of this layer, from `contexts`.
+    """
+    weight, gradient = weight.detach().float(), gradient.detach().float()
+    if names_of(kind) == KINDS["paper"]:
+        pair = torch.stack([weight.flatten(), gradient.flatten()])
+        yield from pair.split(CHUNK, dim=1)
+        return
+    w, g = weight.flatten(2) if weight.ndim > 2 else weight[..., None], None
+    g = gradient.view_as(w)
+    scale_w, scale_g = _rms(w), _rms(g)
+    scale_wg = _rms(w * g)
+    channels = (
+        _relative(w, (1, 2), scale_w),
+        _relative(g, (1, 2), scale_g),
+        _relative(w, (0, 2), scale_w),
+        _relative(g, (0, 2), scale_g),
+    )
+    rows = max(1, CHUNK // (w.shape[1] * w.shape[2]))
+    for start in range(0, w.shape[0], rows):
+        part = slice(start, start + rows)
+        yield _context_piece(w[part], g[part], part, (scale_w, scale_g, scale_wg), channels, context)
+
+
+def _context_piece(
+    w: Tensor,
+    g: Tensor,
+    part: slice,
+    scales: tuple[Tensor, Tensor, Tensor],
+    channels: tuple[Tensor, Tensor, Tensor, Tensor],
+    context: LayerContext,
+) -> Tensor:
+    """Fill [F, n] for some output channels; w and g are [rows, in, kernel]."""
+    scale_w, scale_g, scale_wg = scales
+    out_w, out_g, in_w, in_g = channels
+    piece = torch.empty(len(KINDS["context"]), *w.shape, device=w.device)
+    torch.div(w.abs(), scale_w, out=piece[0])
+    torch.asinh(g.abs() / scale_g, out=piece[1])
+    torch.asinh((w * g) / scale_wg, out=piece[2])
+    piece[3], piece[4] = out_w[part], out_g[part]
+    piece[5], piece[6] = in_w, in_g
+    for place, constant in enumerate(context.constants):
+        piece[7 + place] = constant
+    return piece.view(len(piece), -1)
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt().clamp(min=TINY)
+
+
+def _relative(tensor: Tensor, dims: tuple[int, int], scale: Tensor) -> Tensor:
+    """Return log of a channel's rms over the layer's, within -3..3; shape broadcasts to tensor."""
+    channel = tensor.square().mean(dims, keepdim=True).sqrt()
+    return (channel / scale).clamp(min=TINY).log().clamp(-3, 3)

@@ -1,0 +1,122 @@
+"""Files that are whole or not there: written to a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autosparse.errors import RunFailed, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
+
+    After a failure, or a kill at any moment, `path` is as it was before.
+    Raises RunFailed with one line when the disk is full or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _disk_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_error(error: OSError, path: Path) -> RunFailed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFailed(f"no room on disk to write {path}; free some and start again")
+    return RunFailed(f"cannot write {path}: {error.strerror or error}")
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write `content` to `path` as UTF-8, atomically."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; raises UsageError that names the file when it is missing or garbled."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UsageError(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error})") from None
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write tensors and their card as one safetensors file, atomically.
+
+    The same content gives the same bytes: the card is the only entry of the header's metadata.
+    """
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(whole, {"card": json.dumps(card, sort_keys=True, allow_nan=False)}))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; raises UsageError that names a missing or damaged file."""
+    card = read_card(path)
+    from safetensors.torch import load_file
+
+    return load_file(path), card
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """Read only the card in the header of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged or no safetensors file ({error})") from None
+    if "card" not in metadata:
+        raise UsageError(f"{path} holds no card: it was not written by autosparse")
+    return json.loads(metadata["card"])
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

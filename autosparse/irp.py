@@ -1,0 +1,227 @@
+"""Iterative rewind pruning: train, score, prune, rewind, level by level.
+
+Paper: J. Frankle & M. Carbin, The Lottery Ticket Hypothesis (ICLR 2019), arXiv 1803.03635.
+Level i trains the subnetwork of mask i from the initial state; its trained weights are ranked by
+the label criterion, and the highest of those that are left make mask i + 1. Everything is
+rewound: weights, biases, norms, buffers, the order of batches and the RNG. A level's file holds
+the next mask, so a run that was killed goes on with the first level that has no file.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse import corpus, criteria, masks, models
+from autosparse import data as data_module
+from autosparse.compaction import compact, densify
+from autosparse.config import IRPConfig, plain, run_id
+from autosparse.data import DataSource
+from autosparse.errors import UsageError, unknown
+from autosparse.files import read_json, read_tensors, write_json, write_tensors
+from autosparse.ticket import Ticket
+from autosparse.training import Epoch, PlainStepper, fit, seeded, steps_per_epoch
+from autosparse.versions import library_versions
+
+LABELS = ("magnitude", "snip")
+SCHEDULES = ("exponential", "linear")
+MAX_LEVELS = 255
+
+OnEpoch = Callable[[int, Epoch], None]
+OnLevel = Callable[[dict[str, Any]], None]
+
+
+def densities(levels: int, final_density: float, schedule: str) -> list[float]:
+    """Return the density of levels 0 (dense, 1.0) to `levels` (final_density)."""
+    if schedule == "exponential":
+        return [final_density ** (level / levels) for level in range(levels + 1)]
+    return [1 - (1 - final_density) * level / levels for level in range(levels + 1)]
+
+
+def check(config: IRPConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if config.label not in LABELS:
+        raise unknown("label criterion", config.label, LABELS)
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    if config.scope not in masks.SCOPES:
+        raise unknown("scope", config.scope, masks.SCOPES)
+    if not 0 < config.final_density < 1:
+        raise UsageError(f"final_density must be above 0 and below 1, got {config.final_density}")
+    if not 1 <= config.levels <= MAX_LEVELS:
+        raise UsageError(f"levels must be 1 to {MAX_LEVELS}, got {config.levels}")
+
+
+def run_folder(config: IRPConfig) -> Path:
+    """Return the folder of the run, below `config.out`."""
+    return Path(config.out) / run_id(config)
+
+
+def run_irp(
+    config: IRPConfig, on_epoch: OnEpoch | None = None, on_level: OnLevel | None = None
+) -> Path:
+    """Do one IRP run, or what is left of it; return its folder.
+
+    Args:
+        config: what to run; `config.out` is the corpus folder.
+        on_epoch: called with (level, Epoch) after every epoch.
+        on_level: called with the level's entry of the card, also for levels found on disk.
+    """
+    check(config)
+    folder = run_folder(config)
+    if corpus.is_finished(folder):
+        return folder
+    device = models.choose_device(config.device)
+    source = data_module.load(config.data).to(device)
+    initial = models.create(
+        config.model,
+        num_classes=source.num_classes,
+        in_chans=source.in_chans,
+        image_size=source.image_size,
+        seed=config.seed,
+    )
+    names = list(models.prunable(initial, config.model.exclude))
+    start = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
+    card = _card(config, initial, source, start)
+    _claim(folder, card)
+    card["levels"], survival = _all_levels(
+        config, initial, source, start.masks, folder, (on_epoch, on_level)
+    )
+    weights = {name: initial.get_parameter(name).detach() for name in names}
+    corpus.write_run(folder, corpus.IRPRun(weights, survival, start.rest, card))
+    shutil.rmtree(folder / "levels")
+    return folder
+
+
+def _ones_like(model: nn.Module, name: str) -> Tensor:
+    return torch.ones_like(model.get_parameter(name), dtype=torch.bool)
+
+
+def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Ticket) -> dict:
+    return {
+        "run_id": run_id(config),
+        "config": {**plain(config), "out": "", "device": ""},
+        "model": initial.autosparse_recipe,
+        "data_fingerprint": source.fingerprint,
+        "initial_hash": start.content_hash,
+        "prunable": list(start.masks),
+        "prunable_weights": start.kept,
+        "gradients": {"samples_per_class": config.samples_per_class, "seed": config.seed},
+        "versions": library_versions(),
+    }
+
+
+def _claim(folder: Path, card: dict[str, Any]) -> None:
+    """Write the card of a new run, or make sure that the folder holds the same run's levels."""
+    path = folder / "card.json"
+    if not path.exists():
+        write_json(path, card)
+        return
+    before = read_json(path)
+    for key, what in (("initial_hash", "initial weights"), ("data_fingerprint", "data")):
+        if before[key] != card[key]:
+            raise UsageError(
+                f"{folder} was begun with other {what} (another version of a library, or other "
+                "files); remove the folder to start the run anew"
+            )
+
+
+def _all_levels(
+    config: IRPConfig,
+    initial: nn.Module,
+    source: DataSource,
+    dense: dict[str, Tensor],
+    folder: Path,
+    callbacks: tuple[OnEpoch | None, OnLevel | None],
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Do levels 0 to N; return their card entries and the survival of every weight."""
+    on_epoch, on_level = callbacks
+    total = masks.kept(dense)
+    counts = [
+        round(total * density)
+        for density in densities(config.levels, config.final_density, config.schedule)
+    ]
+    current, entries = dense, []
+    survival = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in dense.items()}
+    for level in range(config.levels + 1):
+        path = folder / "levels" / f"{level:02d}" / "level.safetensors"
+        if not path.exists():
+            following = counts[level + 1] if level < config.levels else None
+            _do_level(config, initial, source, (level, current, following), path, on_epoch)
+        following_masks, entry = _read_level(path, current)
+        entries.append(entry)
+        if on_level:
+            on_level(entry)
+        if following_masks is not None:
+            current = following_masks
+            for name, mask in current.items():
+                survival[name] += mask
+    return entries, survival
+
+
+def _do_level(
+    config: IRPConfig,
+    initial: nn.Module,
+    source: DataSource,
+    task: tuple[int, dict[str, Tensor], int | None],
+    path: Path,
+    on_epoch: OnEpoch | None,
+) -> None:
+    """Train one level from the initial state and write its file: the next masks, if any."""
+    level, current, following = task
+    started = time.perf_counter()
+    device = models.choose_device(config.device)
+    model = compact(copy.deepcopy(initial), Ticket.from_model(initial, current, {})).to(device)
+    stepper = PlainStepper(model, config.training, steps_per_epoch(source.train, config.training))
+    with seeded(config.seed):
+        history = fit(
+            stepper,
+            source,
+            config.training,
+            seed=config.seed,
+            on_epoch=(lambda epoch: on_epoch(level, epoch)) if on_epoch else None,
+        )
+    tensors = {}
+    if following is not None:
+        chosen = _next_masks(config, densify(model), source, current, following)
+        tensors = {name: masks.pack(mask) for name, mask in chosen.items()}
+    kept = masks.kept(current)
+    entry = {
+        "level": level,
+        "kept": kept,
+        "density": kept / sum(mask.numel() for mask in current.values()),
+        "validation_accuracy": history.epochs[-1].validation_accuracy,
+        "train_loss": history.epochs[-1].train_loss,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_tensors(path, tensors, entry)
+
+
+def _next_masks(
+    config: IRPConfig,
+    trained: nn.Module,
+    source: DataSource,
+    current: dict[str, Tensor],
+    count: int,
+) -> dict[str, Tensor]:
+    batches = source.score_batches(config.samples_per_class, seed=config.seed)
+    scores = criteria.get(config.label)(
+        trained, batches, nn.functional.cross_entropy, exclude=config.model.exclude
+    )
+    return masks.keep(scores, count, scope=config.scope, within=current)
+
+
+def _read_level(
+    path: Path, current: dict[str, Tensor]
+) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    tensors, entry = read_tensors(path)
+    if not tensors:
+        return None, entry
+    return {name: masks.unpack(tensors[name], mask.shape) for name, mask in current.items()}, entry

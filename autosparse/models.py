@@ -1,0 +1,141 @@
+"""Any timm model by name, and which of its parameters are prunable."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from autosparse.config import ModelConfig
+from autosparse.errors import UsageError, unknown
+
+CONV_OR_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def create(
+    config: ModelConfig, *, num_classes: int, in_chans: int, image_size: int, seed: int
+) -> nn.Module:
+    """Build a timm model on the CPU, initialised from `seed`; the global RNG stays as it was.
+
+    Two of timm's defaults are changed unless `config.options` names them. Models of a fixed
+    input size are built for `image_size`. And `zero_init_last` is off: timm starts the last norm
+    of a residual branch at zero, which hides every weight of the branch from criteria that look
+    at gradients.
+    """
+    if not timm.is_model(config.name):
+        raise unknown("model", config.name, timm.list_models())
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **config.options}
+    default = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if default is not None and default.fixed_input_size:
+        options.setdefault("img_size", image_size)
+    with torch.device("meta"):
+        shape_only = _build(config.name, options)
+    if "zero_init_last" in inspect.signature(type(shape_only)).parameters:
+        options.setdefault("zero_init_last", False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(config.name, options)
+    model.autosparse_recipe = {  # type: ignore[assignment]
+        **dataclasses.asdict(config),
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "image_size": image_size,
+        "seed": seed,
+    }
+    return model
+
+
+def _build(name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"timm cannot build {name} with {options}: {error}") from error
+
+
+def from_recipe(recipe: dict[str, Any]) -> nn.Module:
+    """Build the model that a card's `model` entry describes (what `create` was given)."""
+    if "name" not in recipe or "num_classes" not in recipe:
+        raise UsageError("the card does not say how its model was built; make it with models.create")
+    config = ModelConfig(recipe["name"], recipe["options"], recipe["exclude"])
+    shape = {key: recipe[key] for key in ("num_classes", "in_chans", "image_size", "seed")}
+    return create(config, **shape)
+
+
+def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Return the prunable parameters by name, in the model's order, tied ones once.
+
+    Prunable are the weights of every Conv and Linear layer and the projections of
+    `nn.MultiheadAttention`. `exclude` leaves some of them out: `head` and `stem` mean the
+    classifier and first layer that timm records for the model; anything else is a shell pattern
+    for the parameter's name or for one of the modules it lies in. A pattern without a match
+    raises UsageError.
+    """
+    found = {}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for attribute in _prunable_attributes(module):
+            weight = getattr(module, attribute)
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                found[f"{module_name}.{attribute}" if module_name else attribute] = weight
+    for pattern in exclude:
+        names = [name for name in found if _excluded(model, pattern, name)]
+        if not names:
+            parts = {".".join(name.split(".")[: depth + 1]) for name in found for depth in range(3)}
+            raise unknown("layer to exclude", pattern, parts)
+        for name in names:
+            del found[name]
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no prunable weight")
+    return found
+
+
+def _prunable_attributes(module: nn.Module) -> Iterator[str]:
+    if isinstance(module, CONV_OR_LINEAR):
+        yield "weight"
+    elif isinstance(module, nn.MultiheadAttention):
+        for attribute in ATTENTION_WEIGHTS:
+            if getattr(module, attribute, None) is not None:
+                yield attribute
+
+
+def _excluded(model: nn.Module, pattern: str, name: str) -> bool:
+    key = {"head": "classifier", "stem": "first_conv"}.get(pattern)
+    recorded = getattr(model, "pretrained_cfg", {}).get(key) if key else None
+    patterns = [pattern]
+    if recorded:
+        patterns = [recorded] if isinstance(recorded, str) else list(recorded)
+    parts = name.split(".")
+    prefixes = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+    return any(fnmatchcase(prefix, each) for prefix in prefixes for each in patterns)
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds the parameter `name`, and the attribute it is held under."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` … into a device; raise UsageError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("device", name, ["auto", "cpu", "cuda", "mps"]) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name} was asked for, but torch sees no GPU")
+    return device

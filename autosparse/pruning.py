@@ -1,0 +1,109 @@
+"""`prune`: from a model and data to a ticket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse import criteria, masks
+from autosparse import data as data_module
+from autosparse.config import DataConfig, check_sparsity, plain
+from autosparse.data import DataSource
+from autosparse.gradients import LossFn
+from autosparse.models import device_of, prunable
+from autosparse.ticket import Ticket
+from autosparse.versions import library_versions
+
+Data = str | DataConfig | DataSource | Iterable[tuple[Tensor, Tensor]]
+DENSE = "dense"
+
+
+def prune(
+    model: nn.Module,
+    data: Data,
+    criterion: str = "autos",
+    sparsity: float = 0.95,
+    *,
+    scope: str = "global",
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    exclude: Sequence[str] = (),
+    samples_per_class: int = 10,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+) -> Ticket:
+    """Score a model's weights at initialization and return the ticket; the model is not changed.
+
+    Args:
+        model: a timm model (or any module with Conv and Linear layers), at initialization.
+        data: a data set's name or config, a DataSource, or batches of (normalised images,
+            labels), e.g. a DataLoader; all of those batches are used, so give few.
+        criterion: a name from `criteria.names()`, or `dense` to keep everything.
+        sparsity: fraction of prunable weights to remove, 0 <= sparsity < 1.
+        scope: `global` compares all weights, `layer` prunes every layer alike.
+        seed: chooses the images that are scored, and what random criteria draw.
+        options: the criterion's own options.
+        exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
+        samples_per_class: images per class that are scored, for named data.
+        loss_fn: (outputs, labels) -> mean loss.
+
+    Raises UsageError for an unknown name or a sparsity out of range.
+    """
+    check_sparsity(sparsity)
+    exclude = tuple(exclude) or tuple(getattr(model, "autosparse_recipe", {}).get("exclude", ()))
+    started = time.perf_counter()
+    if criterion == DENSE:
+        sparsity = 0.0
+        provenance = {}
+        chosen = {
+            name: torch.ones_like(weight, dtype=torch.bool)
+            for name, weight in prunable(model, exclude).items()
+        }
+    else:
+        found = criteria.get(criterion)
+        provenance = found.provenance(**options or {}) if found.provenance else {}
+        batches = _batches(data, found.needs_data, samples_per_class, seed, device_of(model))
+        given = {key: value for key, value in (("sparsity", sparsity), ("seed", seed))
+                 if key in found.options}  # fmt: skip
+        scores = found(model, batches, loss_fn, exclude=exclude, **given | (options or {}))
+        chosen = masks.from_scores(scores, sparsity, scope=scope)
+    card = {
+        "model": getattr(model, "autosparse_recipe", {"class": type(model).__name__}),
+        "data": _describe(data),
+        "criterion": criterion,
+        "options": options or {},
+        "sparsity": sparsity,
+        "scope": scope,
+        "seed": seed,
+        "exclude": list(exclude),
+        "samples_per_class": samples_per_class,
+        **provenance,
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": library_versions(),
+    }
+    return Ticket.from_model(model, chosen, card)
+
+
+def _batches(
+    data: Data, needed: bool, samples_per_class: int, seed: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    if not needed and isinstance(data, str | DataConfig):
+        return []
+    if isinstance(data, str | DataConfig):
+        data = data_module.load(data)
+    if isinstance(data, DataSource):
+        return data.to(device).score_batches(samples_per_class, seed=seed)
+    return [(images.to(device), labels.to(device)) for images, labels in data]
+
+
+def _describe(data: Data) -> dict[str, Any]:
+    if isinstance(data, str):
+        data = DataConfig(name=data)
+    if isinstance(data, DataConfig):
+        return plain(data)
+    if isinstance(data, DataSource):
+        return {"name": data.name, "fingerprint": data.fingerprint}
+    return {"name": "batches"}

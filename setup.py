@@ -1,0 +1,39 @@
+"""Packaging. Torch is chosen by torchvision; never pin a build here."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="autosparse",
+    version="0.1.0",
+    description="Learn from lottery tickets which weights matter; train only what survives",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["autosparse", "autosparse.*"]),
+    package_data={"autosparse": ["pretrained/*.safetensors"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "timm>=1.0.20",
+        "webdataset>=1.0.2",
+        "deepspeed>=0.19",
+        "ninja>=1.11",
+        "ray[default,tune]>=2.50",
+        "mlflow>=3.10",
+        "jsonargparse[signatures]>=4.49",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyarrow>=15",
+        "rich>=13",
+        "setuptools",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "pyright>=1.1.390"],
+    },
+    entry_points={"console_scripts": ["autosparse = autosparse.cli:main"]},
+)
