@@ -257,6 +257,16 @@ class SparseTrainConfig:
     """Folder for the trained tickets."""
 
 
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole path on scikit-learn's digits."""
+
+    out: str = "quickstart"
+    """Folder for everything: corpus, AutoS, tickets, results, figure, MLflow's database."""
+    seeds: int = 3
+    """How many seeds every ticket is made and trained with."""
+
+
 def identity(config: Any) -> dict[str, Any]:
     """Return what differs from the defaults, as nested plain data, local fields left out."""
     different = {}

@@ -72,7 +72,7 @@ def prune(
         chosen = masks.from_scores(scores, sparsity, scope=scope)
     card = {
         "model": getattr(model, "autosparse_recipe", {"class": type(model).__name__}),
-        "data": _describe(data),
+        **_describe(data),
         "criterion": criterion,
         "options": options or {},
         "sparsity": sparsity,
@@ -102,8 +102,6 @@ def _batches(
 def _describe(data: Data) -> dict[str, Any]:
     if isinstance(data, str):
         data = DataConfig(name=data)
-    if isinstance(data, DataConfig):
-        return plain(data)
     if isinstance(data, DataSource):
-        return {"name": data.name, "fingerprint": data.fingerprint}
-    return {"name": "batches"}
+        return {"data": plain(data.config), "data_fingerprint": data.fingerprint}
+    return {"data": plain(data) if isinstance(data, DataConfig) else {"name": "batches"}}

@@ -76,11 +76,20 @@ class Ticket:
         return cls(masks, values, rest, card)
 
     @classmethod
-    def from_compact(cls, model: nn.Module, start: Ticket, card: dict[str, Any]) -> Ticket:
-        """Take the values of a (trained) compact model that was made from `start`."""
-        state = {
-            dense_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()
-        }
+    def from_compact(
+        cls,
+        model: nn.Module,
+        start: Ticket,
+        card: dict[str, Any],
+        state: dict[str, Tensor] | None = None,
+    ) -> Ticket:
+        """Take the values of a (trained) compact model that was made from `start`.
+
+        `state` is the model's whole state dict, where the model itself holds only a part of it
+        (ZeRO) or another precision.
+        """
+        state = state or model.state_dict()
+        state = {dense_name(name): tensor.detach().cpu() for name, tensor in state.items()}
         made_compact = {name for name, _ in compact_weights(model)}
         values = {
             name: state[name].clone() if name in made_compact else state[name][mask].clone()
@@ -144,7 +153,7 @@ class Ticket:
             "kind": "ticket",
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
+            "shapes": [[name, list(mask.shape)] for name, mask in self.masks.items()],
             "card": self.card,
         }
         write_tensors(path, tensors, header)
@@ -158,7 +167,7 @@ class Ticket:
         if header["format"] > FORMAT:
             raise UsageError(f"{path} was written by a newer autosparse (format {header['format']})")
         masks, values = {}, {}
-        for name, shape in header["shapes"].items():
+        for name, shape in header["shapes"]:
             try:
                 bits, values[name] = tensors[f"mask/{name}"], tensors[f"kept/{name}"]
             except KeyError:

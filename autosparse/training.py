@@ -80,6 +80,10 @@ class Stepper(Protocol):
         """Return the rate of the last step."""
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole state dict of the trained module, on every rank."""
+        ...
+
     def save(self, folder: Path, history: History) -> None:
         """Write all that is needed to go on from here."""
         ...
@@ -112,6 +116,9 @@ class PlainStepper:
 
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
     def save(self, folder: Path, history: History) -> None:
         state = {

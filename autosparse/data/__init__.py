@@ -7,6 +7,7 @@ Every split yields batches of (uint8 images [B, C, H, W], int64 labels [B]) on i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from autosparse.config import DataConfig
 from autosparse.data.source import DataSource, Split, prepare
@@ -65,4 +66,4 @@ def load(config: DataConfig | str) -> DataSource:
         raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
     if not 0 < config.validation_fraction < 1:
         raise UsageError(f"data.validation_fraction must be in (0, 1): {config.validation_fraction}")
-    return _LOADERS[config.name](config)
+    return replace(_LOADERS[config.name](config), config=config)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from autosparse.config import DataConfig
 from autosparse.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
@@ -102,6 +103,8 @@ class DataSource:
     """none, shift, or shift+flip: what `prepare` does to a training batch."""
     fingerprint: str
     """16 hex digits of the training images and labels (of the manifest, for shards)."""
+    config: DataConfig = DataConfig()
+    """What it was loaded from."""
 
     def to(self, device: torch.device) -> DataSource:
         """Return the source with its batches on `device`."""

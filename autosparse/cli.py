@@ -1,0 +1,134 @@
+"""`autosparse VERB`: parses the verb's config and calls its function.
+
+Only the standard library is imported until a verb runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+from autosparse.errors import UsageError, UserError, unknown
+
+VERBS: dict[str, tuple[str | None, str]] = {
+    "quickstart": ("QuickstartConfig", "the whole path on embedded real data, in minutes"),
+    "irp": ("IRPConfig", "one run of iterative rewind pruning, into a corpus"),
+    "fit": ("FitConfig", "fit AutoS on a corpus"),
+    "prune": ("PruneConfig", "prune a timm model at initialization, save the ticket"),
+    "train": ("SparseTrainConfig", "train tickets (or a dense model) in one process"),
+    "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
+}
+"""Verb -> its config class in config.py, and what it does."""
+
+Config = TypeVar("Config")
+
+
+def main() -> None:
+    """Run `autosparse` with the arguments of the command line."""
+    sys.exit(guarded(_main, sys.argv[1:]))
+
+
+def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
+    """Call `run(arguments)`; turn a user's mistake into one line and return the exit code."""
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("autosparse"))
+        return
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise unknown("verb", verb, VERBS)
+    kind, description = VERBS[verb]
+    if kind is None:
+        argument: Any = _paths(verb, rest)
+    else:
+        config_class = getattr(import_module("autosparse.config"), kind)
+        argument = parse(config_class, rest, f"autosparse {verb}", description)
+    getattr(import_module("autosparse.verbs"), verb)(argument)
+
+
+def _help() -> str:
+    lines = [
+        "usage: autosparse VERB [--config FILE.yaml] [--KEY VALUE …]",
+        "",
+        "Learn from lottery tickets which weights matter; train only what survives.",
+        "",
+        *(f"  {verb:<11} {description}" for verb, (_, description) in VERBS.items()),
+        "",
+        "`autosparse VERB --help` lists a verb's settings, `--print_config` prints them.",
+    ]
+    return "\n".join(lines)
+
+
+def _paths(verb: str, arguments: list[str]) -> list[str]:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: autosparse {verb} PATH …\n\n{VERBS[verb][1]}")
+        if not arguments:
+            raise UsageError(f"autosparse {verb} needs a path")
+        sys.exit(0)
+    option = next((each for each in arguments if each.startswith("-")), None)
+    if option:
+        raise UsageError(f"autosparse {verb} takes paths only, not {option}")
+    return arguments
+
+
+def parse(kind: type[Config], arguments: list[str], program: str, description: str | None) -> Config:
+    """Build a config from `--config` files and `--key value` overrides, later ones winning.
+
+    Raises UsageError that names a wrong key, with the nearest right one, or a wrong value.
+    `--help` and `--print_config` print and exit.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file; several may be given")
+    parser.add_class_arguments(kind)
+    import argparse
+
+    try:
+        found = parser.parse_args(arguments)
+        found.pop("config", None)
+        values = parser.instantiate(found)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise UsageError(_explain(str(error), parser, arguments)) from error
+    return kind(**vars(values))
+
+
+def _explain(message: str, parser: Any, arguments: list[str]) -> str:
+    """Shorten jsonargparse's message to one line and add the nearest key it knows."""
+    line = " ".join(message.split())
+    wrong = re.search(r"option '([^']+)'|unrecognized arguments: --([\w.]+)", line)
+    if not wrong:
+        return line
+    name = wrong.group(1) or wrong.group(2)
+    keys = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    leaves = {key.rpartition(".")[2] for key in keys} | set(keys)
+    close = difflib.get_close_matches(name, sorted(leaves), n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown config key {name!r}.{hint} ({line})"

@@ -1,0 +1,1 @@
+"""Where Ray, DeepSpeed and MLflow meet the core. Nothing else imports those three."""

@@ -1,0 +1,262 @@
+"""MLflow: runs with their config and metrics, and the registry of AutoS models and checkpoints.
+
+Tracking goes to MLFLOW_TRACKING_URI, or to `mlflow.db` (SQLite) in the current folder. Registered
+models are saved as exported programs, so they load while pickle deserialization is forbidden.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow
+import mlflow.pytorch
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
+from torch import nn
+
+from autosparse import features, models
+from autosparse.compaction import load_state
+from autosparse.config import SparseTrainConfig, plain
+from autosparse.files import read_json, write_json
+from autosparse.scorer import AutoS
+from autosparse.sparse_training import RESULT, TRAINED, Cell
+from autosparse.ticket import Ticket
+from autosparse.training import Epoch
+
+EXPERIMENT = "autosparse"
+PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
+RUN_FILE = "mlflow.json"
+AUTOS = "autos"
+CHAMPION = "champion"
+
+
+def tracking_uri(folder: Path | None = None) -> str:
+    """Return MLFLOW_TRACKING_URI, or the SQLite database in `folder` (default: the current)."""
+    database = (folder or Path.cwd()).absolute() / "mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+
+
+def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
+    """Return a client and the id of our experiment, which is made if need be."""
+    uri = tracking_uri(folder)
+    mlflow.set_tracking_uri(uri)
+    found = MlflowClient()
+    experiment = found.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return found, experiment.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return found, found.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+class Tracker:
+    """An Observer: one MLflow run per cell, gone on with if the cell is resumed."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.client, self.experiment = client(folder)
+        self.runs: dict[Path, str] = {}
+
+    def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
+        """Start the cell's run, or go on with the one that its folder names."""
+        path = cell.folder / RUN_FILE
+        if path.is_file():
+            self.runs[cell.folder] = read_json(path)["run_id"]
+            self.client.update_run(self.runs[cell.folder], status="RUNNING")
+            return
+        card = cell.ticket.card
+        tags = {
+            "criterion": str(card.get("criterion")),
+            "sparsity": f"{card.get('sparsity', cell.ticket.sparsity):g}",
+            "ticket": cell.ticket.fingerprint,
+            **{key: card[key] for key in ("autos", "corpus") if key in card},
+        }
+        if PARENT_VARIABLE in os.environ:
+            tags["mlflow.parentRunId"] = os.environ[PARENT_VARIABLE]
+        run = self.client.create_run(self.experiment, tags=tags, run_name=cell.name)
+        self.runs[cell.folder] = run.info.run_id
+        settings = {
+            "model": card["model"],
+            "data": plain(cell.data),
+            "training": plain(config.training),
+            "deepspeed": plain(config.deepspeed),
+            "seed": cell.seed,
+        }
+        parameters = [Param(key, value) for key, value in flattened(settings).items()]
+        self.client.log_batch(run.info.run_id, params=parameters)
+        write_json(path, {"run_id": run.info.run_id})
+
+    def epoch(self, cell: Cell, epoch: Epoch) -> None:
+        """Log an epoch's metrics."""
+        values = {key: value for key, value in vars(epoch).items() if key != "epoch"}
+        self._log(cell, values, epoch.epoch)
+
+    def end(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Log the final metrics and files; the run is finished."""
+        final = ("test_accuracy", "test_loss", "parameters", "kept", "checkpoint_bytes", "seconds")
+        self._log(cell, {f"final/{key}": result[key] for key in final}, 0)
+        run = self.runs[cell.folder]
+        for name in (RESULT, TRAINED):
+            self.client.log_artifact(run, str(cell.folder / name))
+        self.client.set_terminated(run)
+
+    def _log(self, cell: Cell, values: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
+        self.client.log_batch(self.runs[cell.folder], metrics=metrics)
+
+
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested settings as dotted names and short texts."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)[:500]
+    return flat
+
+
+@contextmanager
+def parent_run(name: str, folder: Path) -> Iterator[str]:
+    """Open a run that others nest under (through the environment); the same one every time."""
+    found, experiment = client(folder)
+    path = folder / RUN_FILE
+    if path.is_file():
+        run = read_json(path)["run_id"]
+    else:
+        run = found.create_run(experiment, run_name=name).info.run_id
+        write_json(path, {"run_id": run})
+    before = os.environ.get(PARENT_VARIABLE)
+    os.environ[PARENT_VARIABLE] = run
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    finally:
+        found.set_terminated(run, status)
+        if before is None:
+            del os.environ[PARENT_VARIABLE]
+        else:
+            os.environ[PARENT_VARIABLE] = before
+
+
+def register_autos(path: Path, run: str) -> int:
+    """Register an AutoS file as a version of `autos`, alias champion; return the version.
+
+    A version of the same fingerprint is found and not made again.
+    """
+    network = AutoS.load(path)
+    example = torch.randn(4, len(features.names_of(network.kind)))
+    tags = {"fingerprint": network.fingerprint, "corpus": network.card["corpus"],
+            "features": network.kind}  # fmt: skip
+    best = network.card["best"]
+    text = (
+        f"**AutoS** ({network.kind} features): features at initialization → predicted survival.\n\n"
+        f"| | |\n|---|---|\n| inputs | {', '.join(features.names_of(network.kind))} |\n"
+        f"| fitted on | {len(network.card['trained_on'])} IRP runs, corpus "
+        f"`{network.card['corpus']}` |\n| validation MSE | {best['validation_mse']:.4f} (a "
+        f"constant: {network.card['baseline_mse']:.4f}) |\n"
+        f"| rank correlation | {best['validation_rank_correlation']:.3f} |\n"
+    )
+    return _register(AUTOS, network, example, run, tags, text, path)
+
+
+def register_ticket(path: Path, result: dict[str, Any], run: str, autos_version: int | None) -> int:
+    """Register a trained ticket as a version of `<model>-sparse`, alias champion if it is best.
+
+    The version holds the dense model (zero where pruned) and, beside it, the ticket file.
+    """
+    ticket = Ticket.load(path)
+    model = models.from_recipe(ticket.card["model"])
+    load_state(model, ticket)
+    recipe = ticket.card["model"]
+    size = recipe["image_size"]
+    example = torch.randn(2, recipe["in_chans"], size, size)
+    tags = {
+        "sparsity": f"{result['sparsity']:g}",
+        "criterion": result["criterion"],
+        "ticket": ticket.fingerprint,
+        "fingerprint": ticket.content_hash,
+        "test_accuracy": f"{result['test_accuracy']:.4f}",
+        "validation_accuracy": f"{result['validation_accuracy']:.4f}",
+        "data": ticket.card["data"]["name"],
+    }
+    if result["criterion"] == AUTOS:
+        tags["corpus"] = ticket.card["corpus"]
+        tags["autos_version"] = str(autos_version)
+    text = (
+        f"**{recipe['name']}** at {result['sparsity']:.0%} sparsity by {result['criterion']}, "
+        f"trained on {ticket.card['data']['name']}.\n\n| | |\n|---|---|\n"
+        f"| test accuracy | {result['test_accuracy']:.2%} |\n"
+        f"| parameters | {result['parameters']:,} |\n"
+        f"| checkpoint | {result['checkpoint_bytes']:,} bytes |\n| seed | {result['seed']} |\n\n"
+        "Takes normalised images [batch, channels, height, width]; returns logits. "
+        f"The compact form is the artifact `{path.name}` of the source run.\n"
+    )
+    return _register(f"{recipe['name']}-sparse", model, example, run, tags, text, path)
+
+
+def _register(
+    name: str,
+    model: nn.Module,
+    example: torch.Tensor,
+    run: str,
+    tags: dict[str, str],
+    text: str,
+    path: Path,
+) -> int:
+    found = MlflowClient()
+    for version in found.search_model_versions(f"name = '{name}'"):
+        if version.tags.get("fingerprint") == tags["fingerprint"]:
+            return int(version.version)
+    model = model.eval().cpu()
+    with torch.no_grad():
+        signature = infer_signature(example.numpy(), model(example).numpy())
+    with mlflow.start_run(run_id=run):
+        info = mlflow.pytorch.log_model(
+            model,
+            name=name,
+            input_example=example.numpy(),
+            signature=signature,
+            registered_model_name=name,
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+        )
+        mlflow.log_artifact(str(path), artifact_path="tickets" if name != AUTOS else AUTOS)
+    version = str(info.registered_model_version)
+    for key, value in tags.items():
+        found.set_model_version_tag(name, version, key, value)
+    found.update_model_version(name, version, description=text)
+    return int(version)
+
+
+def set_champion(name: str, version: int) -> None:
+    """Point the alias champion at a version."""
+    MlflowClient().set_registered_model_alias(name, CHAMPION, str(version))
+
+
+def champion(name: str) -> int | None:
+    """Return the champion's version, or None."""
+    try:
+        return int(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
+    except MlflowException:
+        return None
+
+
+def log_report(run: str, table: list[dict[str, Any]], figure: Path) -> None:
+    """Log the final table and figure to a run."""
+    found = MlflowClient()
+    columns = {key: [row[key] for row in table] for key in table[0]}
+    found.log_table(run, columns, "results.json")
+    found.log_artifact(run, str(figure))

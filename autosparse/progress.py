@@ -1,0 +1,111 @@
+"""Progress bars with rates and time left, and tables, in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.table import Table
+
+LOG_SECONDS = 10.0
+
+
+class Progress:
+    """Bars on a terminal; a line now and then where the output is a file."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.console = Console(stderr=True)
+        self.live = enabled and self.console.is_terminal
+        self.lines = enabled and not self.live
+        self._rich = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.TextColumn("{task.completed:g}/{task.total:g} {task.fields[unit]}"),
+            rich_progress.TextColumn("{task.fields[rate]}"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+            disable=not self.live,
+        )
+
+    def __enter__(self) -> Progress:
+        self._rich.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._rich.stop()
+
+    def bar(self, description: str, total: float, unit: str) -> Bar:
+        """Add a bar that counts up to `total` of `unit`."""
+        return Bar(self, description, total, unit)
+
+
+class Bar:
+    """One bar."""
+
+    def __init__(self, owner: Progress, description: str, total: float, unit: str) -> None:
+        self.owner, self.description, self.total, self.unit = owner, description, total, unit
+        self.done, self.started = 0.0, time.monotonic()
+        self.last_line = self.started
+        self.task = owner._rich.add_task(description, total=total, unit=unit, rate="")
+
+    def describe(self, description: str) -> None:
+        """Change the text."""
+        self.description = description
+        self.owner._rich.update(self.task, description=description)
+
+    def advance(self, count: float = 1) -> None:
+        """Count `count` more as done."""
+        self.set(self.done + count)
+
+    def set(self, done: float) -> None:
+        """Say how many are done."""
+        self.done = done
+        seconds = time.monotonic() - self.started
+        rate = f"{done / seconds:.2g} {self.unit}/s" if seconds and done else ""
+        self.owner._rich.update(self.task, completed=done, rate=rate)
+        if self.owner.lines and self._line_is_due():
+            left = (self.total - done) / done * seconds if done else float("nan")
+            print(
+                f"{self.description}: {done:g}/{self.total:g} {self.unit}, {rate}, "
+                f"{left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _line_is_due(self) -> bool:
+        now = time.monotonic()
+        due = now - self.last_line >= LOG_SECONDS or self.done >= self.total
+        if due:
+            self.last_line = now
+        return due
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
+    """Print rows of the same keys as a table; numbers to the right."""
+    table = Table(title=title or None, title_justify="left")
+    for key, value in (rows[0] if rows else {}).items():
+        right = isinstance(value, int | float) or str(value)[:1].isdigit()
+        table.add_column(key, justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, soft_wrap=False).print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)

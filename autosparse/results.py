@@ -1,0 +1,62 @@
+"""From the results of many cells to one table: mean ± spread over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from autosparse.progress import print_table
+
+Result = dict[str, Any]
+
+
+def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return a row per (model, criterion, sparsity), seeds taken together.
+
+    `accuracy` is the mean test accuracy (0 to 1), `spread` the standard deviation over seeds
+    (sample, n - 1; 0 for one seed). Dense first, then by sparsity, best first.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        key = (result["model"], result["sparsity"], result["criterion"])
+        groups.setdefault(key, []).append(result)
+    rows = [
+        {
+            "model": model,
+            "criterion": criterion,
+            "sparsity": sparsity,
+            "accuracy": statistics.fmean(r["test_accuracy"] for r in group),
+            "spread": _spread([r["test_accuracy"] for r in group]),
+            "seeds": len(group),
+            "parameters": round(statistics.fmean(r["parameters"] for r in group)),
+            "checkpoint_bytes": round(statistics.fmean(r["checkpoint_bytes"] for r in group)),
+            "seconds": statistics.fmean(r["seconds"] for r in group),
+            "prune_seconds": statistics.fmean(r["prune_seconds"] for r in group),
+        }
+        for (model, sparsity, criterion), group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: (row["model"], row["sparsity"], -row["accuracy"]))
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def show(results: Iterable[Result]) -> None:
+    """Print the summary as a table."""
+    print_table(
+        [
+            {
+                "model": row["model"],
+                "criterion": row["criterion"],
+                "sparsity": f"{row['sparsity']:.1%}",
+                "test accuracy": f"{row['accuracy']:.1%} ± {row['spread']:.1%}",
+                "seeds": row["seeds"],
+                "parameters": row["parameters"],
+                "checkpoint": f"{row['checkpoint_bytes'] / 1e3:,.0f} kB",
+                "training": f"{row['seconds']:.1f} s",
+            }
+            for row in summary(results)
+        ]
+    )

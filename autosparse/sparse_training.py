@@ -1,0 +1,217 @@
+"""Train tickets: each into a folder of its own, finished ones found and not trained again.
+
+A cell is one ticket (or the dense model) with one training config. Its folder is named by the
+ticket's file and a hash of all that made it; `result.json` is written last.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from autosparse import data as data_module
+from autosparse import models
+from autosparse.compaction import compact
+from autosparse.config import DataConfig, SparseTrainConfig, from_plain, plain, run_id
+from autosparse.data import DataSource
+from autosparse.errors import UsageError
+from autosparse.files import read_json, write_json
+from autosparse.pruning import DENSE, prune
+from autosparse.ticket import Ticket
+from autosparse.training import (
+    Epoch,
+    Ranks,
+    Stepper,
+    evaluate,
+    fit,
+    seeded,
+    steps_per_epoch,
+)
+
+RESULT, TRAINED = "result.json", "trained.safetensors"
+MakeStepper = Callable[[nn.Module, int], Stepper]
+"""(compact model on its device, steps per epoch) -> Stepper."""
+ONE_PROCESS = Ranks()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training to be done."""
+
+    name: str
+    ticket: Ticket
+    data: DataConfig
+    seed: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether its result is there."""
+        return (self.folder / RESULT).is_file()
+
+    def result(self) -> dict[str, Any]:
+        """Return the result of a finished cell."""
+        return read_json(self.folder / RESULT)
+
+
+class Observer(Protocol):
+    """What watches cells being trained; see integrations/mlflow.py."""
+
+    def begin(self, cell: Cell, config: SparseTrainConfig) -> None: ...
+
+    def epoch(self, cell: Cell, epoch: Epoch) -> None: ...
+
+    def end(self, cell: Cell, result: dict[str, Any]) -> None: ...
+
+
+def cells(config: SparseTrainConfig) -> Iterator[Cell]:
+    """Yield the cells of a config: one per ticket file, or the dense model."""
+    if not config.tickets:
+        yield _dense_cell(config)
+        return
+    for path in _expand(config.tickets):
+        ticket = Ticket.load(path)
+        seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
+        yield _cell(config, path.stem, ticket, _data(config, ticket, path), seed)
+
+
+def _dense_cell(config: SparseTrainConfig) -> Cell:
+    if config.model is None:
+        raise UsageError("give tickets, or a model to train dense (--model.name …)")
+    data, seed = config.data or DataConfig(), config.seed or 0
+    source = data_module.load(data)
+    model = models.create(
+        config.model,
+        num_classes=source.num_classes,
+        in_chans=source.in_chans,
+        image_size=source.image_size,
+        seed=seed,
+    )
+    return _cell(config, DENSE, prune(model, data, DENSE, seed=seed), data, seed)
+
+
+def _cell(
+    config: SparseTrainConfig, name: str, ticket: Ticket, data: DataConfig, seed: int
+) -> Cell:
+    key = run_id(config, ticket.content_hash, run_id(data), str(seed))
+    return Cell(name, ticket, data, seed, Path(config.out) / f"{name}-{key}")
+
+
+def _expand(patterns: list[str]) -> list[Path]:
+    paths = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not found:
+            raise UsageError(f"no ticket matches {pattern}")
+        paths += [Path(each) for each in found]
+    return paths
+
+
+def _data(config: SparseTrainConfig, ticket: Ticket, path: Path) -> DataConfig:
+    if config.data is not None:
+        return config.data
+    described = ticket.card.get("data", {})
+    if "image_size" not in described:
+        raise UsageError(f"{path} does not say which data it was made on; set data.name")
+    return from_plain(DataConfig, described)
+
+
+def train_cell(
+    cell: Cell,
+    config: SparseTrainConfig,
+    source: DataSource,
+    make_stepper: MakeStepper,
+    *,
+    device: str,
+    ranks: Ranks = ONE_PROCESS,
+    observer: Observer | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> dict[str, Any]:
+    """Train one cell on this rank, write its trained ticket and result, and return the result.
+
+    `observer` is given on rank 0 only. The test split is looked at once, at the end.
+    """
+    if cell.done:
+        return cell.result()
+    model = build(cell.ticket, source).to(models.choose_device(device))
+    stepper = make_stepper(
+        model, steps_per_epoch(source.train, config.training, ranks.world_size)
+    )
+    if observer:
+        observer.begin(cell, config)
+
+    def watch(epoch: Epoch) -> None:
+        if observer:
+            observer.epoch(cell, epoch)
+        if on_epoch:
+            on_epoch(epoch)
+
+    with seeded(cell.seed * 131 + ranks.rank):
+        history = fit(
+            stepper, source, config.training, seed=cell.seed, folder=cell.folder, on_epoch=watch
+        )
+    test = evaluate(stepper.model, source, source.test, ranks)
+    state = stepper.state_dict()
+    result = _result(cell, model, history.plain(), test.accuracy, test.loss)
+    if ranks.rank == 0:
+        _finish(cell, config, model, state, result)
+        if observer:
+            observer.end(cell, result)
+    return result
+
+
+def build(ticket: Ticket, source: DataSource) -> nn.Module:
+    """Build the ticket's model, compact, on the CPU; raise UsageError if the data do not fit it."""
+    recipe = ticket.card.get("model", {})
+    for key in ("num_classes", "in_chans", "image_size"):
+        if recipe.get(key) != getattr(source, key):
+            raise UsageError(
+                f"the ticket's model has {key} {recipe.get(key)}, the data {source.name} "
+                f"{getattr(source, key)}"
+            )
+    return compact(models.from_recipe(recipe), ticket)
+
+
+def _result(
+    cell: Cell, model: nn.Module, history: list[dict], accuracy: float, loss: float
+) -> dict[str, Any]:
+    card = cell.ticket.card
+    return {
+        "name": cell.name,
+        "model": card["model"]["name"],
+        "criterion": card.get("criterion", "unknown"),
+        "sparsity": round(card.get("sparsity", cell.ticket.sparsity), 6),
+        "seed": cell.seed,
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "validation_accuracy": history[-1]["validation_accuracy"],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "kept": cell.ticket.kept,
+        "seconds": round(sum(epoch["seconds"] for epoch in history), 3),
+        "prune_seconds": card.get("seconds", 0.0),
+        "fingerprint": cell.ticket.fingerprint,
+        "history": history,
+    }
+
+
+def _finish(
+    cell: Cell, config: SparseTrainConfig, model: nn.Module, state: dict, result: dict[str, Any]
+) -> None:
+    path = cell.folder / TRAINED
+    trained = {key: value for key, value in result.items() if key != "history"}
+    card = {**cell.ticket.card, "trained": trained, "training": plain(config.training)}
+    Ticket.from_compact(model, cell.ticket, card, state).save(path)
+    result["checkpoint_bytes"] = path.stat().st_size
+    write_json(cell.folder / RESULT, result)
+    for checkpoint in ("checkpoint.pt", "deepspeed"):
+        target = cell.folder / checkpoint
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)

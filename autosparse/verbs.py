@@ -1,0 +1,177 @@
+"""What each verb of `autosparse` does, once its config is parsed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autosparse.config import (
+    FitConfig,
+    IRPConfig,
+    PruneConfig,
+    QuickstartConfig,
+    SparseTrainConfig,
+)
+from autosparse.errors import UsageError
+from autosparse.files import read_card
+from autosparse.progress import Progress, print_table
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """Run the whole path."""
+    from autosparse import quickstart as steps
+
+    steps.run(config)
+
+
+def irp(config: IRPConfig) -> None:
+    """Do one IRP run and print its levels."""
+    from autosparse import corpus, irp
+
+    config = replace(config, out=str(Path(config.out).absolute()))
+    with Progress() as progress:
+        total = (config.levels + 1) * config.training.epochs
+        bar = progress.bar("IRP", total=total, unit="epochs")
+
+        def on_level(entry: dict[str, Any]) -> None:
+            bar.describe(f"IRP: density {entry['density']:.3g} done")
+            bar.set((entry["level"] + 1) * config.training.epochs)
+
+        folder = irp.run_irp(
+            config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level
+        )
+    print_table(corpus.read_run(folder).card["levels"], title=str(folder))
+
+
+def fit(config: FitConfig) -> None:
+    """Fit AutoS, save it, and print how well it predicts runs it has not seen."""
+    from autosparse.fit_scorer import fit as fit_autos
+
+    with Progress() as progress:
+        bar = progress.bar("fitting AutoS", total=config.epochs, unit="epochs")
+        network = fit_autos(config, on_epoch=lambda _: bar.advance())
+    network.save(config.out)
+    card = network.card
+    print_table(
+        [
+            {
+                "AutoS": config.out,
+                "fingerprint": network.fingerprint,
+                "trained on": f"{len(card['trained_on'])} runs",
+                "held out": f"{len(card['held_out'])} runs",
+                "validation MSE": card["best"]["validation_mse"],
+                "constant's MSE": card["baseline_mse"],
+                "rank correlation": card["best"]["validation_rank_correlation"],
+            }
+        ]
+    )
+
+
+def prune(config: PruneConfig) -> None:
+    """Prune a model and save the ticket."""
+    from autosparse import data, models, pruning
+
+    source = data.load(config.data)
+    model = models.create(
+        config.model,
+        num_classes=source.num_classes,
+        in_chans=source.in_chans,
+        image_size=source.image_size,
+        seed=config.seed,
+    ).to(models.choose_device(config.device))
+    ticket = pruning.prune(
+        model,
+        source,
+        config.criterion,
+        config.sparsity,
+        scope=config.scope,
+        seed=config.seed,
+        options=config.options,
+        samples_per_class=config.samples_per_class,
+    )
+    ticket.save(config.out)
+    print(
+        f"{config.out}: {ticket.kept:,} of {sum(m.numel() for m in ticket.masks.values()):,} "
+        f"weights kept ({ticket.sparsity:.2%} sparsity), fingerprint {ticket.fingerprint}"
+    )
+
+
+def train(config: SparseTrainConfig) -> None:
+    """Train tickets one after another in this process."""
+    from autosparse import data, models, results
+    from autosparse.sparse_training import cells, train_cell
+    from autosparse.training import PlainStepper
+
+    observer = None
+    if config.tracking:
+        from autosparse.integrations.mlflow import Tracker
+
+        observer = Tracker()
+    device = models.choose_device(config.device)
+    found = []
+    with Progress() as progress:
+        for cell in cells(config):
+            bar = progress.bar(f"training {cell.name}", config.training.epochs, "epochs")
+            result = train_cell(
+                cell,
+                config,
+                data.load(cell.data).to(device),
+                lambda model, steps: PlainStepper(model, config.training, steps),
+                device=str(device),
+                observer=observer,
+                on_epoch=lambda epoch, bar=bar: bar.set(epoch.epoch),
+            )
+            found.append(result)
+    results.show(found)
+
+
+def inspect(paths: list[str]) -> None:
+    """Print what a file or folder is, its card, and a row per layer or run."""
+    for path in paths:
+        if Path(path).is_dir():
+            _inspect_folder(Path(path))
+        else:
+            _inspect_file(path)
+
+
+def _inspect_folder(path: Path) -> None:
+    from autosparse.corpus import RUN, Corpus, is_finished
+
+    if is_finished(path):
+        _inspect_file(str(path / RUN))
+        return
+    corpus = Corpus(path)
+    rows = corpus.table()
+    print(f"corpus {path}, fingerprint {corpus.fingerprint}, {len(rows)} finished runs")
+    print_table(rows)
+
+
+def _inspect_file(path: str) -> None:
+    from autosparse.ticket import Ticket
+
+    header = read_card(path)
+    kind = header.get("kind")
+    if kind == "ticket":
+        ticket = Ticket.load(path)
+        print(f"ticket {path}, fingerprint {ticket.fingerprint}, sparsity {ticket.sparsity:.4%}")
+        _print_card(ticket.card)
+        print_table([{**row, "shape": "x".join(map(str, row["shape"]))} for row in ticket.table()])
+    elif kind == "autos":
+        print(f"AutoS {path}, fingerprint {header['fingerprint']}, features {header['features']}")
+        history = header["card"].pop("history", [])
+        _print_card({"inputs": header["inputs"], "hidden": header["hidden"], **header["card"]})
+        if history:
+            print_table(history)
+    elif kind == "irp":
+        print(f"IRP run {path}, run_id {header['run_id']}")
+        levels = header.pop("levels")
+        _print_card({key: header[key] for key in ("model", "config", "versions")})
+        print_table(levels)
+    else:
+        raise UsageError(f"{path} is no ticket, IRP run or AutoS file")
+
+
+def _print_card(card: dict[str, Any]) -> None:
+    for key, value in card.items():
+        print(f"  {key}: {value}")

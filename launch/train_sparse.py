@@ -1,0 +1,34 @@
+"""Train tickets (or a dense model) under DeepSpeed.
+
+    deepspeed launch/train_sparse.py --config configs/train/digits.yaml \\
+        --tickets '["tickets/*.safetensors"]' --out trained
+On a machine without a GPU, with two ranks:
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/train_sparse.py --config …
+"""
+
+from __future__ import annotations
+
+import sys
+
+from autosparse.cli import guarded, parse
+from autosparse.config import SparseTrainConfig
+
+
+def main(arguments: list[str]) -> None:
+    arguments = [each for each in arguments if not each.startswith("--local_rank")]
+    config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
+    from autosparse.integrations import deepspeed
+    from autosparse.results import show
+
+    observer = None
+    if config.tracking and deepspeed.is_first():
+        from autosparse.integrations.mlflow import Tracker
+
+        observer = Tracker()
+    results = deepspeed.train(config, observer)
+    if deepspeed.is_first():
+        show(results)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
