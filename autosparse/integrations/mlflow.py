@@ -6,6 +6,9 @@ models are saved as exported programs, so they load while pickle deserialization
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -21,7 +24,6 @@ import mlflow.pytorch
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from torch import nn
 
@@ -33,6 +35,9 @@ from autosparse.scorer import AutoS
 from autosparse.sparse_training import RESULT, TRAINED, Cell
 from autosparse.ticket import Ticket
 from autosparse.training import Epoch
+
+for chatty in ("mlflow", "alembic"):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
 
 EXPERIMENT = "autosparse"
 PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
@@ -153,7 +158,7 @@ def parent_run(name: str, folder: Path) -> Iterator[str]:
 
 
 def register_autos(path: Path, run: str) -> int:
-    """Register an AutoS file as a version of `autos`, alias champion; return the version.
+    """Register an AutoS file as a version of `autos`; return the version.
 
     A version of the same fingerprint is found and not made again.
     """
@@ -174,7 +179,7 @@ def register_autos(path: Path, run: str) -> int:
 
 
 def register_ticket(path: Path, result: dict[str, Any], run: str, autos_version: int | None) -> int:
-    """Register a trained ticket as a version of `<model>-sparse`, alias champion if it is best.
+    """Register a trained ticket as a version of `<model>-sparse`; return the version.
 
     The version holds the dense model (zero where pruned) and, beside it, the ticket file.
     """
@@ -241,22 +246,16 @@ def _register(
     return int(version)
 
 
-def set_champion(name: str, version: int) -> None:
-    """Point the alias champion at a version."""
-    MlflowClient().set_registered_model_alias(name, CHAMPION, str(version))
-
-
-def champion(name: str) -> int | None:
-    """Return the champion's version, or None."""
-    try:
-        return int(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
-    except MlflowException:
-        return None
+def set_alias(name: str, alias: str, version: int) -> None:
+    """Point an alias of a registered model at a version."""
+    MlflowClient().set_registered_model_alias(name, alias, str(version))
 
 
 def log_report(run: str, table: list[dict[str, Any]], figure: Path) -> None:
-    """Log the final table and figure to a run."""
+    """Log the final table and figure to a run; the same table is logged once."""
     found = MlflowClient()
-    columns = {key: [row[key] for row in table] for key in table[0]}
-    found.log_table(run, columns, "results.json")
+    content = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:8]
+    name = f"results-{content}.json"
+    if name not in [each.path for each in found.list_artifacts(run)]:
+        found.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
     found.log_artifact(run, str(figure))

@@ -1,0 +1,241 @@
+"""`autosparse quickstart`: the whole path on embedded real data, with the commands it runs.
+
+Every step is found finished by its output, so a second run only draws and prints.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import autosparse
+from autosparse import data, models, pruning, results
+from autosparse.cli import parse
+from autosparse.config import (
+    CorpusConfig,
+    FitConfig,
+    ModelConfig,
+    QuickstartConfig,
+    SparseTrainConfig,
+)
+from autosparse.corpus import Corpus, is_finished
+from autosparse.errors import RunFailed, UsageError
+from autosparse.files import read_card
+from autosparse.irp import run_folder
+from autosparse.progress import Progress, print_table
+from autosparse.sparse_training import TRAINED, Cell, cells
+
+TARGET = ModelConfig("test_byobnet")
+"""The model that is pruned and trained; the corpus has never seen it."""
+SPARSITIES = (0.9, 0.95)
+CRITERIA = ("autos", "snip", "synflow", "erk", "random", "magnitude")
+RANKS = 2
+
+
+def run(config: QuickstartConfig) -> None:
+    """Grow a corpus, fit AutoS, prune, train with DeepSpeed, register, draw, and say what next."""
+    started = time.perf_counter()
+    if config.seeds < 1:
+        raise UsageError(f"seeds must be at least 1, got {config.seeds}")
+    out = Path(config.out).absolute()
+    corpus = _grow(out)
+    scorer = _fit(out, corpus)
+    tickets = _prune(out, scorer, config.seeds)
+    trained = _train(out, tickets)
+    _heading("5  results")
+    found = [cell.result() for cell in trained]
+    results.show(found)
+    figure = _draw(out, results.summary(found))
+    names = _register(out, scorer, trained, figure)
+    _say_what_next(out, figure, names, time.perf_counter() - started)
+
+
+def _heading(text: str, command: list[str] | None = None) -> None:
+    print(f"\n── {text} " + "─" * max(0, 76 - len(text)), flush=True)
+    if command:
+        print("$ " + shlex.join(command).replace(str(Path.cwd()) + os.sep, ""), flush=True)
+
+
+def _source(path: str) -> Path:
+    """Return a file of the source tree, which quickstart's commands are run from."""
+    found = Path(autosparse.__file__).parent.parent / path
+    if not found.exists():
+        raise UsageError(f"{found} is not there; quickstart needs the source tree: pip install -e .")
+    return found
+
+
+def _command(command: list[str], failure: str, **environment: str) -> None:
+    done = subprocess.run(command, env={**os.environ, **environment}, check=False)
+    if done.returncode:
+        raise RunFailed(f"{failure} (exit code {done.returncode}); the same command goes on from here")
+
+
+def _grow(out: Path) -> Path:
+    file, folder = _source("configs/corpus/digits.yaml"), out / "corpus"
+    plan = replace(parse(CorpusConfig, ["--config", str(file)], "", None), out=str(folder)).runs()
+    command = [sys.executable, str(_source("ray_jobs/grow_corpus.py")),
+               "--config", str(file), "--out", str(folder)]  # fmt: skip
+    _heading(f"1  a corpus of {len(plan)} IRP runs, with Ray", ["python", *command[1:]])
+    if all(is_finished(run_folder(each)) for each in plan):
+        print(f"found {len(plan)} finished runs in {folder}")
+    else:
+        _command(command, "growing the corpus failed")
+    return folder
+
+
+def _fit(out: Path, corpus: Path) -> Path:
+    from autosparse.verbs import fit
+
+    file, path = _source("configs/scorer/digits.yaml"), out / "autos.safetensors"
+    overrides = ["--config", str(file), "--corpus", str(corpus), "--out", str(path)]
+    _heading("2  AutoS, fitted on the corpus", ["autosparse", "fit", *overrides])
+    if path.exists() and read_card(path)["card"]["corpus"] == Corpus(corpus).fingerprint:
+        print(f"found {path}")
+    else:
+        fit(parse(FitConfig, overrides, "", None))
+    return path
+
+
+def _prune(out: Path, scorer: Path, seeds: int) -> list[Path]:
+    source = data.load("digits")
+    fingerprint = read_card(scorer)["fingerprint"]
+    plan = [(pruning.DENSE, 0.0, seed) for seed in range(seeds)] + [
+        (criterion, sparsity, seed)
+        for seed in range(seeds)
+        for sparsity in SPARSITIES
+        for criterion in CRITERIA
+    ]
+    _heading(
+        f"3  {len(plan)} tickets of {TARGET.name}, which is not in the corpus",
+        ["autosparse", "prune", "--model.name", TARGET.name, "--criterion", "autos",
+         "--options.scorer", str(scorer), "--sparsity", "0.95", "--seed", "0", "--out",
+         str(out / "tickets" / "autos-95-seed0.safetensors")],
+    )  # fmt: skip
+    paths = []
+    with Progress() as progress:
+        bar = progress.bar("pruning", total=len(plan), unit="tickets")
+        for criterion, sparsity, seed in plan:
+            path = out / "tickets" / f"{criterion}-{sparsity * 100:.0f}-seed{seed}.safetensors"
+            if not _is_there(path, criterion, fingerprint):
+                model = models.create(
+                    TARGET,
+                    num_classes=source.num_classes,
+                    in_chans=source.in_chans,
+                    image_size=source.image_size,
+                    seed=seed,
+                )
+                options = {"scorer": str(scorer)} if criterion == "autos" else None
+                pruning.prune(
+                    model, source, criterion, sparsity, seed=seed, options=options
+                ).save(path)
+            paths.append(path)
+            bar.advance()
+    return paths
+
+
+def _is_there(path: Path, criterion: str, fingerprint: str) -> bool:
+    if not path.exists():
+        return False
+    return criterion != "autos" or read_card(path)["card"]["autos"] == fingerprint
+
+
+def _train(out: Path, tickets: list[Path]) -> list[Cell]:
+    file = _source("configs/train/digits.yaml")
+    patterns = "[" + ", ".join(str(path) for path in tickets) + "]"
+    overrides = ["--config", str(file), "--tickets", patterns, "--out", str(out / "trained")]
+    config = parse(SparseTrainConfig, overrides, "", None)
+    script = str(_source("launch/train_sparse.py"))
+    ranks, accelerator = _ranks()
+    launcher = ["--num_accelerators", str(ranks), "--log_level", "error", "--master_port", _port()]
+    shown = ["--tickets", f"[{out / 'tickets'}/*.safetensors]", *overrides[4:]]
+    _heading(
+        f"4  sparse training, DeepSpeed on {ranks} ranks",
+        ["deepspeed", "--num_accelerators", str(ranks), script, *overrides[:2], *shown],
+    )
+    planned = list(cells(config))
+    left = sum(not cell.done for cell in planned)
+    if not left:
+        print(f"found {len(planned)} trained tickets in {out / 'trained'}")
+        return planned
+    from autosparse.integrations.mlflow import parent_run, tracking_uri
+
+    with parent_run("quickstart", out):
+        _command(
+            [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, script, *overrides],
+            "sparse training failed",
+            MLFLOW_TRACKING_URI=tracking_uri(out),
+            **accelerator,
+        )
+    return planned
+
+
+def _ranks() -> tuple[int, dict[str, str]]:
+    """Return how many ranks to start, and the environment that makes DeepSpeed use them."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count(), {}
+    return RANKS, {"DS_ACCELERATOR": "cpu"}
+
+
+def _port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _draw(out: Path, rows: list[dict[str, Any]]) -> Path:
+    from autosparse.figures import accuracy_against_sparsity
+
+    seeds = max(row["seeds"] for row in rows)
+    title = f"{TARGET.name} on digits, mean ± standard deviation of {seeds} seeds"
+    return accuracy_against_sparsity(rows, out / "accuracy.png", title)
+
+
+def _register(out: Path, scorer: Path, trained: list[Cell], figure: Path) -> list[str]:
+    """Register AutoS and the best checkpoint of each sparsity, chosen by validation accuracy."""
+    from autosparse.integrations import mlflow
+
+    _heading("6  registry")
+    with mlflow.parent_run("quickstart", out) as run:
+        autos_version = mlflow.register_autos(scorer, run)
+        mlflow.set_alias(mlflow.AUTOS, mlflow.CHAMPION, autos_version)
+        rows = [{"model": mlflow.AUTOS, "version": autos_version, "alias": mlflow.CHAMPION,
+                 "what": "features at initialization → predicted survival"}]  # fmt: skip
+        for sparsity in SPARSITIES:
+            best = _best(trained, sparsity)
+            result = best.result()
+            version = mlflow.register_ticket(best.folder / TRAINED, result, run, autos_version)
+            name = f"{TARGET.name}-sparse"
+            alias = mlflow.CHAMPION if sparsity == SPARSITIES[-1] else f"sparsity-{sparsity:.0%}"
+            alias = alias.rstrip("%")
+            mlflow.set_alias(name, alias, version)
+            what = f"{sparsity:.0%} by {result['criterion']}, test {result['test_accuracy']:.1%}"
+            rows.append({"model": name, "version": version, "alias": alias, "what": what})
+        mlflow.log_report(run, results.summary(cell.result() for cell in trained), figure)
+    print_table(rows)
+    return [f"models:/{row['model']}@{row['alias']}" for row in rows]
+
+
+def _best(trained: list[Cell], sparsity: float) -> Cell:
+    mine = [cell for cell in trained if cell.result()["sparsity"] == sparsity]
+    return max(mine, key=lambda cell: cell.result()["validation_accuracy"])
+
+
+def _say_what_next(out: Path, figure: Path, names: list[str], seconds: float) -> None:
+    from autosparse.integrations.mlflow import tracking_uri
+
+    uri = tracking_uri(out)
+    print(f"\nFigure: {figure}\nDone in {seconds:.0f} s. To browse runs and registered models:\n")
+    print(f"  mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri {uri}\n")
+    print(f"then open http://127.0.0.1:5000. To use a registered model:\n\n"
+          f'  MLFLOW_TRACKING_URI={uri} python -c \\\n'
+          f'    "import mlflow; print(mlflow.pytorch.load_model(\'{names[-1]}\'))"')  # fmt: skip
