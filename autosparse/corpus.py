@@ -152,6 +152,22 @@ class Corpus:
         return path
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Shorten a row of the index to what fits a terminal."""
+    return {
+        "run_id": row["run_id"],
+        "model": row["model"],
+        "data": row["data"],
+        "seed": row["seed"],
+        "label": row["label"],
+        "levels": row["levels"],
+        "weights": row["prunable_weights"],
+        "dense acc.": f"{row['dense_accuracy']:.1%}",
+        "last acc.": f"{row['final_accuracy']:.1%} at {row['final_density']:.1%}",
+        "seconds": round(row["seconds"], 1),
+    }
+
+
 def _row(card: dict[str, Any]) -> dict[str, Any]:
     config, levels = card["config"], card["levels"]
     return {

@@ -136,7 +136,7 @@ def inspect(paths: list[str]) -> None:
 
 
 def _inspect_folder(path: Path) -> None:
-    from autosparse.corpus import RUN, Corpus, is_finished
+    from autosparse.corpus import RUN, Corpus, is_finished, shown
 
     if is_finished(path):
         _inspect_file(str(path / RUN))
@@ -144,7 +144,7 @@ def _inspect_folder(path: Path) -> None:
     corpus = Corpus(path)
     rows = corpus.table()
     print(f"corpus {path}, fingerprint {corpus.fingerprint}, {len(rows)} finished runs")
-    print_table(rows)
+    print_table([shown(row) for row in rows])
 
 
 def _inspect_file(path: str) -> None:

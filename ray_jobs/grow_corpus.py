@@ -17,13 +17,14 @@ from autosparse.config import CorpusConfig
 
 def main(arguments: list[str]) -> None:
     config = parse(CorpusConfig, arguments, "grow_corpus.py", __doc__)
-    from autosparse.corpus import Corpus
+    from autosparse.corpus import Corpus, shown
     from autosparse.integrations import ray
     from autosparse.progress import print_table
 
     grown = ray.grow(config)
     ray.raise_if_failed(grown)
-    print_table(Corpus(grown.folder).table(), title=f"corpus {grown.folder}")
+    rows = [shown(row) for row in Corpus(grown.folder).table()]
+    print_table(rows, title=f"corpus {grown.folder}")
     print(f"{len(grown.done)} runs done, {len(grown.found)} found finished: {grown.folder}")
 
 
