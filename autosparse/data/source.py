@@ -170,17 +170,36 @@ def augmented(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tens
 def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tensor, Tensor]:
     """Split positions into (rest, chosen): `fraction` of every class chosen, always the same.
 
-    Every class with two or more images gets at least one into each part.
+    The total is exact (rounded); what the classes' fractions leave over goes to the largest
+    remainders. Every class of two or more images has at least one in each part if that is
+    possible.
     """
     generator = torch.Generator().manual_seed(SPLIT_SEED + salt)
+    classes = labels.unique().tolist()
+    places = {label: (labels == label).nonzero().squeeze(1) for label in classes}
+    counts = _shares({label: len(places[label]) for label in classes}, fraction)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        places = (labels == label).nonzero().squeeze(1)
-        count = round(len(places) * fraction)
-        if len(places) > 1:
-            count = min(max(count, 1), len(places) - 1)
-        chosen[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+    for label in classes:
+        order = torch.randperm(len(places[label]), generator=generator)
+        chosen[places[label][order[: counts[label]]]] = True
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
+    """Split round(fraction * total) over classes in proportion, leaving each a rest."""
+    total = round(fraction * sum(sizes.values()))
+    ideal = {label: size * fraction for label, size in sizes.items()}
+    most = {label: max(size - 1, 1) for label, size in sizes.items()}
+    least = {label: min(1, most[label]) if size > 1 else 0 for label, size in sizes.items()}
+    counts = {label: min(max(int(ideal[label]), least[label]), most[label]) for label in sizes}
+    while (missing := total - sum(counts.values())) > 0:
+        open_ = [label for label in sizes if counts[label] < most[label]]
+        if not open_:
+            break
+        open_.sort(key=lambda label: counts[label] - ideal[label])
+        for label in open_[:missing]:
+            counts[label] += 1
+    return counts
 
 
 def choose_augment(asked: str, suitable: str) -> str:

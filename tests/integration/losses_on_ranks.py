@@ -1,0 +1,39 @@
+"""Run by `deepspeed` on two ranks: write the loss of every step of compact training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from autosparse import compact, data, prune
+from autosparse.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.integrations import deepspeed
+from tests.integration.masked_dense import BATCH, CASES, STEPS, batches
+from tests.conftest import SMALL_DIGITS, make_model
+
+
+def main(out: Path) -> None:
+    ranks, _ = deepspeed.start()
+    source = data.load(SMALL_DIGITS)
+    losses = {}
+    for name, case in CASES.items():
+        for stage in (0, 1, 2, 3):
+            model = make_model(name, **case.options)
+            compact(model, prune(model, source, "erk", case.sparsity))
+            config = SparseTrainConfig(
+                training=case.settings(), deepspeed=DeepSpeedConfig(zero_stage=stage)
+            )
+            stepper = deepspeed.DeepSpeedStepper(model, config, STEPS, ranks)
+            stepper.model.train()
+            half = BATCH // ranks.world_size
+            mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
+            losses[f"{name} {stage}"] = [
+                float(stepper.step(images[mine], labels[mine])) for images, labels in batches(source)
+            ]
+            stepper.close()
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

@@ -1,0 +1,101 @@
+"""Masked-dense training on two halves of every batch: the reference for two ranks.
+
+Written without the package's compact parameters, optimizer groups or loop: dense weights, a mask
+multiplied into weights and gradients, and the halves' gradients averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autosparse import prune
+from autosparse.config import TrainingConfig
+from autosparse.data import DataSource
+from tests.conftest import make_model
+
+STEPS, BATCH = 50, 32
+WEIGHT_DECAY, CLIP = 0.05, 1.0
+EPSILON = 1e-5
+"""Adam's default 1e-8 makes steps out of rounding noise where the true gradient is zero (the one
+weight of a filter before batch norm), and noise differs between any two orders of summation."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and settings under which 50 steps teach it something."""
+
+    options: dict[str, str]
+    sparsity: float
+    learning_rate: float
+
+    def settings(self) -> TrainingConfig:
+        return TrainingConfig(
+            batch_size=BATCH,
+            optimizer="adamw",
+            learning_rate=self.learning_rate,
+            weight_decay=WEIGHT_DECAY,
+            clip_grad=CLIP,
+            schedule="none",
+            optimizer_options={"eps": EPSILON},
+        )
+
+
+CASES = {
+    "test_byobnet": Case({}, 0.9, 1e-3),
+    "test_vit": Case({"global_pool": "avg"}, 0.8, 3e-3),
+}
+
+
+def batches(source: DataSource) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first 50 batches, the same for everyone."""
+    made = 0
+    for epoch in range(STEPS):
+        for images, labels in source.train.shuffled(BATCH, seed=0, epoch=epoch):
+            yield source.prepare(images), labels
+            made += 1
+            if made == STEPS:
+                return
+
+
+def reference_losses(name: str, source: DataSource, parts: int) -> list[list[float]]:
+    """The loss of every part of every step."""
+    case = CASES[name]
+    model = make_model(name, **case.options)
+    masks = prune(model, source, "erk", case.sparsity).masks
+    _mask(model, masks)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    plain = {n for n, p in model.named_parameters() if p.ndim <= 1 or n in exempt}
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in parameters.items() if n not in plain]},
+            {"params": [parameters[n] for n in parameters if n in plain], "weight_decay": 0.0},
+        ],
+        lr=case.learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        eps=EPSILON,
+    )
+    losses = []
+    for images, labels in batches(source):
+        model.train()
+        pairs = zip(images.chunk(parts), labels.chunk(parts), strict=True)
+        parts_losses = [nn.functional.cross_entropy(model(x), y) for x, y in pairs]
+        (sum(parts_losses) / parts).backward()
+        for parameter_name, mask in masks.items():
+            parameters[parameter_name].grad.mul_(mask)
+        nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        _mask(model, masks)
+        losses.append([float(loss.detach()) for loss in parts_losses])
+    return losses
+
+
+@torch.no_grad()
+def _mask(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)

@@ -1,0 +1,152 @@
+"""DeepSpeed on two gloo ranks: the same losses as masked-dense, tickets in and out, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import autosparse
+from autosparse import prune
+from autosparse.ticket import Ticket
+from tests.conftest import make_model
+from tests.integration.masked_dense import CASES, reference_losses
+
+ROOT = Path(autosparse.__file__).parent.parent
+
+
+def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """Run a script as `deepspeed --num_accelerators N` would on a machine without a GPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, "--master_port", port, "--log_level", "error", str(script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
+    out = tmp_path_factory.mktemp("losses")
+    done = launch(ROOT / "tests" / "integration" / "losses_on_ranks.py", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_compact_training_equals_masked_dense_training(losses, name: str, digits) -> None:
+    expected = torch.tensor(reference_losses(name, digits, parts=2))
+    assert float(expected[0].mean() - expected[-5:].mean()) > 0.2, "nothing was learned"
+    for stage in (0, 1, 2, 3):
+        found = torch.tensor([losses[rank][f"{name} {stage}"] for rank in range(2)]).T
+        assert found.shape == (50, 2)
+        assert float((found - expected).abs().max()) < 1e-5, f"ZeRO {stage}"
+
+
+TINY = [
+    "--data.name", "digits", "--data.train_limit", "300", "--training.batch_size", "100",
+    "--training.epochs", "4", "--training.checkpoint_epochs", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tickets(tmp_path_factory: pytest.TempPathFactory, digits) -> Path:
+    folder = tmp_path_factory.mktemp("tickets")
+    for criterion in ("erk", "dense"):
+        prune(make_model(), digits, criterion, 0.9).save(folder / f"{criterion}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tickets: Path) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    done = _train(tickets, out, "--deepspeed.zero_stage", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "erk" in done.stdout
+    return out
+
+
+def _train(tickets: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    arguments = [*TINY, "--tickets", f"[{tickets}/*.safetensors]", "--out", str(out), *more]
+    return launch(ROOT / "launch" / "train_sparse.py", *arguments, "--tracking", "false")
+
+
+def test_every_ticket_is_trained_into_its_own_folder(trained: Path, tickets: Path) -> None:
+    results = {path.parent.name.split("-")[0]: path for path in trained.glob("*/result.json")}
+    assert sorted(results) == ["dense", "erk"]
+    start = Ticket.load(tickets / "erk.safetensors")
+    end = Ticket.load(results["erk"].parent / "trained.safetensors")
+    assert end.fingerprint == start.fingerprint
+    assert any(not torch.equal(end.values[n], start.values[n]) for n in start.values)
+    result = json.loads(results["erk"].read_text())
+    assert len(result["history"]) == 4
+    assert result["checkpoint_bytes"] < 0.2 * json.loads(results["dense"].read_text())[
+        "checkpoint_bytes"
+    ]
+    assert not list(trained.glob("*/deepspeed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_a_training_cut_short_ends_as_the_unbroken_one(
+    tickets: Path, tmp_path: Path, stage: str
+) -> None:
+    """Interrupted after epoch 3 on both ranks; resumed from epoch 2's checkpoint."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ["--deepspeed.zero_stage", stage]
+    assert _train(tickets, whole, *more).returncode == 0
+    script = tmp_path / "stop.py"
+    script.write_text(STOP_AFTER_THREE.format(script=str(ROOT / "launch" / "train_sparse.py")))
+    arguments = [*TINY, "--tickets", f"[{tickets}/*.safetensors]", "--out", str(broken), *more]
+    cut = launch(script, *arguments, "--tracking", "false")
+    assert cut.returncode != 0
+    assert list(broken.glob("*/deepspeed/latest"))
+    assert _train(tickets, broken, *more).returncode == 0
+    for path in whole.glob("*/trained.safetensors"):
+        expected = Ticket.load(path)
+        found = Ticket.load(broken / path.relative_to(whole))
+        assert found.content_hash == expected.content_hash, path
+
+
+STOP_AFTER_THREE = """
+import os, runpy, sys
+from autosparse.integrations.deepspeed import DeepSpeedStepper
+save = DeepSpeedStepper.save
+
+def stop(self, folder, history):
+    save(self, folder, history)
+    self.saved = True
+
+step = DeepSpeedStepper.step
+
+def counted(self, images, labels):
+    if getattr(self, "saved", False) and self.updates >= 9:
+        os._exit(9)
+    return step(self, images, labels)
+
+DeepSpeedStepper.save, DeepSpeedStepper.step = stop, counted
+sys.argv[0] = {script!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_users_mistake_is_one_line_and_the_launcher_fails(tmp_path: Path) -> None:
+    done = launch(ROOT / "launch" / "train_sparse.py", "--tickets", "[nothing.safetensors]")
+    assert done.returncode != 0
+    assert "error: no such file: nothing.safetensors" in done.stderr
+    assert not (tmp_path / "trained").exists()
+
