@@ -28,6 +28,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "pyarrow>=15",
+        "pyyaml>=6",
         "rich>=13",
         "setuptools",
     ],

@@ -109,6 +109,7 @@ def parse(kind: type[Config], arguments: list[str], program: str, description: s
     )
     parser.add_argument("--config", action="config", help="YAML file; several may be given")
     parser.add_class_arguments(kind)
+    _check_files(arguments)
     import argparse
 
     try:
@@ -120,10 +121,29 @@ def parse(kind: type[Config], arguments: list[str], program: str, description: s
     return kind(**vars(values))
 
 
+def _check_files(arguments: list[str]) -> None:
+    """Raise UsageError that names a --config file which is missing or no YAML mapping."""
+    import yaml
+
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            continue
+        path = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            problem = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UsageError(f"config file {path!r} cannot be read: {problem}") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"config file {path!r} holds no settings (key: value)")
+
+
 def _explain(message: str, parser: Any, arguments: list[str]) -> str:
     """Shorten jsonargparse's message to one line and add the nearest key it knows."""
     line = " ".join(message.split())
-    wrong = re.search(r"option '([^']+)'|unrecognized arguments: --([\w.]+)", line)
+    wrong = re.search(r"[Oo]ption '([^']+)'|unrecognized arguments: --([\w.]+)", line)
     if not wrong:
         return line
     name = wrong.group(1) or wrong.group(2)

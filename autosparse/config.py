@@ -24,6 +24,11 @@ def _local(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
+def _workers_identity(config: DataConfig) -> int:
+    """The order of streamed shards depends on how many processes they are dealt to."""
+    return config.workers if config.name == "shards" else 2
+
+
 def _root_identity(config: DataConfig) -> str | None:
     """Own data is known by its folder's name, wherever it lies; named sets by their name."""
     own = config.name in ("folder", "shards") and config.root
@@ -58,7 +63,7 @@ class DataConfig:
     """Share of the training images held out for validation, stratified, the same every time."""
     train_limit: int | None = None
     """Use only this many training images, stratified, the same ones every time."""
-    workers: int = _local(2)
+    workers: int = field(default=2, metadata={"identity": _workers_identity})
     """Processes that decode images, for sets that are too large for memory."""
     memory_limit_gb: float = _local(4.0)
     """Sets whose decoded images take less than this are held in memory as uint8 tensors."""
@@ -81,7 +86,7 @@ class TrainingConfig:
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for the optimizer, e.g. {momentum: 0.9}."""
     schedule: str = "cosine"
-    """Any schedule of timm's factory; `none` keeps the rate constant."""
+    """cosine, tanh, poly (timm's), or none: a constant rate."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up, counted in the total."""
     clip_grad: float | None = None
@@ -281,8 +286,21 @@ def identity(config: Any) -> dict[str, Any]:
             if inner or default is None:
                 different[spec.name] = inner
         elif value != default:
-            different[spec.name] = value
+            different[spec.name] = _canonical(value)
     return different
+
+
+def _canonical(value: Any) -> Any:
+    """Make equal values look the same in JSON: 1.0 as 1, dataclasses in lists as their identity."""
+    if dataclasses.is_dataclass(value):
+        return identity(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list | tuple):
+        return [_canonical(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _canonical(each) for key, each in value.items()}
+    return value
 
 
 def _default(spec: dataclasses.Field) -> Any:
@@ -322,7 +340,7 @@ def check_sparsity(sparsity: float) -> float:
 
 
 def keep_count(total: int, sparsity: float) -> int:
-    """Return how many of `total` weights survive at `sparsity`: exact, halves rounded up.
+    """Return how many of `total` weights survive at `sparsity`: exact; half a weight is removed.
 
     The decimal that was written is meant: 0.95 of 1000 removes 950, whatever binary says.
     """

@@ -28,6 +28,7 @@ from autosparse.errors import UsageError, unknown
 from autosparse.files import read_json, read_tensors, write_json, write_tensors
 from autosparse.ticket import Ticket
 from autosparse.training import Epoch, PlainStepper, fit, seeded, steps_per_epoch
+from autosparse.training import check as check_training
 from autosparse.versions import library_versions
 
 LABELS = ("magnitude", "snip")
@@ -47,6 +48,7 @@ def densities(levels: int, final_density: float, schedule: str) -> list[float]:
 
 def check(config: IRPConfig) -> None:
     """Raise UsageError for settings that cannot be."""
+    check_training(config.training)
     if config.label not in LABELS:
         raise unknown("label criterion", config.label, LABELS)
     if config.schedule not in SCHEDULES:
@@ -89,6 +91,7 @@ def run_irp(
     )
     names = list(models.prunable(initial, config.model.exclude))
     start = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
+    steps_per_epoch(source.train, config.training)
     card = _card(config, initial, source, start)
     _claim(folder, card)
     card["levels"], survival = _all_levels(

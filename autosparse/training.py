@@ -6,6 +6,7 @@ PyTorch; integrations/deepspeed.py has the one for DeepSpeed.
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,11 @@ from autosparse.compaction import MARK
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource, Split
 from autosparse.errors import RunFailed, UsageError, unknown
-from autosparse.files import replacing
+from autosparse.files import write_bytes
 from autosparse.models import device_of
 
 EVALUATION_BATCH = 256
+PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "tanh", "poly", "none")
 
 
@@ -128,8 +130,9 @@ class PlainStepper:
             "rng": torch.get_rng_state(),
             "history": history.plain(),
         }
-        with replacing(folder / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+        whole = io.BytesIO()
+        torch.save(state, whole)
+        write_bytes(folder / "checkpoint.pt", whole.getvalue())
 
     def load(self, folder: Path) -> History | None:
         path = folder / "checkpoint.pt"
@@ -144,16 +147,26 @@ class PlainStepper:
         return History([Epoch(**epoch) for epoch in state["history"]])
 
 
+def check(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if config.optimizer not in list_optimizers():
+        raise unknown("optimizer", config.optimizer, list_optimizers())
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    if config.precision not in PRECISIONS:
+        raise unknown("precision", config.precision, PRECISIONS)
+    for name in ("epochs", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+
+
 def optimizer_and_schedule(model: nn.Module, config: TrainingConfig, steps_per_epoch: int):
     """Build timm's optimizer and scheduler; the scheduler is None for a constant rate.
 
     timm exempts 1-D parameters from weight decay; compact weights are 1-D and yet weights, so
     the groups are made here.
     """
-    if config.optimizer not in list_optimizers():
-        raise unknown("optimizer", config.optimizer, list_optimizers())
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
+    check(config)
     try:
         optimizer = create_optimizer_v2(
             parameter_groups(model, config.weight_decay),  # type: ignore[arg-type]
@@ -205,13 +218,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def autocast(config: TrainingConfig, device: torch.device):
     """Return the autocast context that `precision` asks for."""
-    if config.precision not in ("fp32", "bf16"):
-        raise unknown("precision", config.precision, ("fp32", "bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
     """Return the steps of an epoch; raise UsageError if the images do not fill one batch."""
+    check(config)
     if config.batch_size % world_size:
         raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
     steps = train.steps(config.batch_size // world_size, world_size)

@@ -101,17 +101,15 @@ def train(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse import data, models, results
     from autosparse.sparse_training import cells, train_cell
-    from autosparse.training import PlainStepper
+    from autosparse.training import PlainStepper, check
 
-    observer = None
-    if config.tracking:
-        from autosparse.integrations.mlflow import Tracker
-
-        observer = Tracker()
     device = models.choose_device(config.device)
+    check(config.training)
+    planned = list(cells(config))
+    observer = _tracker() if config.tracking and not all(cell.done for cell in planned) else None
     found = []
     with Progress() as progress:
-        for cell in cells(config):
+        for cell in planned:
             bar = progress.bar(f"training {cell.name}", config.training.epochs, "epochs")
             result = train_cell(
                 cell,
@@ -124,6 +122,12 @@ def train(config: SparseTrainConfig) -> None:
             )
             found.append(result)
     results.show(found)
+
+
+def _tracker() -> Any:
+    from autosparse.integrations.mlflow import Tracker
+
+    return Tracker()
 
 
 def inspect(paths: list[str]) -> None:

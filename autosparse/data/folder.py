@@ -20,7 +20,9 @@ from autosparse.data.source import (
     MemorySplit,
     Split,
     choose_augment,
+    first_cause,
     in_memory,
+    limited_places,
     stratified,
 )
 from autosparse.errors import UsageError
@@ -36,7 +38,7 @@ def load_folder(config: DataConfig) -> DataSource:
     root = Path(config.root or "").expanduser()
     size = config.image_size or DEFAULT_SIZE
     parts, classes = _parts(root, config.validation_fraction)
-    if config.train_limit and config.train_limit < len(parts["train"]):
+    if config.train_limit is not None:
         parts["train"] = _limited(parts["train"], config.train_limit)
     needed = 3 * size * size * sum(len(part) for part in parts.values())
     augment = choose_augment(config.augment, "shift+flip")
@@ -111,8 +113,7 @@ def _listed(root: Path) -> tuple[list[Sample], list[str]]:
 
 def _limited(train: list[Sample], limit: int) -> list[Sample]:
     labels = torch.tensor([label for _, label in train])
-    _, chosen = stratified(labels, limit / len(train), salt=1)
-    return [train[place] for place in chosen.tolist()]
+    return [train[place] for place in limited_places(labels, limit).tolist()]
 
 
 def _in_memory(samples: Sequence[Sample], size: int) -> MemorySplit:
@@ -168,11 +169,14 @@ class FolderStream:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels in loader:
-            yield (
-                images.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-            )
+        try:
+            for images, labels in loader:
+                yield (
+                    images.to(self.device, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                )
+        except UsageError as error:
+            raise first_cause(error) from error
 
     def to(self, device: torch.device) -> FolderStream:
         return replace(self, device=device)

@@ -18,15 +18,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from autosparse.config import DataConfig
 from autosparse.data.decode import decode
 from autosparse.data.folder import DEFAULT_SIZE, IMAGENET_MEAN, IMAGENET_STD
-from autosparse.data.source import Batch, DataSource, MemorySplit, choose_augment, in_memory
+from autosparse.data.source import (
+    Batch,
+    DataSource,
+    MemorySplit,
+    choose_augment,
+    first_cause,
+    in_memory,
+)
 from autosparse.errors import UsageError
 from autosparse.files import read_json, replacing, sha256_of_file, write_json
 
 MANIFEST = "manifest.json"
+FORMAT = 1
 SPLITS = ("train", "validation", "test")
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
@@ -47,8 +56,11 @@ def load_shards(config: DataConfig) -> DataSource:
     root = Path(config.root or "").expanduser()
     manifest, shards = read_manifest(root)
     size = config.image_size or DEFAULT_SIZE
+    classes = len(manifest["classes"])
     parts = {
-        split: ShardStream(root, [s for s in shards if s.split == split], size, config.workers)
+        split: ShardStream(
+            root, [s for s in shards if s.split == split], size, classes, config.workers
+        )
         for split in SPLITS
     }
     for split in ("train", "test"):
@@ -62,7 +74,7 @@ def load_shards(config: DataConfig) -> DataSource:
             whole["train"],
             whole["test"],
             validation=whole.get("validation"),
-            num_classes=len(manifest["classes"]),
+            num_classes=classes,
             validation_fraction=config.validation_fraction,
             train_limit=config.train_limit,
             augment=augment,
@@ -74,7 +86,7 @@ def load_shards(config: DataConfig) -> DataSource:
     return DataSource(
         name=root.name,
         **parts,
-        num_classes=len(manifest["classes"]),
+        num_classes=classes,
         in_chans=3,
         image_size=size,
         mean=IMAGENET_MEAN,
@@ -87,10 +99,12 @@ def load_shards(config: DataConfig) -> DataSource:
 def read_manifest(root: Path) -> tuple[dict[str, Any], list[Shard]]:
     """Read the manifest and check that every shard is there with its size."""
     manifest = read_json(root / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UsageError(f"{root / MANIFEST} is not a manifest of shards of format {FORMAT}")
     try:
-        shards = [Shard(**entry) for entry in manifest["shards"]]
+        shards = [_shard(**entry) for entry in manifest["shards"]]
         classes = manifest["classes"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{root / MANIFEST} is not a manifest of shards ({error})") from None
     if not classes:
         raise UsageError(f"{root / MANIFEST} names no classes")
@@ -104,6 +118,12 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], list[Shard]]:
                 "it is cut or changed; copy it again"
             )
     return manifest, shards
+
+
+def _shard(name: str, split: str, count: int, bytes: int, sha256: str) -> Shard:
+    if split not in SPLITS:
+        raise ValueError(f"{name}: split {split!r} is none of {', '.join(SPLITS)}")
+    return Shard(str(name), split, int(count), int(bytes), str(sha256))
 
 
 def write_shards(
@@ -125,7 +145,7 @@ def write_shards(
     for split in SPLITS:
         if pending[split]:
             written.append(_write_shard(root, split, written, pending[split]))
-    content = {"format": 1, "classes": list(classes), "shards": [vars(shard) for shard in written]}
+    content = {"format": FORMAT, "classes": list(classes), "shards": [vars(shard) for shard in written]}
     write_json(root / MANIFEST, content)
 
 
@@ -155,6 +175,7 @@ class ShardStream:
     root: Path
     shards: Sequence[Shard]
     size: int
+    classes: int
     workers: int
     device: torch.device = torch.device("cpu")
 
@@ -198,29 +219,26 @@ class ShardStream:
             return
         import webdataset
 
-        counts = {str(self.root / shard.name): shard.count for shard in shards}
-        samples = webdataset.WebDataset(
-            list(counts),
-            shardshuffle=False,
-            nodesplitter=None,
-            workersplitter=webdataset.split_by_worker,
-            empty_check=False,
-        ).compose(partial(_counted, counts))
-        if shuffle_seed is not None:
-            samples = samples.shuffle(1000, seed=shuffle_seed)
+        samples = webdataset.DataPipeline(
+            _Samples(self.root, shards),
+            *([webdataset.shuffle(1000, seed=shuffle_seed)] if shuffle_seed is not None else []),
+            webdataset.map(partial(_decoded, size=self.size, classes=self.classes)),
+        )
         loader = webdataset.WebLoader(
-            samples.map(partial(_decoded, size=self.size)),
-            batch_size=None,
-            num_workers=min(self.workers, len(shards)),
+            samples, batch_size=None, num_workers=min(self.workers, len(shards))
         )
         try:
             for images, labels in _collected(loader, batch_size):
                 yield images.to(self.device), labels.to(self.device)
-        except (UsageError, tarfile.TarError, EOFError) as error:
-            raise _first_cause(error) from error
+        except UsageError as error:
+            raise first_cause(error) from error
 
     def in_memory(self) -> MemorySplit:
-        """Decode the whole split."""
+        """Check every shard's SHA-256, then decode the whole split."""
+        for shard in self.shards:
+            path = self.root / shard.name
+            if sha256_of_file(path) != shard.sha256:
+                raise UsageError(f"shard {path} is not what the manifest says (its SHA-256 differs)")
         parts = list(self.once(256))
         return MemorySplit(
             torch.cat([images.cpu() for images, _ in parts]),
@@ -245,37 +263,52 @@ def _collected(samples: Iterable[tuple[Tensor, int]], batch_size: int) -> Iterat
         yield torch.stack(images), torch.tensor(labels)
 
 
-def _first_cause(error: Exception) -> UsageError:
-    """Take what a worker process said out of the traceback that DataLoader wraps it in."""
-    last = str(error).strip().splitlines()[-1]
-    return UsageError(last.removeprefix("autosparse.errors.UsageError: "))
+class _Samples(IterableDataset):
+    """The undecoded samples of some shards, each shard's number checked against the manifest."""
+
+    def __init__(self, root: Path, shards: Sequence[Shard]) -> None:
+        self.root, self.shards = root, shards
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for shard in self.shards[first::step]:
+            yield from self._read(self.root / shard.name, shard.count)
+
+    def _read(self, path: Path, expected: int) -> Iterator[dict]:
+        import webdataset
+
+        seen = 0
+        try:
+            for sample in webdataset.WebDataset(
+                [str(path)],
+                shardshuffle=False,
+                nodesplitter=None,
+                workersplitter=None,
+                empty_check=False,
+            ):
+                seen += 1
+                yield sample
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise UsageError(
+                f"shard {path} is cut or damaged after {seen} of {expected} samples "
+                f"({type(error).__name__})"
+            ) from error
+        if seen != expected:
+            raise UsageError(
+                f"shard {path} gave {seen} samples, the manifest says {expected}: it is damaged"
+            )
 
 
-def _counted(counts: dict[str, int], samples: Iterable[dict]) -> Iterator[dict]:
-    """Pass samples on; raise UsageError when a shard ends with another count than the manifest's."""
-    current, seen = None, 0
-    for sample in samples:
-        if sample["__url__"] != current:
-            _check_count(counts, current, seen)
-            current, seen = sample["__url__"], 0
-        seen += 1
-        yield sample
-    _check_count(counts, current, seen)
-
-
-def _check_count(counts: dict[str, int], url: str | None, seen: int) -> None:
-    if url is not None and counts[url] != seen:
-        raise UsageError(
-            f"shard {url} gave {seen} samples, the manifest says {counts[url]}: it is damaged"
-        )
-
-
-def _decoded(sample: dict, *, size: int) -> tuple[Tensor, int]:
+def _decoded(sample: dict, *, size: int, classes: int) -> tuple[Tensor, int]:
     where = f"{sample['__url__']} sample {sample['__key__']}"
     key = next((key for key in IMAGE_KEYS if key in sample), None)
     if key is None or "cls" not in sample:
         raise UsageError(f"{where} has no image (jpg, png, webp) or no cls")
     try:
-        return decode(sample[key], size), int(sample["cls"])
+        image, label = decode(sample[key], size), int(sample["cls"])
     except (UsageError, ValueError) as error:
         raise UsageError(f"{where}: {error}") from error
+    if not 0 <= label < classes:
+        raise UsageError(f"{where}: label {label} is none of the {classes} classes")
+    return image, label

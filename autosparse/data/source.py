@@ -128,8 +128,7 @@ class DataSource:
             raise UsageError(f"samples_per_class must be at least 1, got {samples_per_class}")
         left = {label: samples_per_class for label in range(self.num_classes)}
         images, labels = [], []
-        small = min(batch_size, len(self.train))
-        for batch, targets in self.train.shuffled(small, seed=seed, epoch=0):
+        for batch, targets in self.train.shuffled(1, seed=seed, epoch=0):
             for image, target in zip(batch, targets.tolist(), strict=True):
                 if left[target]:
                     left[target] -= 1
@@ -202,6 +201,12 @@ def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
     return counts
 
 
+def first_cause(error: Exception) -> UsageError:
+    """Take what a worker process said out of the traceback that DataLoader wraps it in."""
+    last = str(error).strip().splitlines()[-1]
+    return UsageError(last.removeprefix("autosparse.errors.UsageError: "))
+
+
 def choose_augment(asked: str, suitable: str) -> str:
     """Resolve `data.augment`."""
     if asked == "auto":
@@ -211,11 +216,19 @@ def choose_augment(asked: str, suitable: str) -> str:
     return asked
 
 
+def limited_places(labels: Tensor, limit: int | None) -> Tensor:
+    """Return the positions of `limit` images, stratified, always the same ones."""
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    classes = len(labels.unique())
+    if limit < classes:
+        raise UsageError(f"data.train_limit must be at least {classes}, one per class: {limit}")
+    return stratified(labels, limit / len(labels), salt=1)[1]
+
+
 def limited(train: MemorySplit, limit: int | None) -> MemorySplit:
     """Keep `limit` training images, stratified, always the same ones."""
-    if limit is None or limit >= len(train):
-        return train
-    _, chosen = stratified(train.labels, limit / len(train), salt=1)
+    chosen = limited_places(train.labels, limit)
     return MemorySplit(train.images[chosen], train.labels[chosen])
 
 

@@ -1,0 +1,145 @@
+"""MLflow on SQLite: runs, resumed without duplicates, and models that load without pickle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from autosparse import prune
+from autosparse.config import SparseTrainConfig
+from autosparse.data import DataSource
+from autosparse.scorer import AutoS
+from autosparse.sparse_training import TRAINED, Cell, cells, train_cell
+from autosparse.training import PlainStepper
+from tests.conftest import QUICK, make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tracked")
+    before = os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    yield folder
+    del os.environ["MLFLOW_TRACKING_URI"]
+    if before:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, digits: DataSource) -> SparseTrainConfig:
+    scorer = AutoS("context", [4])
+    scorer.card = {
+        "corpus": "c0ffee",
+        "trained_on": ["a", "b"],
+        "baseline_mse": 0.2,
+        "best": {"validation_mse": 0.1, "validation_rank_correlation": 0.5},
+    }
+    scorer.save(folder / "autos.safetensors")
+    options = {"scorer": str(folder / "autos.safetensors")}
+    prune(make_model(), digits, "autos", 0.9, options=options).save(folder / "t.safetensors")
+    return SparseTrainConfig(
+        tickets=[str(folder / "t.safetensors")], training=QUICK, out=str(folder / "trained")
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, config: SparseTrainConfig, digits: DataSource) -> Cell:
+    from autosparse.integrations.mlflow import Tracker, parent_run
+
+    (cell,) = cells(config)
+    with parent_run("parent", folder):
+        tracker = Tracker()
+        _interrupted(cell, config, digits, tracker)
+        _train(cell, config, digits, Tracker())
+    return cell
+
+
+def _train(cell: Cell, config: SparseTrainConfig, digits: DataSource, observer) -> None:
+    def stepper(model, steps):
+        return PlainStepper(model, config.training, steps)
+
+    train_cell(cell, config, digits, stepper, device="cpu", observer=observer)
+
+
+def _interrupted(cell: Cell, config: SparseTrainConfig, digits: DataSource, tracker) -> None:
+    """Begin the cell's run as a process would that is killed in its first epoch."""
+    tracker.begin(cell, config)
+
+
+def test_a_resumed_cell_goes_on_in_the_same_run(trained: Cell, folder: Path) -> None:
+    from autosparse.integrations.mlflow import client
+
+    found, experiment = client()
+    runs = found.search_runs([experiment])
+    assert sorted(run.info.run_name for run in runs) == ["parent", "t"]
+    (run,) = [run for run in runs if run.info.run_name == "t"]
+    (parent,) = [run for run in runs if run.info.run_name == "parent"]
+    assert run.info.status == parent.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.data.tags["ticket"] == trained.ticket.fingerprint
+    assert run.data.params["training.optimizer"] == "adamw"
+    assert run.data.metrics["final/test_accuracy"] == trained.result()["test_accuracy"]
+    assert run.data.metrics["validation_accuracy"] == trained.result()["validation_accuracy"]
+    assert TRAINED in [each.path for each in found.list_artifacts(run.info.run_id)]
+
+
+LOAD = """
+import os, sys
+assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+import mlflow, torch
+inputs, uri, outputs = sys.argv[1:]
+model = mlflow.pytorch.load_model(uri)
+torch.save(model(torch.load(inputs)), outputs)
+"""
+
+
+def _load_in_a_fresh_process(uri: str, inputs: torch.Tensor, tmp_path: Path) -> torch.Tensor:
+    torch.save(inputs, tmp_path / "in.pt")
+    subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "in.pt"), uri, str(tmp_path / "out.pt")],
+        env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        check=True,
+        capture_output=True,
+    )
+    return torch.load(tmp_path / "out.pt").detach()
+
+
+def test_champions_load_without_pickle_and_compute_the_same(
+    trained: Cell, folder: Path, digits: DataSource, tmp_path: Path
+) -> None:
+    from autosparse import models
+    from autosparse.compaction import load_state
+    from autosparse.integrations import mlflow
+    from autosparse.ticket import Ticket
+
+    path = trained.folder / TRAINED
+    with mlflow.parent_run("parent", folder) as run:
+        autos = mlflow.register_autos(folder / "autos.safetensors", run)
+        sparse = mlflow.register_ticket(path, trained.result(), run, autos)
+        assert mlflow.register_ticket(path, trained.result(), run, autos) == sparse
+    mlflow.set_alias("autos", mlflow.CHAMPION, autos)
+    mlflow.set_alias("test_byobnet-sparse", mlflow.CHAMPION, sparse)
+
+    network = AutoS.load(folder / "autos.safetensors")
+    rows = torch.randn(7, 14)
+    found = _load_in_a_fresh_process("models:/autos@champion", rows, tmp_path)
+    assert torch.allclose(found, network(rows).detach(), atol=1e-5)
+
+    model = models.from_recipe(trained.ticket.card["model"])
+    load_state(model, Ticket.load(path))
+    images = digits.prepare(digits.test.images[:5])
+    found = _load_in_a_fresh_process("models:/test_byobnet-sparse@champion", images, tmp_path)
+    assert torch.allclose(found, model.eval()(images).detach(), atol=1e-4)
+
+    version = mlflow.MlflowClient().get_model_version("test_byobnet-sparse", str(sparse))
+    assert version.tags["criterion"] == "autos"
+    assert version.tags["sparsity"] == "0.9"
+    assert version.tags["corpus"] == "c0ffee"
+    assert version.tags["autos_version"] == str(autos)
+    assert version.tags["ticket"] == trained.ticket.fingerprint
+    assert "test accuracy" in version.description

@@ -1,0 +1,32 @@
+"""The whole path: `autosparse quickstart`, twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+COMMAND = [sys.executable, "-c", "from autosparse.cli import main; main()", "quickstart"]
+
+
+@pytest.mark.timeout(1200)
+def test_quickstart_makes_everything_and_finds_it_again(tmp_path: Path) -> None:
+    command = [*COMMAND, "--out", str(tmp_path / "qs"), "--seeds", "2"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
+    out = tmp_path / "qs"
+    assert (out / "accuracy.png").is_file()
+    assert (out / "autos.safetensors").is_file()
+    assert len(list((out / "tickets").glob("*.safetensors"))) == 2 * (6 * 2 + 1)
+    assert len(list(out.glob("trained/*/result.json"))) == 2 * (6 * 2 + 1)
+    results = {path: path.stat().st_mtime_ns for path in out.glob("trained/*/result.json")}
+    started = time.monotonic()
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-4000:]
+    assert time.monotonic() - started < 60
+    assert {path: path.stat().st_mtime_ns for path in results} == results
+    assert "models:/test_byobnet-sparse@champion" in second.stdout

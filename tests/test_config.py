@@ -1,0 +1,309 @@
+"""Configs: names of runs, exact counts, and a help text for every setting."""
+
+import ast
+import dataclasses
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autosparse import cli, config
+from autosparse.config import (
+    CorpusConfig,
+    DataConfig,
+    IRPConfig,
+    ModelConfig,
+    PruneConfig,
+    SparseTrainConfig,
+    TrainingConfig,
+    check_sparsity,
+    from_plain,
+    identity,
+    keep_count,
+    plain,
+    run_id,
+)
+from autosparse.errors import UsageError
+
+CONFIGS = [
+    kind
+    for name, kind in sorted(vars(config).items())
+    if name.endswith("Config") and dataclasses.is_dataclass(kind)
+]
+CHANGED = IRPConfig(
+    model=ModelConfig("resnet18", exclude=["head"]),
+    data=DataConfig("folder", root="/data/pets", image_size=32),
+    training=TrainingConfig(epochs=3, optimizer="sgd", optimizer_options={"momentum": 0.9}),
+    label="snip",
+    seed=7,
+)
+
+
+# run_id
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (IRPConfig(), "18e5bea255e4"),
+        (CHANGED, "8123db4d65c3"),
+        (SparseTrainConfig(), "1b42c57545d4"),
+        (SparseTrainConfig(data=DataConfig("cifar10"), seed=3), "f8118e67d2c6"),
+    ],
+    ids=["IRP", "changed IRP", "training", "changed training"],
+)
+def test_run_id_is_pinned(given, name):
+    """Finished work is found by this name: it must not change from version to version."""
+    assert run_id(given) == name
+
+
+def test_identity_is_what_differs_from_the_defaults():
+    assert identity(IRPConfig()) == {}
+    assert identity(CHANGED) == {
+        "model": {"name": "resnet18", "exclude": ["head"]},
+        "data": {"name": "folder", "root": "pets", "image_size": 32},
+        "training": {"epochs": 3, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}},
+        "label": "snip",
+        "seed": 7,
+    }
+
+
+def test_defaults_given_explicitly_are_defaults():
+    explicit = IRPConfig(
+        model=ModelConfig(name="test_resnet", options={}, exclude=[]),
+        data=DataConfig(name="digits", root=None, validation_fraction=0.15),
+        training=TrainingConfig(epochs=20, learning_rate=0.003),
+        levels=6,
+        final_density=0.02,
+    )
+    assert run_id(explicit) == run_id(IRPConfig())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        IRPConfig(out="/elsewhere"),
+        IRPConfig(device="cuda:1"),
+        IRPConfig(data=DataConfig(workers=7)),
+        IRPConfig(data=DataConfig(memory_limit_gb=0.5)),
+        IRPConfig(data=DataConfig(root="/data/digits")),
+        IRPConfig(training=TrainingConfig(checkpoint_epochs=1)),
+    ],
+)
+def test_local_fields_do_not_change_the_run(changed):
+    assert run_id(changed) == run_id(IRPConfig())
+
+
+def test_every_other_field_changes_the_run():
+    changed = [
+        replace(IRPConfig(), **{name: value})
+        for name, value in {
+            "model": ModelConfig("resnet18"),
+            "data": DataConfig("cifar10"),
+            "training": TrainingConfig(epochs=1),
+            "label": "snip",
+            "levels": 5,
+            "final_density": 0.1,
+            "schedule": "linear",
+            "scope": "layer",
+            "samples_per_class": 3,
+            "seed": 1,
+        }.items()
+    ]
+    local = {"out", "device"}
+    assert len(changed) == len({spec.name for spec in dataclasses.fields(IRPConfig)} - local)
+    assert len({run_id(each) for each in [IRPConfig(), *changed]}) == len(changed) + 1
+
+
+@pytest.mark.parametrize("name", ["folder", "shards"])
+def test_own_data_is_known_by_its_folders_name(name):
+    roots = ("/a/pets", "/b/c/pets", "pets", "pets/")
+    assert len({run_id(IRPConfig(data=DataConfig(name, root=root))) for root in roots}) == 1
+    others = ("/a/pets", "/a/birds")
+    assert len({run_id(IRPConfig(data=DataConfig(name, root=root))) for root in others}) == 2
+
+
+def test_run_id_tells_kinds_of_config_and_further_keys_apart():
+    names = {run_id(DataConfig()), run_id(ModelConfig()), run_id(DataConfig(), "a")}
+    names |= {run_id(DataConfig(), "b"), run_id(DataConfig(), "a", "b")}
+    assert len(names) == 5
+
+
+def test_order_of_options_does_not_matter():
+    first, second = {"a": 1, "b": 2}, {"b": 2, "a": 1}
+    assert run_id(ModelConfig(options=first)) == run_id(ModelConfig(options=second))
+
+
+def test_equal_configs_have_the_same_run_id():
+    whole, broken = TrainingConfig(clip_grad=1), TrainingConfig(clip_grad=1.0)
+    assert whole == broken
+    assert run_id(whole) == run_id(broken)
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_config_has_a_run_id(kind):
+    assert re.fullmatch("[0-9a-f]{12}", run_id(kind()))
+    assert identity(kind()) == {}
+
+
+def test_configs_in_lists_are_part_of_the_identity():
+    corpus = CorpusConfig(models=[ModelConfig("resnet18")])
+    assert re.fullmatch("[0-9a-f]{12}", run_id(corpus))
+    assert run_id(corpus) != run_id(CorpusConfig())
+
+
+# corpus plans
+
+
+def test_corpus_plan_is_the_product_of_its_lists():
+    corpus = CorpusConfig(
+        models=[ModelConfig("a"), ModelConfig("b")],
+        data=[DataConfig("digits"), DataConfig("mnist")],
+        seeds=[0, 1, 2],
+        labels=["magnitude", "snip"],
+        levels=4,
+        out="there",
+    )
+    runs = corpus.runs()
+    assert len({run_id(run) for run in runs}) == len(runs) == 24
+    assert {(run.levels, run.out, run.device) for run in runs} == {(4, "there", "cpu")}
+    assert {run.device for run in replace(corpus, gpus_per_run=0.5).runs()} == {"cuda"}
+
+
+def test_corpus_run_is_the_run_of_the_irp_verb():
+    assert CorpusConfig(out="elsewhere").runs()[0] == IRPConfig(out="elsewhere", device="cpu")
+
+
+# plain data
+
+
+def test_plain_and_back():
+    given = DataConfig("folder", root="/data/pets", train_limit=5)
+    assert from_plain(DataConfig, plain(given)) == given
+
+
+def test_unknown_key_is_named_with_the_nearest():
+    with pytest.raises(UsageError, match=r"'roott'.*'root'"):
+        from_plain(DataConfig, {"name": "folder", "roott": "/data"})
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_configs_are_frozen(kind):
+    field = dataclasses.fields(kind)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(kind(), field, None)
+
+
+# counts
+
+
+@pytest.mark.parametrize(
+    ("total", "sparsity", "kept"),
+    [
+        (1000, 0.95, 50),
+        (371_280, 0.95, 18_564),
+        (100, 0.29, 71),  # 100 * 0.29 is 28.999999999999996 in binary.
+        (10, 0.9, 1),  # 1 - 0.9 is 0.09999999999999998.
+        (10, 0.95, 0),  # 9.5 removed, rounded up; 0.95 is a little less in binary.
+        (1000, 0.9999, 0),  # 999.9 removed, rounded.
+        (1000, 0.9994, 1),
+        (7, 0.0, 7),
+        (7, 0, 7),
+        (3, 0.3, 2),
+        (0, 0.5, 0),
+        (10**12 + 1, 0.98, 2 * 10**10),
+        (10**15, 1e-5, 10**15 - 10**10),
+    ],
+)
+def test_keep_count_is_exact(total, sparsity, kept):
+    assert keep_count(total, sparsity) == kept
+
+
+def test_keep_count_rounds_halves_of_what_is_removed_up():
+    for total in (1, 2, 10, 50, 1_010, 4_096, 11_166_912):
+        for hundredths in range(100):
+            removed = (total * hundredths * 2 + 100) // 200
+            assert keep_count(total, hundredths / 100) == total - removed
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 1, 1.5, -0.1, float("nan"), float("inf")])
+def test_sparsity_out_of_range_is_refused(sparsity):
+    for check in (check_sparsity, lambda value: keep_count(10, value)):
+        with pytest.raises(UsageError, match="sparsity"):
+            check(sparsity)
+
+
+# help
+
+
+def documented_fields() -> dict[str, set[str]]:
+    """Return, per class of config.py, the fields with a docstring under them."""
+    tree = ast.parse(Path(config.__file__).read_text())
+    found = {}
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        pairs = zip(kind.body, kind.body[1:], strict=False)
+        found[kind.name] = {
+            field.target.id
+            for field, after in pairs
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and len(str(after.value.value)) > 5
+        }
+    return found
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_field_has_a_docstring(kind):
+    assert documented_fields()[kind.__name__] == {spec.name for spec in dataclasses.fields(kind)}
+
+
+def help_of(kind: type, capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(kind, list(arguments), "autosparse", "what it does")
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def options_without_help(text: str) -> list[str]:
+    """Return the options that have nothing but their type and default to say."""
+    entries = re.findall(r"^  (-\S.*(?:\n {8,}\S.*)*)", text, flags=re.MULTILINE)
+    assert len(entries) >= 3
+    lacking = []
+    for entry in entries:
+        option, _, description = re.sub(r"\n {8,}", "  ", entry).partition("  ")
+        description = re.sub(r"\((required, )?type: .*\)", "", description).strip()
+        if not re.search("[A-Za-z]{2}", description):
+            lacking.append(option)
+    return lacking
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in cli.VERBS.items() if kind])
+def test_every_option_of_a_verb_has_help(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    assert not options_without_help(help_of(getattr(config, cli.VERBS[verb][0]), capsys, "--help"))
+
+
+def test_every_option_of_a_corpus_has_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    assert not options_without_help(help_of(CorpusConfig, capsys, "--help"))
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_every_option_of_an_optional_part_has_help(key, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    assert not options_without_help(help_of(SparseTrainConfig, capsys, f"--{key}.help"))
+
+
+def test_help_shows_the_docstring(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    text = help_of(PruneConfig, capsys, "--help")
+    assert "Fraction of prunable weights to remove, 0 <= sparsity < 1." in text
+    assert "Share of the training images held out" in text
+
+
+def test_verbs_config_classes_exist():
+    kinds = {kind for kind, _ in cli.VERBS.values() if kind}
+    assert kinds <= {kind.__name__ for kind in CONFIGS}
