@@ -1,12 +1,14 @@
 """Packaging. Torch is chosen by torchvision; never pin a build here."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="autosparse",
     version="0.1.0",
     description="Learn from lottery tickets which weights matter; train only what survives",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 from autosparse.errors import UsageError, UserError, unknown
@@ -95,7 +96,9 @@ def _paths(verb: str, arguments: list[str]) -> list[str]:
     return arguments
 
 
-def parse(kind: type[Config], arguments: list[str], program: str, description: str | None) -> Config:
+def parse(
+    kind: type[Config], arguments: list[str], program: str, description: str | None
+) -> Config:
     """Build a config from `--config` files and `--key value` overrides, later ones winning.
 
     Raises UsageError that names a wrong key, with the nearest right one, or a wrong value.
@@ -131,8 +134,7 @@ def _check_files(arguments: list[str]) -> None:
             continue
         path = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
         try:
-            with open(path, encoding="utf-8") as file:
-                content = yaml.safe_load(file)
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             problem = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise UsageError(f"config file {path!r} cannot be read: {problem}") from None

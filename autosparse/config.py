@@ -31,8 +31,9 @@ def _workers_identity(config: DataConfig) -> int:
 
 def _root_identity(config: DataConfig) -> str | None:
     """Own data is known by its folder's name, wherever it lies; named sets by their name."""
-    own = config.name in ("folder", "shards") and config.root
-    return Path(config.root).name if own else None
+    if config.root is None or config.name not in ("folder", "shards"):
+        return None
+    return Path(config.root).name
 
 
 @dataclass(frozen=True)

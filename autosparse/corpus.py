@@ -134,7 +134,9 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of which runs are there, and their content."""
-        entries = [(folder.name, read_json(folder / FINISHED)["sha256"]) for folder in self.folders()]
+        entries = [
+            (folder.name, read_json(folder / FINISHED)["sha256"]) for folder in self.folders()
+        ]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
     def table(self) -> list[dict[str, Any]]:

@@ -114,7 +114,9 @@ def layer_features(
     rows = max(1, CHUNK // (w.shape[1] * w.shape[2]))
     for start in range(0, w.shape[0], rows):
         part = slice(start, start + rows)
-        yield _context_piece(w[part], g[part], part, (scale_w, scale_g, scale_wg), channels, context)
+        yield _context_piece(
+            w[part], g[part], part, (scale_w, scale_g, scale_wg), channels, context
+        )
 
 
 def _context_piece(

@@ -151,7 +151,9 @@ def _optimise(
         loss = _fit_epoch(network, train, config.batch_size, optimizer, schedule, generator)
         history.append(FitEpoch(epoch + 1, loss, *validate(network, held_out)))
         if not math.isfinite(history[-1].validation_mse):
-            raise RunFailed(f"the loss of AutoS is not finite in epoch {epoch + 1}; lower learning_rate")
+            raise RunFailed(
+                f"the loss of AutoS is not finite in epoch {epoch + 1}; lower learning_rate"
+            )
         if history[-1].validation_mse < best[0]:
             best = (history[-1].validation_mse, copy.deepcopy(network.state_dict()))
         if on_epoch:

@@ -62,7 +62,9 @@ def _build(name: str, options: dict[str, Any]) -> nn.Module:
 def from_recipe(recipe: dict[str, Any]) -> nn.Module:
     """Build the model that a card's `model` entry describes (what `create` was given)."""
     if "name" not in recipe or "num_classes" not in recipe:
-        raise UsageError("the card does not say how its model was built; make it with models.create")
+        raise UsageError(
+            "the card does not say how its model was built; make it with models.create"
+        )
     config = ModelConfig(recipe["name"], recipe["options"], recipe["exclude"])
     shape = {key: recipe[key] for key in ("num_classes", "in_chans", "image_size", "seed")}
     return create(config, **shape)

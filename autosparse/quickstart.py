@@ -64,14 +64,18 @@ def _source(path: str) -> Path:
     """Return a file of the source tree, which quickstart's commands are run from."""
     found = Path(autosparse.__file__).parent.parent / path
     if not found.exists():
-        raise UsageError(f"{found} is not there; quickstart needs the source tree: pip install -e .")
+        raise UsageError(
+            f"{found} is not there; quickstart needs the source tree: pip install -e ."
+        )
     return found
 
 
 def _command(command: list[str], failure: str, **environment: str) -> None:
     done = subprocess.run(command, env={**os.environ, **environment}, check=False)
     if done.returncode:
-        raise RunFailed(f"{failure} (exit code {done.returncode}); the same command goes on from here")
+        raise RunFailed(
+            f"{failure} (exit code {done.returncode}); the same command goes on from here"
+        )
 
 
 def _grow(out: Path) -> Path:
@@ -129,9 +133,9 @@ def _prune(out: Path, scorer: Path, seeds: int) -> list[Path]:
                     seed=seed,
                 )
                 options = {"scorer": str(scorer)} if criterion == "autos" else None
-                pruning.prune(
-                    model, source, criterion, sparsity, seed=seed, options=options
-                ).save(path)
+                pruning.prune(model, source, criterion, sparsity, seed=seed, options=options).save(
+                    path
+                )
             paths.append(path)
             bar.advance()
     return paths
@@ -232,8 +236,7 @@ def _best(trained: list[Cell], sparsity: float, criterion: str | None = None) ->
     mine = [
         cell
         for cell in trained
-        if cell.result()["sparsity"] == sparsity
-        and criterion in (None, cell.result()["criterion"])
+        if cell.result()["sparsity"] == sparsity and criterion in (None, cell.result()["criterion"])
     ]
     return max(mine, key=lambda cell: cell.result()["validation_accuracy"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ class AutoS(nn.Module):
         return self.layers((inputs - self.mean) / self.std).squeeze(1)
 
     @torch.no_grad()
-    def score(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict:
+    def score(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return a score per weight of a whole model, from initial weights and gradients."""
         weights = {name: weight.detach() for name, weight in weights.items()}
         found = features.contexts(weights, gradients)
@@ -57,7 +59,7 @@ class AutoS(nn.Module):
             scores[name] = torch.cat([fused(piece) for piece in pieces]).view(weight.shape)
         return scores
 
-    def _fused(self):
+    def _fused(self) -> Callable[[Tensor], Tensor]:
         """Fold the normalisation into the first layer and work on pieces [F, n] as they come."""
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         first = linears[0].weight / self.std
@@ -97,7 +99,9 @@ class AutoS(nn.Module):
         """Read an AutoS file; raise UsageError when it is none or its features are not ours."""
         tensors, header = read_tensors(path)
         if header.get("kind") != "autos":
-            raise UsageError(f"{path} is not an AutoS file but {header.get('kind', 'something else')}")
+            raise UsageError(
+                f"{path} is not an AutoS file but {header.get('kind', 'something else')}"
+            )
         ours = list(features.KINDS.get(header["features"], ()))
         if header["inputs"] != ours:
             odd = sorted(set(ours) ^ set(header["inputs"])) or ["another order"]

@@ -106,7 +106,7 @@ def _cell(
 def _expand(patterns: list[str]) -> list[Path]:
     paths = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
         if not found:
             raise UsageError(f"no ticket matches {pattern}")
         paths += [Path(each) for each in found]
@@ -140,9 +140,7 @@ def train_cell(
     if cell.done:
         return cell.result()
     model = build(cell.ticket, source).to(models.choose_device(device))
-    stepper = make_stepper(
-        model, steps_per_epoch(source.train, config.training, ranks.world_size)
-    )
+    stepper = make_stepper(model, steps_per_epoch(source.train, config.training, ranks.world_size))
     if observer:
         observer.begin(cell, config)
 

@@ -165,7 +165,9 @@ class Ticket:
         if header.get("kind") != "ticket":
             raise UsageError(f"{path} is not a ticket but {header.get('kind', 'something else')}")
         if header["format"] > FORMAT:
-            raise UsageError(f"{path} was written by a newer autosparse (format {header['format']})")
+            raise UsageError(
+                f"{path} was written by a newer autosparse (format {header['format']})"
+            )
         masks, values = {}, {}
         for name, shape in header["shapes"]:
             try:
@@ -183,7 +185,9 @@ class Ticket:
         rest = {key[5:]: tensor for key, tensor in tensors.items() if key.startswith("rest/")}
         ticket = cls(masks, values, rest, header["card"])
         if ticket.fingerprint != header["fingerprint"]:
-            raise UsageError(f"{path}: the masks do not match their fingerprint; the file is damaged")
+            raise UsageError(
+                f"{path}: the masks do not match their fingerprint; the file is damaged"
+            )
         return ticket
 
 

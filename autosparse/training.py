@@ -70,9 +70,12 @@ class History:
 class Stepper(Protocol):
     """How one step is made, and how its state is kept."""
 
-    model: nn.Module
-    """What evaluation calls: images -> outputs."""
     ranks: Ranks
+
+    @property
+    def model(self) -> nn.Module:
+        """What evaluation calls: images -> outputs."""
+        ...
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Make one optimizer step on this rank's images; return the loss, detached."""
@@ -150,7 +153,7 @@ class PlainStepper:
 def check(config: TrainingConfig) -> None:
     """Raise UsageError for settings that cannot be."""
     if config.optimizer not in list_optimizers():
-        raise unknown("optimizer", config.optimizer, list_optimizers())
+        raise unknown("optimizer", config.optimizer, [str(each) for each in list_optimizers()])
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
     if config.precision not in PRECISIONS:
@@ -160,7 +163,9 @@ def check(config: TrainingConfig) -> None:
             raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
 
 
-def optimizer_and_schedule(model: nn.Module, config: TrainingConfig, steps_per_epoch: int):
+def optimizer_and_schedule(
+    model: nn.Module, config: TrainingConfig, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Any]:
     """Build timm's optimizer and scheduler; the scheduler is None for a constant rate.
 
     timm exempts 1-D parameters from weight decay; compact weights are 1-D and yet weights, so
@@ -216,7 +221,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def autocast(config: TrainingConfig, device: torch.device):
+def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
     """Return the autocast context that `precision` asks for."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -263,10 +268,9 @@ def fit(
         )
         if on_epoch:
             on_epoch(history.epochs[-1])
-        last = epoch + 1 == config.epochs
-        if folder and config.checkpoint_epochs and not last:
-            if (epoch + 1) % config.checkpoint_epochs == 0:
-                stepper.save(folder, history)
+        every, more = config.checkpoint_epochs, epoch + 1 < config.epochs
+        if folder and every and more and (epoch + 1) % every == 0:
+            stepper.save(folder, history)
     return history
 
 

@@ -38,9 +38,7 @@ def irp(config: IRPConfig) -> None:
             bar.describe(f"IRP: density {entry['density']:.3g} done")
             bar.set((entry["level"] + 1) * config.training.epochs)
 
-        folder = irp.run_irp(
-            config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level
-        )
+        folder = irp.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
     print_table(corpus.read_run(folder).card["levels"], title=str(folder))
 
 

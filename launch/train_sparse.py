@@ -15,6 +15,7 @@ from autosparse.config import SparseTrainConfig
 
 
 def main(arguments: list[str]) -> None:
+    """Train what the config names, on this rank."""
     arguments = [each for each in arguments if not each.startswith("--local_rank")]
     config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
     from autosparse.integrations import deepspeed

@@ -16,6 +16,7 @@ from autosparse.config import CorpusConfig
 
 
 def main(arguments: list[str]) -> None:
+    """Grow the corpus of the config; print its table."""
     config = parse(CorpusConfig, arguments, "grow_corpus.py", __doc__)
     from autosparse.corpus import Corpus, shown
     from autosparse.integrations import ray

@@ -121,7 +121,9 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
         outputs = model.eval()(digits.prepare(images))
     assert found.images == len(labels)
     assert found.accuracy == pytest.approx(float((outputs.argmax(1) == labels).float().mean()))
-    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5)
+    assert found.loss == pytest.approx(
+        float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from autosparse.scorer import AutoS
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "autos.safetensors"
 
 
-
 def fingerprints(scorer: str | None = None, **_) -> dict[str, str]:
     """Return the fingerprints of the AutoS file and of the corpus that it was fitted on."""
     network = _found(scorer)

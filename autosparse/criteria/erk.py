@@ -33,9 +33,7 @@ def erk(model, parameters, batches, loss_fn, *, sparsity: float, seed: int = 0) 
     density = {name: raw_density(weight.shape) for name, weight in parameters.items()}
     counts = masks.allocate(density, sizes, keep_count(sum(sizes.values()), sparsity))
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: _ranked(weight, counts[name], generator) for name, weight in parameters.items()
-    }
+    return {name: _ranked(weight, counts[name], generator) for name, weight in parameters.items()}
 
 
 def raw_density(shape: torch.Size) -> float:

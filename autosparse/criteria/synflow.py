@@ -25,9 +25,7 @@ from autosparse.errors import UsageError
 
 
 @register("synflow", needs_data=False)
-def synflow(
-    model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 100
-) -> Scores:
+def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 100) -> Scores:
     """Return the synaptic flow after the last round; weights that fell in round k score k - n.
 
     Args:
@@ -37,14 +35,16 @@ def synflow(
     if rounds < 1:
         raise UsageError(f"synflow: rounds must be at least 1, got {rounds}")
     linear = _linearised(model)
-    weights = {name: linear.get_parameter(name) for name in parameters}
+    weights: dict[str, Tensor] = {name: linear.get_parameter(name) for name in parameters}
     ones = _ones(model, batches, next(iter(weights.values())))
     alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     scores = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for number in range(1, rounds + 1):
         flow = _flow(linear, weights, ones)
         density = (1 - sparsity) ** (number / rounds)
-        smaller = masks.from_scores(flow, 1 - density if number < rounds else sparsity, within=alive)
+        smaller = masks.from_scores(
+            flow, 1 - density if number < rounds else sparsity, within=alive
+        )
         for name, weight in weights.items():
             fallen = alive[name] & ~smaller[name]
             scores[name][fallen] = number - rounds - 1.0

@@ -65,5 +65,7 @@ def load(config: DataConfig | str) -> DataSource:
     if config.name in ("folder", "shards") and not config.root:
         raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
     if not 0 < config.validation_fraction < 1:
-        raise UsageError(f"data.validation_fraction must be in (0, 1): {config.validation_fraction}")
+        raise UsageError(
+            f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
+        )
     return replace(_LOADERS[config.name](config), config=config)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from autosparse.data.source import (
     Batch,
     DataSource,
     MemorySplit,
-    Split,
     choose_augment,
     first_cause,
     in_memory,
@@ -55,7 +55,7 @@ def load_folder(config: DataConfig) -> DataSource:
             augment=augment,
         )
     listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
-    streams: dict[str, Split] = {
+    streams: dict[str, Any] = {
         name: FolderStream(part, size, config.workers) for name, part in parts.items()
     }
     return DataSource(
@@ -95,7 +95,9 @@ def _parts(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sampl
         ("validation", validation_fraction, 0),
     ):
         if part not in found:
-            rest, chosen = stratified(torch.tensor([label for _, label in train]), fraction, salt=salt)
+            rest, chosen = stratified(
+                torch.tensor([label for _, label in train]), fraction, salt=salt
+            )
             found[part] = [train[place] for place in chosen.tolist()]
             train = [train[place] for place in rest.tolist()]
     return {"train": train, **found}, classes

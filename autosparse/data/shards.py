@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def load_shards(config: DataConfig) -> DataSource:
     manifest, shards = read_manifest(root)
     size = config.image_size or DEFAULT_SIZE
     classes = len(manifest["classes"])
-    parts = {
+    parts: dict[str, Any] = {
         split: ShardStream(
             root, [s for s in shards if s.split == split], size, classes, config.workers
         )
@@ -145,7 +146,11 @@ def write_shards(
     for split in SPLITS:
         if pending[split]:
             written.append(_write_shard(root, split, written, pending[split]))
-    content = {"format": FORMAT, "classes": list(classes), "shards": [vars(shard) for shard in written]}
+    content = {
+        "format": FORMAT,
+        "classes": list(classes),
+        "shards": [vars(shard) for shard in written],
+    }
     write_json(root / MANIFEST, content)
 
 
@@ -202,12 +207,7 @@ class ShardStream:
         salt = int(torch.randint(2**31, (1,), generator=generator))
         steps = self.steps(batch_size, world_size)
         mine = self._deal(order, rank, world_size)
-        made = 0
-        for batch in self._batches(mine, batch_size, shuffle_seed=salt):
-            if made == steps or len(batch[1]) < batch_size:
-                break
-            made += 1
-            yield batch
+        yield from islice(self._batches(mine, batch_size, shuffle_seed=salt), steps)
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         yield from self._batches(self._deal(range(len(self.shards)), rank, world_size), batch_size)
@@ -238,7 +238,9 @@ class ShardStream:
         for shard in self.shards:
             path = self.root / shard.name
             if sha256_of_file(path) != shard.sha256:
-                raise UsageError(f"shard {path} is not what the manifest says (its SHA-256 differs)")
+                raise UsageError(
+                    f"shard {path} is not what the manifest says (its SHA-256 differs)"
+                )
         parts = list(self.once(256))
         return MemorySplit(
             torch.cat([images.cpu() for images, _ in parts]),

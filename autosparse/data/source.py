@@ -126,7 +126,7 @@ class DataSource:
         """
         if samples_per_class < 1:
             raise UsageError(f"samples_per_class must be at least 1, got {samples_per_class}")
-        left = {label: samples_per_class for label in range(self.num_classes)}
+        left = dict.fromkeys(range(self.num_classes), samples_per_class)
         images, labels = [], []
         for batch, targets in self.train.shuffled(1, seed=seed, epoch=0):
             for image, target in zip(batch, targets.tolist(), strict=True):

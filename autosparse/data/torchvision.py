@@ -44,7 +44,9 @@ def _split(kind: str, root: Path, train: bool, image_size: int | None) -> Memory
     try:
         found = make(root, train=train, download=False)
     except (ValueError, AssertionError, EOFError) as error:
-        raise UsageError(f"{kind} in {root} is damaged ({error}); remove it and start again") from error
+        raise UsageError(
+            f"{kind} in {root} is damaged ({error}); remove it and start again"
+        ) from error
     except RuntimeError:
         try:
             found = make(root, train=train, download=True)
@@ -54,7 +56,9 @@ def _split(kind: str, root: Path, train: bool, image_size: int | None) -> Memory
                 "set data.root to a folder that holds it"
             ) from error
     if len(found.data) != len(found.targets):
-        raise UsageError(f"{kind} in {root} has {len(found.data)} images and {len(found.targets)} labels")
+        raise UsageError(
+            f"{kind} in {root} has {len(found.data)} images and {len(found.targets)} labels"
+        )
     pixels = torch.as_tensor(np.asarray(found.data))
     images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
     labels = torch.as_tensor(found.targets).long()

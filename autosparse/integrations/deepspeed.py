@@ -88,7 +88,7 @@ class DeepSpeedStepper:
         if not (folder / "deepspeed" / "latest").is_file():
             return None
         path, client = self.engine.load_checkpoint(str(folder / "deepspeed"))
-        if path is None:
+        if path is None or client is None:
             return None
         self.updates = client["updates"]
         torch.set_rng_state(client["rng"])
@@ -214,4 +214,3 @@ def agree(todo: list[Cell], ranks: Ranks) -> None:
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise RunFailed(f"rank {rank} holds other tickets or results than rank 0: {theirs}")
-

@@ -109,7 +109,7 @@ def _collect(name: str, reference: Any, folder: Path, grown: Grown) -> None:
     if error is None:
         grown.done.append(name)
         return
-    grown.failed[name] = error
+    grown.failed[name] = str(error)
     write_json(folder / name / "failed.json", {"error": error, "time": time.time()})
 
 

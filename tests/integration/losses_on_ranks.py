@@ -9,8 +9,8 @@ from pathlib import Path
 from autosparse import compact, data, prune
 from autosparse.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.integrations import deepspeed
-from tests.integration.masked_dense import BATCH, CASES, STEPS, batches
 from tests.conftest import SMALL_DIGITS, make_model
+from tests.integration.masked_dense import BATCH, CASES, STEPS, batches
 
 
 def main(out: Path) -> None:
@@ -29,7 +29,8 @@ def main(out: Path) -> None:
             half = BATCH // ranks.world_size
             mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
             losses[f"{name} {stage}"] = [
-                float(stepper.step(images[mine], labels[mine])) for images, labels in batches(source)
+                float(stepper.step(images[mine], labels[mine]))
+                for images, labels in batches(source)
             ]
             stepper.close()
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(losses))

@@ -93,9 +93,10 @@ def test_every_ticket_is_trained_into_its_own_folder(trained: Path, tickets: Pat
     assert any(not torch.equal(end.values[n], start.values[n]) for n in start.values)
     result = json.loads(results["erk"].read_text())
     assert len(result["history"]) == 4
-    assert result["checkpoint_bytes"] < 0.2 * json.loads(results["dense"].read_text())[
-        "checkpoint_bytes"
-    ]
+    assert (
+        result["checkpoint_bytes"]
+        < 0.2 * json.loads(results["dense"].read_text())["checkpoint_bytes"]
+    )
     assert not list(trained.glob("*/deepspeed"))
 
 
@@ -149,4 +150,3 @@ def test_a_users_mistake_is_one_line_and_the_launcher_fails(tmp_path: Path) -> N
     assert done.returncode != 0
     assert "error: no such file: nothing.safetensors" in done.stderr
     assert not (tmp_path / "trained").exists()
-
