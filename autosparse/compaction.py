@@ -93,9 +93,15 @@ def load_state(model: nn.Module, ticket: Ticket) -> None:
 
 
 def _register(model: nn.Module, name: str, mask: Tensor) -> None:
+    """Register under every module that holds the weight; they end up sharing one parameter.
+
+    Registering makes the parameter itself 1-D, so each holder gets a copy of its own first.
+    """
     weight = model.get_parameter(name)
     first: nn.Parameter | None = None
     for module, attribute in _holders(model, weight):
+        copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        setattr(module, attribute, copy)
         parametrization = CompactWeight(mask.to(weight.device))
         parametrize.register_parametrization(module, attribute, parametrization)
         slot = module.parametrizations[attribute]  # type: ignore[index]
@@ -116,13 +122,15 @@ def _holders(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, st
 
 def densify(model: nn.Module) -> nn.Module:
     """Turn compact weights back into ordinary ones, zero where pruned; in place."""
-    dense: dict[int, nn.Parameter] = {}
+    dense: dict[nn.Parameter, nn.Parameter] = {}
     for name, _ in list(compact_weights(model)):
         module, attribute = owner(model, name)
-        values = module.parametrizations[attribute].original  # type: ignore[index]
+        slot = module.parametrizations[attribute]  # type: ignore[index]
+        values = slot.original
+        slot.original = nn.Parameter(values.detach().clone(), values.requires_grad)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         plain = nn.Parameter(getattr(module, attribute).detach(), values.requires_grad)
-        setattr(module, attribute, dense.setdefault(id(values), plain))
+        setattr(module, attribute, dense.setdefault(values, plain))
     return model
 
 

@@ -113,7 +113,20 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged or no safetensors file ({error})") from None
     if "card" not in metadata:
         raise UsageError(f"{path} holds no card: it was not written by autosparse")
-    return json.loads(metadata["card"])
+    try:
+        card = json.loads(metadata["card"])
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: the card in its header is damaged ({error})") from None
+    if not isinstance(card, dict):
+        raise UsageError(f"{path}: the card in its header is damaged")
+    return card
+
+
+def require(card: dict[str, Any], keys: tuple[str, ...], path: str | Path) -> None:
+    """Raise UsageError that names the file and the first of `keys` that its card lacks."""
+    missing = next((key for key in keys if key not in card), None)
+    if missing is not None:
+        raise UsageError(f"{path}: its card has no {missing!r}; the file is damaged")
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -53,9 +53,13 @@ def keep(
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     _check_scores(scores)
+    inside = kept(within) if within else sum(score.numel() for score in scores.values())
+    if count > inside:
+        raise UsageError(f"{count} weights are to be kept, but only {inside} are left")
     if scope == "layer":
         sizes = {name: score.numel() for name, score in scores.items()}
-        counts = allocate(dict.fromkeys(sizes, 1.0), sizes, count, min_per_layer)
+        most = {name: int(mask.sum()) for name, mask in within.items()} if within else None
+        counts = allocate(dict.fromkeys(sizes, 1.0), sizes, count, min_per_layer, most=most)
         return _keep_counts(scores, counts, within)
     return _keep_global(scores, count, min_per_layer, within)
 
@@ -128,15 +132,21 @@ def top(flat: Tensor, count: int) -> Tensor:
 
 
 def allocate(
-    weights: Mapping[str, float], sizes: Mapping[str, int], kept: int, min_per_layer: int = 1
+    weights: Mapping[str, float],
+    sizes: Mapping[str, int],
+    kept: int,
+    min_per_layer: int = 1,
+    *,
+    most: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Split exactly `kept` weights over layers, layer densities in proportion to `weights`.
 
-    No layer gets more than it has; what a full layer leaves goes to the others in proportion.
-    Fractions are settled by largest remainder, ties by order. Every layer gets `min_per_layer`.
+    No layer gets more than it has (or than `most` allows); what a full layer leaves goes to the
+    others in proportion. Fractions are settled by largest remainder, ties by order. Every layer gets `min_per_layer`.
     """
-    lower = {name: min(min_per_layer, size) for name, size in sizes.items()}
-    if not sum(lower.values()) <= kept <= sum(sizes.values()):
+    upper = dict(most or sizes)
+    lower = {name: min(min_per_layer, bound) for name, bound in upper.items()}
+    if not sum(lower.values()) <= kept <= sum(upper.values()):
         raise UsageError(
             f"{kept} weights cannot be split over {len(sizes)} layers with "
             f"{min_per_layer} to all of each"
@@ -144,21 +154,28 @@ def allocate(
     share = {name: Fraction(weights[name]) * sizes[name] for name in sizes}
     fixed: dict[str, int] = {}
     while True:
-        free = [name for name in sizes if name not in fixed]
-        left, mass = kept - sum(fixed.values()), sum(share[name] for name in free)
-        ideal = {
-            name: left * share[name] / mass if mass else Fraction(left, len(free)) for name in free
-        }
-        over = {name: sizes[name] for name in free if ideal[name] > sizes[name]}
-        under = {name: lower[name] for name in free if ideal[name] < lower[name]}
+        ideal = _in_proportion(share, kept - sum(fixed.values()), fixed)
+        over = {name: upper[name] for name, value in ideal.items() if value > upper[name]}
+        under = {name: lower[name] for name, value in ideal.items() if value < lower[name]}
         if not over and not under:
             break
-        fixed |= over or under
+        excess = sum(ideal[name] - upper[name] for name in over)
+        lack = sum(lower[name] - ideal[name] for name in under)
+        fixed |= {**(over if excess >= lack else {}), **(under if lack >= excess else {})}
     counts = {name: fixed[name] if name in fixed else int(ideal[name]) for name in sizes}
-    by_remainder = sorted(free, key=lambda name: counts[name] - ideal[name])
+    by_remainder = sorted(ideal, key=lambda name: counts[name] - ideal[name])
     for name in by_remainder[: kept - sum(counts.values())]:
         counts[name] += 1
     return counts
+
+
+def _in_proportion(
+    share: Mapping[str, Fraction], left: int, fixed: Mapping[str, int]
+) -> dict[str, Fraction]:
+    """Split `left` over the layers that are not fixed; evenly if none has a share."""
+    free = [name for name in share if name not in fixed]
+    mass = sum(share[name] for name in free)
+    return {name: left * share[name] / mass if mass else Fraction(left, len(free)) for name in free}
 
 
 def kept(masks: Mapping[str, Tensor]) -> int:

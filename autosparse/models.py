@@ -87,13 +87,14 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
             if id(weight) not in seen:
                 seen.add(id(weight))
                 found[f"{module_name}.{attribute}" if module_name else attribute] = weight
+    left_out: set[str] = set()
     for pattern in exclude:
         names = [name for name in found if _excluded(model, pattern, name)]
         if not names:
             parts = {".".join(name.split(".")[: depth + 1]) for name in found for depth in range(3)}
             raise unknown("layer to exclude", pattern, parts)
-        for name in names:
-            del found[name]
+        left_out.update(names)
+    found = {name: weight for name, weight in found.items() if name not in left_out}
     if not found:
         raise UsageError(f"{type(model).__name__} has no prunable weight")
     return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autosparse import features
 from autosparse.errors import UsageError
-from autosparse.files import read_tensors, write_tensors
+from autosparse.files import read_tensors, require, write_tensors
 
 FORMAT = 1
 
@@ -102,6 +102,7 @@ class AutoS(nn.Module):
             raise UsageError(
                 f"{path} is not an AutoS file but {header.get('kind', 'something else')}"
             )
+        require(header, ("features", "inputs", "hidden", "fingerprint", "card"), path)
         ours = list(features.KINDS.get(header["features"], ()))
         if header["inputs"] != ours:
             odd = sorted(set(ours) ^ set(header["inputs"])) or ["another order"]
@@ -109,7 +110,8 @@ class AutoS(nn.Module):
                 f"{path} was fitted on other features than this version computes "
                 f"({header['features']}: {odd[0]}); fit it again"
             )
-        scorer = cls(header["features"], header["hidden"])
+        with torch.random.fork_rng(devices=[]):
+            scorer = cls(header["features"], header["hidden"])
         try:
             scorer.load_state_dict(tensors)
         except RuntimeError as error:

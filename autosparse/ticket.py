@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autosparse import masks as masks_module
 from autosparse.compaction import compact_weights, dense_name
 from autosparse.errors import UsageError
-from autosparse.files import read_tensors, write_tensors
+from autosparse.files import read_tensors, require, write_tensors
 
 FORMAT = 1
 
@@ -137,11 +137,12 @@ class Ticket:
                     f"model and {list(shapes[name])} in the ticket"
                 )
         missing = next((name for name in shapes if name not in state), None)
+        if missing is not None:
+            raise UsageError(f"this ticket is for another model: only the ticket has {missing}")
         tied = _tied_names(model, self.masks)
         extra = next((name for name in state if name not in shapes and name not in tied), None)
-        for name, where in ((missing, "ticket"), (extra, "model")):
-            if name is not None:
-                raise UsageError(f"this ticket is for another model: only the {where} has {name}")
+        if extra is not None:
+            raise UsageError(f"this ticket is for another model: only the model has {extra}")
 
     def save(self, path: str | Path) -> None:
         """Write the ticket as one safetensors file, atomically; the same ticket, the same bytes."""
@@ -153,6 +154,7 @@ class Ticket:
             "kind": "ticket",
             "format": FORMAT,
             "fingerprint": self.fingerprint,
+            "content_hash": self.content_hash,
             "shapes": [[name, list(mask.shape)] for name, mask in self.masks.items()],
             "card": self.card,
         }
@@ -164,6 +166,7 @@ class Ticket:
         tensors, header = read_tensors(path)
         if header.get("kind") != "ticket":
             raise UsageError(f"{path} is not a ticket but {header.get('kind', 'something else')}")
+        require(header, ("format", "shapes", "fingerprint", "content_hash", "card"), path)
         if header["format"] > FORMAT:
             raise UsageError(
                 f"{path} was written by a newer autosparse (format {header['format']})"
@@ -188,6 +191,8 @@ class Ticket:
             raise UsageError(
                 f"{path}: the masks do not match their fingerprint; the file is damaged"
             )
+        if ticket.content_hash != header["content_hash"]:
+            raise UsageError(f"{path}: the values do not match their hash; the file is damaged")
         return ticket
 
 

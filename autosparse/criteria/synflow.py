@@ -26,7 +26,7 @@ from autosparse.errors import UsageError
 
 @register("synflow", needs_data=False)
 def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 100) -> Scores:
-    """Return the synaptic flow after the last round; weights that fell in round k score k - n.
+    """Return the synaptic flow after the last round; weights that fell in round k score k - n - 1.
 
     Args:
         sparsity: fraction of weights to remove in the end.
@@ -59,7 +59,8 @@ def _linearised(model: nn.Module) -> nn.Module:
     linear = copy.deepcopy(model).eval().double()
     with torch.no_grad():
         for tensor in linear.state_dict().values():
-            tensor.abs_()
+            if tensor.is_floating_point():
+                tensor.abs_()
     return linear
 
 
@@ -69,8 +70,10 @@ def _ones(model: nn.Module, batches: list, like: Tensor) -> Tensor:
         shape = batches[0][0].shape[1:]
     elif recipe is not None:
         shape = (recipe["in_chans"], recipe["image_size"], recipe["image_size"])
+    elif hasattr(model, "pretrained_cfg"):
+        shape = model.pretrained_cfg["input_size"]
     else:
-        shape = model.pretrained_cfg["input_size"]  # type: ignore[index]
+        raise UsageError("synflow needs to know the images' shape: give it a batch")
     return torch.ones(1, *shape, dtype=like.dtype, device=like.device)
 
 

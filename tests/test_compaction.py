@@ -1,0 +1,393 @@
+"""Compact parameters: equal to masked-dense training, and back to dense again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from autosparse import data, masks, models, training
+from autosparse.compaction import compact, compact_weights, dense_name, densify
+from autosparse.config import ModelConfig, TrainingConfig
+from autosparse.errors import UsageError
+from autosparse.ticket import Ticket
+
+STEPS, BATCH, RATE, DECAY = 50, 32, 1e-3, 0.5
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=3, bias=False),
+        nn.Flatten(),
+        nn.Linear(6 * 4 * 4, 5),
+    )
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 2, 6, 6, generator=torch.Generator().manual_seed(7))
+
+
+def random_ticket(model: nn.Module, sparsity: float = 0.7) -> Ticket:
+    generator = torch.Generator().manual_seed(3)
+    parameters = models.prunable(model)
+    scores = {name: torch.rand(w.shape, generator=generator) for name, w in parameters.items()}
+    return Ticket.from_model(model, masks.from_scores(scores, sparsity), {})
+
+
+def masked(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """Return a dense copy of `model` with zeros where the ticket prunes."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in ticket.masks.items():
+            model.get_parameter(name).mul_(mask)
+    return model
+
+
+class Tied(nn.Module):
+    """Two Linear layers that share one weight, and one of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = (nn.Linear(5, 5) for _ in range(3))
+        self.last.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(inputs).relu()).relu())
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention on its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.attention(inputs, inputs, inputs)[0]
+
+
+CASES = {
+    "conv net": (conv_net, images),
+    "attention": (Attention, lambda: torch.randn(3, 4, 8)),
+    "tied": (Tied, lambda: torch.randn(3, 5)),
+}
+
+
+@pytest.mark.parametrize("training_mode", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_is_that_of_the_masked_dense_model(case: str, training_mode: bool) -> None:
+    build, draw = CASES[case]
+    model, inputs = build().train(training_mode), draw()
+    ticket = random_ticket(model)
+    expected = masked(model, ticket)(inputs)
+    torch.testing.assert_close(compact(model, ticket)(inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_is_the_dense_gradient_at_the_kept_positions(case: str) -> None:
+    build, draw = CASES[case]
+    model, inputs = build(), draw()
+    ticket = random_ticket(model)
+    dense = masked(model, ticket)
+    dense(inputs).square().sum().backward()
+    compact(model, ticket)(inputs).square().sum().backward()
+    gradients = {dense_name(name): each.grad for name, each in model.named_parameters()}
+    assert set(gradients) == {name for name, _ in dense.named_parameters()}
+    for name, parameter in dense.named_parameters():
+        mask = ticket.masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
+        expected = parameter.grad[mask].view_as(gradients[name])
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-6, atol=1e-6)
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train; `clip` lies between its smallest and its largest gradient norm."""
+
+    name: str
+    options: dict[str, Any]
+    sparsity: float
+    clip: float
+    dtype: torch.dtype = torch.float32
+
+    def model(self) -> nn.Module:
+        config = ModelConfig(self.name, self.options)
+        model = models.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
+        return model.to(self.dtype).train()
+
+
+# Clipping adds up the norm in another order, so the last bit of fp32 differs. Where that bit
+# decides on which side of a ReLU or max-pool kink a value falls, equal trainings part. So fp32
+# runs a smooth test_resnet, and the one with kinks runs in float64.
+RUNS = {
+    "resnet": Run("test_resnet", {"act_layer": "silu", "replace_stem_pool": True}, 0.9, 2.0),
+    "resnet with kinks": Run("test_resnet", {}, 0.9, 5.0, torch.float64),
+    "vit": Run("test_vit", {"patch_size": 4}, 0.5, 1.0),
+}
+
+
+def digits_batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    source = data.load("digits")
+    found = [
+        (source.prepare(pixels).to(dtype), labels)
+        for epoch in range(2)
+        for pixels, labels in source.train.shuffled(BATCH, seed=0, epoch=epoch)
+    ]
+    return found[:STEPS]
+
+
+def masked_dense_optimizer(model: nn.Module, chosen: dict[str, Tensor]) -> torch.optim.Optimizer:
+    parameters = dict(model.named_parameters())
+    decay = [parameters[name] for name in chosen]
+    rest = [parameter for name, parameter in parameters.items() if name not in chosen]
+    groups = [{"params": decay, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=RATE)
+
+
+def train_masked_dense(
+    model: nn.Module, chosen: dict[str, Tensor], batches: list[tuple[Tensor, Tensor]], clip: float
+) -> tuple[list[float], list[float]]:
+    """Return losses and gradient norms; pruned weights are held at zero by force."""
+    optimizer = masked_dense_optimizer(model, chosen)
+    weights = {name: model.get_parameter(name) for name in chosen}
+    losses, norms = [], []
+    for pixels, labels in batches:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(pixels).float(), labels)
+        loss.backward()
+        for name, weight in weights.items():
+            weight.grad.mul_(chosen[name])
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        optimizer.step()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.mul_(chosen[name])
+        losses.append(loss.item())
+    return losses, norms
+
+
+def train_compact(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], clip: float
+) -> list[float]:
+    config = TrainingConfig(
+        learning_rate=RATE, weight_decay=DECAY, clip_grad=clip, schedule="none", optimizer="adamw"
+    )
+    stepper = training.PlainStepper(model, config, steps_per_epoch=STEPS)
+    return [stepper.step(pixels, labels).item() for pixels, labels in batches]
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_compact_training_is_masked_dense_training(run: Run) -> None:
+    batches = digits_batches(run.dtype)
+    model = run.model()
+    ticket = random_ticket(model, run.sparsity)
+    reference = masked(model, ticket)
+    expected, norms = train_masked_dense(reference, ticket.masks, batches, run.clip)
+    losses = train_compact(compact(model, ticket), batches, run.clip)
+    assert len(expected) == STEPS
+    assert min(norms) < run.clip < max(norms)
+    assert expected[-1] < expected[0] - 0.05
+    assert losses == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+# What a compact model is made of
+
+
+def test_parameter_count_is_the_survivors_and_the_rest() -> None:
+    model = conv_net()
+    ticket = random_ticket(model, 0.75)
+    weights = 6 * 2 * 9 + 6 * 2 * 9 + 96 * 5
+    biases_and_norms = 6 + 6 + 6 + 5
+    assert ticket.kept == weights / 4
+    compact(model, ticket)
+    assert sum(each.numel() for each in model.parameters()) == weights / 4 + biases_and_norms
+
+
+def test_a_weight_that_is_kept_whole_stays_an_ordinary_parameter() -> None:
+    model = conv_net()
+    ticket = random_ticket(model)
+    ticket.masks["0.weight"][:] = True
+    ticket = Ticket.from_model(model, ticket.masks, {})
+    compact(model, ticket)
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert [name for name, _ in compact_weights(model)] == ["3.weight", "5.weight"]
+
+
+def test_compact_weights_give_names_and_masks_back() -> None:
+    model = Attention()
+    ticket = random_ticket(model)
+    found = {name: weight.mask() for name, weight in compact_weights(compact(model, ticket))}
+    assert found.keys() == {"attention.in_proj_weight", "attention.out_proj.weight"}
+    assert all(torch.equal(found[name], mask) for name, mask in ticket.masks.items())
+
+
+def test_state_dict_holds_values_and_no_index() -> None:
+    model = conv_net()
+    dense = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    ticket = random_ticket(model)
+    state = compact(model, ticket).state_dict()
+    assert {dense_name(name) for name in state} == set(dense)
+    for name, tensor in state.items():
+        plain = dense_name(name)
+        kept = ticket.masks[plain].sum() if plain in ticket.masks else None
+        assert tensor.shape == (dense[plain] if kept is None else (kept,))
+
+
+def test_state_dict_goes_into_another_compact_model() -> None:
+    model, other = conv_net(), conv_net()
+    ticket = random_ticket(model)
+    compact(model, ticket)
+    compact(other, ticket)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(images()), model.eval()(images()))
+
+
+def test_positions_are_int32() -> None:
+    model = compact(conv_net(), random_ticket(conv_net()))
+    assert {weight.index.dtype for _, weight in compact_weights(model)} == {torch.int32}
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [
+        ("layer1.0.parametrizations.weight.original", "layer1.0.weight"),
+        ("parametrizations.weight.original", "weight"),
+        ("attn.parametrizations.in_proj_weight.original", "attn.in_proj_weight"),
+        ("layer1.0.weight", "layer1.0.weight"),
+        ("norm.original", "norm.original"),
+    ],
+)
+def test_dense_name(name: str, dense: str) -> None:
+    assert dense_name(name) == dense
+
+
+def test_deepcopy_is_equal_and_independent() -> None:
+    model = compact(conv_net(), random_ticket(conv_net())).eval()
+    before = model(images())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images()), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(model(images()), before)
+    assert not twin(images()).any()
+    assert isinstance(densify(twin)[0].weight, nn.Parameter)
+
+
+def test_a_compact_model_is_not_compacted_again() -> None:
+    model, ticket = conv_net(), random_ticket(conv_net())
+    compact(model, ticket)
+    with pytest.raises(UsageError, match="compact already"):
+        compact(model, ticket)
+
+
+def test_a_ticket_for_another_model_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    ticket = random_ticket(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    with pytest.raises(UsageError, match=r"1\.weight"):
+        compact(model, ticket)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = conv_net()
+    ticket = random_ticket(model)
+    model[0].weight.requires_grad_(False)
+    compact(model, ticket)
+    assert not model[0].parametrizations.weight.original.requires_grad
+    assert model[3].parametrizations.weight.original.requires_grad
+    densify(model)
+    assert [model[place].weight.requires_grad for place in (0, 3, 5)] == [False, True, True]
+
+
+# Densify
+
+
+def test_densify_puts_zeros_and_plain_names() -> None:
+    model = conv_net()
+    ticket = random_ticket(model)
+    expected = masked(model, ticket).state_dict()
+    densify(compact(model, ticket))
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert type(model[0]) is nn.Conv2d
+    assert all(isinstance(model[place].weight, nn.Parameter) for place in (0, 3, 5))
+    assert not list(compact_weights(model))
+
+
+def test_a_dense_model_stays_as_it_is() -> None:
+    model = conv_net()
+    weights = [id(parameter) for parameter in model.parameters()]
+    assert [id(parameter) for parameter in densify(model).parameters()] == weights
+
+
+# Tied weights
+
+
+def test_tied_weights_stay_tied_when_compact() -> None:
+    model = Tied()
+    ticket = random_ticket(model, 0.5)
+    compact(model, ticket)
+    first, last = (each.parametrizations.weight for each in (model.first, model.last))
+    assert first.original is last.original
+    assert sum(each.numel() for each in model.parameters()) == 25 + 15
+    with torch.no_grad():
+        first.original.add_(1)
+    assert torch.equal(model.first.weight, model.last.weight)
+
+
+def test_tied_weights_stay_tied_when_densified() -> None:
+    model = Tied()
+    ticket = random_ticket(model, 0.5)
+    expected = masked(model, ticket)
+    densify(compact(model, ticket))
+    assert model.first.weight is model.last.weight
+    assert torch.equal(model.first.weight, expected.first.weight)
+    assert torch.equal(model.middle.weight, expected.middle.weight)
+
+
+# Layer collapse
+
+
+def empty_first_layer() -> tuple[nn.Module, Ticket]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    chosen = {"0.weight": torch.zeros(4, 3).bool(), "1.weight": torch.ones(2, 4).bool()}
+    return model, Ticket.from_model(model, chosen, {})
+
+
+def test_an_empty_layer_gives_its_bias() -> None:
+    model, ticket = empty_first_layer()
+    expected = model[1](model[0].bias).detach().expand(5, 2)
+    outputs = compact(model, ticket)(torch.randn(5, 3))
+    torch.testing.assert_close(outputs, expected)
+
+
+def test_an_empty_layer_is_trained_and_densified() -> None:
+    model, ticket = empty_first_layer()
+    bias = model[0].bias.detach().clone()
+    compact(model, ticket)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    assert model[0].parametrizations.weight.original.grad.shape == (0,)
+    assert not torch.equal(model[0].bias, bias)
+    assert not densify(model)[0].weight.any()
