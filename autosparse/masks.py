@@ -142,7 +142,8 @@ def allocate(
     """Split exactly `kept` weights over layers, layer densities in proportion to `weights`.
 
     No layer gets more than it has (or than `most` allows); what a full layer leaves goes to the
-    others in proportion. Fractions are settled by largest remainder, ties by order. Every layer gets `min_per_layer`.
+    others in proportion. Fractions are settled by largest remainder, ties by order. Every layer
+    gets `min_per_layer`.
     """
     upper = dict(most or sizes)
     lower = {name: min(min_per_layer, bound) for name, bound in upper.items()}
