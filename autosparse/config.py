@@ -95,7 +95,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     """Label smoothing, 0 to 1."""
     precision: str = "fp32"
-    """fp32, or bf16 (autocast; with DeepSpeed its bf16 engine)."""
+    """fp32, or bf16: autocast over fp32 weights."""
     checkpoint_epochs: int = _local(5)
     """Save a checkpoint to resume from every so many epochs; 0: never."""
 

@@ -140,6 +140,7 @@ def train_cell(
     if cell.done:
         return cell.result()
     model = build(cell.ticket, source).to(models.choose_device(device))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     stepper = make_stepper(model, steps_per_epoch(source.train, config.training, ranks.world_size))
     if observer:
         observer.begin(cell, config)
@@ -156,7 +157,7 @@ def train_cell(
         )
     test = evaluate(stepper.model, source, source.test, ranks)
     state = stepper.state_dict()
-    result = _result(cell, model, history.plain(), test.accuracy, test.loss)
+    result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
     if ranks.rank == 0:
         _finish(cell, config, model, state, result)
         if observer:
@@ -177,7 +178,7 @@ def build(ticket: Ticket, source: DataSource) -> nn.Module:
 
 
 def _result(
-    cell: Cell, model: nn.Module, history: list[dict], accuracy: float, loss: float
+    cell: Cell, parameters: int, history: list[dict], accuracy: float, loss: float
 ) -> dict[str, Any]:
     card = cell.ticket.card
     return {
@@ -189,7 +190,7 @@ def _result(
         "test_accuracy": accuracy,
         "test_loss": loss,
         "validation_accuracy": history[-1]["validation_accuracy"],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
         "kept": cell.ticket.kept,
         "seconds": round(sum(epoch["seconds"] for epoch in history), 3),
         "prune_seconds": card.get("seconds", 0.0),

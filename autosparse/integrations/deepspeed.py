@@ -37,14 +37,13 @@ class DeepSpeedStepper:
     ) -> None:
         self.config, self.ranks, self.module = config, ranks, model
         self.accumulation = config.deepspeed.gradient_accumulation
-        self.bf16 = config.training.precision == "bf16"
         self.optimizer, self.scheduler = optimizer_and_schedule(
             model, config.training, steps_per_epoch
         )
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=engine_config(config, ranks)
         )
-        self.model = _CastInput(self.engine, self.bf16)
+        self.model = self.engine
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.training.label_smoothing)
         self.updates = 0
 
@@ -64,19 +63,11 @@ class DeepSpeedStepper:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Gather the whole state dict; under bf16 the parameters' fp32 masters."""
-        parameters = dict(self.module.named_parameters())
-        stage = self.config.deepspeed.zero_stage
-        gather = deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3)
-        with gather if stage == 3 else nullcontext():
-            state = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
-        if self.bf16:
-            for name, parameter in parameters.items():
-                full = deepspeed.utils.safe_get_full_fp32_param(parameter)
-                if full is not None:
-                    state[name] = full.detach().clone()
-            state = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
-        return state
+        """Gather the whole state dict on every rank."""
+        sharded = self.config.deepspeed.zero_stage == 3
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext():
+            return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
 
     def save(self, folder: Path, history: History) -> None:
         client = {"history": history.plain(), "updates": self.updates, "rng": torch.get_rng_state()}
@@ -100,17 +91,6 @@ class DeepSpeedStepper:
         self.engine.destroy()
 
 
-class _CastInput(nn.Module):
-    """The engine, fed with images of its own precision."""
-
-    def __init__(self, engine: nn.Module, bf16: bool) -> None:
-        super().__init__()
-        self.engine, self.bf16 = engine, bf16
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.engine(images.bfloat16() if self.bf16 else images)
-
-
 def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's own config for ours; raise UsageError for what does not divide."""
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
@@ -129,7 +109,10 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         "gradient_clipping": config.training.clip_grad or 0.0,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.training.precision == "bf16"},
+        "torch_autocast": {
+            "enabled": config.training.precision == "bf16",
+            "dtype": "bfloat16",
+        },
         "steps_per_print": NEVER,
     }
 
