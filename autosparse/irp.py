@@ -82,13 +82,7 @@ def run_irp(
         return folder
     device = models.choose_device(config.device)
     source = data_module.load(config.data).to(device)
-    initial = models.create(
-        config.model,
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
-        image_size=source.image_size,
-        seed=config.seed,
-    )
+    initial = models.create_for(source, config.model, config.seed)
     names = list(models.prunable(initial, config.model.exclude))
     start = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
     steps_per_epoch(source.train, config.training)

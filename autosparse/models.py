@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -50,6 +50,28 @@ def create(
         "seed": seed,
     }
     return model
+
+
+class Images(Protocol):
+    """What a model must know of its data; a DataSource is one."""
+
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def in_chans(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+
+
+def create_for(images: Images, config: ModelConfig, seed: int) -> nn.Module:
+    """Build a timm model for a data set: see `create`."""
+    return create(
+        config,
+        num_classes=images.num_classes,
+        in_chans=images.in_chans,
+        image_size=images.image_size,
+        seed=seed,
+    )
 
 
 def _build(name: str, options: dict[str, Any]) -> nn.Module:

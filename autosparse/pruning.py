@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def prune(
     Args:
         model: a timm model (or any module with Conv and Linear layers), at initialization.
         data: a data set's name or config, a DataSource, or batches of (normalised images,
-            labels), e.g. a DataLoader; all of those batches are used, so give few.
+            labels), e.g. a DataLoader; all of those batches are used, so give few. Criteria that
+            look at no data take [].
         criterion: a name from `criteria.names()`, or `dense` to keep everything.
         sparsity: fraction of prunable weights to remove, 0 <= sparsity < 1.
         scope: `global` compares all weights, `layer` prunes every layer alike.
@@ -54,27 +56,29 @@ def prune(
     """
     check_sparsity(sparsity)
     exclude = tuple(exclude) or tuple(getattr(model, "autosparse_recipe", {}).get("exclude", ()))
+    if isinstance(data, str | DataConfig):
+        data = data_module.load(data)
     started = time.perf_counter()
+    asked = dict(options or {})
     if criterion == DENSE:
-        sparsity = 0.0
-        provenance = {}
+        sparsity, provenance = 0.0, {}
         chosen = {
             name: torch.ones_like(weight, dtype=torch.bool)
             for name, weight in prunable(model, exclude).items()
         }
     else:
         found = criteria.get(criterion)
-        provenance = found.provenance(**options or {}) if found.provenance else {}
         batches = _batches(data, found.needs_data, samples_per_class, seed, device_of(model))
-        given = {key: value for key, value in (("sparsity", sparsity), ("seed", seed))
-                 if key in found.options}  # fmt: skip
-        scores = found(model, batches, loss_fn, exclude=exclude, **given | (options or {}))
+        filled = {"sparsity": sparsity, "seed": seed}
+        usual = {key: value for key, value in filled.items() if key in found.options}
+        scores = found(model, batches, loss_fn, exclude=exclude, **usual | asked)
         chosen = masks.from_scores(scores, sparsity, scope=scope)
+        provenance = found.provenance(**asked) if found.provenance else {}
     card = {
         "model": getattr(model, "autosparse_recipe", {"class": type(model).__name__}),
         **_describe(data),
         "criterion": criterion,
-        "options": options or {},
+        "options": asked,
         "sparsity": sparsity,
         "scope": scope,
         "seed": seed,
@@ -88,20 +92,20 @@ def prune(
 
 
 def _batches(
-    data: Data, needed: bool, samples_per_class: int, seed: int, device: torch.device
+    data: DataSource | Iterable[tuple[Tensor, Tensor]],
+    needed: bool,
+    samples_per_class: int,
+    seed: int,
+    device: torch.device,
 ) -> list[tuple[Tensor, Tensor]]:
-    if not needed and isinstance(data, str | DataConfig):
-        return []
-    if isinstance(data, str | DataConfig):
-        data = data_module.load(data)
+    """Return what is scored; if no data are needed, one batch, which shows the images' shape."""
     if isinstance(data, DataSource):
-        return data.to(device).score_batches(samples_per_class, seed=seed)
-    return [(images.to(device), labels.to(device)) for images, labels in data]
+        data = data.to(device).score_batches(samples_per_class if needed else 1, seed=seed)
+    chosen = data if needed else islice(data, 1)
+    return [(images.to(device), labels.to(device)) for images, labels in chosen]
 
 
-def _describe(data: Data) -> dict[str, Any]:
-    if isinstance(data, str):
-        data = DataConfig(name=data)
+def _describe(data: DataSource | Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     if isinstance(data, DataSource):
         return {"data": plain(data.config), "data_fingerprint": data.fingerprint}
-    return {"data": plain(data) if isinstance(data, DataConfig) else {"name": "batches"}}
+    return {"data": {"name": "batches"}}

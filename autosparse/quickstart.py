@@ -125,13 +125,7 @@ def _prune(out: Path, scorer: Path, seeds: int) -> list[Path]:
         for criterion, sparsity, seed in plan:
             path = out / "tickets" / f"{criterion}-{sparsity * 100:.0f}-seed{seed}.safetensors"
             if not _is_there(path, criterion, fingerprint):
-                model = models.create(
-                    TARGET,
-                    num_classes=source.num_classes,
-                    in_chans=source.in_chans,
-                    image_size=source.image_size,
-                    seed=seed,
-                )
+                model = models.create_for(source, TARGET, seed)
                 options = {"scorer": str(scorer)} if criterion == "autos" else None
                 pruning.prune(model, source, criterion, sparsity, seed=seed, options=options).save(
                     path

@@ -86,13 +86,7 @@ def _dense_cell(config: SparseTrainConfig) -> Cell:
         raise UsageError("give tickets, or a model to train dense (--model.name …)")
     data, seed = config.data or DataConfig(), config.seed or 0
     source = data_module.load(data)
-    model = models.create(
-        config.model,
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
-        image_size=source.image_size,
-        seed=seed,
-    )
+    model = models.create_for(source, config.model, seed)
     return _cell(config, DENSE, prune(model, data, DENSE, seed=seed), data, seed)
 
 

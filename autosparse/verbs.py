@@ -71,13 +71,9 @@ def prune(config: PruneConfig) -> None:
     from autosparse import data, models, pruning
 
     source = data.load(config.data)
-    model = models.create(
-        config.model,
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
-        image_size=source.image_size,
-        seed=config.seed,
-    ).to(models.choose_device(config.device))
+    model = models.create_for(source, config.model, config.seed).to(
+        models.choose_device(config.device)
+    )
     ticket = pruning.prune(
         model,
         source,

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,13 @@ def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
 class Tracker:
     """An Observer: one MLflow run per cell, gone on with if the cell is resumed."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.client, self.experiment = client(folder)
+    def __init__(self) -> None:
         self.runs: dict[Path, str] = {}
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The connection; made when the first run begins, so that a mistake leaves no database."""
+        return client()[0]
 
     def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
@@ -89,7 +94,7 @@ class Tracker:
         }
         if PARENT_VARIABLE in os.environ:
             tags["mlflow.parentRunId"] = os.environ[PARENT_VARIABLE]
-        run = self.client.create_run(self.experiment, tags=tags, run_name=cell.name)
+        run = self.client.create_run(client()[1], tags=tags, run_name=cell.name)
         self.runs[cell.folder] = run.info.run_id
         settings = {
             "model": card["model"],
