@@ -243,8 +243,8 @@ class DeepSpeedConfig:
 class SparseTrainConfig:
     """Train tickets, or the dense model where no ticket is given."""
 
-    tickets: list[str] = _local([])
-    """Ticket files (or patterns); each is trained in turn into its own folder."""
+    tickets: list[str] | str = _local([])
+    """A ticket file or pattern, or a list of them; each is trained into its own folder."""
     model: ModelConfig | None = None
     """The model, if no ticket is given: trained dense."""
     data: DataConfig | None = None

@@ -5,6 +5,7 @@ Every step is found finished by its output, so a second run only draws and print
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -143,13 +144,13 @@ def _is_there(path: Path, criterion: str, fingerprint: str) -> bool:
 
 def _train(out: Path, tickets: list[Path]) -> list[Cell]:
     file = _source("configs/train/digits.yaml")
-    patterns = "[" + ", ".join(str(path) for path in tickets) + "]"
-    overrides = ["--config", str(file), "--tickets", patterns, "--out", str(out / "trained")]
+    listed = json.dumps([str(path) for path in tickets])
+    overrides = ["--config", str(file), "--tickets", listed, "--out", str(out / "trained")]
     config = parse(SparseTrainConfig, overrides, "", None)
     script = str(_source("launch/train_sparse.py"))
     ranks, accelerator = _ranks()
     launcher = ["--num_accelerators", str(ranks), "--log_level", "error", "--master_port", _port()]
-    shown = ["--tickets", f"[{out / 'tickets'}/*.safetensors]", *overrides[4:]]
+    shown = ["--tickets", f"{out / 'tickets'}/*.safetensors", *overrides[4:]]
     _heading(
         f"4  sparse training, DeepSpeed on {ranks} ranks",
         ["deepspeed", "--num_accelerators", str(ranks), script, *overrides[:2], *shown],

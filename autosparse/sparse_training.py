@@ -75,7 +75,8 @@ def cells(config: SparseTrainConfig) -> Iterator[Cell]:
     if not config.tickets:
         yield _dense_cell(config)
         return
-    for path in _expand(config.tickets):
+    patterns = [config.tickets] if isinstance(config.tickets, str) else config.tickets
+    for path in _expand(patterns):
         ticket = Ticket.load(path)
         seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
         yield _cell(config, path.stem, ticket, _data(config, ticket, path), seed)

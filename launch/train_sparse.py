@@ -1,7 +1,7 @@
 """Train tickets (or a dense model) under DeepSpeed.
 
     deepspeed launch/train_sparse.py --config configs/train/digits.yaml \\
-        --tickets '["tickets/*.safetensors"]' --out trained
+        --tickets 'tickets/*.safetensors' --out trained
 On a machine without a GPU, with two ranks:
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/train_sparse.py --config …
 """

@@ -94,6 +94,12 @@ def test_nothing_to_train_is_an_error(config) -> None:
         list(cells(replace(config, tickets=["nothing*.safetensors"])))
 
 
+def test_one_pattern_or_a_list_of_them(config) -> None:
+    (listed,) = cells(config)
+    (single,) = cells(replace(config, tickets=config.tickets[0]))
+    assert single.folder == listed.folder
+
+
 def test_data_that_do_not_fit_the_model_are_named(config, digits: DataSource) -> None:
     (cell,) = cells(config)
     with pytest.raises(UsageError, match="num_classes 10, the data digits 7"):
