@@ -101,7 +101,7 @@ def layer_features(
         pair = torch.stack([weight.flatten(), gradient.flatten()])
         yield from pair.split(CHUNK, dim=1)
         return
-    w, g = weight.flatten(2) if weight.ndim > 2 else weight[..., None], None
+    w = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
     g = gradient.view_as(w)
     scale_w, scale_g = _rms(w), _rms(g)
     scale_wg = _rms(w * g)

@@ -22,7 +22,7 @@ COLOURS = {
 }
 MARKERS = {"autos": "o", "magnitude": "s", "snip": "^", "synflow": "D", "erk": "v", "random": "X"}
 LABELS = {"autos": "AutoS", "snip": "SNIP", "synflow": "SynFlow", "erk": "ERK"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -15,6 +15,7 @@ has no flow left at all, the paper's code would fall back on positions; so do th
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +66,18 @@ def _linearised(model: nn.Module) -> nn.Module:
 
 
 def _ones(model: nn.Module, batches: list, like: Tensor) -> Tensor:
-    recipe = getattr(model, "autosparse_recipe", None)
+    """Return one image of ones: of the batches' shape, or of what the model was built for."""
+    recipe: Any = getattr(model, "autosparse_recipe", None)
+    registered: Any = getattr(model, "pretrained_cfg", None)
     if batches:
-        shape = batches[0][0].shape[1:]
+        shape = tuple(batches[0][0].shape[1:])
     elif recipe is not None:
         shape = (recipe["in_chans"], recipe["image_size"], recipe["image_size"])
-    elif hasattr(model, "pretrained_cfg"):
-        shape = model.pretrained_cfg["input_size"]
+    elif registered is not None:
+        shape = tuple(registered["input_size"])
     else:
         raise UsageError("synflow needs to know the images' shape: give it a batch")
-    return torch.ones(1, *shape, dtype=like.dtype, device=like.device)
+    return torch.ones((1, *shape), dtype=like.dtype, device=like.device)
 
 
 def _flow(linear: nn.Module, weights: dict[str, Tensor], ones: Tensor) -> Scores:

@@ -127,7 +127,8 @@ def start() -> tuple[Ranks, str]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    gpu = deepspeed.get_accelerator().device_name() == "cuda"
+    accelerator = deepspeed.get_accelerator()
+    gpu = accelerator is not None and accelerator.device_name() == "cuda"
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
