@@ -69,14 +69,12 @@ def prune(
     else:
         found = criteria.get(criterion)
         batches = _batches(data, found.needs_data, samples_per_class, seed, device_of(model))
-        filled = {"sparsity": sparsity, "seed": seed}
-        usual = {key: value for key, value in filled.items() if key in found.options}
+        usual = _filled(found, sparsity, seed)
         scores = found(model, batches, loss_fn, exclude=exclude, **usual | asked)
         chosen = masks.from_scores(scores, sparsity, scope=scope)
         provenance = found.provenance(**asked) if found.provenance else {}
     card = {
-        "model": getattr(model, "autosparse_recipe", {"class": type(model).__name__}),
-        **_describe(data),
+        **_describe(model, data),
         "criterion": criterion,
         "options": asked,
         "sparsity": sparsity,
@@ -105,7 +103,21 @@ def _batches(
     return [(images.to(device), labels.to(device)) for images, labels in chosen]
 
 
-def _describe(data: DataSource | Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def _filled(criterion: criteria.Criterion, sparsity: float, seed: int) -> dict[str, Any]:
+    """Return those of sparsity and seed that are options of the criterion."""
+    known = {"sparsity": sparsity, "seed": seed}
+    return {key: value for key, value in known.items() if key in criterion.options}
+
+
+def _describe(
+    model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Any]:
+    """Return the card's entries on model and data."""
+    recipe = getattr(model, "autosparse_recipe", {"class": type(model).__name__})
     if isinstance(data, DataSource):
-        return {"data": plain(data.config), "data_fingerprint": data.fingerprint}
-    return {"data": {"name": "batches"}}
+        return {
+            "model": recipe,
+            "data": plain(data.config),
+            "data_fingerprint": data.fingerprint,
+        }
+    return {"model": recipe, "data": {"name": "batches"}}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from autosparse import data as data_module
-from autosparse import models
+from autosparse import masks, models
 from autosparse.compaction import compact
 from autosparse.config import DataConfig, SparseTrainConfig, from_plain, plain, run_id
 from autosparse.data import DataSource
@@ -78,6 +78,9 @@ def cells(config: SparseTrainConfig) -> Iterator[Cell]:
     patterns = [config.tickets] if isinstance(config.tickets, str) else config.tickets
     for path in _expand(patterns):
         ticket = Ticket.load(path)
+        empty = masks.first_empty(ticket.masks)
+        if empty is not None:
+            raise UsageError(f"{path} empties a layer: {empty} keeps no weight; prune it again")
         seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
         yield _cell(config, path.stem, ticket, _data(config, ticket, path), seed)
 

@@ -94,6 +94,16 @@ def test_nothing_to_train_is_an_error(config) -> None:
         list(cells(replace(config, tickets=["nothing*.safetensors"])))
 
 
+def test_a_ticket_that_empties_a_layer_is_named(config, tmp_path: Path) -> None:
+    (cell,) = cells(config)
+    name = next(iter(cell.ticket.masks))
+    masks = {**cell.ticket.masks, name: torch.zeros_like(cell.ticket.masks[name])}
+    values = {**cell.ticket.values, name: torch.empty(0)}
+    Ticket(masks, values, cell.ticket.rest, cell.ticket.card).save(tmp_path / "empty.safetensors")
+    with pytest.raises(UsageError, match=f"empties a layer: {name}"):
+        list(cells(replace(config, tickets=str(tmp_path / "empty.safetensors"))))
+
+
 def test_one_pattern_or_a_list_of_them(config) -> None:
     (listed,) = cells(config)
     (single,) = cells(replace(config, tickets=config.tickets[0]))
