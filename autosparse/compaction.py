@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from autosparse.models import owner
+from autosparse.standardised import keep_mask, mask_kernel
 
 if TYPE_CHECKING:
     from autosparse.ticket import Ticket
@@ -104,6 +105,7 @@ def _register(model: nn.Module, name: str, mask: Tensor) -> None:
         setattr(module, attribute, copy)
         parametrization = CompactWeight(mask.to(weight.device))
         parametrize.register_parametrization(module, attribute, parametrization)
+        mask_kernel(module)
         slot = module.parametrizations[attribute]  # type: ignore[index]
         if first is None:
             first = slot.original
@@ -121,10 +123,14 @@ def _holders(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, st
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Turn compact weights back into ordinary ones, zero where pruned; in place."""
+    """Turn compact weights back into ordinary ones, zero where pruned; in place.
+
+    Standardising convolutions (NFNet) go on masking the kernel that they make of the weight.
+    """
     dense: dict[nn.Parameter, nn.Parameter] = {}
-    for name, _ in list(compact_weights(model)):
+    for name, compact_weight in list(compact_weights(model)):
         module, attribute = owner(model, name)
+        keep_mask(module, compact_weight.mask())
         slot = module.parametrizations[attribute]  # type: ignore[index]
         values = slot.original
         slot.original = nn.Parameter(values.detach().clone(), values.requires_grad)

@@ -1,17 +1,63 @@
-"""The mean gradient of the loss over given batches, and how to look without leaving a trace."""
+"""Means of gradients over given batches (and ranks), what they cost, and leaving no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autosparse.errors import UsageError
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batch = tuple[Tensor, Tensor]
+Batches = Iterable[Batch]
+Network = Callable[[Tensor], Tensor]
+
+
+class Shared(list[Batch]):
+    """This rank's share of the batches: a mean over it is taken over those of all ranks.
+
+    Every rank must hold one (it may be empty) and call the same functions in the same order.
+    """
+
+
+@dataclass
+class Cost:
+    """What was computed, in forward-backward passes of one image each."""
+
+    image_passes: float = 0.0
+
+
+_COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[Cost]:
+    """Count the image passes that are made inside."""
+    cost = Cost()
+    token = _COST.set(cost)
+    try:
+        yield cost
+    finally:
+        _COST.reset(token)
+
+
+def spend(images: float, passes: float = 1.0) -> None:
+    """Count `passes` forward-backward passes over so many images.
+
+    A forward pass alone counts as 1/3 and a backward pass as 2/3; differentiating a gradient
+    once more costs about as much as the pass that made it.
+    """
+    cost = _COST.get()
+    if cost is not None:
+        cost.image_passes += images * passes
 
 
 @contextmanager
@@ -35,8 +81,81 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = modes[name]
 
 
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Use the attention that can be differentiated twice; the fused kernels cannot."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Network:
+    """Return images -> outputs of the model with `weights` in place of its own."""
+    return lambda images: functional_call(model, dict(weights), (images,))
+
+
+def mean_of(
+    batches: Batches,
+    part: Callable[[Tensor, Tensor], Sequence[Tensor | None]],
+    like: Mapping[str, Tensor],
+    *,
+    passes: float = 1.0,
+) -> dict[str, Tensor]:
+    """Return the mean over all samples of what `part` gives per batch, by name.
+
+    Args:
+        batches: (images, labels); sizes may differ. A `Shared` list is summed over the ranks.
+        part: (images, labels) -> a tensor (or None: zero) per entry of `like`, mean of the batch.
+        like: what the tensors look like, by name.
+        passes: forward-backward passes over its images that one call of `part` takes.
+
+    Raises UsageError if there is no sample.
+    """
+    names, samples = list(like), 0
+    sums: list[Tensor | None] = [None] * len(names)
+    for images, labels in batches:
+        found = list(part(images, labels))
+        for place, tensor in enumerate(found):
+            found[place] = None
+            if tensor is None:
+                continue
+            sum_ = sums[place]
+            if sum_ is None:
+                sums[place] = tensor * len(labels)
+            else:
+                sum_.add_(tensor, alpha=len(labels))
+            del tensor
+        samples += len(labels)
+    whole = [torch.zeros_like(like[n]) if s is None else s for n, s in zip(names, sums, strict=True)]
+    if isinstance(batches, Shared):
+        samples = _over_ranks(whole, samples)
+    if not samples:
+        raise UsageError("no batch to compute gradients on")
+    spend(samples, passes)
+    return {name: sum_.div_(samples) for name, sum_ in zip(names, whole, strict=True)}
+
+
+def _over_ranks(sums: list[Tensor], samples: int) -> int:
+    """Add up over the ranks, in place; return the samples of all of them."""
+    count = torch.tensor([samples], device=sums[0].device)
+    dist.all_reduce(count)
+    for sum_ in sums:
+        dist.all_reduce(sum_)
+    return int(count)
+
+
+def gathered(batches: Batches) -> list[Batch]:
+    """Return the batches of all ranks, in the order of the ranks; they need not be `Shared`."""
+    if not isinstance(batches, Shared):
+        return list(batches)
+    everyone: list[list[Batch]] = [[] for _ in range(dist.get_world_size())]
+    mine = [(images.cpu(), labels.cpu()) for images, labels in batches]
+    dist.all_gather_object(everyone, mine)
+    device = batches[0][0].device if batches else torch.device("cpu")
+    return [(images.to(device), labels.to(device)) for part in everyone for images, labels in part]
+
+
 def mean_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batches: Batches, loss_fn: LossFn
+    model: nn.Module | Network, parameters: Mapping[str, Tensor], batches: Batches, loss_fn: LossFn
 ) -> dict[str, Tensor]:
     """Return dL/dθ for each of `parameters`, the mean over all samples of all batches.
 
@@ -46,16 +165,36 @@ def mean_gradients(
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
     """
-    names, tensors = list(parameters), list(parameters.values())
-    total = [torch.zeros_like(tensor) for tensor in tensors]
-    samples = 0
-    for images, labels in batches:
+    tensors = list(parameters.values())
+
+    def part(images: Tensor, labels: Tensor) -> Sequence[Tensor | None]:
         loss = loss_fn(model(images), labels)
-        parts = torch.autograd.grad(loss, tensors, allow_unused=True)
-        for sum_, part in zip(total, parts, strict=True):
-            if part is not None:
-                sum_.add_(part, alpha=len(labels))
-        samples += len(labels)
-    if not samples:
-        raise UsageError("no batch to compute gradients on")
-    return {name: sum_.div_(samples) for name, sum_ in zip(names, total, strict=True)}
+        return torch.autograd.grad(loss, tensors, allow_unused=True)
+
+    return mean_of(batches, part, parameters)
+
+
+def inner_product(first: Iterable[Tensor | None], second: Iterable[Tensor]) -> Tensor:
+    """Return the sum of products of two lists of tensors; None counts as zero."""
+    products = [(a * b).sum() for a, b in zip(first, second, strict=True) if a is not None]
+    return torch.stack(products).sum()
+
+
+def warm_up(model: nn.Module, batches: Batches) -> None:
+    """Set the statistics of all batch norms to the mean over the batches (train-mode forwards)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    with torch.no_grad():
+        for images, labels in batches:
+            model(images)
+            spend(len(labels), 1 / 3)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        if isinstance(batches, Shared) and norm.running_mean is not None:
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic.div_(dist.get_world_size())

@@ -16,6 +16,8 @@ from autosparse.errors import UsageError, unknown
 
 Masks = dict[str, Tensor]
 SCOPES = ("global", "layer")
+SAMPLE = 1 << 14
+"""How many scores are looked at first to find about where the threshold lies."""
 
 
 def from_scores(
@@ -24,12 +26,19 @@ def from_scores(
     *,
     scope: str = "global",
     min_per_layer: int = 1,
+    per_channel: bool = False,
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Remove the fraction `sparsity` (0 <= sparsity < 1) of all weights: see `keep`."""
-    total = sum(score.numel() for score in scores.values())
-    count = keep_count(total, sparsity)
-    return keep(scores, count, scope=scope, min_per_layer=min_per_layer, within=within)
+    count = keep_count(total(scores), sparsity)
+    return keep(
+        scores,
+        count,
+        scope=scope,
+        min_per_layer=min_per_layer,
+        per_channel=per_channel,
+        within=within,
+    )
 
 
 def keep(
@@ -38,6 +47,7 @@ def keep(
     *,
     scope: str = "global",
     min_per_layer: int = 1,
+    per_channel: bool = False,
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Keep exactly the `count` highest scores.
@@ -48,36 +58,67 @@ def keep(
         count: how many weights to keep, over all layers.
         scope: `global` compares all weights; `layer` keeps the same density in every layer.
         min_per_layer: every layer keeps its best so many weights; 0 allows layer collapse.
+        per_channel: every output channel (first dimension) keeps its best weight.
         within: masks that the result must lie inside (IRP: what is gone stays gone).
     """
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     _check_scores(scores)
-    inside = kept(within) if within else sum(score.numel() for score in scores.values())
+    inside = kept(within) if within else total(scores)
     if count > inside:
         raise UsageError(f"{count} weights are to be kept, but only {inside} are left")
     if scope == "layer":
+        least = least_of(scores, min_per_layer, per_channel)
         sizes = {name: score.numel() for name, score in scores.items()}
         most = {name: int(mask.sum()) for name, mask in within.items()} if within else None
-        counts = allocate(dict.fromkeys(sizes, 1.0), sizes, count, min_per_layer, most=most)
-        return _keep_counts(scores, counts, within)
-    return _keep_global(scores, count, min_per_layer, within)
+        counts = allocate(dict.fromkeys(sizes, 1.0), sizes, count, least, most=most)
+        return keep_counts(scores, counts, per_channel=per_channel, within=within)
+    return _keep_global(scores, count, min_per_layer, per_channel, within)
+
+
+def total(scores: Mapping[str, Tensor]) -> int:
+    """Return how many weights there are."""
+    return sum(score.numel() for score in scores.values())
+
+
+def least_of(
+    scores: Mapping[str, Tensor], min_per_layer: int = 1, per_channel: bool = False
+) -> dict[str, int]:
+    """Return how many weights the guards keep in every layer."""
+    return {
+        name: max(min(min_per_layer, score.numel()), score.shape[0] if per_channel else 0)
+        for name, score in scores.items()
+    }
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether there is no NaN or infinity in a tensor."""
+    lowest, highest = tensor.aminmax()
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
 def _check_scores(scores: Mapping[str, Tensor]) -> None:
     for name, score in scores.items():
-        if not torch.isfinite(score).all():
+        if not is_finite(score):
             raise UsageError(f"the scores of {name} are not finite; nothing was pruned")
 
 
-def _keep_counts(
-    scores: Mapping[str, Tensor], counts: Mapping[str, int], within: Mapping[str, Tensor] | None
+def keep_counts(
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    *,
+    per_channel: bool = False,
+    within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
+    """Keep exactly `counts[name]` of every layer, its highest scores."""
     masks = {}
     for name, score in scores.items():
         flat = score.detach().flatten()
         if within is not None:
             flat = flat.masked_fill(~within[name].flatten().to(flat.device), -torch.inf)
+        if per_channel:
+            flat = flat.clone() if flat.data_ptr() == score.data_ptr() else flat
+            _raise_channels(flat.view(score.shape))
         masks[name] = top(flat, counts[name]).view(score.shape)
     return masks
 
@@ -86,30 +127,50 @@ def _keep_global(
     scores: Mapping[str, Tensor],
     count: int,
     min_per_layer: int,
+    per_channel: bool,
     within: Mapping[str, Tensor] | None,
 ) -> Masks:
-    guarded = sum(min(min_per_layer, score.numel()) for score in scores.values())
+    guarded = sum(least_of(scores, min_per_layer, per_channel).values())
     if count < guarded:
+        least = "one in every output channel" if per_channel else f"at least {min_per_layer} each"
         raise UsageError(
-            f"{count} weights are too few for {len(scores)} layers of at least {min_per_layer} "
-            "each; lower the sparsity"
+            f"{count} weights are too few for {len(scores)} layers of {least}; lower the sparsity"
         )
     sizes = [score.numel() for score in scores.values()]
     flat = torch.cat([score.detach().flatten() for score in scores.values()])
     if within is not None:
         inside = torch.cat([within[name].flatten().to(flat.device) for name in scores])
         flat.masked_fill_(~inside, -torch.inf)
+    if per_channel:
+        for part, score in zip(flat.split(sizes), scores.values(), strict=True):
+            _raise_channels(part.view(score.shape))
+    parts = top_guarded(flat, sizes, count, min_per_layer).split(sizes)
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+def top_guarded(flat: Tensor, sizes: list[int], count: int, min_per_layer: int) -> Tensor:
+    """Mark the `count` highest of layers laid end to end; each keeps its best `min_per_layer`.
+
+    `flat` may be changed.
+    """
     chosen = top(flat, count)
     if _guard(flat, chosen, sizes, min_per_layer):
         chosen = top(flat, count)
-    parts = chosen.split(sizes)
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    return chosen
+
+
+def _raise_channels(scores: Tensor) -> None:
+    """Raise the best of every output channel above all, in place; not what is gone already."""
+    rows = scores.view(len(scores), -1)
+    best = rows.max(1, keepdim=True)
+    first = (rows == best.values).int().argmax(1, keepdim=True)
+    rows.scatter_(1, first, torch.where(best.values > -torch.inf, torch.inf, -torch.inf))
 
 
 def _guard(flat: Tensor, chosen: Tensor, sizes: list[int], min_per_layer: int) -> bool:
     """If a layer keeps too few, raise the best of every layer above all; return whether it did."""
     least = [min(min_per_layer, size) for size in sizes]
-    kept_now = [int(part.sum()) for part in chosen.split(sizes)]
+    kept_now = [int(part.count_nonzero()) for part in chosen.split(sizes)]
     if all(now >= wanted for now, wanted in zip(kept_now, least, strict=True)):
         return False
     for layer, wanted in zip(flat.split(sizes), least, strict=True):
@@ -124,18 +185,77 @@ def top(flat: Tensor, count: int) -> Tensor:
         return torch.zeros_like(flat, dtype=torch.bool)
     if count >= flat.numel():
         return torch.ones_like(flat, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    threshold = _highest(flat, count)
+    at_least = flat >= threshold
+    if int(at_least.count_nonzero()) == count:
+        return at_least
     above = flat > threshold
+    missing = count - int(above.count_nonzero())
     level = (flat == threshold).nonzero().squeeze(1)
-    above[level[: count - int(above.sum())]] = True
+    above[level[:missing]] = True
     return above
+
+
+def _highest(flat: Tensor, count: int) -> Tensor:
+    """Return the `count`-th highest value, exactly, without sorting."""
+    low, high = bounds(flat, count)
+    above = flat > high
+    between = (flat >= low).logical_and_(above.logical_not())
+    rank = count - int(above.count_nonzero())
+    if 0 < rank <= int(between.count_nonzero()):
+        flat, count = flat[between], rank
+    return _select(flat, count)
+
+
+def bounds(flat: Tensor, count: int) -> tuple[float, float]:
+    """Guess two values between which the `count`-th highest lies, from every n-th value.
+
+    A wrong guess must cost time only. A short tensor is not worth guessing.
+    """
+    if flat.numel() <= 64 * SAMPLE:
+        return -torch.inf, torch.inf
+    sample = flat[:: flat.numel() // SAMPLE].float().cpu().numpy()
+    place, margin = len(sample) - 1 - count * len(sample) // flat.numel(), 4 * int(SAMPLE**0.5)
+    first, last = max(place - margin, 0), min(place + margin, len(sample) - 1)
+    found = np.partition(sample, (first, last))
+    return float(found[first]), float(found[last])
+
+
+def _select(flat: Tensor, count: int) -> Tensor:
+    """Return the `count`-th highest value."""
+    if flat.device.type != "cpu" or flat.dtype == torch.bfloat16:
+        return flat.kthvalue(flat.numel() - count + 1).values
+    place = flat.numel() - count
+    return torch.as_tensor(np.partition(flat.numpy(), place)[place])
+
+
+def n_of_m(scores: Mapping[str, Tensor], n: int, m: int) -> Masks:
+    """Keep the best `n` of every `m` neighbouring inputs of an output (2:4 sparsity and the like).
+
+    Neighbours lie along the second dimension, [out, in, *kernel], at the same kernel position, as
+    sparse tensor cores want them (Mishra et al. 2021, arXiv 2104.08378). Layers whose number of
+    inputs (per group) is no multiple of `m` are kept whole, as there.
+    """
+    if not 0 < n <= m:
+        raise UsageError(f"a pattern n:m needs 0 < n <= m, got {n}:{m}")
+    _check_scores(scores)
+    masks = {}
+    for name, score in scores.items():
+        if score.shape[1] % m:
+            masks[name] = torch.ones_like(score, dtype=torch.bool)
+            continue
+        groups = score.detach().movedim(1, -1).unflatten(-1, (-1, m))
+        order = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+        chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+        masks[name] = chosen.flatten(-2).movedim(-1, 1).contiguous()
+    return masks
 
 
 def allocate(
     weights: Mapping[str, float],
     sizes: Mapping[str, int],
     kept: int,
-    min_per_layer: int = 1,
+    least: int | Mapping[str, int] = 1,
     *,
     most: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
@@ -143,14 +263,15 @@ def allocate(
 
     No layer gets more than it has (or than `most` allows); what a full layer leaves goes to the
     others in proportion. Fractions are settled by largest remainder, ties by order. Every layer
-    gets `min_per_layer`.
+    gets `least` (one number, or one per layer), if it has so many.
     """
     upper = dict(most or sizes)
-    lower = {name: min(min_per_layer, bound) for name, bound in upper.items()}
+    wanted = dict.fromkeys(sizes, least) if isinstance(least, int) else least
+    lower = {name: min(wanted[name], bound) for name, bound in upper.items()}
     if not sum(lower.values()) <= kept <= sum(upper.values()):
         raise UsageError(
-            f"{kept} weights cannot be split over {len(sizes)} layers with "
-            f"{min_per_layer} to all of each"
+            f"{kept} weights cannot be split over {len(sizes)} layers of which each keeps "
+            f"{least if isinstance(least, int) else 'one per output channel'} to all"
         )
     share = {name: Fraction(weights[name]) * sizes[name] for name in sizes}
     fixed: dict[str, int] = {}
@@ -181,12 +302,12 @@ def _in_proportion(
 
 def kept(masks: Mapping[str, Tensor]) -> int:
     """Return how many weights the masks keep."""
-    return sum(int(mask.sum()) for mask in masks.values())
+    return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
 def sparsity(masks: Mapping[str, Tensor]) -> float:
     """Return the fraction of prunable weights that the masks remove."""
-    return 1 - kept(masks) / sum(mask.numel() for mask in masks.values())
+    return 1 - kept(masks) / total(masks)
 
 
 def first_empty(masks: Mapping[str, Tensor]) -> str | None:

@@ -394,7 +394,8 @@ def test_synflow_never_empties_a_layer(sparsity: float) -> None:
 
 def test_synflow_needs_a_round() -> None:
     with pytest.raises(UsageError, match="rounds must be at least 1"):
-        criteria.get("synflow")(mlp(2, 2), [], cross_entropy, sparsity=0.5, rounds=0)
+        batches = batches_of(1, shape=(2,), classes=2)
+        criteria.get("synflow")(mlp(2, 2), batches, cross_entropy, sparsity=0.5, rounds=0)
 
 
 # ERK

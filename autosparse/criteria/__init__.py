@@ -9,16 +9,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from autosparse import gradients
 from autosparse.errors import UsageError, unknown
-from autosparse.gradients import LossFn, untouched
+from autosparse.gradients import LossFn, Shared, untouched
+from autosparse.masks import is_finite
 from autosparse.models import prunable
+from autosparse.standardised import kernels_masked
 
 Scores = dict[str, Tensor]
 _REGISTRY: dict[str, Criterion] = {}
@@ -33,6 +36,8 @@ class Criterion:
     """(model, parameters, batches, loss_fn, **options) -> scores."""
     needs_data: bool
     """Whether it looks at the batches."""
+    trains: bool = False
+    """Whether it trains, and so wants an endless stream of training batches, not a sample."""
     provenance: Callable[..., dict[str, str]] | None = None
     """Options -> what else the scores depend on, for the ticket's card."""
 
@@ -42,6 +47,12 @@ class Criterion:
         parameters = inspect.signature(self.function).parameters.values()
         return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
+    def check(self, options: Collection[str]) -> None:
+        """Raise UsageError for an option that the criterion does not have."""
+        for key in options:
+            if key not in self.options:
+                raise unknown(f"option of {self.name}", key, self.options)
+
     def __call__(
         self,
         model: nn.Module,
@@ -49,6 +60,8 @@ class Criterion:
         loss_fn: LossFn,
         *,
         exclude: Sequence[str] = (),
+        training_mode: bool = True,
+        warm_up: bool = False,
         **options: Any,
     ) -> Scores:
         """Score every prunable weight of `model`; the model and the RNGs are left as they were.
@@ -56,41 +69,61 @@ class Criterion:
         Args:
             model: on the device of the batches.
             batches: (normalised images [B, C, H, W], labels [B]); not looked at if
-                `needs_data` is False.
+                `needs_data` is False. A `gradients.Shared` list is one rank's share: the scores
+                are then those of all ranks' batches, the same on every rank.
             loss_fn: (outputs, labels) -> mean loss.
             exclude: patterns of weights that are not prunable (see `models.prunable`).
+            training_mode: whether the model is in train mode: batch norm uses the batch's
+                statistics, dropout is on. In eval mode scores do not depend on how the samples
+                are cut into batches.
+            warm_up: set batch norm's running statistics from the batches first.
             options: the criterion's own; an unknown one raises UsageError.
         """
-        for key in options:
-            if key not in self.options:
-                raise unknown(f"option of {self.name}", key, self.options)
+        self.check(options)
         missing = [key for key, value in self.options.items() if value is inspect.Parameter.empty]
         for key in missing:
             if key not in options:
                 raise UsageError(f"criterion {self.name} needs the option {key}")
-        batches = list(batches)
-        if self.needs_data and not batches:
+        if not self.trains and not isinstance(batches, Shared):
+            batches = list(batches)
+        if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
             raise UsageError(f"criterion {self.name} needs data, and there is no batch")
         parameters = prunable(model, exclude)
-        with untouched(model):
+        with untouched(model), kernels_masked(model):
+            if warm_up and self.needs_data and not self.trains:
+                gradients.warm_up(model, batches)
+            model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
             scores = self.function(model, parameters, batches, loss_fn, **options)
+        if isinstance(batches, Shared):
+            self._agree(scores, parameters)
         return {name: self._checked(name, scores[name]) for name in parameters}
 
+    @staticmethod
+    def _agree(scores: Scores, parameters: Iterable[str]) -> None:
+        """Give every rank the scores of rank 0: the last bits may differ between machines."""
+        for name in parameters:
+            scores[name] = scores[name].contiguous()
+            dist.broadcast(scores[name], 0)
+
     def _checked(self, layer: str, score: Tensor) -> Tensor:
-        if not torch.isfinite(score).all():
+        if not is_finite(score):
             raise UsageError(f"{self.name}: the scores of {layer} are not finite")
         return score.detach()
 
 
 def register(
-    name: str, *, needs_data: bool, provenance: Callable[..., dict[str, str]] | None = None
+    name: str,
+    *,
+    needs_data: bool,
+    trains: bool = False,
+    provenance: Callable[..., dict[str, str]] | None = None,
 ) -> Callable:
     """Register the decorated function as the criterion `name`."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
-        _REGISTRY[name] = Criterion(name, function, needs_data, provenance)
+        _REGISTRY[name] = Criterion(name, function, needs_data, trains, provenance)
         return function
 
     return add

@@ -37,7 +37,6 @@ def autos(model, parameters, batches, loss_fn, *, scorer: str | None = None) -> 
             comes with the package.
     """
     network = _found(scorer)
-    model.train()
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     return network.to(next(iter(parameters.values())).device).score(parameters, gradients)
 

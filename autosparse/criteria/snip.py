@@ -10,17 +10,15 @@ initialises by variance scaling; here the model's own initial weights are scored
 
 from __future__ import annotations
 
+import torch
+
 from autosparse.criteria import Scores, register
 from autosparse.gradients import mean_gradients
 
 
 @register("snip", needs_data=True)
-def snip(model, parameters, batches, loss_fn, *, training_mode: bool = True) -> Scores:
-    """Return |θ * dL/dθ| with the mean gradient over the batches.
-
-    Args:
-        training_mode: whether batch norm uses the batch's statistics, as in the paper's code.
-    """
-    model.train(training_mode)
+def snip(model, parameters, batches, loss_fn) -> Scores:
+    """Return |θ * dL/dθ| with the mean gradient over the batches."""
     gradients = mean_gradients(model, parameters, batches, loss_fn)
-    return {name: (weight.detach() * gradients[name]).abs() for name, weight in parameters.items()}
+    with torch.no_grad():
+        return {name: gradients[name].mul_(weight).abs_() for name, weight in parameters.items()}
