@@ -204,6 +204,22 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class ScoringConfig:
+    """What scores are computed on."""
+
+    samples_per_class: int = 10
+    """Images of every class in a balanced batch."""
+    batches: int = 1
+    """Balanced batches; scores are the mean over all of their images."""
+    batch_size: int = 128
+    """A balanced batch of more images goes through the network in parts of so many."""
+    mode: str = "train"
+    """train: batch norm uses each part's own statistics, as most papers do; or eval."""
+    warm_up: bool = False
+    """Set batch norm's running statistics from the batches first (for eval)."""
+
+
+@dataclass(frozen=True)
 class PruneConfig:
     """Prune a model at initialization and save the ticket."""
 
@@ -219,8 +235,16 @@ class PruneConfig:
     """Fraction of prunable weights to remove, 0 <= sparsity < 1."""
     scope: str = "global"
     """Over what scores are compared: global or layer."""
-    samples_per_class: int = 10
-    """Images per class that scores are computed on."""
+    allocation: str | None = None
+    """Whose layer densities to use: uniform, or another criterion's name; by default its own."""
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that other criterion."""
+    guard: str = "layer"
+    """Keep at least one weight in every layer, in every output channel (channel), or none."""
+    pattern: str | None = None
+    """n:m, such as 2:4: keep n of every m neighbouring inputs; the sparsity follows from it."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What scores are computed on."""
     seed: int = 0
     """Fixes the initial weights, the scored images and random criteria."""
     device: str = "auto"

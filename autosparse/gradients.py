@@ -125,7 +125,9 @@ def mean_of(
                 sum_.add_(tensor, alpha=len(labels))
             del tensor
         samples += len(labels)
-    whole = [torch.zeros_like(like[n]) if s is None else s for n, s in zip(names, sums, strict=True)]
+    whole = [
+        torch.zeros_like(like[n]) if s is None else s for n, s in zip(names, sums, strict=True)
+    ]
     if isinstance(batches, Shared):
         samples = _over_ranks(whole, samples)
     if not samples:

@@ -127,7 +127,8 @@ class _Left:
         if len(self.alive) < 1000 * STEP:
             return float("inf")
         starts = [-start % STEP for start in self._starts()]
-        sample = torch.cat([l[first::STEP] for l, first in zip(layers, starts, strict=True)])
+        pairs = zip(layers, starts, strict=True)
+        sample = torch.cat([layer[first::STEP] for layer, first in pairs])
         sample = sample[self.alive[::STEP]]
         margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 2 / len(sample)
         return float(sample.float().quantile(min(share + margin, 1.0)))

@@ -279,7 +279,7 @@ def _train_epoch(
 ) -> float:
     """Train one epoch without waiting for the device; return the mean loss of this rank."""
     ranks = stepper.ranks
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 4099 + ranks.rank)
+    generator = source.augmentation(seed, epoch, ranks.rank)
     batches = source.train.shuffled(
         config.batch_size // ranks.world_size,
         seed=seed,

@@ -79,16 +79,30 @@ def prune(config: PruneConfig) -> None:
         source,
         config.criterion,
         config.sparsity,
-        scope=config.scope,
+        selection=pruning.Selection(
+            config.scope,
+            config.allocation,
+            config.allocation_options,
+            config.guard,
+            config.pattern,
+        ),
+        scoring=config.scoring,
         seed=config.seed,
         options=config.options,
-        samples_per_class=config.samples_per_class,
     )
     ticket.save(config.out)
+    total, card = sum(mask.numel() for mask in ticket.masks.values()), ticket.card
     print(
-        f"{config.out}: {ticket.kept:,} of {sum(m.numel() for m in ticket.masks.values()):,} "
-        f"weights kept ({ticket.sparsity:.2%} sparsity), fingerprint {ticket.fingerprint}"
+        f"{config.out}: {ticket.kept:,} of {total:,} weights kept ({ticket.sparsity:.2%} "
+        f"sparsity), fingerprint {ticket.fingerprint}"
     )
+    if "live" in card:
+        dead = ticket.kept - sum(card["live"].values())
+        print(f"effective density {card['effective_density']:.4%}: {dead:,} kept weights lie on "
+              f"no path from input to output")  # fmt: skip
+    if card["criterion"] != pruning.DENSE:
+        print(f"cost: {card['image_passes']:,.0f} image passes (forward and backward), "
+              f"{card['seconds']:.2f} s")  # fmt: skip
 
 
 def train(config: SparseTrainConfig) -> None:
@@ -153,8 +167,12 @@ def _inspect_file(path: str) -> None:
     if kind == "ticket":
         ticket = Ticket.load(path)
         print(f"ticket {path}, fingerprint {ticket.fingerprint}, sparsity {ticket.sparsity:.4%}")
+        live = ticket.card.pop("live", {})
         _print_card(ticket.card)
-        print_table([{**row, "shape": "x".join(map(str, row["shape"]))} for row in ticket.table()])
+        print_table([
+            {**row, "shape": "x".join(map(str, row["shape"])), "live": live.get(row["layer"], "?")}
+            for row in ticket.table()
+        ])  # fmt: skip
     elif kind == "autos":
         print(f"AutoS {path}, fingerprint {header['fingerprint']}, features {header['features']}")
         history = header["card"].pop("history", [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -117,29 +118,66 @@ class DataSource:
             images = augmented(images, generator, flip=self.augment.endswith("flip"))
         return prepare(images, self.mean, self.std)
 
+    def augmentation(self, seed: int, epoch: int, rank: int = 0) -> torch.Generator:
+        """Return what draws an epoch's augmentation on one rank."""
+        return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 4099 + rank)
+
     def score_batches(
-        self, samples_per_class: int, *, seed: int = 0, batch_size: int = 128
+        self, samples_per_class: int, *, seed: int = 0, batches: int = 1, batch_size: int = 128
     ) -> list[Batch]:
         """Return balanced, normalised training batches for criteria: k images of every class.
 
-        The images are the first k of each class in the order of epoch 0 of `seed`.
+        The images are the first of each class in the order of epoch 0 of `seed`: the first k go
+        into the first batch, the next k into the second, and so on.
+
+        Args:
+            samples_per_class: k, images of every class in a batch.
+            seed: of the order.
+            batches: how many balanced batches.
+            batch_size: a balanced batch of more images is cut into parts of so many.
         """
-        if samples_per_class < 1:
-            raise UsageError(f"samples_per_class must be at least 1, got {samples_per_class}")
-        left = dict.fromkeys(range(self.num_classes), samples_per_class)
-        images, labels = [], []
+        for name, value in (("samples_per_class", samples_per_class), ("batches", batches),
+                            ("batch_size", batch_size)):  # fmt: skip
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        found = [0] * self.num_classes
+        chosen: list[list[tuple[Tensor, int]]] = [[] for _ in range(batches)]
         for batch, targets in self.train.shuffled(1, seed=seed, epoch=0):
             for image, target in zip(batch, targets.tolist(), strict=True):
-                if left[target]:
-                    left[target] -= 1
-                    images.append(image)
-                    labels.append(target)
-            if not any(left.values()):
+                place = found[target] // samples_per_class
+                if place < batches:
+                    found[target] += 1
+                    chosen[place].append((image, target))
+            if min(found) == samples_per_class * batches:
                 break
-        device = images[0].device
-        pixels, targets = torch.stack(images), torch.tensor(labels, device=device)
-        floats = self.prepare(pixels)
-        return list(zip(floats.split(batch_size), targets.split(batch_size), strict=True))
+        parts = []
+        for pairs in filter(None, chosen):
+            floats = self.prepare(torch.stack([image for image, _ in pairs]))
+            targets = torch.tensor([target for _, target in pairs], device=floats.device)
+            parts += zip(floats.split(batch_size), targets.split(batch_size), strict=True)
+        return parts
+
+    def training_batches(self, batch_size: int, seed: int) -> TrainingBatches:
+        """Return the batches that training sees, augmented and normalised, epoch after epoch."""
+        if not self.train.steps(batch_size):
+            raise UsageError(f"batch_size {batch_size} is more than the {len(self.train)} images")
+        return TrainingBatches(self, batch_size, seed)
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """An endless stream of training batches, the same from the start each time it is iterated."""
+
+    source: DataSource
+    batch_size: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        for epoch in count():
+            generator = self.source.augmentation(self.seed, epoch)
+            batches = self.source.train.shuffled(self.batch_size, seed=self.seed, epoch=epoch)
+            for images, labels in batches:
+                yield self.source.prepare(images, generator), labels
 
 
 def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -1,0 +1,57 @@
+"""FORCE: foresight connection sensitivity; weights that were pruned may come back.
+
+Paper: P. de Jorge et al., Progressive Skeletonization: Trimming more fat from a network at
+initialization (ICLR 2021), arXiv 2006.09081, equations 5 to 9: in round k of n every weight is
+scored by |θ * dL/dθ'|, with its own value θ and the gradient taken at θ' = m * θ, the network as
+the round before left it; those with the highest are kept, to a density of final^(k/n) (n = 60).
+
+Departure: every round looks at the same batches; the authors' code draws new ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autosparse import masks
+from autosparse.criteria import Scores, register
+from autosparse.gradients import mean_gradients, with_weights
+from autosparse.rounds import counts
+
+
+@register("force", needs_data=True)
+def force(
+    model,
+    parameters,
+    batches,
+    loss_fn,
+    *,
+    sparsity: float,
+    rounds: int = 60,
+    min_per_layer: int = 1,
+) -> Scores:
+    """Return |θ * dL/dθ'| of the last round for what it keeps, less than zero for the rest.
+
+    Args:
+        sparsity: fraction of weights to remove in the end.
+        rounds: n, over which the density falls exponentially.
+        min_per_layer: every layer keeps its best so many in every round; 0 as published.
+    """
+    pruned = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
+    network = with_weights(model, pruned)
+    scores: dict[str, Tensor] = {}
+    chosen: masks.Masks = {}
+    for count in counts(masks.total(pruned), sparsity, rounds):
+        scores = mean_gradients(network, pruned, batches, loss_fn)
+        with torch.no_grad():
+            for name, weight in parameters.items():
+                scores[name].mul_(weight).abs_()
+            chosen = masks.keep(scores, count, min_per_layer=min_per_layer)
+            for name, weight in parameters.items():
+                pruned[name].copy_(weight).mul_(chosen[name])
+    return {name: _below_zero(score, chosen[name]) for name, score in scores.items()}
+
+
+def _below_zero(score: Tensor, kept: Tensor) -> Tensor:
+    """Put what is not kept below zero, in its order: into [-1, 0)."""
+    return torch.where(kept, score, -1 / (1 + score))

@@ -1,0 +1,42 @@
+"""Iterative SNIP: SNIP again and again, a little pruned in every round.
+
+Paper: P. de Jorge et al., Progressive Skeletonization: Trimming more fat from a network at
+initialization (ICLR 2021), arXiv 2006.09081, sections 4 and 5: in round k of n the weights with
+the highest |θ * dL/dθ|, at the network as it is pruned by then, are kept to a density of
+final^(k/n) (n = 60). What is pruned stays pruned; `force` lets it come back.
+
+Departure: every round looks at the same batches; the authors' code draws new ones.
+"""
+
+from __future__ import annotations
+
+from autosparse.criteria import Scores, register
+from autosparse.gradients import mean_gradients, with_weights
+from autosparse.rounds import shrink
+
+
+@register("iter_snip", needs_data=True)
+def iter_snip(
+    model,
+    parameters,
+    batches,
+    loss_fn,
+    *,
+    sparsity: float,
+    rounds: int = 60,
+    min_per_layer: int = 1,
+) -> Scores:
+    """Return |θ * dL/dθ| of the last round; weights that fell in round k score k - n - 1.
+
+    Args:
+        sparsity: fraction of weights to remove in the end.
+        rounds: n, over which the density falls exponentially.
+        min_per_layer: every layer keeps its best so many in every round; 0 as published.
+    """
+    weights = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
+    network = with_weights(model, weights)
+
+    def gradient():
+        return list(mean_gradients(network, weights, batches, loss_fn).values())
+
+    return shrink(weights, gradient, sparsity, rounds, min_per_layer=min_per_layer)

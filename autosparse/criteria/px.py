@@ -1,0 +1,102 @@
+"""Path eXclusion (PX): keep the paths that the data take, by the trace of their tangent kernel.
+
+Paper: L. Iurada, M. Ciccone, T. Tommasi, Finding Lottery Tickets in Vision Models via
+Data-driven Spectral Foresight Pruning (CVPR 2024), arXiv 2406.01820. Two sums over paths bound
+the trace of the tangent kernel: z1, the network with all weights one, fed with squared pixels,
+each unit open where the real network's pre-activation is above zero; and z2, the network with
+squared weights and all units open, fed with ones. R = sum of z1 * z2 over samples and outputs;
+score = θ^2 * dR/d(θ^2), with z1 held fixed; over n rounds (100) the density falls as final^(k/n).
+
+The authors' published versions differ in how they treat batch norm and inputs; this follows the
+formula above, with the trace's squared inputs. Departures: norms are left out of both sums (at
+initialization they only rescale), pooling takes means, and gates such as those of
+squeeze-and-excitation stay as they are; attention is no sum over paths, and there the score is
+what the formula gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autosparse.criteria import Scores, register
+from autosparse.gradients import mean_of, spend, with_weights
+from autosparse.paths import (
+    activation_patterns,
+    image_shape,
+    only_paths,
+    rescale_between_blocks,
+    without_shifts,
+)
+from autosparse.rounds import shrink
+
+
+@register("px", needs_data=True)
+def px(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 100) -> Scores:
+    """Return the score of the last round; weights that fell in round k score k - n - 1.
+
+    Args:
+        sparsity: fraction of weights to remove in the end.
+        rounds: n, over which the density falls exponentially.
+    """
+    network = without_shifts(model, parameters)
+    gates = only_paths(network)
+    squares = {name: network.get_parameter(name) for name in parameters}
+    with torch.no_grad():
+        for each in squares.values():
+            each.square_()
+    like = next(iter(squares.values()))
+    ones = torch.ones((1, *image_shape(model, batches)), dtype=like.dtype, device=like.device)
+    rescaling = rescale_between_blocks(network, ones)
+    if rescaling is None:
+        network, ones = network.double(), ones.double()
+
+    def gradient():
+        outputs = open_paths(model, network, parameters, squares, batches, gates, rescaling, ones)
+        spend(len(ones))
+        total = (network(ones) * outputs).sum()
+        return torch.autograd.grad(total, list(squares.values()), allow_unused=True)
+
+    return shrink(squares, gradient, sparsity, rounds)
+
+
+def open_paths(model, network, parameters, squares, batches, gates, rescaling, ones) -> Tensor:
+    """Return z1, its mean over all samples, [1, classes], up to a common factor."""
+    uniform = {name: (each != 0).to(ones.dtype) for name, each in squares.items()}
+    reference = _scale(rescaling, lambda: with_weights(network, uniform)(ones))[1]
+    del uniform
+
+    def part(images, labels):
+        patterns = _patterns(model, parameters, squares, gates, images)
+        uniform = {name: (each != 0).to(ones.dtype) for name, each in squares.items()}
+        for name, gate in gates.items():
+            gate.patterns = patterns[name]
+        pixels = images.to(ones.dtype).square()
+        sums, scale = _scale(rescaling, lambda: with_weights(network, uniform)(pixels))
+        for gate in gates.values():
+            gate.patterns = None
+        return [sums.double().mean(0, keepdim=True) * 2.0 ** (scale - reference)]
+
+    like = {"z1": ones.new_zeros((), dtype=torch.float64)}
+    mean = mean_of(batches, part, like, passes=2 / 3)["z1"]
+    return (mean / mean.abs().amax().clamp(min=1e-300)).to(ones.dtype)
+
+
+def _scale(rescaling, run) -> tuple[Tensor, int]:
+    """Return what `run` gives, and the power of two that it was divided by on the way."""
+    if rescaling is not None:
+        rescaling.log2 = 0
+    with torch.no_grad():
+        found = run()
+    return found, 0 if rescaling is None else rescaling.log2
+
+
+def _patterns(model, parameters, squares, gates, images):
+    """Return where the real network's units are open, under the present masks."""
+    masked = {name: each.detach() * (squares[name] != 0) for name, each in parameters.items()}
+
+    def run():
+        with torch.no_grad():
+            with_weights(model, masked)(images)
+
+    return activation_patterns(model, gates, run)

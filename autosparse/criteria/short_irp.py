@@ -1,0 +1,103 @@
+"""Short-horizon IRP: iterative rewind pruning with a few steps of training per level.
+
+Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp.py) with
+its costly part cut short: every level trains the subnetwork from its initial weights for
+`steps_per_level` steps at a constant rate, ranks what is left by magnitude, prunes, and rewinds
+weights, optimizer and the order of batches. It is no paper's method; what was measured is in
+docs/research.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from autosparse import masks
+from autosparse.compaction import compact, densify
+from autosparse.config import TrainingConfig
+from autosparse.criteria import Scores, register
+from autosparse.errors import RunFailed, UsageError
+from autosparse.gradients import spend
+from autosparse.rounds import counts
+from autosparse.ticket import Ticket
+from autosparse.training import PlainStepper
+
+
+@register("short_irp", needs_data=True, trains=True)
+def short_irp(
+    model,
+    parameters,
+    batches,
+    loss_fn,
+    *,
+    sparsity: float,
+    levels: int = 7,
+    steps_per_level: int = 200,
+    batch_size: int = 64,
+    optimizer: str = "adamw",
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+) -> Scores:
+    """Return the trained magnitude at the last level; weights that fell before score below zero.
+
+    Args:
+        sparsity: fraction of weights to remove in the end.
+        levels: how often the network is pruned; the density falls exponentially.
+        steps_per_level: of training, from the initial weights.
+        batch_size: images per step, where the training data are named (see `prune`).
+        optimizer: any of timm's factory.
+        learning_rate: constant.
+        weight_decay: as in training: not on biases and norms.
+        seed: fixes dropout.
+    """
+    if levels < 1 or steps_per_level < 1:
+        raise UsageError("short_irp: levels and steps_per_level must be at least 1")
+    config = TrainingConfig(
+        optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
+    )
+    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
+    fell = {name: torch.zeros(each.shape) for name, each in parameters.items()}
+    trained: Scores = {}
+    for level, count in enumerate(counts(masks.total(parameters), sparsity, levels)):
+        torch.manual_seed(seed)
+        trained = _trained(model, alive, config, batches, steps_per_level, loss_fn)
+        smaller = masks.keep(trained, count, within=alive)
+        for name, mask in smaller.items():
+            fell[name][alive[name] & ~mask] = level - levels
+        alive = smaller
+    device = next(iter(parameters.values())).device
+    return {
+        name: torch.where(alive[name], trained[name], fell[name]).to(device) for name in parameters
+    }
+
+
+def _trained(
+    model: nn.Module, alive: masks.Masks, config: TrainingConfig, batches, steps: int, loss_fn
+) -> dict[str, Tensor]:
+    """Return the magnitudes, on the CPU, after `steps` steps of the subnetwork."""
+    network = compact(copy.deepcopy(model), Ticket.from_model(model, alive, {}))
+    stepper = PlainStepper(network, config, steps)
+    stepper.loss_fn = loss_fn
+    loss = torch.zeros(())
+    for images, labels in islice(_endless(batches), steps):
+        loss = stepper.step(images, labels)
+        spend(len(labels))
+    if not torch.isfinite(loss):
+        raise RunFailed("short_irp: the loss is not finite; lower options.learning_rate")
+    dense = densify(network)
+    return {name: dense.get_parameter(name).detach().abs().cpu() for name in alive}
+
+
+def _endless(batches):
+    """Yield the batches over and over; a stream may be endless by itself."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise UsageError("criterion short_irp needs data, and there is no batch")

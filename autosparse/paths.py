@@ -1,0 +1,245 @@
+"""The network as a sum over paths: without norms, activations and shifts, with weights >= 0.
+
+Used to tell which weights lie on a live path from input to output, and by criteria that sum
+over paths.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import UsageError
+from autosparse.masks import Masks
+from autosparse.models import CONV_OR_LINEAR
+from autosparse.standardised import as_plain
+
+ACTIVATIONS = (
+    "torch.nn.modules.activation",
+    "timm.layers.activations",
+    "timm.layers.activations_me",
+)
+GATES = ("Sigmoid", "HardSigmoid", "Hardsigmoid", "HardSigmoidMe", "MultiheadAttention", "Softmax")
+"""Kept as they are: what they let through is a factor between 0 and 1."""
+DOUBLED = 64
+"""How many blocks are doubled in one test: 2^64 is far from float32's end."""
+
+
+def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
+    """Return [C, H, W] of the batches, or of what the model was built for."""
+    recipe: Any = getattr(model, "autosparse_recipe", None)
+    registered: Any = getattr(model, "pretrained_cfg", None)
+    first = next(iter(batches), None)
+    if first is not None:
+        return tuple(first[0].shape[1:])
+    if recipe is not None:
+        return recipe["in_chans"], recipe["image_size"], recipe["image_size"]
+    if registered:
+        return tuple(registered["input_size"])
+    raise UsageError("the images' shape is not known: give a batch")
+
+
+def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy with absolute weights and no biases, in eval mode.
+
+    Only the parameters named in `trainable` need a gradient. Kernels are not standardised.
+    """
+    plain = as_plain(copy.deepcopy(model)).eval()
+    with torch.no_grad():
+        for name, tensor in plain.state_dict().items():
+            if name.rpartition(".")[2] in ("bias", "running_mean"):
+                tensor.zero_()
+            elif tensor.is_floating_point():
+                tensor.abs_()
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    for name in trainable:
+        plain.get_parameter(name).requires_grad_(True)
+    return plain
+
+
+class Gate(nn.Module):
+    """Stands for an activation: the identity, or the pattern that a real one had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patterns: list[Tensor] | None = None
+
+    def forward(self, signal: Tensor, *_: Any) -> Tensor:
+        """Multiply by the next recorded pattern, if there are any."""
+        if self.patterns is None:
+            return signal
+        return signal * self.patterns.pop(0)
+
+
+def only_paths(model: nn.Module) -> dict[str, Gate]:
+    """Take norms, dropout and activations out of a model, in place; return the gates by name.
+
+    An activation's gate has the name that the activation had.
+    """
+    gates: dict[str, Gate] = {}
+    for parent_name, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            path = f"{parent_name}.{name}" if parent_name else name
+            if _is_activation(child):
+                gates[path] = Gate()
+                setattr(parent, name, gates[path])
+            elif _is_norm(child):
+                inner = getattr(child, "act", None)
+                if inner is not None and _is_activation(inner):
+                    gates[f"{path}.act"] = Gate()
+                    setattr(parent, name, gates[f"{path}.act"])
+                else:
+                    setattr(parent, name, nn.Identity())
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(parent, name, _average_like(child))
+    return gates
+
+
+def _is_activation(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.__name__ in GATES:
+        return False
+    return kind.__module__ in ACTIVATIONS or kind.__name__ == "GammaAct"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm by its name (there are many kinds), and holds no layer."""
+    name = type(module).__name__.lower()
+    holds_layer = any(isinstance(each, CONV_OR_LINEAR) for each in module.modules())
+    return "norm" in name and not holds_layer
+
+
+def _average_like(pool: nn.MaxPool2d) -> nn.Module:
+    return nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+def activation_patterns(
+    model: nn.Module, names: Mapping[str, Any], run: Callable[[], Any]
+) -> dict[str, list[Tensor]]:
+    """Return, by activation, where each of its inputs was above zero while `run` ran."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def record(name: str) -> Callable:
+        return lambda module, inputs: found[name].append(inputs[0].detach() > 0)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class Rescaling:
+    """Divides the signal by a power of two after every block, and keeps count of it."""
+
+    def __init__(self) -> None:
+        self.log2 = 0
+        """Of what the signal was divided by since this was last set to 0."""
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        power = _power(output)
+        self.log2 += power
+        return output / 2.0**power
+
+
+def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | None:
+    """Keep a deep linear network from overflowing, if that can be had for nothing.
+
+    Scaling the whole signal scales all paths alike, as long as every path runs through that
+    point. That is tested, not assumed: the outputs of n blocks are doubled, and the network's
+    output must be 2^n times as large, to the last bit. Returns None if it is not.
+    """
+    blocks = list(_blocks(linear))
+    if not blocks:
+        return None
+    powers: dict[nn.Module, int] = {}
+
+    def divide(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        powers[module] = _power(output)
+        return output / 2.0 ** powers[module]
+
+    with torch.no_grad():
+        with _hooked(blocks, divide):
+            before = linear(images)
+        for start in range(0, len(blocks), DOUBLED):
+            some = blocks[start : start + DOUBLED]
+            factors = {each: 2.0 ** ((each in some) - power) for each, power in powers.items()}
+            with _hooked(blocks, lambda module, _, output, f=factors: output * f[module]):
+                after = linear(images)
+            if not torch.isfinite(after).all() or not torch.equal(after, before * 2.0 ** len(some)):
+                return None
+    rescaling = Rescaling()
+    for block in blocks:
+        block.register_forward_hook(rescaling)
+    return rescaling
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the members of the outermost sequences."""
+    for child in module.children():
+        if isinstance(module, nn.Sequential) and not isinstance(child, nn.Sequential):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+@contextmanager
+def _hooked(blocks: list[nn.Module], hook: Any) -> Iterator[None]:
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _power(output: Tensor) -> int:
+    """Return the exponent of the power of two at or below the largest value; 0 if none is."""
+    peak = float(output.detach().amax())
+    return math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
+
+
+def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> Masks:
+    """Return which of the kept weights lie on a path from the input to an output.
+
+    The others can change what the network says by a constant at most; A. Vysogorets and J. Kempe,
+    Connectivity Matters (JMLR 2023), arXiv 2107.02306, count them out of the "effective" density.
+
+    Args:
+        model: dense.
+        masks: per prunable parameter, True = kept.
+        shape: [C, H, W] of an image; a 3x3 kernel on one pixel has eight weights that see padding
+            only.
+
+    Every kept weight gets a random positive value, each output averaged over what it is fed by;
+    norms, activations and biases are left out. A weight is live if the sum of the outputs has a
+    gradient with respect to it.
+    """
+    copied = without_shifts(model, masks).double()
+    only_paths(copied)
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: copied.get_parameter(name) for name in masks}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            drawn = torch.rand(mask.shape, generator=generator, dtype=torch.float64) + 0.5
+            drawn *= mask.cpu()
+            rows = drawn.flatten(1)
+            rows /= rows.sum(1, keepdim=True).clamp(min=1e-9)
+            weights[name].copy_(drawn)
+    device = next(iter(weights.values())).device
+    image = (torch.rand(1, *shape, generator=generator, dtype=torch.float64) + 0.5).to(device)
+    total = copied(image).sum()
+    found = torch.autograd.grad(total, list(weights.values()), materialize_grads=True)
+    return {
+        name: mask & (gradient != 0).to(mask.device)
+        for (name, mask), gradient in zip(masks.items(), found, strict=True)
+    }
