@@ -122,12 +122,18 @@ class IRPConfig:
     """Over what weights are compared: global or layer."""
     samples_per_class: int = 10
     """Images per class that gradients at init (features) and SNIP labels are taken on."""
+    rewind_steps: int = 0
+    """k: rewind to the state after step k of the dense training (late rewinding); 0: to init."""
+    steps_per_level: int | None = None
+    """Short horizon: so many steps per level at a constant rate, instead of training.epochs."""
     seed: int = 0
     """Fixes the initial weights and the order of batches."""
     device: str = _local("auto")
     """auto, cpu, cuda, cuda:1 …"""
     out: str = _local("corpus")
     """The corpus folder; the run goes into a folder of its own there, named by its run_id."""
+    ticket: str | None = _local(None)
+    """Also write the last level's ticket to this file."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,10 @@ class CorpusConfig:
     """global or layer."""
     samples_per_class: int = 10
     """Images per class that gradients are taken on."""
+    rewind_steps: int = 0
+    """k: rewind to the state after step k of the dense training; 0: to init."""
+    steps_per_level: int | None = None
+    """Short horizon: so many steps per level at a constant rate, instead of training.epochs."""
     cpus_per_run: float = 1.0
     """Ray CPUs of one run; also its number of threads."""
     gpus_per_run: float = 0.0
@@ -168,6 +178,7 @@ class CorpusConfig:
                 model=model, data=data, training=self.training, label=label, seed=seed,
                 levels=self.levels, final_density=self.final_density, schedule=self.schedule,
                 scope=self.scope, samples_per_class=self.samples_per_class, out=self.out,
+                rewind_steps=self.rewind_steps, steps_per_level=self.steps_per_level,
                 device="cuda" if self.gpus_per_run else "cpu",
             )
             for model in self.models

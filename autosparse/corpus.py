@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class IRPRun:
     """The rest of the state dict at init."""
     card: dict[str, Any]
     """Config, model, data, and per level density, accuracy and seconds."""
+    rewound: dict[str, Tensor] = field(default_factory=dict)
+    """The whole state dict after step k of level 0, where the run rewound to that; else {}."""
 
     @property
     def levels(self) -> int:
@@ -58,20 +60,27 @@ class IRPRun:
         return {name: survival >= level for name, survival in self.survival.items()}
 
     def ticket(self, level: int) -> Ticket:
-        """Return the level's winning ticket, at its initial values."""
+        """Return the level's winning ticket, at its initial values (or those after step k)."""
         chosen = self.masks(level)
-        values = {name: self.initial[name][mask] for name, mask in chosen.items()}
+        source = self.rewound or self.initial
+        values = {name: source[name][mask] for name, mask in chosen.items()}
+        rest = {name: self.rewound.get(name, tensor) for name, tensor in self.rest.items()}
         config = self.card["config"]
+        steps = config.get("rewind_steps", 0)
+        before = self.card["levels"][:level]
         card = {
             "model": self.card["model"],
             "data": config["data"],
             "criterion": "irp",
             "options": {"run_id": self.card["run_id"], "level": level, "label": config["label"]},
+            **({"rewind_steps": steps} if steps else {}),
             "sparsity": masks.sparsity(chosen),
+            "image_passes": sum(each.get("image_passes", 0) for each in before),
+            "seconds": sum(each["seconds"] for each in before),
             "seed": config["seed"],
             "versions": self.card["versions"],
         }
-        return Ticket(chosen, values, self.rest, card)
+        return Ticket(chosen, values, rest, card)
 
 
 def write_run(folder: Path, run: IRPRun) -> None:
@@ -79,6 +88,7 @@ def write_run(folder: Path, run: IRPRun) -> None:
     tensors = {f"initial/{name}": tensor for name, tensor in run.initial.items()}
     tensors |= {f"survival/{name}": tensor for name, tensor in run.survival.items()}
     tensors |= {f"rest/{name}": tensor for name, tensor in run.rest.items()}
+    tensors |= {f"rewound/{name}": tensor for name, tensor in run.rewound.items()}
     write_tensors(folder / RUN, tensors, {"kind": "irp", "format": FORMAT, **run.card})
     write_json(folder / FINISHED, {"sha256": sha256_of_file(folder / RUN)})
 
@@ -95,17 +105,19 @@ def read_run(folder: Path) -> IRPRun:
     if sha256_of_file(folder / RUN) != read_json(folder / FINISHED)["sha256"]:
         raise UsageError(f"{folder / RUN} is not what was written (its SHA-256 differs)")
     tensors, card = read_tensors(folder / RUN)
-    groups: dict[str, dict[str, Tensor]] = {"initial": {}, "survival": {}, "rest": {}}
+    groups: dict[str, dict[str, Tensor]] = {
+        "initial": {}, "survival": {}, "rest": {}, "rewound": {}
+    }  # fmt: skip
     for name in _order(card, tensors):
         group, _, parameter = name.partition("/")
         groups[group][parameter] = tensors[name]
-    return IRPRun(groups["initial"], groups["survival"], groups["rest"], card)
+    return IRPRun(groups["initial"], groups["survival"], groups["rest"], card, groups["rewound"])
 
 
 def _order(card: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     """safetensors sorts by size and name; put prunable parameters back in the model's order."""
     order = [f"{group}/{name}" for group in ("initial", "survival") for name in card["prunable"]]
-    return [*order, *(name for name in tensors if name.startswith("rest/"))]
+    return [*order, *(name for name in tensors if name.startswith(("rest/", "rewound/")))]
 
 
 class Corpus:

@@ -5,6 +5,10 @@ Level i trains the subnetwork of mask i from the initial state; its trained weig
 the label criterion, and the highest of those that are left make mask i + 1. Everything is
 rewound: weights, biases, norms, buffers, the order of batches and the RNG. A level's file holds
 the next mask, so a run that was killed goes on with the first level that has no file.
+
+Late rewinding (J. Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis,
+ICML 2020, arXiv 1912.05671): with `rewind_steps` k, levels from 1 on start from the state that
+level 0 had after k steps, and go on with step k + 1; the optimizer starts anew.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +27,19 @@ from torch import Tensor, nn
 from autosparse import corpus, criteria, masks, models
 from autosparse import data as data_module
 from autosparse.compaction import compact, densify
-from autosparse.config import IRPConfig, plain, run_id
+from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
 from autosparse.files import read_json, read_tensors, write_json, write_tensors
 from autosparse.ticket import Ticket
-from autosparse.training import Epoch, PlainStepper, fit, seeded, steps_per_epoch
+from autosparse.training import Epoch, PlainStepper, Span, fit, seeded, steps_per_epoch
 from autosparse.training import check as check_training
 from autosparse.versions import library_versions
 
 LABELS = ("magnitude", "snip")
 SCHEDULES = ("exponential", "linear")
 MAX_LEVELS = 255
+REWIND, MASK = "rewind/", "mask/"
 
 OnEpoch = Callable[[int, Epoch], None]
 OnLevel = Callable[[dict[str, Any]], None]
@@ -59,6 +65,10 @@ def check(config: IRPConfig) -> None:
         raise UsageError(f"final_density must be above 0 and below 1, got {config.final_density}")
     if not 1 <= config.levels <= MAX_LEVELS:
         raise UsageError(f"levels must be 1 to {MAX_LEVELS}, got {config.levels}")
+    if config.rewind_steps < 0:
+        raise UsageError(f"rewind_steps must be at least 0, got {config.rewind_steps}")
+    if config.steps_per_level is not None and config.steps_per_level < 1:
+        raise UsageError(f"steps_per_level must be at least 1, got {config.steps_per_level}")
 
 
 def run_folder(config: IRPConfig) -> Path:
@@ -85,14 +95,17 @@ def run_irp(
     initial = models.create_for(source, config.model, config.seed)
     names = list(models.prunable(initial, config.model.exclude))
     start = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
-    steps_per_epoch(source.train, config.training)
+    steps = config.steps_per_level or (
+        steps_per_epoch(source.train, config.training) * config.training.epochs
+    )
+    if config.rewind_steps >= steps:
+        raise UsageError(f"rewind_steps {config.rewind_steps}: a level has {steps} steps only")
     card = _card(config, initial, source, start)
     _claim(folder, card)
-    card["levels"], survival = _all_levels(
-        config, initial, source, start.masks, folder, (on_epoch, on_level)
-    )
+    run = _Run(config, initial, source, folder, steps, on_epoch)
+    card["levels"], survival = _all_levels(run, start.masks, on_level)
     weights = {name: initial.get_parameter(name).detach() for name in names}
-    corpus.write_run(folder, corpus.IRPRun(weights, survival, start.rest, card))
+    corpus.write_run(folder, corpus.IRPRun(weights, survival, start.rest, card, run.rewound()))
     shutil.rmtree(folder / "levels")
     return folder
 
@@ -130,16 +143,51 @@ def _claim(folder: Path, card: dict[str, Any]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What all levels have in common."""
+
+    config: IRPConfig
+    initial: nn.Module
+    source: DataSource
+    folder: Path
+    steps: int
+    """Of one training."""
+    on_epoch: OnEpoch | None
+
+    def path(self, level: int) -> Path:
+        """Return the file of a finished level."""
+        return self.folder / "levels" / f"{level:02d}" / "level.safetensors"
+
+    def rewound(self) -> dict[str, Tensor]:
+        """Return the state dict after step k of level 0, which must be finished; {} for k = 0."""
+        if not self.config.rewind_steps:
+            return {}
+        return _under(REWIND, read_tensors(self.path(0))[0])
+
+    def start(self, level: int) -> nn.Module:
+        """Return a copy of the dense model that a level starts from."""
+        model = copy.deepcopy(self.initial)
+        if level and self.config.rewind_steps:
+            model.load_state_dict(self.rewound())
+        return model
+
+    def training(self) -> TrainingConfig:
+        """Return how a level is trained."""
+        if self.config.steps_per_level is None:
+            return self.config.training
+        return replace(self.config.training, schedule="none")
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
 def _all_levels(
-    config: IRPConfig,
-    initial: nn.Module,
-    source: DataSource,
-    dense: dict[str, Tensor],
-    folder: Path,
-    callbacks: tuple[OnEpoch | None, OnLevel | None],
+    run: _Run, dense: dict[str, Tensor], on_level: OnLevel | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Do levels 0 to N; return their card entries and the survival of every weight."""
-    on_epoch, on_level = callbacks
+    config = run.config
     total = masks.kept(dense)
     counts = [
         round(total * density)
@@ -148,11 +196,10 @@ def _all_levels(
     current, entries = dense, []
     survival = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in dense.items()}
     for level in range(config.levels + 1):
-        path = folder / "levels" / f"{level:02d}" / "level.safetensors"
-        if not path.exists():
+        if not run.path(level).exists():
             following = counts[level + 1] if level < config.levels else None
-            _do_level(config, initial, source, (level, current, following), path, on_epoch)
-        following_masks, entry = _read_level(path, current)
+            _do_level(run, level, current, following)
+        following_masks, entry = _read_level(run.path(level), current)
         entries.append(entry)
         if on_level:
             on_level(entry)
@@ -163,42 +210,46 @@ def _all_levels(
     return entries, survival
 
 
-def _do_level(
-    config: IRPConfig,
-    initial: nn.Module,
-    source: DataSource,
-    task: tuple[int, dict[str, Tensor], int | None],
-    path: Path,
-    on_epoch: OnEpoch | None,
-) -> None:
-    """Train one level from the initial state and write its file: the next masks, if any."""
-    level, current, following = task
+def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int | None) -> None:
+    """Train one level from the state it starts in and write its file: the next masks, if any."""
+    config, on_epoch, training = run.config, run.on_epoch, run.training()
     started = time.perf_counter()
     device = models.choose_device(config.device)
-    model = compact(copy.deepcopy(initial), Ticket.from_model(initial, current, {})).to(device)
-    stepper = PlainStepper(model, config.training, steps_per_epoch(source.train, config.training))
+    dense = run.start(level)
+    model = compact(dense, Ticket.from_model(dense, current, {})).to(device)
+    stepper = PlainStepper(model, training, steps_per_epoch(run.source.train, training))
+    tensors: dict[str, Tensor] = {}
+
+    def on_step(number: int) -> None:
+        if level == 0 and number == config.rewind_steps:
+            state = densify(copy.deepcopy(model)).state_dict()
+            tensors.update({REWIND + name: tensor.cpu() for name, tensor in state.items()})
+
     with seeded(config.seed):
         history = fit(
             stepper,
-            source,
-            config.training,
+            run.source,
+            training,
             seed=config.seed,
             on_epoch=(lambda epoch: on_epoch(level, epoch)) if on_epoch else None,
+            span=Span(config.rewind_steps if level else 0, config.steps_per_level),
+            on_step=on_step,
         )
-    tensors = {}
     if following is not None:
-        chosen = _next_masks(config, densify(model), source, current, following)
-        tensors = {name: masks.pack(mask) for name, mask in chosen.items()}
+        chosen = _next_masks(config, densify(model), run.source, current, following)
+        tensors |= {MASK + name: masks.pack(mask) for name, mask in chosen.items()}
     kept = masks.kept(current)
+    steps = run.steps - (config.rewind_steps if level else 0)
     entry = {
         "level": level,
         "kept": kept,
-        "density": kept / sum(mask.numel() for mask in current.values()),
+        "density": kept / masks.total(current),
         "validation_accuracy": history.epochs[-1].validation_accuracy,
         "train_loss": history.epochs[-1].train_loss,
+        "image_passes": steps * config.training.batch_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    write_tensors(path, tensors, entry)
+    write_tensors(run.path(level), tensors, entry)
 
 
 def _next_masks(
@@ -219,6 +270,7 @@ def _read_level(
     path: Path, current: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
     tensors, entry = read_tensors(path)
-    if not tensors:
+    packed = _under(MASK, tensors)
+    if not packed:
         return None, entry
-    return {name: masks.unpack(tensors[name], mask.shape) for name, mask in current.items()}, entry
+    return {name: masks.unpack(packed[name], mask.shape) for name, mask in current.items()}, entry

@@ -27,6 +27,7 @@ from autosparse.ticket import Ticket
 from autosparse.training import (
     Epoch,
     Ranks,
+    Span,
     Stepper,
     evaluate,
     fit,
@@ -79,7 +80,8 @@ def cells(config: SparseTrainConfig) -> Iterator[Cell]:
     for path in _expand(patterns):
         ticket = Ticket.load(path)
         empty = masks.first_empty(ticket.masks)
-        if empty is not None:
+        allowed = ticket.card.get("selection", {}).get("guard") == "none"
+        if empty is not None and not allowed:
             raise UsageError(f"{path} empties a layer: {empty} keeps no weight; prune it again")
         seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
         yield _cell(config, path.stem, ticket, _data(config, ticket, path), seed)
@@ -151,7 +153,13 @@ def train_cell(
 
     with seeded(cell.seed * 131 + ranks.rank):
         history = fit(
-            stepper, source, config.training, seed=cell.seed, folder=cell.folder, on_epoch=watch
+            stepper,
+            source,
+            config.training,
+            seed=cell.seed,
+            folder=cell.folder,
+            on_epoch=watch,
+            span=Span(cell.ticket.card.get("rewind_steps", 0)),
         )
     test = evaluate(stepper.model, source, source.test, ranks)
     state = stepper.state_dict()

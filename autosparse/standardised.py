@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from timm.layers.padding import pad_same
@@ -87,7 +88,7 @@ def _masked(module: nn.Module, kernel: Tensor, weight: Tensor) -> Tensor:
     return kernel * (weight.detach() != 0 if mask is None else mask)
 
 
-def _convolve(module: nn.Module, images: Tensor, kernel: Tensor) -> Tensor:
+def _convolve(module: Any, images: Tensor, kernel: Tensor) -> Tensor:
     if getattr(module, "same_pad", False):
         images = pad_same(images, module.kernel_size, module.stride, module.dilation)
     return torch.conv2d(

@@ -71,6 +71,9 @@ class Stepper(Protocol):
     """How one step is made, and how its state is kept."""
 
     ranks: Ranks
+    scheduler: Any
+    updates: int
+    """Steps made so far."""
 
     @property
     def model(self) -> nn.Module:
@@ -237,6 +240,16 @@ def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -
     return steps
 
 
+@dataclass(frozen=True)
+class Span:
+    """Part of a training: from after step `first` (the order of images goes on from there)."""
+
+    first: int = 0
+    """Steps that are taken to be made already."""
+    last: int | None = None
+    """Stop after so many steps, evaluated once, at the end; by default after all epochs."""
+
+
 def fit(
     stepper: Stepper,
     source: DataSource,
@@ -245,16 +258,42 @@ def fit(
     seed: int,
     folder: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    span: Span | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> History:
     """Train for `config.epochs`, going on from the checkpoint in `folder` if there is one.
 
     The order of images and their augmentation come from (seed, epoch), so a run that was cut
     short ends as the unbroken one does. Raises RunFailed, naming the step, on a NaN loss.
+
+    Args:
+        stepper: makes the steps.
+        source: the data.
+        config: how to train.
+        seed: of the order of images and of augmentation.
+        folder: where checkpoints are.
+        on_epoch: called after every epoch, evaluation included.
+        span: the steps to make, if not all of them.
+        on_step: called after every step with the number of steps made.
     """
-    history = (stepper.load(folder) if folder else None) or History()
-    for epoch in range(len(history.epochs), config.epochs):
+    span = span or Span()
+    history = stepper.load(folder) if folder else None
+    if history is None:
+        history, stepper.updates = History(), span.first
+        advance(stepper.scheduler, span.first)
+    per_epoch = steps_per_epoch(source.train, config, stepper.ranks.world_size)
+    skipped = span.first // per_epoch
+    epochs = config.epochs if span.last is None else -(-span.last // per_epoch)
+    if span.first >= (span.last or epochs * per_epoch):
+        raise UsageError(
+            f"training starts after step {span.first} and has {span.last or epochs * per_epoch} "
+            "steps; train for more epochs"
+        )
+    for epoch in range(skipped + len(history.epochs), epochs):
         started = time.perf_counter()
-        loss = _train_epoch(stepper, source, config, seed, epoch)
+        loss = _train_epoch(stepper, source, config, seed, epoch, span, on_step)
+        if span.last is not None and epoch + 1 < epochs:
+            continue
         result = evaluate(stepper.model, source, source.validation, stepper.ranks)
         history.epochs.append(
             Epoch(
@@ -268,14 +307,20 @@ def fit(
         )
         if on_epoch:
             on_epoch(history.epochs[-1])
-        every, more = config.checkpoint_epochs, epoch + 1 < config.epochs
+        every, more = config.checkpoint_epochs, epoch + 1 < epochs
         if folder and every and more and (epoch + 1) % every == 0:
             stepper.save(folder, history)
     return history
 
 
 def _train_epoch(
-    stepper: Stepper, source: DataSource, config: TrainingConfig, seed: int, epoch: int
+    stepper: Stepper,
+    source: DataSource,
+    config: TrainingConfig,
+    seed: int,
+    epoch: int,
+    span: Span,
+    on_step: Callable[[int], None] | None,
 ) -> float:
     """Train one epoch without waiting for the device; return the mean loss of this rank."""
     ranks = stepper.ranks
@@ -288,13 +333,21 @@ def _train_epoch(
         world_size=ranks.world_size,
     )
     stepper.model.train()
+    before = epoch * steps_per_epoch(source.train, config, ranks.world_size)
     losses = []
-    for images, labels in batches:
-        losses.append(stepper.step(source.prepare(images, generator), labels))
+    for number, (images, labels) in enumerate(batches, start=before):
+        if span.last is not None and number >= span.last:
+            break
+        pixels = source.prepare(images, generator)
+        if number < span.first:
+            continue
+        losses.append(stepper.step(pixels, labels))
+        if on_step:
+            on_step(number + 1)
     values = torch.stack(losses).tolist()
     for place, value in enumerate(values):
         if not math.isfinite(value):
-            step = epoch * len(values) + place + 1
+            step = max(before, span.first) + place + 1
             raise RunFailed(
                 f"the loss is {value} at step {step} (epoch {epoch + 1}); "
                 "lower training.learning_rate or set training.clip_grad"

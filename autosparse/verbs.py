@@ -39,7 +39,11 @@ def irp(config: IRPConfig) -> None:
             bar.set((entry["level"] + 1) * config.training.epochs)
 
         folder = irp.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
-    print_table(corpus.read_run(folder).card["levels"], title=str(folder))
+    run = corpus.read_run(folder)
+    print_table(run.card["levels"], title=str(folder))
+    if config.ticket is not None:
+        run.ticket(run.levels).save(config.ticket)
+        print(f"{config.ticket}: the ticket of level {run.levels}")
 
 
 def fit(config: FitConfig) -> None:

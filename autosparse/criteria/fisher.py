@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import Shared, mean_of
+from autosparse.gradients import Batch, Shared, mean_of
 
 
 @register("fisher", needs_data=True)
@@ -29,7 +29,7 @@ def fisher(model, parameters, batches, loss_fn, *, first_order: bool = True) -> 
     model.eval()
     tensors = list(parameters.values())
 
-    def both(images, labels):
+    def both(images: Tensor, labels: Tensor) -> list[Tensor | None]:
         found = torch.autograd.grad(loss_fn(model(images), labels), tensors, allow_unused=True)
         squares = [None if each is None else each.square() for each in found]
         return [*found, *squares] if first_order else squares
@@ -48,7 +48,7 @@ def fisher(model, parameters, batches, loss_fn, *, first_order: bool = True) -> 
     return scores
 
 
-def _one_by_one(batches):
+def _one_by_one(batches: list[Batch]) -> list[Batch]:
     """Cut batches into samples."""
     samples = [
         (image, label)

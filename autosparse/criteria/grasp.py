@@ -13,6 +13,7 @@ set, which ranks alike); the last layer is not drawn anew.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from autosparse.criteria import Scores, register
 from autosparse.gradients import inner_product, mean_gradients, mean_of, twice_differentiable
@@ -27,13 +28,13 @@ def grasp(model, parameters, batches, loss_fn, *, temperature: float = 200.0) ->
     """
     tensors = list(parameters.values())
 
-    def loss(outputs, labels):
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         return loss_fn(outputs / temperature, labels)
 
     with twice_differentiable():
         g = list(mean_gradients(model, parameters, batches, loss).values())
 
-        def hessian_times_g(images, labels):
+        def hessian_times_g(images: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
             found = torch.autograd.grad(
                 loss(model(images), labels), tensors, create_graph=True, allow_unused=True
             )

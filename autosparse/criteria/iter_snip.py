@@ -10,6 +10,8 @@ Departure: every round looks at the same batches; the authors' code draws new on
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from autosparse.criteria import Scores, register
 from autosparse.gradients import mean_gradients, with_weights
 from autosparse.rounds import shrink
@@ -36,7 +38,7 @@ def iter_snip(
     weights = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
     network = with_weights(model, weights)
 
-    def gradient():
+    def gradient() -> list[Tensor]:
         return list(mean_gradients(network, weights, batches, loss_fn).values())
 
     return shrink(weights, gradient, sparsity, rounds, min_per_layer=min_per_layer)

@@ -14,7 +14,7 @@ shapes are looked at. Departure: the square is a mean over samples, which ranks 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autosparse.criteria import Scores, register
 from autosparse.gradients import Shared, mean_of, with_weights
@@ -48,7 +48,7 @@ def ntk_sap(
     repeated = list(batches) * draws
     repeated = Shared(repeated) if isinstance(batches, Shared) else repeated
 
-    def part(images, labels):
+    def part(images: Tensor, labels: Tensor) -> list[Tensor | None]:
         here = {name: _drawn(weight) for name, weight in parameters.items()}
         there = {name: each + epsilon * torch.randn_like(each) for name, each in here.items()}
         for weights in (here, there):
@@ -56,13 +56,15 @@ def ntk_sap(
                 weight.mul_(kept[name]).requires_grad_()
         return mask_gradients(model, here, there, torch.randn_like(images))
 
-    def gradient():
+    def gradient() -> list[Tensor]:
         return list(mean_of(repeated, part, parameters, passes=2 + 1 / 3).values())
 
     return shrink(kept, gradient, sparsity, rounds)
 
 
-def mask_gradients(model, here, there, images):
+def mask_gradients(
+    model: nn.Module, here: dict[str, Tensor], there: dict[str, Tensor], images: Tensor
+) -> list[Tensor | None]:
     """Return d/dm of the mean of ||f(x; m * here) - f(x; m * there)||^2 at the masks as they are.
 
     `here` and `there` are masked already, so the gradient is right where the mask is one, and
@@ -79,12 +81,12 @@ def mask_gradients(model, here, there, images):
         return [None if g is None else g.mul_(w) + h.mul_(v) for g, h, w, v in rows]
 
 
-def _drawn(weight):
+def _drawn(weight: Tensor) -> Tensor:
     """Draw a weight of that shape anew."""
     return nn.init.kaiming_normal_(torch.empty_like(weight, requires_grad=False))
 
 
-def _set_statistics(model, weights, images) -> None:
+def _set_statistics(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> None:
     """Set batch norm's statistics to those of the images, and leave the model in eval mode."""
     norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

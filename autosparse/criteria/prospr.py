@@ -13,6 +13,7 @@ i (modulo their number), the loss at the end the one after. Departures: none kno
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from autosparse.criteria import Scores, register
 from autosparse.gradients import (
@@ -22,6 +23,8 @@ from autosparse.gradients import (
     twice_differentiable,
     with_weights,
 )
+
+Weights = dict[str, Tensor]
 
 
 @register("prospr", needs_data=True)
@@ -48,13 +51,13 @@ def prospr(
     batches = gathered(batches)
     start = dict(model.named_parameters())
 
-    def loss(weights, number):
+    def loss(weights: Weights, number: int) -> Tensor:
         torch.manual_seed(seed + number)
         images, labels = batches[number % len(batches)]
         spend(len(labels))
         return loss_fn(with_weights(model, weights)(images), labels)
 
-    def after(count):
+    def after(count: int) -> Weights:
         weights = {name: each.detach().clone().requires_grad_() for name, each in start.items()}
         for number in range(count):
             found = _gradients(loss(weights, number), weights)
@@ -78,7 +81,7 @@ def prospr(
         return {name: by_name[name].mul_(each).abs_() for name, each in parameters.items()}
 
 
-def _gradients(value, weights, create_graph=False):
+def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> list[Tensor]:
     """Differentiate by all weights; zero for one that is not used."""
     found = torch.autograd.grad(
         value, list(weights.values()), create_graph=create_graph, materialize_grads=True

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import mean_of, spend, with_weights
+from autosparse.gradients import Network, mean_of, spend, with_weights
 from autosparse.paths import (
+    Rescaling,
     activation_patterns,
     image_shape,
     only_paths,
@@ -51,7 +52,7 @@ def px(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 10
     if rescaling is None:
         network, ones = network.double(), ones.double()
 
-    def gradient():
+    def gradient() -> tuple[Tensor | None, ...]:
         outputs = open_paths(model, network, parameters, squares, batches, gates, rescaling, ones)
         spend(len(ones))
         total = (network(ones) * outputs).sum()
@@ -62,40 +63,41 @@ def px(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 10
 
 def open_paths(model, network, parameters, squares, batches, gates, rescaling, ones) -> Tensor:
     """Return z1, its mean over all samples, [1, classes], up to a common factor."""
-    uniform = {name: (each != 0).to(ones.dtype) for name, each in squares.items()}
-    reference = _scale(rescaling, lambda: with_weights(network, uniform)(ones))[1]
-    del uniform
 
-    def part(images, labels):
+    def all_ones() -> dict[str, Tensor]:
+        return {name: (each != 0).to(ones.dtype) for name, each in squares.items()}
+
+    reference = _scaled(rescaling, with_weights(network, all_ones()), ones)[1]
+
+    def part(images: Tensor, labels: Tensor) -> list[Tensor]:
         patterns = _patterns(model, parameters, squares, gates, images)
-        uniform = {name: (each != 0).to(ones.dtype) for name, each in squares.items()}
         for name, gate in gates.items():
             gate.patterns = patterns[name]
         pixels = images.to(ones.dtype).square()
-        sums, scale = _scale(rescaling, lambda: with_weights(network, uniform)(pixels))
+        sums, power = _scaled(rescaling, with_weights(network, all_ones()), pixels)
         for gate in gates.values():
             gate.patterns = None
-        return [sums.double().mean(0, keepdim=True) * 2.0 ** (scale - reference)]
+        return [sums.double().mean(0, keepdim=True) * 2.0 ** (power - reference)]
 
     like = {"z1": ones.new_zeros((), dtype=torch.float64)}
     mean = mean_of(batches, part, like, passes=2 / 3)["z1"]
     return (mean / mean.abs().amax().clamp(min=1e-300)).to(ones.dtype)
 
 
-def _scale(rescaling, run) -> tuple[Tensor, int]:
-    """Return what `run` gives, and the power of two that it was divided by on the way."""
+def _scaled(rescaling: Rescaling | None, network: Network, images: Tensor) -> tuple[Tensor, int]:
+    """Return the outputs, and the power of two that they were divided by on the way."""
     if rescaling is not None:
         rescaling.log2 = 0
     with torch.no_grad():
-        found = run()
-    return found, 0 if rescaling is None else rescaling.log2
+        outputs = network(images)
+    return outputs, 0 if rescaling is None else rescaling.log2
 
 
-def _patterns(model, parameters, squares, gates, images):
+def _patterns(model, parameters, squares, gates, images) -> dict[str, list[Tensor]]:
     """Return where the real network's units are open, under the present masks."""
     masked = {name: each.detach() * (squares[name] != 0) for name, each in parameters.items()}
 
-    def run():
+    def run() -> None:
         with torch.no_grad():
             with_weights(model, masked)(images)
 

@@ -10,6 +10,7 @@ docs/research.md.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -20,7 +21,7 @@ from autosparse.compaction import compact, densify
 from autosparse.config import TrainingConfig
 from autosparse.criteria import Scores, register
 from autosparse.errors import RunFailed, UsageError
-from autosparse.gradients import spend
+from autosparse.gradients import Batch, Batches, spend
 from autosparse.rounds import counts
 from autosparse.ticket import Ticket
 from autosparse.training import PlainStepper
@@ -92,7 +93,7 @@ def _trained(
     return {name: dense.get_parameter(name).detach().abs().cpu() for name in alive}
 
 
-def _endless(batches):
+def _endless(batches: Batches) -> Iterator[Batch]:
     """Yield the batches over and over; a stream may be endless by itself."""
     while True:
         empty = True
