@@ -21,6 +21,10 @@ VERBS: dict[str, tuple[str | None, str]] = {
     "irp": ("IRPConfig", "one run of iterative rewind pruning, into a corpus"),
     "fit": ("FitConfig", "fit AutoS on a corpus"),
     "prune": ("PruneConfig", "prune a timm model at initialization, save the ticket"),
+    "compare": (
+        "CompareConfig",
+        "train tickets and their twins: does the choice of weights matter?",
+    ),
     "train": ("SparseTrainConfig", "train tickets (or a dense model) in one process"),
     "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
 }

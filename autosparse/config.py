@@ -299,6 +299,46 @@ class SparseTrainConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Train the tickets of several criteria and their twins, and say what makes the difference."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    criteria: list[str] | str = "snip,synflow,magnitude"
+    """Criteria, `irp`, or labels that `options` explains; a list, or with commas."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Label -> options; {fast: {criterion: synflow, rounds: 10}} makes a label of your own."""
+    sparsities: list[float] | float | str = "0.9,0.95"
+    """Sparsities; a list, or with commas."""
+    seeds: list[int] | int | str = "0,1,2"
+    """Seeds; a list, or with commas. Verdicts need two, and are sharper with more."""
+    twins: list[str] = field(
+        default_factory=lambda: ["shuffled", "reinitialised", "inverted", "erk", "uniform"]
+    )
+    """Controls to train: shuffled, reinitialised, inverted; erk and uniform at the same budget."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How everything is trained."""
+    scope: str = "global"
+    """Over what scores are compared: global or layer."""
+    allocation: str | None = None
+    """Whose layer densities to use: uniform, or another criterion's name; by default its own."""
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that other criterion."""
+    guard: str = "layer"
+    """Keep at least one weight in every layer, in every output channel (channel), or none."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What scores are computed on."""
+    device: str = _local("auto")
+    """auto, cpu, cuda …"""
+    tracking: bool = _local(True)
+    """Log to MLflow."""
+    out: str = _local("comparison")
+    """Folder for tickets, results, table and figure."""
+
+
+@dataclass(frozen=True)
 class QuickstartConfig:
     """The whole path on scikit-learn's digits."""
 

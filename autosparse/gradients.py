@@ -196,7 +196,7 @@ def warm_up(model: nn.Module, batches: Batches) -> None:
             spend(len(labels), 1 / 3)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        if isinstance(batches, Shared) and norm.running_mean is not None:
-            for statistic in (norm.running_mean, norm.running_var):
+        for statistic in (norm.running_mean, norm.running_var):
+            if isinstance(batches, Shared) and statistic is not None:
                 dist.all_reduce(statistic)
                 statistic.div_(dist.get_world_size())

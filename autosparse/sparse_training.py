@@ -200,6 +200,8 @@ def _result(
         "kept": cell.ticket.kept,
         "seconds": round(sum(epoch["seconds"] for epoch in history), 3),
         "prune_seconds": card.get("seconds", 0.0),
+        "image_passes": card.get("image_passes", 0.0),
+        "effective_density": card.get("effective_density"),
         "fingerprint": cell.ticket.fingerprint,
         "history": history,
     }

@@ -82,7 +82,7 @@ def _forward_plain(self, images: Tensor) -> Tensor:
 
 def _masked(module: nn.Module, kernel: Tensor, weight: Tensor) -> Tensor:
     if parametrize.is_parametrized(module, "weight"):
-        compact = module.parametrizations["weight"][0]  # type: ignore[index]
+        compact: Any = module.parametrizations["weight"][0]  # type: ignore[index]
         return compact(compact.right_inverse(kernel))
     mask = getattr(module, MASK, None)
     return kernel * (weight.detach() != 0 if mask is None else mask)

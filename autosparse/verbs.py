@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from autosparse.config import (
+    CompareConfig,
     FitConfig,
     IRPConfig,
     PruneConfig,
@@ -107,6 +109,43 @@ def prune(config: PruneConfig) -> None:
     if card["criterion"] != pruning.DENSE:
         print(f"cost: {card['image_passes']:,.0f} image passes (forward and backward), "
               f"{card['seconds']:.2f} s")  # fmt: skip
+
+
+def compare(config: CompareConfig) -> None:
+    """Train tickets and twins, print the table with verdicts, and draw it."""
+    from contextlib import nullcontext
+
+    from autosparse import compare
+    from autosparse.figures import comparison
+
+    planned = compare.trials(config)
+    out = Path(config.out)
+    left = [trial for trial in planned if not compare.is_done(config, trial)]
+    print(f"{len(planned)} trainings, {len(planned) - len(left)} of them found in {out}")
+    source = compare.load(config)
+    tracked = config.tracking and bool(left)
+    if tracked:
+        from autosparse.integrations import mlflow
+
+        os.environ.setdefault("MLFLOW_TRACKING_URI", mlflow.tracking_uri())
+    observer = _tracker() if tracked else None
+    with mlflow.parent_run("compare", out) if tracked else nullcontext() as run:
+        with Progress() as progress:
+            bar = progress.bar("comparing", len(left), "trainings")
+            for trial in left:
+                bar.describe(f"comparing: {trial.name}")
+                compare.run_trial(config, trial, source, observer=observer)
+                bar.advance()
+        results = [compare.run_trial(config, trial, source) for trial in planned]
+        rows = compare.table(config, results, compare.training_passes(config, source))
+        path = compare.write_report(config, rows, results)
+        figure = comparison(
+            rows, out / "comparison.png", f"{config.model.name} on {config.data.name}"
+        )
+        if run is not None:
+            mlflow.log_report(run, list(compare.shown(rows)), figure)
+    print_table(list(compare.shown(rows)), "per cent; passes: of one image; cost: of one training")
+    print(f"figure: {figure}\nall figures and intervals: {path}")
 
 
 def train(config: SparseTrainConfig) -> None:

@@ -1,0 +1,125 @@
+"""What criteria cost on timm's resnet50 (25 M weights) at 64 px: time and memory.
+
+    python -m benchmarks.criteria --json criteria.json
+
+A pass is one forward and backward of the network in training (all parameters, batch statistics)
+over the same 16 images. `NAME_passes` is the time of a criterion in passes, with few rounds where
+it has rounds; `NAME_vs_counted` divides that by the passes it counts for itself, so 1 means that
+its count is honest. `NAME_memory` is how far memory rises above what model and images take, in
+copies of the weights; a pass itself holds its gradients and activations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.nn.functional import cross_entropy
+
+from autosparse import criteria, masks
+from autosparse.gradients import counting
+from benchmarks.report import figure, publish, seconds_in_turn
+
+IMAGES, SIDE, SPARSITY = 16, 64, 0.95
+FEW: dict[str, dict[str, Any]] = {
+    "iter_snip": {"rounds": 3},
+    "force": {"rounds": 3},
+    "ntk_sap": {"rounds": 2, "draws": 1},
+    "px": {"rounds": 3},
+    "short_irp": {"levels": 2, "steps_per_level": 2},
+}
+QUICK = ("erk", "lamp", "magnitude", "random")
+"""Criteria without a pass; their seconds are nearly all in drawing or sorting."""
+
+
+def measured() -> list[str]:
+    """Return the criteria to measure by passes; autos needs a fitted file."""
+    return [name for name in criteria.names() if name not in ("autos", "synflow", *QUICK)]
+
+
+def peak_above(job: Callable[[], Any]) -> float:
+    """Return by how many bytes memory rises while `job` runs (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    job()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def mask_seconds() -> list[float]:
+    """Return how long masks of 25 M weights take from scores."""
+    drawn = {f"layer{number}": torch.randn(500, 5000).abs() for number in range(10)}
+    return seconds_in_turn({"mask": lambda: masks.from_scores(drawn, SPARSITY)})["mask"]
+
+
+def main() -> None:
+    """Measure all of them."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet50", pretrained=False, zero_init_last=False)
+    batch = (torch.randn(IMAGES, 3, SIDE, SIDE), torch.arange(IMAGES))
+    image = (batch[0][:1], batch[1][:1])
+    weights = sum(weight.numel() for weight in model.parameters()) * 4
+
+    def one_pass(pair: tuple = batch) -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        cross_entropy(model(pair[0]), pair[1]).backward()
+        model.zero_grad(set_to_none=True)
+
+    def scores(name: str, **options: Any) -> Any:
+        found = criteria.get(name)
+        known = {"sparsity": SPARSITY} if "sparsity" in found.options else {}
+        return found(model, [batch], cross_entropy, **known | options)
+
+    figures: dict[str, Any] = {}
+    taken = seconds_in_turn({"snip": lambda: scores("snip"), "pass": one_pass})
+    figures["snip_passes"] = figure(_ratios(taken), "passes", "<= 1.3", "forward + backward")
+    taken = seconds_in_turn(
+        {
+            "synflow": lambda: scores("synflow", rounds=100),
+            "passes": lambda: [one_pass(image) for _ in range(100)],
+        }
+    )
+    figures["synflow_vs_100_passes"] = figure(
+        _ratios(taken), "times", "<= 1.2", "100 forward + backward of one image"
+    )
+    figures["mask_seconds_25m"] = figure(mask_seconds(), "s", "< 1", "none")
+    memory = [peak_above(one_pass) / weights]
+    figures["pass_memory"] = figure(memory, "copies", "", "none")
+    for name in measured():
+        options = FEW.get(name, {})
+        with counting() as cost:
+            above = peak_above(lambda name=name, options=options: scores(name, **options))
+        runs = 5 if name in ("snip", "grasp", "fisher") else 2
+        taken = seconds_in_turn(
+            {name: lambda name=name, options=options: scores(name, **options), "pass": one_pass},
+            runs,
+        )
+        ratios = _ratios(taken)
+        counted = cost.image_passes / IMAGES
+        if name != "snip":
+            figures[f"{name}_passes"] = figure(ratios, "passes", "", "forward + backward")
+        honest = [ratio / counted for ratio in ratios]
+        figures[f"{name}_vs_counted"] = figure(honest, "times", "", f"{counted:g} counted passes")
+        figures[f"{name}_memory"] = figure([above / weights], "copies", "", "none")
+    above = peak_above(lambda: scores("synflow", rounds=5))
+    figures["synflow_memory"] = figure([above / weights], "copies", "", "none")
+    publish(figures, __doc__)
+
+
+def _ratios(taken: dict[str, list[float]]) -> list[float]:
+    ours, theirs = taken.values()
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
