@@ -102,8 +102,8 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     lines = -(-len(panels) // columns)
     with pyplot.rc_context(STYLE):
         figure, grid = pyplot.subplots(
-            lines, columns, figsize=(max(7.5, 0.8 + 3.1 * columns), 1.4 + 2.6 * lines), squeeze=False,
-            sharex=True, sharey=True, layout="constrained",
+            lines, columns, figsize=(max(7.5, 0.8 + 3.1 * columns), 1.4 + 2.6 * lines),
+            squeeze=False, sharex=True, sharey=True, layout="constrained",
         )  # fmt: skip
         for axes, label in zip(grid.flat, panels, strict=False):
             mine = [row for row in rows if row["label"] == label]

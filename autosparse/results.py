@@ -33,10 +33,17 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
             "checkpoint_bytes": round(statistics.fmean(r["checkpoint_bytes"] for r in group)),
             "seconds": statistics.fmean(r["seconds"] for r in group),
             "prune_seconds": statistics.fmean(r["prune_seconds"] for r in group),
+            "image_passes": statistics.fmean(r.get("image_passes", 0.0) for r in group),
+            "cost_share": statistics.fmean(_cost_share(r) for r in group),
         }
         for (model, sparsity, criterion), group in groups.items()
     ]
     return sorted(rows, key=lambda row: (row["model"], row["sparsity"], -row["accuracy"]))
+
+
+def _cost_share(result: Result) -> float:
+    """Return what the ticket cost as a share of its training."""
+    return result.get("image_passes", 0.0) / max(result.get("training_passes", 0), 1)
 
 
 def _spread(values: list[float]) -> float:
@@ -44,7 +51,11 @@ def _spread(values: list[float]) -> float:
 
 
 def show(results: Iterable[Result]) -> None:
-    """Print the summary as a table."""
+    """Print the summary as a table.
+
+    `passes` are what the ticket cost, in forward-backward passes of one image; `cost` is their
+    share of one training.
+    """
     print_table(
         [
             {
@@ -56,6 +67,8 @@ def show(results: Iterable[Result]) -> None:
                 "parameters": row["parameters"],
                 "checkpoint": f"{row['checkpoint_bytes'] / 1e3:,.0f} kB",
                 "training": f"{row['seconds']:.1f} s",
+                "passes": f"{row['image_passes']:,.0f}",
+                "cost": f"{row['cost_share']:.1%}",
             }
             for row in summary(results)
         ]

@@ -164,6 +164,8 @@ def train_cell(
     test = evaluate(stepper.model, source, source.test, ranks)
     state = stepper.state_dict()
     result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
+    steps = steps_per_epoch(source.train, config.training, ranks.world_size)
+    result["training_passes"] = steps * config.training.epochs * config.training.batch_size
     if ranks.rank == 0:
         _finish(cell, config, model, state, result)
         if observer:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import corpus, irp, masks
+from autosparse import corpus, data, irp, masks, training
 from autosparse.errors import UsageError
 from autosparse.files import read_card
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
@@ -176,3 +176,101 @@ def _wait_for_level(out: Path, level: int, process: subprocess.Popen) -> Path:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.05)
     raise AssertionError(f"level {level} was not reached in a minute")
+
+
+# Late rewinding and short horizons
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> corpus.IRPRun:
+    config = quick_irp(str(tmp_path_factory.mktemp("late")), rewind_steps=2)
+    return corpus.read_run(irp.run_irp(config))
+
+
+def state_after(steps: int) -> dict[str, torch.Tensor]:
+    """Train the dense model for some steps, as level 0 does."""
+    source, model = data.load(SMALL_DIGITS), make_model(seed=0)
+    stepper = training.PlainStepper(model, QUICK, training.steps_per_epoch(source.train, QUICK))
+    with training.seeded(0):
+        training.fit(stepper, source, QUICK, seed=0, span=training.Span(last=steps))
+    return model.state_dict()
+
+
+def test_late_rewinding_goes_back_to_the_dense_state_after_step_k(late: corpus.IRPRun) -> None:
+    expected = state_after(2)
+    assert set(late.rewound) == set(expected)
+    for name, tensor in late.rewound.items():
+        assert torch.equal(tensor, expected[name]), name
+    initial = make_model(seed=0).state_dict()
+    assert any(not torch.equal(late.rewound[name], initial[name]) for name in late.initial)
+    for name, tensor in late.initial.items():
+        assert torch.equal(tensor, initial[name]), name
+
+
+def test_a_late_ticket_holds_the_values_after_step_k(late: corpus.IRPRun) -> None:
+    ticket = late.ticket(2)
+    ticket.check(make_model())
+    assert ticket.card["rewind_steps"] == 2
+    for name, mask in ticket.masks.items():
+        assert torch.equal(ticket.values[name], late.rewound[name][mask])
+    for name, tensor in ticket.rest.items():
+        assert torch.equal(tensor, late.rewound[name])
+
+
+def test_the_first_level_is_the_same_wherever_it_rewinds_to(
+    run: corpus.IRPRun, late: corpus.IRPRun
+) -> None:
+    for name, mask in run.masks(1).items():
+        assert torch.equal(late.masks(1)[name], mask)
+    assert masks.fingerprint(run.masks(2)) != masks.fingerprint(late.masks(2))
+
+
+def test_cost_is_what_was_trained(run: corpus.IRPRun, late: corpus.IRPRun) -> None:
+    # An epoch of 300 images in batches of 100; late levels leave out two of the three steps.
+    assert [level["image_passes"] for level in run.card["levels"]] == [300, 300, 300]
+    assert [level["image_passes"] for level in late.card["levels"]] == [300, 100, 100]
+    assert run.ticket(2).card["image_passes"] == 600
+    assert late.ticket(2).card["image_passes"] == 400
+    assert run.ticket(0).card["image_passes"] == 0
+
+
+def test_a_short_horizon_makes_so_many_steps_at_a_constant_rate(tmp_path: Path) -> None:
+    rates = []
+    folder = irp.run_irp(
+        quick_irp(str(tmp_path), steps_per_level=4, levels=1),
+        on_epoch=lambda level, epoch: rates.append(epoch.learning_rate),
+    )
+    assert rates == [QUICK.learning_rate] * 2
+    assert [level["image_passes"] for level in corpus.read_run(folder).card["levels"]] == [400, 400]
+
+
+def test_a_late_run_goes_on_from_its_levels(tmp_path: Path) -> None:
+    config = quick_irp(str(tmp_path / "cut"), rewind_steps=2)
+
+    def stop(entry: dict) -> None:
+        if entry["level"] == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        irp.run_irp(config, on_level=stop)
+    folder = irp.run_irp(config)
+    whole = irp.run_irp(quick_irp(str(tmp_path / "whole"), rewind_steps=2))
+    cut, unbroken = corpus.read_run(folder), corpus.read_run(whole)
+    for name, survival in unbroken.survival.items():
+        assert torch.equal(cut.survival[name], survival)
+    for name, tensor in unbroken.rewound.items():
+        assert torch.equal(cut.rewound[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewind_steps": 3}, "rewind_steps 3: a level has 3 steps only"),
+        ({"rewind_steps": -1}, "rewind_steps must be at least 0"),
+        ({"steps_per_level": 0}, "steps_per_level must be at least 1"),
+    ],
+)
+def test_horizons_that_cannot_be(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        irp.run_irp(quick_irp(str(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()

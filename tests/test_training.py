@@ -16,6 +16,7 @@ from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError
 from autosparse.training import (
     PlainStepper,
+    Span,
     evaluate,
     fit,
     optimizer_and_schedule,
@@ -139,3 +140,38 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
 def test_bad_settings_are_named(digits: DataSource, changes: dict, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         _trained(make_model(), digits, replace(QUICK, **changes))
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 5])
+def test_two_spans_are_one_training(digits: DataSource, cut: int) -> None:
+    """Plain SGD has no state of its own, so a span from the state after `cut` is the rest."""
+    config = replace(
+        QUICK,
+        epochs=2,
+        optimizer="momentum",
+        optimizer_options={"momentum": 0.0},
+        learning_rate=0.05,
+    )
+    steps = steps_per_epoch(digits.train, config)
+    assert steps == 3
+    whole, parts = make_model(), make_model()
+    fit(PlainStepper(whole, config, steps), digits, config, seed=3)
+    made: list[int] = []
+    for span in (Span(last=cut), Span(first=cut)):
+        stepper = PlainStepper(parts, config, steps)
+        fit(stepper, digits, config, seed=3, span=span, on_step=made.append)
+    assert made == [1, 2, 3, 4, 5, 6]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, parts.state_dict()[name]), name
+
+
+def test_a_span_that_is_over_before_it_begins(digits: DataSource) -> None:
+    stepper = PlainStepper(make_model(), QUICK, steps_per_epoch(digits.train, QUICK))
+    with pytest.raises(UsageError, match="starts after step 3 and has 3 steps"):
+        fit(stepper, digits, QUICK, seed=0, span=Span(first=3))
+
+
+def test_options_that_an_optimizer_refuses(digits: DataSource) -> None:
+    config = replace(QUICK, optimizer="sgd", optimizer_options={"momentum": 0.0})
+    with pytest.raises(UsageError, match="optimizer sgd: Nesterov"):
+        PlainStepper(make_model(), config, 3)
