@@ -26,6 +26,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "safetensors>=0.5",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10",
