@@ -8,7 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from torch import nn
 
 from autosparse import data, models
@@ -22,6 +25,15 @@ SMALL_DIGITS = DataConfig(train_limit=300)
 @pytest.fixture(scope="session")
 def digits() -> DataSource:
     return data.load(SMALL_DIGITS)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are no slower on one thread, and do not wait for a second core that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_model(name: str = "test_byobnet", seed: int = 0, **options) -> nn.Module:

@@ -4,7 +4,8 @@ import hashlib
 import io
 import struct
 from collections import Counter
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from autosparse import data
-from autosparse.config import DataConfig
+from autosparse import data, training
+from autosparse.config import DataConfig, TrainingConfig
 from autosparse.data.decode import decode
 from autosparse.data.folder import FolderStream
 from autosparse.data.source import DataSource, MemorySplit, augmented
@@ -355,6 +356,103 @@ def test_score_batches_are_balanced_where_the_images_suffice():
 def test_score_batches_of_no_image_are_refused():
     with pytest.raises(UsageError, match="samples_per_class"):
         data.load(DIGITS).score_batches(0)
+
+
+def test_score_batches_that_are_several_hold_other_images():
+    """Each is balanced; the first is what a single one would be; all follow epoch 0's order."""
+    source = data.load(DIGITS)
+    first, second, third = source.score_batches(4, seed=3, batches=3)
+    alone = source.score_batches(4, seed=3)
+    assert len(alone) == 1
+    assert torch.equal(first[0], alone[0][0]) and torch.equal(first[1], alone[0][1])
+    for _, labels in (first, second, third):
+        assert torch.bincount(labels).tolist() == [4] * 10
+    found, expected = Counter(), [[], [], []]
+    for image, label in source.train.shuffled(1, seed=3, epoch=0):
+        place = found[int(label)] // 4
+        found[int(label)] += 1
+        if place < 3:
+            expected[place].append(source.prepare(image))
+    for (images, _), wanted in zip((first, second, third), expected, strict=True):
+        torch.testing.assert_close(images, torch.cat(wanted))
+
+
+def test_score_batches_that_are_several_share_no_image():
+    source = source_of(numbered(60), num_classes=1)
+    source = replace(source, train=replace(source.train, labels=torch.zeros(60).long()))
+    parts = source.score_batches(10, batches=3, batch_size=4)
+    assert [len(labels) for _, labels in parts] == [4, 4, 2] * 3
+    values = torch.cat([images for images, _ in parts]).flatten()
+    assert len(values.unique()) == 30
+
+
+def test_score_batches_beyond_the_images_use_each_once():
+    """Seven images of each of two classes fill a batch of five and part of a second."""
+    split = replace(numbered(14), labels=torch.arange(14) % 2)
+    parts = source_of(split, num_classes=2).score_batches(5, batches=3)
+    assert [torch.bincount(labels).tolist() for _, labels in parts] == [[5, 5], [2, 2]]
+    assert len(torch.cat([images for images, _ in parts]).unique()) == 14
+
+
+@pytest.mark.parametrize("name", ["samples_per_class", "batches", "batch_size"])
+def test_score_batches_of_nothing_are_refused(name):
+    options = {"samples_per_class": 2, "batches": 1, "batch_size": 8, name: 0}
+    with pytest.raises(UsageError, match=f"{name} must be at least 1"):
+        data.load(DIGITS).score_batches(**options)
+
+
+# training_batches
+
+
+def fitted(source: DataSource, size: int, *, seed: int, epochs: int):
+    """Let `fit` train, and return the batches that it gave to its stepper."""
+    seen = []
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    config = TrainingConfig(epochs=epochs, batch_size=size, checkpoint_epochs=0)
+    stepper = training.PlainStepper(model, config, source.train.steps(size))
+    step = stepper.step
+
+    def recorded(images, labels):
+        seen.append((images.clone(), labels.clone()))
+        return step(images, labels)
+
+    stepper.step = recorded
+    training.fit(stepper, source, config, seed=seed)
+    return seen
+
+
+@pytest.mark.parametrize("augment", ["none", "shift+flip"])
+def test_training_batches_are_those_of_training_epoch_after_epoch(augment):
+    source = data.load(DataConfig("digits", image_size=8, train_limit=100, augment=augment))
+    seen = fitted(source, 30, seed=5, epochs=3)
+    assert len(seen) == 9
+    found = list(islice(source.training_batches(30, seed=5), 9))
+    for (images, labels), (wanted, targets) in zip(found, seen, strict=True):
+        assert torch.equal(images, wanted) and torch.equal(labels, targets)
+    epochs = [torch.cat([labels for _, labels in found[n : n + 3]]) for n in (0, 3)]
+    assert not torch.equal(*epochs)
+
+
+def test_training_batches_start_the_same_each_time_and_never_end():
+    source = data.load(DataConfig("digits", image_size=8, train_limit=100, augment="shift"))
+    batches = source.training_batches(40, seed=1)
+    first, again = ([images for images, _ in islice(batches, 7)] for _ in range(2))
+    assert len(first) == 7 > 3 * source.train.steps(40)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    other = next(iter(source.training_batches(40, seed=2)))[0]
+    assert not torch.equal(other, first[0])
+
+
+def test_training_batches_leave_the_global_rng_alone():
+    source = data.load(DataConfig("digits", image_size=8, train_limit=100, augment="shift"))
+    state = torch.get_rng_state()
+    next(iter(source.training_batches(40, seed=1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_batches_larger_than_the_set_are_refused():
+    with pytest.raises(UsageError, match="batch_size 141 is more than the 140 images"):
+        source_of(numbered(140)).training_batches(141, seed=0)
 
 
 # decoding

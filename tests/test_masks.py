@@ -350,3 +350,371 @@ def test_fingerprint_sees_name_and_shape() -> None:
 def test_fingerprint_does_not_depend_on_the_order_of_names() -> None:
     a, b = torch.tensor([True, False]), torch.tensor([False, True, True])
     assert masks.fingerprint({"a": a, "b": b}) == masks.fingerprint({"b": b, "a": a})
+
+
+# Large tensors: the threshold is guessed first
+
+LARGE = 64 * masks.SAMPLE + 4321
+STRIDE = LARGE // masks.SAMPLE
+
+
+def sampled_places_are_high() -> Tensor:
+    """Every value that is looked at first is above every other: the guess is useless."""
+    flat = torch.rand(LARGE, generator=torch.Generator().manual_seed(0))
+    flat[::STRIDE] += 10
+    return flat
+
+
+def with_gone(share: float) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    flat = torch.randn(LARGE, generator=generator)
+    flat[torch.rand(LARGE, generator=generator) < share] = -torch.inf
+    return flat
+
+
+LARGE_ONES = {
+    "normal": lambda: torch.randn(LARGE, generator=torch.Generator().manual_seed(0)),
+    "many ties": lambda: torch.randint(
+        0, 5, (LARGE,), generator=torch.Generator().manual_seed(0)
+    ).float(),
+    "constant": lambda: torch.full((LARGE,), 0.25),
+    "sorted": lambda: torch.arange(LARGE).float(),
+    "reverse-sorted": lambda: torch.arange(LARGE, 0, -1).float(),
+    "half gone": lambda: with_gone(0.5),
+    "nearly all gone": lambda: with_gone(0.9999),
+    "a wrong guess": sampled_places_are_high,
+    "bfloat16": lambda: torch.randn(LARGE, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "double": lambda: torch.randn(
+        LARGE, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).mul_(1e-12).add_(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE_ONES)
+def test_top_of_a_large_tensor_agrees_with_a_stable_sort(name: str) -> None:
+    flat = LARGE_ONES[name]()
+    assert flat.numel() > 64 * masks.SAMPLE
+    before = flat.clone()
+    order = flat.double().sort(descending=True, stable=True).indices
+    for count in (1, 1000, LARGE // 20, LARGE // 2, LARGE - 1000, LARGE - 1):
+        expected = torch.zeros(LARGE, dtype=torch.bool)
+        expected[order[:count]] = True
+        assert torch.equal(masks.top(flat, count), expected), count
+    assert torch.equal(flat, before)
+
+
+def test_a_short_tensor_has_no_bounds() -> None:
+    flat = torch.rand(64 * masks.SAMPLE)
+    assert masks.bounds(flat, 5) == (-float("inf"), float("inf"))
+
+
+@pytest.mark.parametrize("name", ["normal", "many ties", "sorted", "half gone"])
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.95])
+def test_bounds_are_close_around_the_threshold(name: str, share: float) -> None:
+    flat = LARGE_ONES[name]()
+    count = int(LARGE * share)
+    threshold = flat.sort(descending=True).values[count - 1]
+    low, high = masks.bounds(flat, count)
+    assert low <= threshold <= high
+    if name != "many ties" and threshold > -torch.inf:
+        between = int(((flat >= max(low, -1e30)) & (flat <= high)).sum())
+        assert between < 0.15 * LARGE
+
+
+def test_a_layer_of_that_size_is_pruned_exactly() -> None:
+    scores = {"small": torch.rand(300), "large": LARGE_ONES["many ties"]()}
+    chosen = masks.from_scores(scores, 0.9)
+    assert masks.kept(chosen) == LARGE + 300 - int(0.9 * (LARGE + 300) + 0.5)
+    assert counts_of(chosen)["small"] >= 1
+
+
+# Guard: channels
+
+
+def shaped_scores(*shapes: tuple[int, ...], seed: int = 0, levels: int = 0) -> dict[str, Tensor]:
+    """Return random scores; with few `levels` there are many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for number, shape in enumerate(shapes):
+        score = torch.rand(shape, generator=generator)
+        found[f"layer{number}"] = (score * levels).floor() if levels else score
+    return found
+
+
+def best_of_channels_first(
+    scores: dict[str, Tensor], count: int, within: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Choose in plain Python: the first best weight of every channel, then the best of all."""
+    chosen = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
+    rest = []
+    for layer, (name, score) in enumerate(scores.items()):
+        inside = torch.ones(score.shape).bool() if within is None else within[name]
+        for channel, (row, mine) in enumerate(
+            zip(score.flatten(1), inside.flatten(1), strict=True)
+        ):
+            places = [place for place in range(len(row)) if mine[place]]
+            if not places:
+                continue
+            best = max(places, key=lambda place, row=row: (row[place].item(), -place))
+            chosen[name].flatten(1)[channel, best] = True
+            rest += [
+                (-row[place].item(), layer, channel, place, name)
+                for place in places
+                if place != best
+            ]
+    missing = count - sum(int(mask.sum()) for mask in chosen.values())
+    for _, _, channel, place, name in sorted(rest)[:missing]:
+        chosen[name].flatten(1)[channel, place] = True
+    return chosen
+
+
+SHAPES = ((6, 5), (4, 3, 3, 3), (8, 1, 3, 3))
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+@pytest.mark.parametrize("count", [18, 19, 40, 120, 209, 210])
+def test_every_channel_keeps_its_best_weight(count: int, levels: int) -> None:
+    scores = shaped_scores(*SHAPES, levels=levels)
+    before = {name: score.clone() for name, score in scores.items()}
+    chosen = masks.keep(scores, count, per_channel=True)
+    expected = best_of_channels_first(scores, count)
+    assert masks.kept(chosen) == count
+    assert all(mask.flatten(1).any(1).all() for mask in chosen.values())
+    assert all(torch.equal(chosen[name], expected[name]) for name in scores)
+    assert all(torch.equal(scores[name], before[name]) for name in scores)
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+@pytest.mark.parametrize("count", [18, 30, 100])
+def test_every_channel_keeps_its_best_weight_in_scope_layer(count: int, levels: int) -> None:
+    scores = shaped_scores(*SHAPES, levels=levels)
+    before = {name: score.clone() for name, score in scores.items()}
+    chosen = masks.keep(scores, count, per_channel=True, scope="layer")
+    assert masks.kept(chosen) == count
+    for name, score in scores.items():
+        mine = int(chosen[name].sum())
+        assert mine >= len(score)
+        expected = best_of_channels_first({name: score}, mine)[name]
+        assert torch.equal(chosen[name], expected)
+    assert all(torch.equal(scores[name], before[name]) for name in scores)
+
+
+def test_channels_take_from_other_layers_only_what_they_need() -> None:
+    """By hand: of ten, four hold the channels of b; the other six are the best of a."""
+    scores = {"a": torch.arange(8.0).view(1, 8) + 10, "b": torch.arange(8.0).view(4, 2)}
+    chosen = masks.keep(scores, 10, per_channel=True)
+    assert positions(chosen["a"]) == [2, 3, 4, 5, 6, 7]
+    assert positions(chosen["b"]) == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("scope", masks.SCOPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_channels_that_are_gone_stay_gone(scope: str, seed: int) -> None:
+    scores = shaped_scores(*SHAPES, seed=seed, levels=4)
+    within = masks.keep(shaped_scores(*SHAPES, seed=seed + 50), 110)
+    within["layer0"][2] = False
+    within["layer1"][3] = False
+    count = 40
+    chosen = masks.keep(scores, count, scope=scope, per_channel=True, within=within)
+    assert masks.kept(chosen) == count
+    for name, mask in chosen.items():
+        assert not (mask & ~within[name]).any()
+        alive = within[name].flatten(1).any(1)
+        assert torch.equal(mask.flatten(1).any(1), alive)
+        if scope == "layer":
+            mine = best_of_channels_first({name: scores[name]}, int(mask.sum()), within)[name]
+            assert torch.equal(mask, mine)
+    if scope == "global":
+        expected = best_of_channels_first(scores, count, within)
+        assert all(torch.equal(chosen[name], expected[name]) for name in scores)
+
+
+@pytest.mark.parametrize("scope", masks.SCOPES)
+def test_too_few_weights_for_all_channels(scope: str) -> None:
+    scores = shaped_scores(*SHAPES)
+    with pytest.raises(UsageError, match=r"17 weights.*channel"):
+        masks.keep(scores, 17, scope=scope, per_channel=True)
+    assert masks.kept(masks.keep(scores, 18, scope=scope, per_channel=True)) == 18
+
+
+@pytest.mark.xfail(
+    strict=True, raises=UsageError, reason="masks.keep: the guard counts channels that are gone"
+)
+@pytest.mark.parametrize("scope", masks.SCOPES)
+def test_channels_that_are_gone_need_no_weight(scope: str) -> None:
+    """Two channels of four are left, and two weights are enough for them."""
+    within = {"layer0": torch.tensor([True, False, True, False])[:, None].expand(4, 3)}
+    chosen = masks.keep(shaped_scores((4, 3)), 2, scope=scope, per_channel=True, within=within)
+    assert chosen["layer0"].sum(1).tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=UsageError, reason="masks.keep: the guard counts layers that are gone"
+)
+def test_layers_that_are_gone_need_no_weight() -> None:
+    within = {"layer0": torch.ones(4).bool(), "layer1": torch.zeros(4).bool()}
+    chosen = masks.keep(random_scores(4, 4), 1, within=within)
+    assert counts_of(chosen) == {"layer0": 1, "layer1": 0}
+
+
+def test_both_guards_together() -> None:
+    """Layer a has two channels and must keep three; layer b has three and must keep them."""
+    scores = {"a": torch.tensor([[1.0, 2], [3, 4]]), "b": torch.arange(9.0).view(3, 3) + 10}
+    chosen = masks.keep(scores, 6, min_per_layer=3, per_channel=True)
+    assert positions(chosen["a"]) == [1, 2, 3]
+    assert positions(chosen["b"]) == [2, 5, 8]
+
+
+def test_least_of_by_hand() -> None:
+    scores = {"a": torch.zeros(4, 3), "b": torch.zeros(2, 1), "c": torch.zeros(1, 2, 3, 3)}
+    assert masks.least_of(scores) == {"a": 1, "b": 1, "c": 1}
+    assert masks.least_of(scores, 0) == {"a": 0, "b": 0, "c": 0}
+    assert masks.least_of(scores, 3) == {"a": 3, "b": 2, "c": 3}
+    assert masks.least_of(scores, 0, per_channel=True) == {"a": 4, "b": 2, "c": 1}
+    assert masks.least_of(scores, 3, per_channel=True) == {"a": 4, "b": 2, "c": 3}
+
+
+# Counts given
+
+
+def test_keep_counts_keeps_the_best_of_every_layer() -> None:
+    scores = scores_of(a=[1.0, 9.0, 9.0, 2.0], b=[5.0, 5.0, 5.0], c=[0.0, 1.0])
+    chosen = masks.keep_counts(scores, {"a": 1, "b": 2, "c": 0})
+    assert positions(chosen["a"]) == [1]
+    assert positions(chosen["b"]) == [0, 1]
+    assert positions(chosen["c"]) == []
+    assert masks.keep_counts(scores, {"a": 4, "b": 3, "c": 2})["a"].all()
+
+
+def test_keep_counts_within_and_per_channel() -> None:
+    scores = {"a": torch.tensor([[9.0, 8, 7], [1, 2, 3], [6, 5, 4]])}
+    before = scores["a"].clone()
+    chosen = masks.keep_counts(scores, {"a": 4}, per_channel=True)["a"]
+    assert chosen.int().tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+    within = {"a": torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()}
+    chosen = masks.keep_counts(scores, {"a": 3}, per_channel=True, within=within)["a"]
+    assert chosen.int().tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0]]
+    chosen = masks.keep_counts(scores, {"a": 2}, within=within)["a"]
+    assert chosen.int().tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert torch.equal(scores["a"], before)
+
+
+def test_scores_that_are_not_contiguous() -> None:
+    scores = {"a": torch.rand(3, 7, generator=torch.Generator().manual_seed(0)).t()}
+    assert not scores["a"].is_contiguous()
+    same = {"a": scores["a"].contiguous()}
+    for options in ({}, {"per_channel": True}, {"scope": "layer"}):
+        found, expected = (masks.keep(each, 9, **options)["a"] for each in (scores, same))
+        assert torch.equal(found, expected)
+    found, expected = (masks.n_of_m(each, 1, 3)["a"] for each in (scores, same))
+    assert torch.equal(found, expected)
+
+
+# n of m
+
+
+def n_of_m_by_hand(score: Tensor, n: int, m: int) -> Tensor:
+    """Go through [out, in, *kernel] one group at a time."""
+    out, inputs = score.shape[:2]
+    flat = score.reshape(out, inputs, -1)
+    mask = torch.zeros(flat.shape, dtype=torch.bool)
+    for row in range(out):
+        for place in range(flat.shape[2]):
+            for start in range(0, inputs, m):
+                group = sorted(range(start, start + m), key=lambda i: -flat[row, i, place].item())
+                for i in group[:n]:
+                    mask[row, i, place] = True
+    return mask.view(score.shape)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 8), (4, 4)])
+@pytest.mark.parametrize("shape", [(5, 16), (3, 8, 3, 3), (4, 8, 1, 1), (2, 8, 5)])
+@pytest.mark.parametrize("levels", [0, 3])
+def test_n_of_m_keeps_the_best_of_every_group(
+    shape: tuple[int, ...], n: int, m: int, levels: int
+) -> None:
+    scores = shaped_scores(shape, levels=levels)
+    chosen = masks.n_of_m(scores, n, m)["layer0"]
+    assert chosen.shape == shape and chosen.is_contiguous()
+    assert torch.equal(chosen, n_of_m_by_hand(scores["layer0"], n, m))
+
+
+def test_groups_lie_along_input_channels_at_the_same_kernel_position() -> None:
+    """A 1x2 kernel over four channels; each place has its own two best."""
+    score = torch.tensor([[1.0, 40], [2, 30], [3, 20], [4, 10]]).view(1, 4, 1, 2)
+    chosen = masks.n_of_m({"a": score}, 2, 4)["a"]
+    assert chosen.view(4, 2).int().tolist() == [[0, 1], [0, 1], [1, 0], [1, 0]]
+
+
+def test_equal_scores_of_a_group_go_to_the_first() -> None:
+    score = torch.tensor([[1.0, 1, 1, 1, 0, 2, 2, 2]])
+    assert positions(masks.n_of_m({"a": score}, 2, 4)["a"]) == [0, 1, 5, 6]
+
+
+def test_what_does_not_divide_stays_whole() -> None:
+    """Depthwise layers have one input per group; the stem has three; 6 is no multiple of 4."""
+    scores = shaped_scores((8, 1, 3, 3), (4, 3, 3, 3), (5, 6), (5, 8))
+    found = {name: float(mask.float().mean()) for name, mask in masks.n_of_m(scores, 2, 4).items()}
+    assert found == {"layer0": 1, "layer1": 1, "layer2": 1, "layer3": 0.5}
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (-1, 4), (2, 0)])
+def test_bad_patterns(n: int, m: int) -> None:
+    with pytest.raises(UsageError, match=f"{n}:{m}"):
+        masks.n_of_m(shaped_scores((4, 8)), n, m)
+
+
+def test_n_of_m_names_scores_that_are_not_finite() -> None:
+    scores = {**shaped_scores((4, 8)), "bad": torch.full((4, 8), float("nan"))}
+    with pytest.raises(UsageError, match="bad"):
+        masks.n_of_m(scores, 2, 4)
+
+
+# Allocation with a least of its own for every layer
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes", "kept", "least", "expected"),
+    [
+        pytest.param([1, 1], [20, 20], 10, [7, 1], [7, 3], id="one is raised"),
+        pytest.param([1, 1], [20, 20], 10, [0, 0], [5, 5], id="nothing is raised"),
+        pytest.param([1, 1, 1], [20, 20, 20], 12, [6, 0, 5], [6, 1, 5], id="two are raised"),
+        pytest.param([9, 1], [4, 20], 12, [1, 6], [4, 8], id="one is full"),
+        pytest.param([1, 1], [3, 20], 10, [9, 1], [3, 7], id="least is more than it has"),
+        pytest.param([1, 3], [10, 10], 10, [5, 5], [5, 5], id="least is all"),
+    ],
+)
+def test_allocations_with_a_least_per_layer(
+    weights: list[float], sizes: list[int], kept: int, least: list[int], expected: list[int]
+) -> None:
+    names = "abc"[: len(sizes)]
+    given = (dict(zip(names, each, strict=True)) for each in (weights, sizes))
+    found = masks.allocate(*given, kept, dict(zip(names, least, strict=True)))
+    assert found == dict(zip(names, expected, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_allocation_with_a_least_and_a_most_per_layer_is_water_filling(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(100):
+        sizes = {name: draw.randint(1, 30) for name in "abcdef"[: draw.randint(1, 6)]}
+        most = {name: draw.randint(0, size) for name, size in sizes.items()}
+        least = {name: draw.randint(0, 12) for name in sizes}
+        weights = {name: Fraction(draw.randint(1, 1000) ** 2, 10**6) for name in sizes}
+        low = [min(least[name], most[name]) for name in sizes]
+        high = list(most.values())
+        kept = draw.randint(sum(low), sum(high))
+        shares = [weights[name] * size for name, size in sizes.items()]
+        found = masks.allocate(weights, sizes, kept, least, most=most)
+        assert sum(found.values()) == kept
+        level = water_level(shares, low, high, kept)
+        for place, (name, share) in enumerate(zip(sizes, shares, strict=True)):
+            assert low[place] <= found[name] <= high[place]
+            if level is not None:
+                ideal = min(max(level * share, low[place]), high[place])
+                assert abs(found[name] - ideal) < 1
+
+
+def test_too_little_for_the_least_of_every_layer() -> None:
+    with pytest.raises(UsageError, match="10 weights cannot be split over 2 layers"):
+        masks.allocate({"a": 1.0, "b": 1.0}, {"a": 9, "b": 9}, 10, {"a": 5, "b": 6})

@@ -1,0 +1,104 @@
+"""Run on two gloo ranks: prune with every criterion; write fingerprints, scores and errors.
+
+python prune_on_ranks.py RANK STORE OUT SCORER, or, for another architecture on rank 1,
+python prune_on_ranks.py RANK STORE OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autosparse import criteria, data, pruning
+from autosparse.config import DataConfig, ScoringConfig
+from autosparse.errors import UserError
+from autosparse.training import Ranks
+from tests.conftest import make_model
+
+WORLD = 2
+DATA = DataConfig(train_limit=300)
+FEW = {"rounds": 2, "steps_per_level": 2, "levels": 2, "draws": 1, "steps": 2, "batch_size": 20}
+GRADIENT = ("snip", "grasp", "fisher", "iter_snip")
+"""Means over samples: what one process finds, in eval mode."""
+TRAIN = ScoringConfig(samples_per_class=2)
+SCORINGS = {
+    "one batch": ScoringConfig(samples_per_class=3, mode="eval"),
+    "three batches": ScoringConfig(samples_per_class=1, batches=3, mode="eval"),
+    "warm, even": ScoringConfig(samples_per_class=2, batch_size=5, mode="eval", warm_up=True),
+    "warm, uneven": ScoringConfig(samples_per_class=1, batch_size=4, mode="eval", warm_up=True),
+}
+"""In the last one rank gets 4 + 2 images, the other 4."""
+CASES = [
+    *((name, "one batch") for name in GRADIENT),
+    *(("snip", scoring) for scoring in SCORINGS if scoring != "one batch"),
+]
+
+
+def options_of(name: str, scorer: str) -> dict[str, Any]:
+    known = criteria.get(name).options
+    return {key: value for key, value in {"scorer": scorer, **FEW}.items() if key in known}
+
+
+def scores_of(
+    name: str, scoring: str, ranks: Ranks | None = None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return scores, and the image passes of the card."""
+    scored, card = pruning.score(
+        make_model(), DATA, name, 0.9, selection=pruning.Selection(), scoring=SCORINGS[scoring],
+        options=options_of(name, ""), ranks=ranks,
+    )  # fmt: skip
+    return scored.scores, card["image_passes"]
+
+
+def tickets(ranks: Ranks, scorer: str) -> dict[str, str]:
+    found = {}
+    for name in criteria.names():
+        ticket = pruning.prune(
+            make_model(), DATA, name, 0.9, scoring=TRAIN, options=options_of(name, scorer),
+            ranks=ranks,
+        )  # fmt: skip
+        found[name] = ticket.fingerprint
+    own = data.load(DATA).score_batches(2, batches=WORLD)[ranks.rank :: WORLD]
+    found["own batches"] = pruning.prune(make_model(), own, "snip", 0.9, ranks=ranks).fingerprint
+    return found
+
+
+def failure(criterion: str, ranks: Ranks, other: str = "test_byobnet") -> str:
+    """Return what is said where rank 1 holds a model of another seed (or another kind)."""
+    try:
+        model = make_model(("test_byobnet", other)[ranks.rank], seed=ranks.rank)
+        pruning.prune(model, DATA, criterion, 0.9, scoring=TRAIN, ranks=ranks)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main(rank: int, store: str, out: Path, scorer: str = "") -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    ranks = Ranks(rank, WORLD)
+    if not scorer:
+        (out / f"rank{rank}.txt").write_text(failure("snip", ranks, "test_resnet"))
+        return
+    found: dict[str, Any] = {"tickets": tickets(ranks, scorer), "failures": {}}
+    scores: dict[str, Any] = {}
+    for name, scoring in CASES:
+        scores[f"{name} {scoring}"] = scores_of(name, scoring, ranks)
+    for criterion in ("magnitude", "snip"):
+        found["failures"][criterion] = failure(criterion, ranks)
+    (out / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.save(scores, out / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

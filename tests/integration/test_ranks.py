@@ -1,0 +1,144 @@
+"""Pruning together on two gloo ranks: one ticket everywhere, the scores of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import autosparse
+from autosparse import criteria
+from autosparse.scorer import AutoS
+from tests.integration.prune_on_ranks import CASES, WORLD, scores_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(autosparse.__file__).parent.parent
+SCRIPT = ROOT / "tests" / "integration" / "prune_on_ranks.py"
+WARM = pytest.mark.xfail(
+    strict=True, reason="gradients.warm_up counts every rank alike, however many batches it has"
+)
+
+
+def launch(out: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Run the script on every rank; return exit codes and what was said on stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [str(out / "store"), str(out), *arguments]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), *command],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    AutoS("context").save(out / "autos.safetensors")
+    for code, said in launch(out, str(out / "autos.safetensors")):
+        assert code == 0, said[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def scores(folder: Path) -> list[dict[str, tuple[dict[str, Tensor], float]]]:
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("criterion", [*criteria.names(), "own batches"])
+def test_every_rank_has_the_same_ticket(found: list[dict], criterion: str) -> None:
+    first, second = (each["tickets"][criterion] for each in found)
+    assert first == second
+
+
+def test_criteria_do_not_all_have_the_same_ticket(found: list[dict]) -> None:
+    assert len(set(found[0]["tickets"].values())) == len(criteria.names()) + 1
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scoring"),
+    [
+        pytest.param(*case, marks=WARM if case[1] == "warm, uneven" else [], id=" ".join(case))
+        for case in CASES
+    ],
+)
+def test_scores_are_those_of_one_process(scores: list[dict], criterion: str, scoring: str) -> None:
+    first, second = (each[f"{criterion} {scoring}"][0] for each in scores)
+    expected = scores_of(criterion, scoring)[0]
+    assert list(first) == list(expected)
+    for name, score in expected.items():
+        assert torch.equal(first[name], second[name])
+        tolerance = 1e-4 * float(score.abs().max())
+        torch.testing.assert_close(first[name], score, rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scoring"),
+    [
+        pytest.param("snip", "one batch"),
+        pytest.param("fisher", "one batch"),
+        pytest.param("iter_snip", "one batch"),
+        pytest.param(
+            "snip", "warm, even",
+            marks=pytest.mark.xfail(
+                strict=True, reason="gradients.warm_up spends this rank's images only"
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_the_cost_is_that_of_all_ranks(scores: list[dict], criterion: str, scoring: str) -> None:
+    first, second = (each[f"{criterion} {scoring}"][1] for each in scores)
+    assert first == second == scores_of(criterion, scoring)[1]
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        "magnitude",
+        pytest.param(
+            "snip",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="pruning._same_everywhere compares masks, and criteria._agree has made "
+                "those alike, whatever the weights",
+            ),
+        ),
+    ],
+)
+def test_another_model_on_a_rank_fails_on_every_rank(found: list[dict], criterion: str) -> None:
+    for each in found:
+        assert each["failures"][criterion].startswith("RunFailed: rank 1")
+        assert "same model" in each["failures"][criterion]
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="nothing is compared before the first all_reduce: gloo ends")
+def test_another_kind_of_model_on_a_rank_fails_on_every_rank(tmp_path: Path) -> None:
+    done = launch(tmp_path)
+    assert [code for code, _ in done] == [0, 0]
+    for rank in range(WORLD):
+        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("RunFailed")
