@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from autosparse.models import owner
-from autosparse.standardised import keep_mask, mask_kernel
+from autosparse.standardised import keep_mask, mask_kernel, unmask
 
 if TYPE_CHECKING:
     from autosparse.ticket import Ticket
@@ -78,6 +78,7 @@ def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
     ticket is for another model.
     """
     ticket.check(model)
+    unmask(model)
     load_state(model, ticket)
     for name, mask in ticket.masks.items():
         if not mask.all():
@@ -104,8 +105,8 @@ def _register(model: nn.Module, name: str, mask: Tensor) -> None:
         copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         setattr(module, attribute, copy)
         parametrization = CompactWeight(mask.to(weight.device))
-        parametrize.register_parametrization(module, attribute, parametrization)
         mask_kernel(module)
+        parametrize.register_parametrization(module, attribute, parametrization)
         slot = module.parametrizations[attribute]  # type: ignore[index]
         if first is None:
             first = slot.original
@@ -131,6 +132,7 @@ def densify(model: nn.Module) -> nn.Module:
     for name, compact_weight in list(compact_weights(model)):
         module, attribute = owner(model, name)
         keep_mask(module, compact_weight.mask())
+        _own_class(module)
         slot = module.parametrizations[attribute]  # type: ignore[index]
         values = slot.original
         slot.original = nn.Parameter(values.detach().clone(), values.requires_grad)
@@ -138,6 +140,13 @@ def densify(model: nn.Module) -> nn.Module:
         plain = nn.Parameter(getattr(module, attribute).detach(), values.requires_grad)
         setattr(module, attribute, dense.setdefault(values, plain))
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies share one, and removing changes it."""
+    shared = type(module)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def compact_weights(model: nn.Module) -> Iterator[tuple[str, CompactWeight]]:

@@ -46,6 +46,8 @@ class ModelConfig:
     """Keyword arguments for `timm.create_model`, e.g. {patch_size: 4, drop_path_rate: 0.1}."""
     exclude: list[str] = field(default_factory=list)
     """Prunable weights to leave dense: `head`, `stem`, or patterns such as `layer4.*`."""
+    zero_init: bool = False
+    """Keep what timm initialises to zero (gains, last norms, heads), which hides layers."""
 
 
 @dataclass(frozen=True)

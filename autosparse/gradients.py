@@ -183,20 +183,31 @@ def inner_product(first: Iterable[Tensor | None], second: Iterable[Tensor]) -> T
 
 
 def warm_up(model: nn.Module, batches: Batches) -> None:
-    """Set the statistics of all batch norms to the mean over the batches (train-mode forwards)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """Set the statistics of all batch norms to their mean over the batches, weighed by samples."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    like = {
+        f"{number} {key}": getattr(norm, key)
+        for number, norm in enumerate(norms)
+        for key in ("running_mean", "running_var")
+    }
+    if not like:
+        return
+
+    def part(images: Tensor, labels: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            model(images)
+        return [statistic.clone() for statistic in like.values()]
+
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
+        norm.momentum = 1.0
     model.train()
-    with torch.no_grad():
-        for images, labels in batches:
-            model(images)
-            spend(len(labels), 1 / 3)
+    means = mean_of(batches, part, like, passes=1 / 3)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        for statistic in (norm.running_mean, norm.running_var):
-            if isinstance(batches, Shared) and statistic is not None:
-                dist.all_reduce(statistic)
-                statistic.div_(dist.get_world_size())
+    for name, statistic in like.items():
+        statistic.copy_(means[name])

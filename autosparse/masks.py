@@ -68,7 +68,7 @@ def keep(
     if count > inside:
         raise UsageError(f"{count} weights are to be kept, but only {inside} are left")
     if scope == "layer":
-        least = least_of(scores, min_per_layer, per_channel)
+        least = least_of(scores, min_per_layer, per_channel, within)
         sizes = {name: score.numel() for name, score in scores.items()}
         most = {name: int(mask.sum()) for name, mask in within.items()} if within else None
         counts = allocate(dict.fromkeys(sizes, 1.0), sizes, count, least, most=most)
@@ -82,13 +82,20 @@ def total(scores: Mapping[str, Tensor]) -> int:
 
 
 def least_of(
-    scores: Mapping[str, Tensor], min_per_layer: int = 1, per_channel: bool = False
+    scores: Mapping[str, Tensor],
+    min_per_layer: int = 1,
+    per_channel: bool = False,
+    within: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """Return how many weights the guards keep in every layer."""
-    return {
-        name: max(min(min_per_layer, score.numel()), score.shape[0] if per_channel else 0)
-        for name, score in scores.items()
-    }
+    """Return how many weights the guards keep in every layer; what is empty already stays so."""
+    least = {}
+    for name, score in scores.items():
+        most, channels = score.numel(), score.shape[0] if score.ndim else 1
+        if within is not None:
+            most = int(within[name].count_nonzero())
+            channels = int(within[name].flatten(1).any(1).count_nonzero()) if per_channel else 0
+        least[name] = max(min(min_per_layer, most), channels if per_channel else 0)
+    return least
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -130,7 +137,7 @@ def _keep_global(
     per_channel: bool,
     within: Mapping[str, Tensor] | None,
 ) -> Masks:
-    guarded = sum(least_of(scores, min_per_layer, per_channel).values())
+    guarded = sum(least_of(scores, min_per_layer, per_channel, within).values())
     if count < guarded:
         least = "one in every output channel" if per_channel else f"at least {min_per_layer} each"
         raise UsageError(

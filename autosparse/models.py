@@ -24,10 +24,11 @@ def create(
 ) -> nn.Module:
     """Build a timm model on the CPU, initialised from `seed`; the global RNG stays as it was.
 
-    Two of timm's defaults are changed unless `config.options` names them. Models of a fixed
-    input size are built for `image_size`. And `zero_init_last` is off: timm starts the last norm
-    of a residual branch at zero, which hides every weight of the branch from criteria that look
-    at gradients.
+    Two of timm's defaults are changed. Models of a fixed input size are built for `image_size`,
+    unless `config.options` names one. And unless `config.zero_init` is set, nothing starts at zero
+    that would hide weights from criteria that look at gradients: `zero_init_last` is off, gains
+    and norm weights that timm sets to zero (NFNet, LeViT) start at one, and layers that it sets
+    to zero (heads of mixers) are drawn from a normal distribution of standard deviation 0.02.
     """
     if not timm.is_model(config.name):
         raise unknown("model", config.name, timm.list_models())
@@ -37,19 +38,37 @@ def create(
         options.setdefault("img_size", image_size)
     with torch.device("meta"):
         shape_only = _build(config.name, options)
-    if "zero_init_last" in inspect.signature(type(shape_only)).parameters:
+    if not config.zero_init and "zero_init_last" in inspect.signature(type(shape_only)).parameters:
         options.setdefault("zero_init_last", False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(config.name, options)
+        if not config.zero_init and "zero_init_last" not in config.options:
+            _fill_zeros(model)
+    settings = dataclasses.asdict(config)
+    if not config.zero_init:
+        del settings["zero_init"]
     model.autosparse_recipe = {  # type: ignore[assignment]
-        **dataclasses.asdict(config),
+        **settings,
         "num_classes": num_classes,
         "in_chans": in_chans,
         "image_size": image_size,
         "seed": seed,
     }
     return model
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module) -> None:
+    """Let no gain, norm weight or layer start at zero."""
+    layers = {id(weight) for weight in prunable(model).values()}
+    for name, parameter in model.named_parameters():
+        if parameter.count_nonzero():
+            continue
+        if id(parameter) in layers:
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif name.rpartition(".")[2] in ("weight", "gain", "skipinit_gain", "gamma"):
+            parameter.fill_(1)
 
 
 class Images(Protocol):
@@ -87,7 +106,8 @@ def from_recipe(recipe: dict[str, Any]) -> nn.Module:
         raise UsageError(
             "the card does not say how its model was built; make it with models.create"
         )
-    config = ModelConfig(recipe["name"], recipe["options"], recipe["exclude"])
+    zero_init = recipe.get("zero_init", False)
+    config = ModelConfig(recipe["name"], recipe["options"], recipe["exclude"], zero_init)
     shape = {key: recipe[key] for key in ("num_classes", "in_chans", "image_size", "seed")}
     return create(config, **shape)
 

@@ -25,8 +25,17 @@ ACTIVATIONS = (
     "timm.layers.activations",
     "timm.layers.activations_me",
 )
-GATES = ("Sigmoid", "HardSigmoid", "Hardsigmoid", "HardSigmoidMe", "MultiheadAttention", "Softmax")
-"""Kept as they are: what they let through is a factor between 0 and 1."""
+GATES = (
+    "Sigmoid",
+    "HardSigmoid",
+    "Hardsigmoid",
+    "HardSigmoidMe",
+    "Softmax",
+    "GLU",
+    "CReLU",
+    "MultiheadAttention",
+)
+"""Kept as they are: factors between 0 and 1, and what is no function of single values."""
 DOUBLED = 64
 """How many blocks are doubled in one test: 2^64 is far from float32's end."""
 
@@ -97,7 +106,7 @@ def only_paths(model: nn.Module) -> dict[str, Gate]:
                     setattr(parent, name, gates[f"{path}.act"])
                 else:
                     setattr(parent, name, nn.Identity())
-            elif isinstance(child, nn.MaxPool2d):
+            elif isinstance(child, nn.MaxPool2d) and child.dilation in (1, (1, 1)):
                 setattr(parent, name, _average_like(child))
     return gates
 
@@ -220,26 +229,52 @@ def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) 
         shape: [C, H, W] of an image; a 3x3 kernel on one pixel has eight weights that see padding
             only.
 
-    Every kept weight gets a random positive value, each output averaged over what it is fed by;
-    norms, activations and biases are left out. A weight is live if the sum of the outputs has a
-    gradient with respect to it.
+    Every kept weight gets a random positive value, all other parameters are one, and norms,
+    activations and biases are left out. A weight is live if the gradient of the output by it
+    depends on the image. Signals are rescaled after every module, so that no gate saturates.
     """
     copied = without_shifts(model, masks).double()
     only_paths(copied)
     generator = torch.Generator().manual_seed(0)
     weights = {name: copied.get_parameter(name) for name in masks}
     with torch.no_grad():
-        for name, mask in masks.items():
-            drawn = torch.rand(mask.shape, generator=generator, dtype=torch.float64) + 0.5
-            drawn *= mask.cpu()
-            rows = drawn.flatten(1)
-            rows /= rows.sum(1, keepdim=True).clamp(min=1e-9)
-            weights[name].copy_(drawn)
+        for name, parameter in copied.named_parameters():
+            if name in masks:
+                drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
+                parameter.copy_(drawn * masks[name].cpu())
+            elif name.rpartition(".")[2] != "bias":
+                parameter.fill_(1)
+    _rescale_everywhere(copied)
     device = next(iter(weights.values())).device
-    image = (torch.rand(1, *shape, generator=generator, dtype=torch.float64) + 0.5).to(device)
-    total = copied(image).sum()
-    found = torch.autograd.grad(total, list(weights.values()), materialize_grads=True)
+    images = torch.rand(2, *shape, generator=generator, dtype=torch.float64) + 0.5
+    found = []
+    with torch.enable_grad():
+        for image in images.to(device).split(1):
+            total = copied(image).sum()
+            found.append(torch.autograd.grad(total, list(weights.values()), materialize_grads=True))
     return {
-        name: mask & (gradient != 0).to(mask.device)
-        for (name, mask), gradient in zip(masks.items(), found, strict=True)
+        name: mask & (first != second).to(mask.device)
+        for (name, mask), first, second in zip(masks.items(), *found, strict=True)
     }
+
+
+def _rescale_everywhere(model: nn.Module) -> None:
+    """Divide every module's output by the largest value that it had the first time."""
+
+    def hook(peaks: list[float]) -> Callable:
+        def rescale(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return output
+            number = calls.setdefault(id(peaks), 0)
+            calls[id(peaks)] = number + 1
+            if number == len(peaks):
+                peak = float(output.detach().abs().amax()) if output.numel() else 0.0
+                peaks.append(peak if peak > 0 else 1.0)
+            return output / peaks[number]
+
+        return rescale
+
+    calls: dict[int, int] = {}
+    model.register_forward_pre_hook(lambda *_: calls.clear())
+    for module in model.modules():
+        module.register_forward_hook(hook([]))

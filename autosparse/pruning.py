@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -95,7 +96,7 @@ def prune(
         sparsity: fraction of prunable weights to remove, 0 <= sparsity < 1.
         selection: how scores become masks; by default a global threshold.
         scoring: what scores are computed on, and in which mode; the amounts for named data.
-        scope: short for `Selection(scope=…)`.
+        scope: `layer` is short for a selection of that scope.
         seed: chooses the images that are scored, and what random criteria draw.
         options: the criterion's own options.
         exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
@@ -108,8 +109,11 @@ def prune(
     """
     if criterion == DENSE:
         return _dense(model, data, exclude, seed)
+    selection = selection or Selection()
+    if scope != "global":
+        selection = replace(selection, scope=scope)
     scores, card = score(
-        model, data, criterion, sparsity, selection=selection or Selection(scope=scope),
+        model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
     )  # fmt: skip
     return choose(model, scores, card, ranks=ranks)
@@ -153,17 +157,19 @@ def score(
     found = criteria.get(criterion)
     found.check(asked)
     exclude = _excluded(model, exclude)
-    if isinstance(data, str | DataConfig):
-        data = data_module.load(data)
-    elif selection.allocation not in (None, UNIFORM) and not isinstance(data, DataSource):
-        data = list(data)
-    context = _Context(model, data, scoring, seed, exclude, loss_fn, ranks or Ranks())
+    source: Any = data_module.load(data) if isinstance(data, str | DataConfig) else data
+    others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
+    if not isinstance(source, DataSource):
+        source = _held(source, [found, *others])
+    if ranks is not None and ranks.world_size > 1:
+        _same_everywhere(_state_hash(model), "holds another model", ranks)
+    context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
     with counting() as cost:
         scores = context.run(found, sparsity, asked)
         counts = context.allocated(selection, scores, sparsity)
     card = {
-        **_describe(model, data),
+        **_describe(model, source),
         "criterion": criterion,
         "options": asked,
         "sparsity": sparsity,
@@ -186,7 +192,7 @@ def choose(
     chosen = select(scored, card["sparsity"])
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
-        _same_everywhere(ticket, ranks)
+        _same_everywhere(ticket.fingerprint, "chose other weights", ranks)
     return ticket
 
 
@@ -319,9 +325,8 @@ class _Context:
         """Return an image's [C, H, W], where data or model tell."""
         if isinstance(self.data, DataSource):
             return self.data.in_chans, self.data.image_size, self.data.image_size
-        first = self.data[:1] if isinstance(self.data, Sequence) else ()
         try:
-            return paths.image_shape(self.model, first)
+            return paths.image_shape(self.model, self.data)
         except UsageError:
             return None
 
@@ -354,16 +359,35 @@ class _Context:
         return Shared(here) if self.ranks.world_size > 1 and criterion.needs_data else here
 
 
-def _same_everywhere(ticket: Ticket, ranks: Ranks) -> None:
-    """Raise RunFailed on every rank unless all hold the same masks."""
+def _held(data: Any, used: list[criteria.Criterion]) -> Any:
+    """Return batches that can be looked at more than once, and no more of them than needed."""
+    if any(criterion.trains for criterion in used):
+        return list(data) if iter(data) is data else data
+    if any(criterion.needs_data for criterion in used):
+        return list(data)
+    return list(islice(data, 1))
+
+
+def _same_everywhere(mine: str, what: str, ranks: Ranks) -> None:
+    """Raise RunFailed on every rank unless all say the same."""
     everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, ticket.fingerprint)
+    dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise RunFailed(
-                f"rank {rank} chose other weights ({theirs}) than rank 0 ({everyone[0]}); "
-                "do all ranks hold the same model?"
+                f"rank {rank}: {what} ({theirs}) than rank 0 ({everyone[0]}); build the same "
+                "model from the same seed on every rank"
             )
+
+
+def _state_hash(model: nn.Module) -> str:
+    """Return 16 hex digits of a model's whole state."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _describe(

@@ -51,14 +51,10 @@ def shrink(
     left = _Left(weights)
     layers: list[Tensor] = []
     for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
+        left.forget_the_dead()
         layers = left.scores(gradient())
         left.remove(left.worst(layers, count, min_per_layer), number)
-    scores = {}
-    rows = zip(weights.items(), layers, left.fell.split(left.sizes), strict=True)
-    for (name, weight), layer, fell in rows:
-        flat = torch.where(fell == 0, layer, fell.to(layer.dtype) - (rounds + 1))
-        scores[name] = _in_shape(flat, weight)
-    return scores
+    return {name: left.restored(place, layers[place], rounds) for place, name in enumerate(weights)}
 
 
 class _Left:
@@ -66,24 +62,55 @@ class _Left:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = list(weights.values())
-        self.sizes = [weight.numel() for weight in self.weights]
-        total, device = sum(self.sizes), self.weights[0].device
-        self.ends = torch.tensor(self.sizes, device=device).cumsum(0)
-        self.per_layer = torch.tensor(self.sizes, device=device)
-        self.alive = torch.ones(total, dtype=torch.bool, device=device)
-        self.low = torch.empty_like(self.alive)
-        self.fell = torch.zeros(total, dtype=torch.int16, device=device)
+        for name, weight in weights.items():
+            if not _lie_alike(weight, torch.empty_like(weight)):
+                raise UsageError(f"{name} lies in memory with gaps; clone it first")
+        self.fell = [
+            torch.zeros(weight.numel(), dtype=torch.int16, device=weight.device)
+            for weight in self.weights
+        ]
         """In which round; 0: not yet."""
+        self.places: list[Tensor] = []
+        """Where in the layers the entries lie that are still looked at; empty: all are."""
+        self.values: list[Tensor] = []
+        """The weights there."""
+        self._lay_out([weight.numel() for weight in self.weights])
+
+    def _lay_out(self, sizes: list[int]) -> None:
+        device = self.weights[0].device
+        self.sizes = sizes
+        self.per_layer = torch.tensor(sizes, device=device)
+        self.ends = self.per_layer.cumsum(0)
+        self.alive = torch.ones(sum(sizes), dtype=torch.bool, device=device)
+        self.low = torch.empty_like(self.alive)
+
+    def forget_the_dead(self) -> None:
+        """Look only at what is alive from now on, once three of four are dead."""
+        if 4 * int(self.per_layer.sum()) > len(self.alive):
+            return
+        alive = [_nonzero(part) for part in self.alive.split(self.sizes)]
+        if self.places:
+            alive = [all_[mine] for all_, mine in zip(self.places, alive, strict=True)]
+        self.places = [mine.int() for mine in alive]
+        self.values = [
+            flattened(weight).index_select(0, mine)
+            for weight, mine in zip(self.weights, self.places, strict=True)
+        ]
+        self._lay_out([len(mine) for mine in self.places])
 
     def scores(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Return |weight * gradient| of every layer, 1-D, in the place of the gradients."""
         found = []
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            flat = flattened(weight)
+        for place, (weight, gradient) in enumerate(zip(self.weights, gradients, strict=True)):
             if gradient is None:
-                found.append(torch.zeros_like(flat))
+                found.append(torch.zeros(self.sizes[place], device=weight.device))
+                continue
+            flat = flattened(gradient, weight)
+            if self.places:
+                flat = flat.index_select(0, self.places[place]).mul_(self.values[place])
             else:
-                found.append(flattened(gradient, weight).mul_(flat).abs_())
+                flat.mul_(flattened(weight))
+            found.append(flat.abs_())
         return found
 
     def worst(self, layers: list[Tensor], count: int, min_per_layer: int) -> Tensor:
@@ -106,6 +133,11 @@ class _Left:
             for layer, mine, start in zip(layers, near, self._starts(), strict=True)
         ])  # fmt: skip
         lost = places[masks.top(values, len(places) - excess).logical_not_()]
+        if count < min_per_layer * len(self.weights):
+            raise UsageError(
+                f"{count} weights are too few for {len(self.weights)} layers of at "
+                f"least {min_per_layer} each; lower the sparsity or set min_per_layer to 0"
+            )
         if min_per_layer and int((self.per_layer - self._count(lost)).min()) < min_per_layer:
             flat = torch.cat(layers).masked_fill_(~self.alive, -1)
             chosen = masks.top_guarded(flat, self.sizes, count, min_per_layer)
@@ -116,11 +148,26 @@ class _Left:
         """Set to zero what is at these places."""
         gone = self._count(lost)
         rows = zip(self.weights, lost.split(gone.tolist()), self._starts(), strict=True)
-        for weight, mine, start in rows:
-            flattened(weight).index_fill_(0, mine - start, 0)
-        self.fell.index_fill_(0, lost, number)
+        for place, (weight, mine, start) in enumerate(rows):
+            mine = mine - start
+            if self.places:
+                self.values[place].index_fill_(0, mine, 0)
+                mine = self.places[place][mine].long()
+            flattened(weight).index_fill_(0, mine, 0)
+            self.fell[place].index_fill_(0, mine, number)
         self.alive.index_fill_(0, lost, False)
         self.per_layer -= gone
+
+    def restored(self, place: int, last: Tensor, rounds: int) -> Tensor:
+        """Return one layer's scores in its shape: the last ones, or when a weight fell."""
+        fell = self.fell[place]
+        scores = fell.to(last.dtype) - (rounds + 1)
+        if self.places:
+            mine = self.places[place].long()
+            scores[mine] = torch.where(fell[mine] == 0, last, scores[mine])
+        else:
+            scores = torch.where(fell == 0, last, scores)
+        return _in_shape(scores, self.weights[place])
 
     def _guess(self, layers: list[Tensor], share: float) -> float:
         """Return a score below which surely about `share` of those alive lie."""
@@ -130,6 +177,8 @@ class _Left:
         pairs = zip(layers, starts, strict=True)
         sample = torch.cat([layer[first::STEP] for layer, first in pairs])
         sample = sample[self.alive[::STEP]]
+        if not len(sample):
+            return float("inf")
         margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 2 / len(sample)
         return float(sample.float().quantile(min(share + margin, 1.0)))
 
@@ -149,20 +198,20 @@ def _nonzero(marks: Tensor) -> Tensor:
     return marks.nonzero().squeeze(1)
 
 
-def _channels_last(tensor: Tensor) -> bool:
-    return tensor.ndim == 4 and not tensor.is_contiguous()
-
-
 def flattened(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Flatten in the order in which `like` lies in memory (a view if the tensor lies so too)."""
-    if _channels_last(tensor if like is None else like):
-        return tensor.detach().permute(0, 2, 3, 1).reshape(-1)
-    return tensor.detach().reshape(-1)
+    """Flatten in the order in which `like` lies in memory; a view if the tensor lies so too."""
+    like = tensor if like is None else like
+    tensor = tensor.detach()
+    if not _lie_alike(tensor, like):
+        tensor = torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _lie_alike(tensor: Tensor, other: Tensor) -> bool:
+    rows = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return all(mine == theirs for size, mine, theirs in rows if size > 1)
 
 
 def _in_shape(flat: Tensor, like: Tensor) -> Tensor:
     """Undo `flattened`."""
-    if not _channels_last(like):
-        return flat.view(like.shape)
-    out, inner, height, width = like.shape
-    return flat.view(out, height, width, inner).permute(0, 3, 1, 2).contiguous()
+    return flat.as_strided(like.shape, like.stride()).contiguous()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,72 +19,133 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-STANDARDISED = (ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame)
 MASK = "kernel_mask"
 
 
-def mask_kernel(module: nn.Module) -> None:
-    """Make a standardising convolution mask its kernel; does nothing to other modules.
+class _Masked(nn.Module):
+    """Masks the kernel.
 
     What is masked: where the weight is compact, all but its survivors; after `keep_mask`, what
     that says; else every weight that is exactly zero.
     """
-    if isinstance(module, STANDARDISED):
-        module.forward = MethodType(_forward, module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _convolve(self, images, _masked(self, _standardised(self)))
+
+
+class _Plain(nn.Module):
+    """Applies the weight as it is."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _convolve(self, images, self.weight)  # type: ignore[arg-type]
+
+
+class MaskedStdConv2d(_Masked, StdConv2d):
+    """StdConv2d with a masked kernel."""
+
+
+class MaskedStdConv2dSame(_Masked, StdConv2dSame):
+    """StdConv2dSame with a masked kernel."""
+
+
+class MaskedScaledStdConv2d(_Masked, ScaledStdConv2d):
+    """ScaledStdConv2d with a masked kernel."""
+
+
+class MaskedScaledStdConv2dSame(_Masked, ScaledStdConv2dSame):
+    """ScaledStdConv2dSame with a masked kernel."""
+
+
+class PlainStdConv2d(_Plain, StdConv2d):
+    """StdConv2d that does not standardise."""
+
+
+class PlainStdConv2dSame(_Plain, StdConv2dSame):
+    """StdConv2dSame that does not standardise."""
+
+
+class PlainScaledStdConv2d(_Plain, ScaledStdConv2d):
+    """ScaledStdConv2d that does not standardise."""
+
+
+class PlainScaledStdConv2dSame(_Plain, ScaledStdConv2dSame):
+    """ScaledStdConv2dSame that does not standardise."""
+
+
+KINDS: dict[type, tuple[type, type]] = {
+    StdConv2d: (MaskedStdConv2d, PlainStdConv2d),
+    StdConv2dSame: (MaskedStdConv2dSame, PlainStdConv2dSame),
+    ScaledStdConv2d: (MaskedScaledStdConv2d, PlainScaledStdConv2d),
+    ScaledStdConv2dSame: (MaskedScaledStdConv2dSame, PlainScaledStdConv2dSame),
+}
+"""timm's class -> ours that masks the kernel, and ours that applies the weight as it is."""
+STANDARDISED = tuple(KINDS)
+BASE = {ours: timms for timms, both in KINDS.items() for ours in both}
+
+
+def mask_kernel(module: nn.Module) -> None:
+    """Make a standardising convolution mask its kernel; does nothing to other modules."""
+    if type(module) in KINDS:
+        module.__class__ = KINDS[type(module)][0]
 
 
 def keep_mask(module: nn.Module, mask: Tensor) -> None:
-    """Tell a standardising convolution with an ordinary weight what is pruned."""
-    if isinstance(module, STANDARDISED):
+    """Tell a masking convolution with an ordinary weight what is pruned."""
+    if isinstance(module, _Masked):
         module.register_buffer(MASK, mask, persistent=False)
+
+
+def unmask(model: nn.Module) -> None:
+    """Make all convolutions what they were before any mask; in place."""
+    for module in model.modules():
+        if type(module) in BASE:
+            module.__class__ = BASE[type(module)]
+            if hasattr(module, MASK):
+                delattr(module, MASK)
 
 
 @contextmanager
 def kernels_masked(model: nn.Module) -> Iterator[None]:
     """Inside, weights that are exactly zero are zero in the kernel that is applied, too."""
-    mine = [m for m in model.modules() if isinstance(m, STANDARDISED) and "forward" not in vars(m)]
+    mine = [module for module in model.modules() if type(module) in KINDS]
     for module in mine:
         mask_kernel(module)
     try:
         yield
     finally:
         for module in mine:
-            del module.forward
+            module.__class__ = BASE[type(module)]
 
 
 def as_plain(model: nn.Module) -> nn.Module:
     """Let standardising convolutions apply their weight as it is; in place."""
     for module in model.modules():
-        if isinstance(module, STANDARDISED):
-            module.forward = MethodType(_forward_plain, module)
+        kind = BASE.get(type(module), type(module))
+        if kind in KINDS:
+            module.__class__ = KINDS[kind][1]
     return model
 
 
-def _forward(self, images: Tensor) -> Tensor:
-    weight = self.weight
-    gain = (self.gain * self.scale).view(-1) if hasattr(self, "gain") else None
-    kernel = functional.batch_norm(
-        weight.reshape(1, self.out_channels, -1),
+def _standardised(module: Any) -> Tensor:
+    weight = module.weight
+    gain = (module.gain * module.scale).view(-1) if hasattr(module, "gain") else None
+    return functional.batch_norm(
+        weight.reshape(1, module.out_channels, -1),
         None,
         None,
         weight=gain,
         training=True,
         momentum=0.0,
-        eps=self.eps,
+        eps=module.eps,
     ).reshape_as(weight)
-    return _convolve(self, images, _masked(self, kernel, weight))
 
 
-def _forward_plain(self, images: Tensor) -> Tensor:
-    return _convolve(self, images, self.weight)
-
-
-def _masked(module: nn.Module, kernel: Tensor, weight: Tensor) -> Tensor:
+def _masked(module: Any, kernel: Tensor) -> Tensor:
     if parametrize.is_parametrized(module, "weight"):
-        compact: Any = module.parametrizations["weight"][0]  # type: ignore[index]
+        compact = module.parametrizations["weight"][0]
         return compact(compact.right_inverse(kernel))
     mask = getattr(module, MASK, None)
-    return kernel * (weight.detach() != 0 if mask is None else mask)
+    return kernel * (module.weight.detach() != 0 if mask is None else mask)
 
 
 def _convolve(module: Any, images: Tensor, kernel: Tensor) -> Tensor:

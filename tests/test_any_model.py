@@ -191,9 +191,6 @@ def test_criteria_do_not_all_say_the_same(name: str, scorer: str) -> None:
     assert len(found) == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="models.create leaves NFNets' last gain at zero, unlike zero_init_last"
-)
 def test_no_branch_of_an_nfnet_is_hidden_from_gradients(scorer: str) -> None:
     scores = scores_of("test_nfnet", "snip", scorer)
     assert [key for key, each in scores.items() if not each.any()] == []
@@ -264,18 +261,11 @@ def numbers_that_differ(found: dict[str, Tensor], expected: dict[str, Tensor]) -
     return {name: count for name, count in differ.items() if count}
 
 
-SATURATES = pytest.mark.xfail(
-    strict=True, reason="paths.live: sigmoid or softmax saturates, its gradient is exactly zero"
-)
-SATURATED = ("test_maxvit", "test_vit")
 AT_64 = ("test_coatnet", "test_maxvit")
 """At 32 px their last attention has a single token, for which queries and keys do not count."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(each, marks=SATURATES if each in SATURATED else []) for each in MODELS],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_all_of_a_dense_model_is_live_but_what_sees_padding_only(name: str) -> None:
     size = 64 if name in AT_64 else SIDE
     model = timm_model(name, size) if name in AT_64 else model_of(name)

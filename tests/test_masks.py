@@ -537,9 +537,6 @@ def test_too_few_weights_for_all_channels(scope: str) -> None:
     assert masks.kept(masks.keep(scores, 18, scope=scope, per_channel=True)) == 18
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UsageError, reason="masks.keep: the guard counts channels that are gone"
-)
 @pytest.mark.parametrize("scope", masks.SCOPES)
 def test_channels_that_are_gone_need_no_weight(scope: str) -> None:
     """Two channels of four are left, and two weights are enough for them."""
@@ -548,9 +545,6 @@ def test_channels_that_are_gone_need_no_weight(scope: str) -> None:
     assert chosen["layer0"].sum(1).tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UsageError, reason="masks.keep: the guard counts layers that are gone"
-)
 def test_layers_that_are_gone_need_no_weight() -> None:
     within = {"layer0": torch.ones(4).bool(), "layer1": torch.zeros(4).bool()}
     chosen = masks.keep(random_scores(4, 4), 1, within=within)

@@ -289,9 +289,6 @@ def test_random_masks_of_a_convolutional_network(seed: int) -> None:
 # Live, where the signal is not that of a plain network
 
 
-@pytest.mark.xfail(
-    strict=True, reason="paths.live: a sigmoid saturates, its gradient is exactly zero"
-)
 def test_gates_of_a_deep_network_are_live() -> None:
     """Twelve residual blocks, the last with a gate as in squeeze-and-excitation."""
     model = deep_with_gate(12)
@@ -311,9 +308,6 @@ def deep_with_gate(blocks: int) -> nn.Module:
     return Named(forward, **layers, **gate)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="paths.live: softmax saturates, its gradient is exactly zero"
-)
 def test_queries_and_keys_of_a_deep_transformer_are_live() -> None:
     config = ModelConfig("test_vit", {"patch_size": 8, "depth": 12})
     model = models.create(config, num_classes=4, in_chans=3, image_size=32, seed=0)
@@ -321,7 +315,6 @@ def test_queries_and_keys_of_a_deep_transformer_are_live() -> None:
     assert masks.kept(paths.live(model, chosen, (3, 32, 32))) == masks.kept(chosen)
 
 
-@pytest.mark.xfail(strict=True, reason="paths.live keeps the values of other parameters, zeros too")
 def test_a_branch_whose_gain_starts_at_zero_is_live() -> None:
     """NFNet's skipinit: the gain is trained, so the branch is no dead one."""
     model = Named(
@@ -333,7 +326,6 @@ def test_a_branch_whose_gain_starts_at_zero_is_live() -> None:
     assert found["branch.weight"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="paths.live keeps the values of other parameters, zeros too")
 def test_a_head_that_is_not_pruned_may_be_zero() -> None:
     """Excluded from pruning, and at zero to start with, as timm's mixers have it."""
     model = chain(3, 4, 2)
@@ -343,7 +335,6 @@ def test_a_head_that_is_not_pruned_may_be_zero() -> None:
     assert found["1.weight"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="paths.live: position embeddings count as input")
 def test_positions_are_no_input() -> None:
     """With its patches cut off, what a transformer says is a constant."""
     config = ModelConfig("test_vit", {"patch_size": 8})
@@ -353,7 +344,6 @@ def test_positions_are_no_input() -> None:
     assert masks.kept(paths.live(model, chosen, (3, 32, 32))) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="paths.live does not switch gradients on")
 def test_live_may_be_asked_for_without_gradients() -> None:
     model = chain(3, 4, 2)
     with torch.no_grad():

@@ -272,20 +272,11 @@ def test_weights_that_lie_otherwise_are_pruned(shape: tuple[int, ...]) -> None:
     assert torch.equal(weight == 0, found < 0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="flattened() takes the weight for one without gaps and sees its neighbours in memory; "
-    "no criterion hands one over: clone, deepcopy and ones_like close the gaps",
-)
-def test_a_weight_with_gaps_in_memory_is_pruned() -> None:
-    # Every other column of a larger tensor: 1, 3 … 23, of which the lower half goes.
+def test_a_weight_with_gaps_in_memory_is_refused() -> None:
     whole = torch.arange(24.0).view(4, 6)
-    weight = whole[:, 1::2]
-    found = shrink({"a": weight}, lambda: [torch.ones(4, 3)], 0.5, 2)["a"]
-    assert found[:2].max() < 0
-    assert found[2:].flatten().tolist() == [13, 15, 17, 19, 21, 23]
-    assert weight.flatten().tolist() == [0] * 6 + [13, 15, 17, 19, 21, 23]
-    assert torch.equal(whole[:, ::2], torch.arange(24.0).view(4, 6)[:, ::2])
+    with pytest.raises(UsageError, match="a lies in memory with gaps"):
+        shrink({"a": whole[:, 1::2]}, lambda: [torch.ones(4, 3)], 0.5, 2)
+    assert torch.equal(whole, torch.arange(24.0).view(4, 6))
 
 
 @pytest.mark.parametrize("least", [0, 1, 2])

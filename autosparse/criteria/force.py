@@ -49,9 +49,10 @@ def force(
             chosen = masks.keep(scores, count, min_per_layer=min_per_layer)
             for name, weight in parameters.items():
                 pruned[name].copy_(weight).mul_(chosen[name])
-    return {name: _below_zero(score, chosen[name]) for name, score in scores.items()}
+    largest = max(float(score.amax()) for score in scores.values()) or 1.0
+    return {name: _below_zero(each, chosen[name], largest) for name, each in scores.items()}
 
 
-def _below_zero(score: Tensor, kept: Tensor) -> Tensor:
-    """Put what is not kept below zero, in its order: into [-1, 0)."""
-    return torch.where(kept, score, -1 / (1 + score))
+def _below_zero(score: Tensor, kept: Tensor, largest: float) -> Tensor:
+    """Put what is not kept below zero, in its order: into [-1, -1/2]."""
+    return torch.where(kept, score, score / largest / 2 - 1)

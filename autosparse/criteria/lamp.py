@@ -24,8 +24,8 @@ def lamp(model, parameters, batches, loss_fn) -> Scores:
 
 def layer_scores(weight: Tensor) -> Tensor:
     """Return the scores of one layer, in its shape."""
-    squares, order = weight.flatten().square().sort(descending=True, stable=True)
-    below = squares.cumsum(0, dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+    squares, order = weight.flatten().double().square().sort(descending=True, stable=True)
+    not_smaller = squares.cumsum(0).clamp(min=torch.finfo(torch.float64).tiny)
     scores = torch.empty_like(squares)
-    scores[order] = (squares / below).to(squares.dtype)
-    return scores.view(weight.shape)
+    scores[order] = squares / not_smaller
+    return scores.to(weight.dtype).view(weight.shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.criteria import Scores, register
+from autosparse.errors import UsageError
 from autosparse.gradients import Shared, mean_of, with_weights
 from autosparse.rounds import shrink
 
@@ -32,6 +33,7 @@ def ntk_sap(
     rounds: int = 20,
     draws: int = 5,
     epsilon: float = 0.01,
+    min_per_layer: int = 1,
     seed: int = 0,
 ) -> Scores:
     """Return the score of the last round; weights that fell in round k score k - n - 1.
@@ -41,8 +43,13 @@ def ntk_sap(
         rounds: n, over which the density falls exponentially.
         draws: of weights, perturbations and images per round and batch.
         epsilon: standard deviation of the perturbation.
+        min_per_layer: every layer keeps its best so many in every round; 0 as published.
         seed: fixes all draws.
     """
+    if draws < 1 or epsilon <= 0:
+        raise UsageError(
+            f"ntk_sap: draws must be at least 1 and epsilon above 0: {draws}, {epsilon}"
+        )
     torch.manual_seed(seed)
     kept = {name: torch.ones_like(each, dtype=torch.uint8) for name, each in parameters.items()}
     repeated = list(batches) * draws
@@ -59,7 +66,7 @@ def ntk_sap(
     def gradient() -> list[Tensor]:
         return list(mean_of(repeated, part, parameters, passes=2 + 1 / 3).values())
 
-    return shrink(kept, gradient, sparsity, rounds)
+    return shrink(kept, gradient, sparsity, rounds, min_per_layer=min_per_layer)
 
 
 def mask_gradients(

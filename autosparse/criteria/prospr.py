@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
+from autosparse.errors import UsageError
 from autosparse.gradients import (
     gathered,
     inner_product,
@@ -48,6 +49,8 @@ def prospr(
             |θ * dL/dθ_k|, the paper's first-order variant.
         seed: fixes dropout, the same at every visit of a step.
     """
+    if steps < 0:
+        raise UsageError(f"prospr: steps must be at least 0, got {steps}")
     batches = gathered(batches)
     start = dict(model.named_parameters())
 

@@ -33,12 +33,22 @@ from autosparse.rounds import shrink
 
 
 @register("px", needs_data=True)
-def px(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 100) -> Scores:
+def px(
+    model,
+    parameters,
+    batches,
+    loss_fn,
+    *,
+    sparsity: float,
+    rounds: int = 100,
+    min_per_layer: int = 1,
+) -> Scores:
     """Return the score of the last round; weights that fell in round k score k - n - 1.
 
     Args:
         sparsity: fraction of weights to remove in the end.
         rounds: n, over which the density falls exponentially.
+        min_per_layer: every layer keeps its best so many in every round; 0 as published.
     """
     network = without_shifts(model, parameters)
     gates = only_paths(network)
@@ -58,7 +68,7 @@ def px(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 10
         total = (network(ones) * outputs).sum()
         return torch.autograd.grad(total, list(squares.values()), allow_unused=True)
 
-    return shrink(squares, gradient, sparsity, rounds)
+    return shrink(squares, gradient, sparsity, rounds, min_per_layer=min_per_layer)
 
 
 def open_paths(model, network, parameters, squares, batches, gates, rescaling, ones) -> Tensor:

@@ -22,6 +22,7 @@ from autosparse.config import TrainingConfig
 from autosparse.criteria import Scores, register
 from autosparse.errors import RunFailed, UsageError
 from autosparse.gradients import Batch, Batches, spend
+from autosparse.models import device_of
 from autosparse.rounds import counts
 from autosparse.ticket import Ticket
 from autosparse.training import PlainStepper
@@ -57,6 +58,8 @@ def short_irp(
     """
     if levels < 1 or steps_per_level < 1:
         raise UsageError("short_irp: levels and steps_per_level must be at least 1")
+    if iter(batches) is batches:
+        batches = list(islice(batches, steps_per_level))
     config = TrainingConfig(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
     )
@@ -81,11 +84,11 @@ def _trained(
 ) -> dict[str, Tensor]:
     """Return the magnitudes, on the CPU, after `steps` steps of the subnetwork."""
     network = compact(copy.deepcopy(model), Ticket.from_model(model, alive, {}))
-    stepper = PlainStepper(network, config, steps)
+    stepper, device = PlainStepper(network, config, steps), device_of(network)
     stepper.loss_fn = loss_fn
     loss = torch.zeros(())
     for images, labels in islice(_endless(batches), steps):
-        loss = stepper.step(images, labels)
+        loss = stepper.step(images.to(device), labels.to(device))
         spend(len(labels))
     if not torch.isfinite(loss):
         raise RunFailed("short_irp: the loss is not finite; lower options.learning_rate")

@@ -8,8 +8,8 @@ score = |θ * dR/dθ|; over n rounds the density falls as final^(k/n) (n = 100).
 As in the paper's code batch norm is in eval mode. Departures: biases and shifts are left out, as
 in the paper's equation (its code adds their absolute values); kernels are not standardised
 (NFNet); layers that are no linear maps (softmax, layer norm, GELU) stay as they are, since the
-paper covers piecewise linear networks only. Weights pruned in an earlier round rank below all
-others.
+paper covers piecewise linear networks only; ReLU6 counts as ReLU. Weights pruned in an earlier
+round rank below all others.
 
 Deep networks overflow in float32. Where the copy turns out to be linear from block to block, the
 signal is divided by a power of two after every block: all paths run through those points, so
@@ -37,7 +37,9 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
         sparsity: fraction of weights to remove in the end.
         rounds: n, over which the density falls exponentially.
     """
-    linear = without_shifts(model, parameters).to(memory_format=torch.channels_last)
+    linear = without_shifts(model, parameters)
+    _without_clipping(linear)
+    _channels_last(linear)
     weights: dict[str, Tensor] = {name: linear.get_parameter(name) for name in parameters}
     like = next(iter(weights.values()))
     ones = torch.ones((1, *image_shape(model, batches)), dtype=like.dtype, device=like.device)
@@ -59,3 +61,18 @@ def _without_relu(linear: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.Identity())
+
+
+def _without_clipping(linear: nn.Module) -> None:
+    """Make ReLU6 and the like plain ReLUs: what is clipped is not linear, and has no gradient."""
+    for module in list(linear.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Hardtanh):
+                setattr(module, name, nn.ReLU())
+
+
+def _channels_last(linear: nn.Module) -> None:
+    """Lay kernels out as CPUs (and tensor cores) like them."""
+    for parameter in linear.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -143,11 +143,6 @@ def test_a_weight_that_lies_otherwise_is_pruned_between_rounds(layout: str) -> N
     assert scores["0.weight"].tolist() == [[9.0, -2.0], [7.0, -1.0]]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="with fewer weights to keep than the guard asks for, layers are emptied without a "
-    "word; force refuses the same options",
-)
 def test_fewer_weights_than_layers() -> None:
     model = chain(*[torch.eye(10).add(0.1).tolist()] * 5)
     batch = samples(([1] * 10, [0] * 10))

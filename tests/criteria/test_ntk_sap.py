@@ -209,7 +209,6 @@ def test_bad_options(option: dict[str, float]) -> None:
         ntk_sap(deep_net(), data(4), cross_entropy, **{"sparsity": 0.5, "rounds": 1, **option})
 
 
-@pytest.mark.xfail(strict=True, reason="the message is 'no batch to compute gradients on'")
 def test_no_draw_is_named() -> None:
     with pytest.raises(UsageError, match="draws"):
         ntk_sap(deep_net(), data(4), cross_entropy, sparsity=0.5, rounds=1, draws=0)

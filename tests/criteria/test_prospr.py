@@ -168,7 +168,6 @@ def test_steps_that_blow_up() -> None:
         prospr(chain([[8.0]]), [samples(([1e9], [0]))], squared_error, steps=30)
 
 
-@pytest.mark.xfail(strict=True, reason="a negative number of steps is taken as none, unasked")
 def test_a_negative_number_of_steps() -> None:
     with pytest.raises(UsageError, match="steps"):
         prospr(convnet(), images(4), cross_entropy, steps=-1)

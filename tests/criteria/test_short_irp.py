@@ -201,7 +201,9 @@ def test_a_loss_that_is_not_finite() -> None:
         )  # fmt: skip
 
 
-def test_an_iterator_cannot_be_read_twice() -> None:
-    batches = iter(data(8, 5, 7))
-    with pytest.raises(UsageError, match="there is no batch"):
-        short_irp(net(), batches, cross_entropy, sparsity=0.5, levels=2, steps_per_level=3)
+def test_an_iterator_is_rewound_too() -> None:
+    batches, found = data(8, 5, 7), []
+    for each in (batches, iter(batches)):
+        options = {"sparsity": 0.5, "levels": 2, "steps_per_level": 3}
+        found.append(short_irp(net(), each, cross_entropy, **options))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -218,23 +218,12 @@ def test_a_sparsity_out_of_range() -> None:
 # Known to fail
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="the copy is made channels-last, which takes 4-D tensors only",
-)
 def test_volumes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
     check(model, (1, 4, 4, 4), 0.5, 2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="ReLU6 stays as it is and clips: the gradient is zero in all layers before one that "
-    "clips everywhere (mobilenetv2_035: 97 % of the weights score 0), and they are pruned by "
-    "position; only where the rescaled signal stays below 6 is it taken for linear",
-)
 def test_relu6_is_scored_as_relu() -> None:
     model = convolutions()
     with torch.no_grad():

@@ -22,9 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(autosparse.__file__).parent.parent
 SCRIPT = ROOT / "tests" / "integration" / "prune_on_ranks.py"
-WARM = pytest.mark.xfail(
-    strict=True, reason="gradients.warm_up counts every rank alike, however many batches it has"
-)
 
 
 def launch(out: Path, *arguments: str) -> list[tuple[int, str]]:
@@ -81,10 +78,7 @@ def test_criteria_do_not_all_have_the_same_ticket(found: list[dict]) -> None:
 
 @pytest.mark.parametrize(
     ("criterion", "scoring"),
-    [
-        pytest.param(*case, marks=WARM if case[1] == "warm, uneven" else [], id=" ".join(case))
-        for case in CASES
-    ],
+    [pytest.param(*case, id=" ".join(case)) for case in CASES],
 )
 def test_scores_are_those_of_one_process(scores: list[dict], criterion: str, scoring: str) -> None:
     first, second = (each[f"{criterion} {scoring}"][0] for each in scores)
@@ -99,17 +93,12 @@ def test_scores_are_those_of_one_process(scores: list[dict], criterion: str, sco
 @pytest.mark.parametrize(
     ("criterion", "scoring"),
     [
-        pytest.param("snip", "one batch"),
-        pytest.param("fisher", "one batch"),
-        pytest.param("iter_snip", "one batch"),
-        pytest.param(
-            "snip", "warm, even",
-            marks=pytest.mark.xfail(
-                strict=True, reason="gradients.warm_up spends this rank's images only"
-            ),
-        ),
+        ("snip", "one batch"),
+        ("fisher", "one batch"),
+        ("iter_snip", "one batch"),
+        ("snip", "warm, even"),
     ],
-)  # fmt: skip
+)
 def test_the_cost_is_that_of_all_ranks(scores: list[dict], criterion: str, scoring: str) -> None:
     first, second = (each[f"{criterion} {scoring}"][1] for each in scores)
     assert first == second == scores_of(criterion, scoring)[1]
@@ -117,17 +106,7 @@ def test_the_cost_is_that_of_all_ranks(scores: list[dict], criterion: str, scori
 
 @pytest.mark.parametrize(
     "criterion",
-    [
-        "magnitude",
-        pytest.param(
-            "snip",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="pruning._same_everywhere compares masks, and criteria._agree has made "
-                "those alike, whatever the weights",
-            ),
-        ),
-    ],
+    ["magnitude", "snip"],
 )
 def test_another_model_on_a_rank_fails_on_every_rank(found: list[dict], criterion: str) -> None:
     for each in found:
@@ -136,7 +115,6 @@ def test_another_model_on_a_rank_fails_on_every_rank(found: list[dict], criterio
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="nothing is compared before the first all_reduce: gloo ends")
 def test_another_kind_of_model_on_a_rank_fails_on_every_rank(tmp_path: Path) -> None:
     done = launch(tmp_path)
     assert [code for code, _ in done] == [0, 0]
