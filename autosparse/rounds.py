@@ -52,9 +52,10 @@ def shrink(
     layers: list[Tensor] = []
     for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
         left.forget_the_dead()
-        layers = left.scores(gradient())
+        layers.clear()
+        layers = left.scores(list(gradient()))
         left.remove(left.worst(layers, count, min_per_layer), number)
-    return {name: left.restored(place, layers[place], rounds) for place, name in enumerate(weights)}
+    return {name: left.restored(place, layers, rounds) for place, name in enumerate(weights)}
 
 
 class _Left:
@@ -98,10 +99,11 @@ class _Left:
         ]
         self._lay_out([len(mine) for mine in self.places])
 
-    def scores(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    def scores(self, gradients: list[Tensor | None]) -> list[Tensor]:
         """Return |weight * gradient| of every layer, 1-D, in the place of the gradients."""
         found = []
-        for place, (weight, gradient) in enumerate(zip(self.weights, gradients, strict=True)):
+        for place, weight in enumerate(self.weights):
+            gradient, gradients[place] = gradients[place], None
             if gradient is None:
                 found.append(torch.zeros(self.sizes[place], device=weight.device))
                 continue
@@ -158,8 +160,9 @@ class _Left:
         self.alive.index_fill_(0, lost, False)
         self.per_layer -= gone
 
-    def restored(self, place: int, last: Tensor, rounds: int) -> Tensor:
-        """Return one layer's scores in its shape: the last ones, or when a weight fell."""
+    def restored(self, place: int, layers: list[Tensor], rounds: int) -> Tensor:
+        """Return one layer's scores in its shape: the last ones, used up, or when a weight fell."""
+        last, layers[place] = layers[place], torch.empty(0)
         fell = self.fell[place]
         scores = fell.to(last.dtype) - (rounds + 1)
         if self.places:

@@ -406,7 +406,7 @@ def test_inside_kernels_masked_zeros_stay_zeros(name: str) -> None:
     expected = mask * standardised(model.layer, model.layer.weight).detach()
     with kernels_masked(model):
         torch.testing.assert_close(kernel_applied(model.layer), expected, rtol=1e-9, atol=1e-9)
-    assert type(model.layer) is type(CASES["scaled"].build())
+    assert type(model.layer) is type(case.build())
     assert torch.equal(model(images()), before)
 
 
