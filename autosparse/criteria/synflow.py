@@ -5,11 +5,11 @@ synaptic flow (NeurIPS 2020), arXiv 2006.05467, equation 4 and algorithm 1: with
 replaced by their absolute values and an input of ones, R = sum of the outputs and
 score = |θ * dR/dθ|; over n rounds the density falls as final^(k/n) (n = 100).
 
-As in the paper's code batch norm is in eval mode. Departures: biases and shifts are left out, as
-in the paper's equation (its code adds their absolute values); kernels are not standardised
-(NFNet); layers that are no linear maps (softmax, layer norm, GELU) stay as they are, since the
-paper covers piecewise linear networks only; ReLU6 counts as ReLU. Weights pruned in an earlier
-round rank below all others.
+As in the paper's code batch norm is in eval mode, but for its epsilon. Departures: biases and
+shifts are left out, as in the paper's equation (its code adds their absolute values); kernels are
+not standardised (NFNet); ReLU6 counts as ReLU; layers that are no linear maps (softmax, layer
+norm, GELU) stay as they are, since the paper covers piecewise linear networks only. Weights
+pruned in an earlier round rank below all others.
 
 Deep networks overflow in float32. Where the copy turns out to be linear from block to block, the
 signal is divided by a power of two after every block: all paths run through those points, so
@@ -38,7 +38,7 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
         rounds: n, over which the density falls exponentially.
     """
     linear = without_shifts(model, parameters)
-    _without_clipping(linear)
+    _simplify(linear)
     _channels_last(linear)
     weights: dict[str, Tensor] = {name: linear.get_parameter(name) for name in parameters}
     like = next(iter(weights.values()))
@@ -63,12 +63,23 @@ def _without_relu(linear: nn.Module) -> None:
                 setattr(module, name, nn.Identity())
 
 
-def _without_clipping(linear: nn.Module) -> None:
-    """Make ReLU6 and the like plain ReLUs: what is clipped is not linear, and has no gradient."""
+def _simplify(linear: nn.Module) -> None:
+    """Make ReLU6 and the like plain ReLUs, and take out batch norms that change nothing.
+
+    What is clipped is not linear, and has no gradient. A batch norm at initialization, in eval
+    mode, differs from the identity by its epsilon only, which is left out.
+    """
     for module in list(linear.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Hardtanh):
                 setattr(module, name, nn.ReLU())
+            elif isinstance(child, nn.BatchNorm2d) and _is_unit(child):
+                setattr(module, name, getattr(child, "act", nn.Identity()))
+
+
+def _is_unit(norm: nn.BatchNorm2d) -> bool:
+    factors = (norm.weight, norm.running_var)
+    return all(factor is not None and bool((factor == 1).all()) for factor in factors)
 
 
 def _channels_last(linear: nn.Module) -> None:
