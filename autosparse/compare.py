@@ -39,6 +39,13 @@ IRP = "irp"
 BASELINES = ("erk", "uniform")
 TICKET = "ticket"
 ALL_TWINS = (*controls.TWINS, *BASELINES)
+SHORT = {
+    controls.SHUFFLED: "shuffle",
+    controls.REINITIALISED: "reinit",
+    controls.INVERTED: "invert",
+    "erk": "erk",
+    "uniform": "unif.",
+}
 CONFIDENCE = 0.95
 
 
@@ -405,14 +412,12 @@ def shown(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the table's rows as they are printed; all but the passes in per cent."""
     for row in rows:
         twins = {
-            name.replace("reinitialised", "reinit."): (
-                f"{row['twins'][name]['accuracy'] * 100:.1f}" if name in row["twins"] else ""
-            )
-            for name in ALL_TWINS
+            short: f"{row['twins'][name]['accuracy'] * 100:.1f}" if name in row["twins"] else ""
+            for name, short in SHORT.items()
         }
         effective = row["effective_density"]
         yield {
-            "sparsity": f"{row['sparsity'] * 100:g}",
+            "at %": f"{row['sparsity'] * 100:g}",
             "criterion": row["label"],
             "accuracy": f"{row['accuracy'] * 100:.1f}±{row['spread'] * 100:.1f}",
             **twins,
