@@ -108,10 +108,12 @@ def test_every_other_field_changes_the_run():
             "schedule": "linear",
             "scope": "layer",
             "samples_per_class": 3,
+            "rewind_steps": 2,
+            "steps_per_level": 50,
             "seed": 1,
         }.items()
     ]
-    local = {"out", "device"}
+    local = {"out", "device", "ticket"}
     assert len(changed) == len({spec.name for spec in dataclasses.fields(IRPConfig)} - local)
     assert len({run_id(each) for each in [IRPConfig(), *changed]}) == len(changed) + 1
 
