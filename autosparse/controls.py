@@ -1,7 +1,7 @@
 """Twins of a ticket: the same budget, and something else about it changed.
 
 Method: J. Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?
-(ICLR 2021), arXiv 2009.08576, section 5. If a ticket is no better than its shuffled twin, only its
+(ICLR 2021), arXiv 2009.08576. If a ticket is no better than its shuffled twin, only its
 layer densities were worth something.
 """
 

@@ -1,7 +1,7 @@
 """FORCE: foresight connection sensitivity; weights that were pruned may come back.
 
 Paper: P. de Jorge et al., Progressive Skeletonization: Trimming more fat from a network at
-initialization (ICLR 2021), arXiv 2006.09081, equations 5 to 9: in round k of n every weight is
+initialization (ICLR 2021), arXiv 2006.09081: in round k of n every weight is
 scored by |θ * dL/dθ'|, with its own value θ and the gradient taken at θ' = m * θ, the network as
 the round before left it; those with the highest are kept, to a density of final^(k/n) (n = 60).
 

@@ -1,7 +1,7 @@
 """GraSP: keep what the gradient flow after pruning rests on.
 
 Paper: C. Wang, G. Zhang, R. Grosse, Picking Winning Tickets Before Training by Preserving
-Gradient Flow (ICLR 2020), arXiv 2002.07376, equation 8: S(-θ) = -θ * (H g), with g the gradient
+Gradient Flow (ICLR 2020), arXiv 2002.07376: S(-θ) = -θ * (H g), with g the gradient
 of the loss, H its Hessian, and the outputs divided by a temperature (200). The weights with the
 highest S are pruned: taking them away lowers the gradient's norm least, or raises it. Here higher
 means keep, so the score is θ * (H g). The sign counts; there is no absolute value.

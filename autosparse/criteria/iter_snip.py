@@ -1,7 +1,7 @@
 """Iterative SNIP: SNIP again and again, a little pruned in every round.
 
 Paper: P. de Jorge et al., Progressive Skeletonization: Trimming more fat from a network at
-initialization (ICLR 2021), arXiv 2006.09081, sections 4 and 5: in round k of n the weights with
+initialization (ICLR 2021), arXiv 2006.09081: in round k of n the weights with
 the highest |θ * dL/dθ|, at the network as it is pruned by then, are kept to a density of
 final^(k/n) (n = 60). What is pruned stays pruned; `force` lets it come back.
 

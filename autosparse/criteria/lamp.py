@@ -1,7 +1,7 @@
 """LAMP: magnitude, made comparable between layers.
 
 Paper: J. Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning (ICLR 2021),
-arXiv 2010.07611, equation 5: score of weight u = θ_u^2 / (sum of θ_v^2 over all v of its layer
+arXiv 2010.07611: score of weight u = θ_u^2 / (sum of θ_v^2 over all v of its layer
 that are not smaller). The largest weight of a layer scores 1, so no layer is emptied before every
 layer is down to its last.
 

@@ -1,7 +1,7 @@
 """ProsPr: which weights matter for the loss after a few steps of training.
 
 Paper: M. Alizadeh et al., Prospect Pruning: Finding Trainable Weights at Initialization using
-Meta-Gradients (ICLR 2022), arXiv 2202.08132, equations 2 to 5: with θ_0 = c * θ, c = 1, take k
+Meta-Gradients (ICLR 2022), arXiv 2202.08132: with θ_0 = c * θ, c = 1, take k
 steps of gradient descent on all parameters; score = |dL(θ_k) / dc|, differentiated through the
 steps. Three steps at a rate of 0.1 without momentum are the authors' code's defaults.
 
