@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -110,30 +111,45 @@ def mean_of(
 
     Raises UsageError if there is no sample.
     """
-    names, samples = list(like), 0
-    sums: list[Tensor | None] = [None] * len(names)
+    mean = _Mean(like)
     for images, labels in batches:
         found = list(part(images, labels))
         for place, tensor in enumerate(found):
             found[place] = None
-            if tensor is None:
-                continue
-            sum_ = sums[place]
-            if sum_ is None:
-                sums[place] = tensor * len(labels)
-            else:
-                sum_.add_(tensor, alpha=len(labels))
+            if tensor is not None:
+                mean.add(place, tensor * len(labels))
             del tensor
-        samples += len(labels)
-    whole = [
-        torch.zeros_like(like[n]) if s is None else s for n, s in zip(names, sums, strict=True)
-    ]
-    if isinstance(batches, Shared):
-        samples = _over_ranks(whole, samples)
-    if not samples:
-        raise UsageError("no batch to compute gradients on")
-    spend(samples, passes)
-    return {name: sum_.div_(samples) for name, sum_ in zip(names, whole, strict=True)}
+        mean.samples += len(labels)
+    return mean.finished(isinstance(batches, Shared), passes)
+
+
+class _Mean:
+    """A mean over samples, by name, added up tensor by tensor."""
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.like, self.samples = dict(like), 0
+        self.sums: list[Tensor | None] = [None] * len(self.like)
+
+    def add(self, place: int, tensor: Tensor) -> None:
+        """Add a sum over samples to the place-th tensor; `tensor` is used up."""
+        sum_ = self.sums[place]
+        if sum_ is None:
+            self.sums[place] = tensor
+        else:
+            sum_.add_(tensor)
+
+    def finished(self, shared: bool, passes: float) -> dict[str, Tensor]:
+        """Return the means, over all ranks if `shared`; count what they cost."""
+        whole = [
+            torch.zeros_like(like) if sum_ is None else sum_
+            for like, sum_ in zip(self.like.values(), self.sums, strict=True)
+        ]
+        self.sums.clear()
+        samples = _over_ranks(whole, self.samples) if shared else self.samples
+        if not samples:
+            raise UsageError("no batch to compute gradients on")
+        spend(samples, passes)
+        return {name: sum_.div_(samples) for name, sum_ in zip(self.like, whole, strict=True)}
 
 
 def _over_ranks(sums: list[Tensor], samples: int) -> int:
@@ -167,13 +183,74 @@ def mean_gradients(
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
     """
-    tensors = list(parameters.values())
+    return mean_over_gradients(model, parameters, batches, loss_fn, lambda g: [g])
 
-    def part(images: Tensor, labels: Tensor) -> Sequence[Tensor | None]:
-        loss = loss_fn(model(images), labels)
-        return torch.autograd.grad(loss, tensors, allow_unused=True)
 
-    return mean_of(batches, part, parameters)
+def mean_over_gradients(
+    model: nn.Module | Network,
+    parameters: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+    parts: Callable[[Tensor], Sequence[Tensor]],
+) -> dict[str, Tensor]:
+    """Return means over all samples of what `parts` makes of each batch's gradients.
+
+    Gradients are added up as they come, so no more than one of them exists beside the means.
+
+    Args:
+        model: as for `mean_gradients`, which this is for parts = [gradient].
+        parameters: leaf tensors to differentiate by, by name.
+        batches: (images, labels) on the model's device; sizes may differ.
+        loss_fn: (outputs, labels) -> mean loss of the batch.
+        parts: gradient (a tensor to use up) -> as many tensors of its shape for each of them.
+
+    Returns the k-th parts under the names, the first (k = 0) as they are, others with " k" added.
+    """
+    tensors, size = list(parameters.values()), len(parameters)
+    kinds = len(parts(torch.zeros(())))
+    like = {
+        f"{name} {kind}" if kind else name: tensor
+        for kind in range(kinds)
+        for name, tensor in parameters.items()
+    }
+    mean = _Mean(like)
+    for images, labels in batches:
+
+        def take(place: int, gradient: Tensor, samples: int = len(labels)) -> None:
+            for kind, each in enumerate(parts(gradient)):
+                mean.add(kind * size + place, each.mul_(samples))
+
+        backward_one_by_one(loss_fn(model(images), labels), tensors, take)
+        mean.samples += len(labels)
+    return mean.finished(isinstance(batches, Shared), 1.0)
+
+
+def backward_one_by_one(
+    total: Tensor, tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]
+) -> None:
+    """Hand over the gradient of each of the leaf `tensors` when it is there, and forget it.
+
+    Their gradients are never held all at once. `take` gets the place in `tensors` and the gradient.
+    """
+
+    def hand_over(place: int, tensor: Tensor) -> None:
+        gradient, tensor.grad = tensor.grad, None
+        if gradient is not None:
+            take(place, gradient)
+
+    before = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    handles = [
+        tensor.register_post_accumulate_grad_hook(partial(hand_over, place))
+        for place, tensor in enumerate(tensors)
+    ]
+    try:
+        total.backward(inputs=list(tensors))
+    finally:
+        for handle, tensor, gradient in zip(handles, tensors, before, strict=True):
+            handle.remove()
+            tensor.grad = gradient
 
 
 def inner_product(first: Iterable[Tensor | None], second: Iterable[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from autosparse.config import keep_count
 from autosparse.errors import UsageError
 
 Scores = dict[str, Tensor]
-Gradient = Callable[[], Sequence[Tensor | None]]
+Take = Callable[[int, Tensor], None]
+Gradient = Callable[[Take], None]
 STEP = 997
 """Every so-manieth weight is looked at first to guess a round's threshold."""
 
@@ -39,8 +40,9 @@ def shrink(
 
     Args:
         weights: what `gradient` is taken by, a tensor per prunable parameter; set to zero in place.
-        gradient: () -> a gradient of the same shape for each of the weights as they are now, in
-            their order (None: zero). They are used up.
+        gradient: called with `take`; it calls take(place, gradient) for each of the weights as
+            they are now (place: in their order; one that is left out counts as zero). Each may
+            be handed over as soon as it is there, and is used up.
         sparsity: fraction to remove in the end.
         rounds: n, over which the density falls exponentially.
         min_per_layer: every layer keeps its best so many in every round.
@@ -49,13 +51,11 @@ def shrink(
     earlier the lower).
     """
     left = _Left(weights)
-    layers: list[Tensor] = []
     for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
         left.forget_the_dead()
-        layers.clear()
-        layers = left.scores(list(gradient()))
-        left.remove(left.worst(layers, count, min_per_layer), number)
-    return {name: left.restored(place, layers, rounds) for place, name in enumerate(weights)}
+        left.score(gradient)
+        left.remove(left.worst(count, min_per_layer), number)
+    return {name: left.restored(place, rounds) for place, name in enumerate(weights)}
 
 
 class _Left:
@@ -84,6 +84,11 @@ class _Left:
         self.ends = self.per_layer.cumsum(0)
         self.alive = torch.ones(sum(sizes), dtype=torch.bool, device=device)
         self.low = torch.empty_like(self.alive)
+        self.scores = [
+            torch.zeros(size, dtype=_float_of(weight), device=device)
+            for weight, size in zip(self.weights, sizes, strict=True)
+        ]
+        """|weight * gradient| of every layer, 1-D; one block of memory, as fresh ones are slow."""
 
     def forget_the_dead(self) -> None:
         """Look only at what is alive from now on, once three of four are dead."""
@@ -99,23 +104,26 @@ class _Left:
         ]
         self._lay_out([len(mine) for mine in self.places])
 
-    def scores(self, gradients: list[Tensor | None]) -> list[Tensor]:
-        """Return |weight * gradient| of every layer, 1-D, in the place of the gradients."""
-        found = []
-        for place, weight in enumerate(self.weights):
-            gradient, gradients[place] = gradients[place], None
-            if gradient is None:
-                found.append(torch.zeros(self.sizes[place], device=weight.device))
-                continue
-            flat = flattened(gradient, weight)
-            if self.places:
-                flat = flat.index_select(0, self.places[place]).mul_(self.values[place])
-            else:
-                flat.mul_(flattened(weight))
-            found.append(flat.abs_())
-        return found
+    def score(self, gradient: Gradient) -> None:
+        """Set the scores to |weight * gradient|."""
+        missing = set(range(len(self.weights)))
 
-    def worst(self, layers: list[Tensor], count: int, min_per_layer: int) -> Tensor:
+        def take(place: int, found: Tensor) -> None:
+            missing.discard(place)
+            flat = flattened(found, self.weights[place])
+            score = self.scores[place] = self.scores[place].to(flat.dtype)
+            if self.places:
+                torch.index_select(flat, 0, self.places[place], out=score)
+                score.mul_(self.values[place])
+            else:
+                torch.mul(flat, flattened(self.weights[place]), out=score)
+            score.abs_()
+
+        gradient(take)
+        for place in missing:
+            self.scores[place].zero_()
+
+    def worst(self, count: int, min_per_layer: int) -> Tensor:
         """Return the places of those alive that must go for `count` to stay, ascending.
 
         Of equal ones the last go. A guess says below which score they lie, so that only those
@@ -123,25 +131,25 @@ class _Left:
         """
         left = int(self.per_layer.sum())
         excess = left - count
-        bound = self._guess(layers, excess / left)
-        for layer, low in zip(layers, self.low.split(self.sizes), strict=True):
-            torch.le(layer, bound, out=low)
+        bound = self._guess(excess / left)
+        for layer, low in zip(self.scores, self.low.split(self.sizes), strict=True):
+            _up_to(layer, bound, low)
         places = _nonzero(self.low.logical_and_(self.alive))
         if len(places) < excess:
             places = _nonzero(self.alive)
         near = places.split(self._count(places).tolist())
         values = torch.cat([
             layer.index_select(0, mine - start)
-            for layer, mine, start in zip(layers, near, self._starts(), strict=True)
+            for layer, mine, start in zip(self.scores, near, self._starts(), strict=True)
         ])  # fmt: skip
-        lost = places[masks.top(values, len(places) - excess).logical_not_()]
+        lost = places[_lowest(values, excess)]
         if count < min_per_layer * len(self.weights):
             raise UsageError(
                 f"{count} weights are too few for {len(self.weights)} layers of at "
                 f"least {min_per_layer} each; lower the sparsity or set min_per_layer to 0"
             )
         if min_per_layer and int((self.per_layer - self._count(lost)).min()) < min_per_layer:
-            flat = torch.cat(layers).masked_fill_(~self.alive, -1)
+            flat = torch.cat(self.scores).masked_fill_(~self.alive, -1)
             chosen = masks.top_guarded(flat, self.sizes, count, min_per_layer)
             lost = _nonzero(chosen.logical_not_().logical_and_(self.alive))
         return lost
@@ -160,9 +168,9 @@ class _Left:
         self.alive.index_fill_(0, lost, False)
         self.per_layer -= gone
 
-    def restored(self, place: int, layers: list[Tensor], rounds: int) -> Tensor:
+    def restored(self, place: int, rounds: int) -> Tensor:
         """Return one layer's scores in its shape: the last ones, used up, or when a weight fell."""
-        last, layers[place] = layers[place], torch.empty(0)
+        last, self.scores[place] = self.scores[place], torch.empty(0)
         fell = self.fell[place]
         scores = fell.to(last.dtype) - (rounds + 1)
         if self.places:
@@ -172,12 +180,12 @@ class _Left:
             scores = torch.where(fell == 0, last, scores)
         return _in_shape(scores, self.weights[place])
 
-    def _guess(self, layers: list[Tensor], share: float) -> float:
+    def _guess(self, share: float) -> float:
         """Return a score below which surely about `share` of those alive lie."""
         if len(self.alive) < 1000 * STEP:
             return float("inf")
         starts = [-start % STEP for start in self._starts()]
-        pairs = zip(layers, starts, strict=True)
+        pairs = zip(self.scores, starts, strict=True)
         sample = torch.cat([layer[first::STEP] for layer, first in pairs])
         sample = sample[self.alive[::STEP]]
         if not len(sample):
@@ -192,6 +200,35 @@ class _Left:
 
     def _starts(self) -> list[int]:
         return [0, *self.ends[:-1].tolist()]
+
+
+def _float_of(weight: Tensor) -> torch.dtype:
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
+def _numpy_is_quicker(values: Tensor) -> bool:
+    """Whether torch's own comparison and selection take twice as long."""
+    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+
+
+def _up_to(values: Tensor, bound: float, out: Tensor) -> None:
+    """Write into `out` which values are not above the bound."""
+    if _numpy_is_quicker(values):
+        np.less_equal(values.numpy(), bound, out=out.numpy())
+    else:
+        torch.le(values, bound, out=out)
+
+
+def _lowest(values: Tensor, count: int) -> Tensor:
+    """Return which are the `count` lowest; of equal ones the last."""
+    if not count or not _numpy_is_quicker(values):
+        return masks.top(values, len(values) - count).logical_not_()
+    array = values.numpy()
+    bound = np.partition(array, count - 1)[count - 1]
+    chosen = array < bound
+    ties = np.flatnonzero(array == bound)
+    chosen[ties[len(ties) - (count - int(np.count_nonzero(chosen))) :]] = True
+    return torch.from_numpy(chosen)
 
 
 def _nonzero(marks: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autosparse import rounds
 from autosparse.errors import UsageError
-from autosparse.rounds import STEP, counts, shrink
+from autosparse.rounds import STEP, Gradient, Take, counts, shrink
 from tests.criteria.plain import densities, highest
 
 Layers = list[Tensor]
@@ -98,6 +98,17 @@ def naive(
     )
 
 
+def handing(gradients: Callable[[], Sequence[Tensor | None]]) -> Gradient:
+    """Hand over one gradient after the other; None is left out."""
+
+    def gradient(take: Take) -> None:
+        for place, each in enumerate(gradients()):
+            if each is not None:
+                take(place, each)
+
+    return gradient
+
+
 def check(
     weights: Sequence[Tensor],
     gradients: Sequence[Sequence[Tensor | None]],
@@ -112,7 +123,7 @@ def check(
         # They are used up.
         return [None if each is None else each.clone() for each in next(rows)]
 
-    found = shrink(named, gradient, sparsity, len(gradients), min_per_layer=least)
+    found = shrink(named, handing(gradient), sparsity, len(gradients), min_per_layer=least)
     assert next(rows, None) is None
     expected, alive = naive(weights, gradients, sparsity, least)
     assert list(found) == list(named)
@@ -188,7 +199,7 @@ def test_of_equal_ones_the_last_go(seed: int, number: int, least: int) -> None:
 def test_ties_by_hand() -> None:
     # All equal: 4 of 10 stay (10 * 0.2^(1/2) = 4.47), then 2.
     weights = {"a": torch.ones(4), "b": torch.ones(6)}
-    found = shrink(weights, lambda: [torch.ones(4), torch.ones(6)], 0.8, 2)
+    found = shrink(weights, handing(lambda: [torch.ones(4), torch.ones(6)]), 0.8, 2)
     # The first four are layer a; the guard keeps the first of b instead of the last of them.
     assert found["a"].tolist() == [1, -1, -1, -2]
     assert found["b"].tolist() == [1, -2, -2, -2, -2, -2]
@@ -215,7 +226,7 @@ def test_dead_weights_are_never_preferred_to_living_ones(least: int) -> None:
     # lie first. 16 weights: 8, then 4 stay.
     weights = {"a": torch.ones(8), "b": torch.ones(8)}
     rows = iter([[torch.zeros(8), torch.arange(8) + 1.0], [None, torch.zeros(8)]])
-    found = shrink(weights, lambda: next(rows), 0.75, 2, min_per_layer=least)
+    found = shrink(weights, handing(lambda: next(rows)), 0.75, 2, min_per_layer=least)
     if least:
         assert found["a"].tolist() == [0] + [-2] * 7
         assert found["b"].tolist() == [-2, 0, 0, 0, -1, -1, -1, -1]
@@ -227,7 +238,9 @@ def test_dead_weights_are_never_preferred_to_living_ones(least: int) -> None:
 def test_it_looks_at_the_weights_as_they_are_pruned() -> None:
     # The gradient is the number of those left: scores 4 * (1 … 4), then 2 * what is left.
     weights = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    found = shrink(weights, lambda: [torch.full((4,), float((weights["a"] != 0).sum()))], 0.75, 2)
+    found = shrink(
+        weights, handing(lambda: [torch.full((4,), float((weights["a"] != 0).sum()))]), 0.75, 2
+    )
     assert found["a"].tolist() == [-2.0, -2.0, -1.0, 8.0]
 
 
@@ -237,7 +250,7 @@ def test_the_guard_by_hand() -> None:
     for least, small in [(0, [-1, -1, -1]), (1, [-1, 0.3, -1]), (2, [-1, 0.3, 0.2])]:
         mine = {name: each.clone() for name, each in weights.items()}
         found = shrink(
-            mine, lambda: [each.clone() for each in gradient], 0.5, 1, min_per_layer=least
+            mine, handing(lambda: [each.clone() for each in gradient]), 0.5, 1, min_per_layer=least
         )
         torch.testing.assert_close(found["small"], torch.tensor(small).float())
         assert (found["large"] > 0).sum() == 4 - least
@@ -259,7 +272,7 @@ def test_bytes_may_stand_for_weights() -> None:
 def test_bytes_without_a_gradient() -> None:
     # What fell has to lie below zero, which no byte does.
     weights = {"a": torch.ones(6, dtype=torch.uint8), "b": torch.ones(4, dtype=torch.uint8)}
-    found = shrink(weights, lambda: [None, torch.rand(4) + 1], 0.5, 2)
+    found = shrink(weights, handing(lambda: [None, torch.rand(4) + 1]), 0.5, 2)
     assert int((found["a"] >= 0).sum()) + int((found["b"] >= 0).sum()) == 5
 
 
@@ -267,7 +280,7 @@ def test_bytes_without_a_gradient() -> None:
 def test_weights_that_lie_otherwise_are_pruned(shape: tuple[int, ...]) -> None:
     weight = torch.rand(shape[::-1]).permute(*reversed(range(len(shape)))) + 0.1
     assert weight.shape == shape and not weight.is_contiguous()
-    found = shrink({"a": weight}, lambda: [torch.ones(shape)], 0.5, 2)["a"]
+    found = shrink({"a": weight}, handing(lambda: [torch.ones(shape)]), 0.5, 2)["a"]
     assert int((found > 0).sum()) == weight.numel() // 2
     assert torch.equal(weight == 0, found < 0)
 
@@ -275,7 +288,7 @@ def test_weights_that_lie_otherwise_are_pruned(shape: tuple[int, ...]) -> None:
 def test_a_weight_with_gaps_in_memory_is_refused() -> None:
     whole = torch.arange(24.0).view(4, 6)
     with pytest.raises(UsageError, match="a lies in memory with gaps"):
-        shrink({"a": whole[:, 1::2]}, lambda: [torch.ones(4, 3)], 0.5, 2)
+        shrink({"a": whole[:, 1::2]}, handing(lambda: [torch.ones(4, 3)]), 0.5, 2)
     assert torch.equal(whole, torch.arange(24.0).view(4, 6))
 
 
@@ -308,8 +321,8 @@ def guesses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     made: list[float] = []
     guess = rounds._Left._guess
 
-    def remembered(self, layers: Layers, share: float) -> float:
-        made.append(guess(self, layers, share))
+    def remembered(self, share: float) -> float:
+        made.append(guess(self, share))
         return made[-1]
 
     monkeypatch.setattr(rounds._Left, "_guess", remembered)
@@ -380,7 +393,9 @@ def test_scores_beyond_float32(guesses: list[float]) -> None:
 
 
 def test_small_ones_are_all_looked_at(guesses: list[float]) -> None:
-    shrink({"a": torch.ones(1000 * STEP - 1)}, lambda: [torch.ones(1000 * STEP - 1)], 0.5, 1)
+    shrink(
+        {"a": torch.ones(1000 * STEP - 1)}, handing(lambda: [torch.ones(1000 * STEP - 1)]), 0.5, 1
+    )
     assert guesses == [float("inf")]
 
 

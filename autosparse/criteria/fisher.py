@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import Batch, Shared, mean_of
+from autosparse.gradients import Batch, Shared, mean_over_gradients
 
 
 @register("fisher", needs_data=True)
@@ -27,23 +27,17 @@ def fisher(model, parameters, batches, loss_fn, *, first_order: bool = True) -> 
         first_order: whether the term in g counts; without it, Optimal Brain Damage's saliency.
     """
     model.eval()
-    tensors = list(parameters.values())
 
-    def both(images: Tensor, labels: Tensor) -> list[Tensor | None]:
-        found = torch.autograd.grad(loss_fn(model(images), labels), tensors, allow_unused=True)
-        squares = [None if each is None else each.square() for each in found]
-        return [*found, *squares] if first_order else squares
+    def parts(gradient: Tensor) -> list[Tensor]:
+        return [gradient.square(), gradient] if first_order else [gradient.square_()]
 
-    like: dict[str, Tensor] = {f"square {name}": each for name, each in parameters.items()}
-    if first_order:
-        like = {**parameters, **like}
-    means = mean_of(_one_by_one(batches), both, like)
+    means = mean_over_gradients(model, parameters, _one_by_one(batches), loss_fn, parts)
     scores = {}
     with torch.no_grad():
         for name, weight in parameters.items():
-            change = means.pop(f"square {name}").mul_(weight).div_(2)
+            change = means.pop(name).mul_(weight).div_(2)
             if first_order:
-                change.sub_(means.pop(name))
+                change.sub_(means.pop(f"{name} 1"))
             scores[name] = change.mul_(weight).abs_()
     return scores
 

@@ -10,11 +10,9 @@ Departure: every round looks at the same batches; the authors' code draws new on
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from autosparse.criteria import Scores, register
 from autosparse.gradients import mean_gradients, with_weights
-from autosparse.rounds import shrink
+from autosparse.rounds import Take, shrink
 
 
 @register("iter_snip", needs_data=True)
@@ -38,7 +36,9 @@ def iter_snip(
     weights = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
     network = with_weights(model, weights)
 
-    def gradient() -> list[Tensor]:
-        return list(mean_gradients(network, weights, batches, loss_fn).values())
+    def gradient(take: Take) -> None:
+        found = mean_gradients(network, weights, batches, loss_fn)
+        for place, name in enumerate(weights):
+            take(place, found.pop(name))
 
     return shrink(weights, gradient, sparsity, rounds, min_per_layer=min_per_layer)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autosparse.criteria import Scores, register
 from autosparse.errors import UsageError
 from autosparse.gradients import Shared, mean_of, with_weights
-from autosparse.rounds import shrink
+from autosparse.rounds import Take, shrink
 
 
 @register("ntk_sap", needs_data=True)
@@ -63,8 +63,10 @@ def ntk_sap(
                 weight.mul_(kept[name]).requires_grad_()
         return mask_gradients(model, here, there, torch.randn_like(images))
 
-    def gradient() -> list[Tensor]:
-        return list(mean_of(repeated, part, parameters, passes=2 + 1 / 3).values())
+    def gradient(take: Take) -> None:
+        found = mean_of(repeated, part, parameters, passes=2 + 1 / 3)
+        for place, name in enumerate(parameters):
+            take(place, found.pop(name))
 
     return shrink(kept, gradient, sparsity, rounds, min_per_layer=min_per_layer)
 

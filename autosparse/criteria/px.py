@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import Network, mean_of, spend, with_weights
+from autosparse.gradients import Network, backward_one_by_one, mean_of, spend, with_weights
 from autosparse.paths import (
     Rescaling,
     activation_patterns,
@@ -29,7 +29,7 @@ from autosparse.paths import (
     rescale_between_blocks,
     without_shifts,
 )
-from autosparse.rounds import shrink
+from autosparse.rounds import Take, shrink
 
 
 @register("px", needs_data=True)
@@ -62,11 +62,10 @@ def px(
     if rescaling is None:
         network, ones = network.double(), ones.double()
 
-    def gradient() -> tuple[Tensor | None, ...]:
+    def gradient(take: Take) -> None:
         outputs = open_paths(model, network, parameters, squares, batches, gates, rescaling, ones)
         spend(len(ones))
-        total = (network(ones) * outputs).sum()
-        return torch.autograd.grad(total, list(squares.values()), allow_unused=True)
+        backward_one_by_one((network(ones) * outputs).sum(), list(squares.values()), take)
 
     return shrink(squares, gradient, sparsity, rounds, min_per_layer=min_per_layer)
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import spend
+from autosparse.gradients import backward_one_by_one, spend
 from autosparse.paths import image_shape, rescale_between_blocks, without_shifts
-from autosparse.rounds import shrink
+from autosparse.rounds import Take, shrink
 
 
 @register("synflow", needs_data=False)
@@ -48,9 +48,9 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
     else:
         linear, ones = linear.double(), ones.double()
 
-    def gradient() -> tuple[Tensor | None, ...]:
+    def gradient(take: Take) -> None:
         spend(len(ones))
-        return torch.autograd.grad(linear(ones).sum(), list(weights.values()), allow_unused=True)
+        backward_one_by_one(linear(ones).sum(), list(weights.values()), take)
 
     return shrink(weights, gradient, sparsity, rounds, min_per_layer=0)
 
