@@ -32,6 +32,7 @@ setup(
         "pillow>=10",
         "pyarrow>=15",
         "pyyaml>=6",
+        "universal-pathlib>=0.2",
         "rich>=13",
         "setuptools",
     ],

@@ -26,9 +26,16 @@ VERBS: dict[str, tuple[str | None, str]] = {
         "train tickets and their twins: does the choice of weights matter?",
     ),
     "train": ("SparseTrainConfig", "train tickets (or a dense model) in one process"),
+    "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
     "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
 }
 """Verb -> its config class in config.py, and what it does."""
+
+USAGE = {
+    "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
+                         | export-parquet DIR FILE"""
+}
+"""What follows a verb that takes paths."""
 
 Config = TypeVar("Config")
 
@@ -90,7 +97,7 @@ def _help() -> str:
 
 def _paths(verb: str, arguments: list[str]) -> list[str]:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: autosparse {verb} PATH …\n\n{VERBS[verb][1]}")
+        print(f"usage: autosparse {verb} {USAGE.get(verb, 'PATH …')}\n\n{VERBS[verb][1]}")
         if not arguments:
             raise UsageError(f"autosparse {verb} needs a path")
         sys.exit(0)

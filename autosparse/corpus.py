@@ -1,24 +1,28 @@
 """The corpus: a folder of finished IRP runs.
 
-A run is a folder named by its run_id. `run.safetensors` holds `initial/NAME` and `survival/NAME`
-(uint8) per prunable parameter and `rest/NAME` for the rest of the initial state; its header is
-the card. `finished.json` is written last and holds the file's SHA-256: a folder without it is
-not part of the corpus. `index.parquet` is derived from the cards and can be made again.
+A run is a folder named by its run_id. `run.safetensors` holds `survival/NAME` (uint8) per prunable
+parameter, and, unless the card can make them again, `initial/NAME` and `rest/NAME` for the rest of
+the initial state; its header is the card. `finished.json` is written last and holds the SHA-256 of
+the file and of every tensor in it, and the run's row of the index: a folder without it is not part
+of the corpus. `index.parquet` is derived and can be made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from autosparse import masks
+from autosparse import masks, models
 from autosparse.errors import UsageError
 from autosparse.files import (
+    place,
     read_card,
     read_json,
     read_tensors,
@@ -31,6 +35,9 @@ from autosparse.ticket import Ticket
 
 FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
+REPORT = "report"
+NO_RUNS = (INDEX, REPORT, "mlflow.json")
+"""What else lies in a corpus folder."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +90,30 @@ class IRPRun:
         return Ticket(chosen, values, rest, card)
 
 
-def write_run(folder: Path, run: IRPRun) -> None:
-    """Write a finished run; the commit marker comes last."""
-    tensors = {f"initial/{name}": tensor for name, tensor in run.initial.items()}
-    tensors |= {f"survival/{name}": tensor for name, tensor in run.survival.items()}
-    tensors |= {f"rest/{name}": tensor for name, tensor in run.rest.items()}
+def write_run(folder: Path, run: IRPRun, *, store_initial: bool = True) -> None:
+    """Write a finished run; the commit marker comes last.
+
+    Without `store_initial` the file holds 1 byte per prunable weight instead of 5: the initial
+    state is made again from the card's model and seed when the run is read, and its hash checked.
+    """
+    tensors = {f"survival/{name}": tensor for name, tensor in run.survival.items()}
+    if store_initial:
+        tensors |= {f"initial/{name}": tensor for name, tensor in run.initial.items()}
+        tensors |= {f"rest/{name}": tensor for name, tensor in run.rest.items()}
     tensors |= {f"rewound/{name}": tensor for name, tensor in run.rewound.items()}
     write_tensors(folder / RUN, tensors, {"kind": "irp", "format": FORMAT, **run.card})
-    write_json(folder / FINISHED, {"sha256": sha256_of_file(folder / RUN)})
+    marker = {
+        "sha256": sha256_of_file(folder / RUN),
+        "tensors": {name: sha256_of_tensor(tensor) for name, tensor in tensors.items()},
+        "row": row_of(run.card),
+    }
+    write_json(folder / FINISHED, marker)
+
+
+def sha256_of_tensor(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in row-major order, in hex."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
 def is_finished(folder: Path) -> bool:
@@ -108,23 +131,38 @@ def read_run(folder: Path) -> IRPRun:
     groups: dict[str, dict[str, Tensor]] = {
         "initial": {}, "survival": {}, "rest": {}, "rewound": {}
     }  # fmt: skip
-    for name in _order(card, tensors):
+    for name, tensor in tensors.items():
         group, _, parameter = name.partition("/")
-        groups[group][parameter] = tensors[name]
-    return IRPRun(groups["initial"], groups["survival"], groups["rest"], card, groups["rewound"])
+        groups[group][parameter] = tensor
+    if not groups["initial"]:
+        groups["initial"], groups["rest"] = _made_again(card, folder)
+    # safetensors sorts by size and name: put them back in the model's order.
+    initial, survival = (
+        {name: groups[group][name] for name in card["prunable"]}
+        for group in ("initial", "survival")
+    )
+    return IRPRun(initial, survival, groups["rest"], card, groups["rewound"])
 
 
-def _order(card: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
-    """safetensors sorts by size and name; put prunable parameters back in the model's order."""
-    order = [f"{group}/{name}" for group in ("initial", "survival") for name in card["prunable"]]
-    return [*order, *(name for name in tensors if name.startswith(("rest/", "rewound/")))]
+def _made_again(card: dict[str, Any], folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Build the initial state from the card's model and seed: prunable weights, and the rest."""
+    model = models.from_recipe(card["model"])
+    state = model.state_dict()
+    masks_ = {name: torch.ones_like(state[name], dtype=torch.bool) for name in card["prunable"]}
+    dense = Ticket.from_model(model, masks_, {})
+    if dense.content_hash != card["initial_hash"]:
+        raise UsageError(
+            f"{folder}: its initial weights cannot be made again with these versions (the run was "
+            f"made with {card['versions']})"
+        )
+    return {name: state[name] for name in card["prunable"]}, dense.rest
 
 
 class Corpus:
     """The finished runs below a folder."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = place(path)
         if not self.path.is_dir():
             raise UsageError(f"no corpus at {self.path}: it is not a folder")
 
@@ -152,17 +190,50 @@ class Corpus:
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row per finished run."""
-        return [_row(card) for card in self.cards()]
+        """Return a row per finished run, from `index.parquet` as far as that has them."""
+        known = {row["run_id"]: row for row in self._indexed()}
+        children = sorted(child for child in self.path.iterdir() if child.name not in NO_RUNS)
+        rows = []
+        for child in children:
+            if child.name in known:
+                rows.append(known[child.name])
+            elif is_finished(child):
+                rows.append(
+                    read_json(child / FINISHED).get("row") or row_of(read_card(child / RUN))
+                )
+        return rows
 
-    def write_index(self) -> Path:
-        """Write `index.parquet`, a row per finished run, from the cards."""
+    def _indexed(self) -> list[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
 
         path = self.path / INDEX
+        try:
+            with path.open("rb") as file:
+                return pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
+        except FileNotFoundError:
+            return []
+        except (pyarrow.ArrowException, OSError) as error:
+            problem = str(error).strip().splitlines()[0]
+            print(
+                f"warning: {path} is damaged ({problem}); the runs are read instead, "
+                f"`autosparse corpus index {self.path}` makes it anew",
+                file=sys.stderr,
+            )
+            return []
+
+    def write_index(self) -> Path:
+        """Write `index.parquet`, a row per finished run, from the runs themselves."""
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.path / INDEX
+        rows = [
+            read_json(folder / FINISHED).get("row") or row_of(read_card(folder / RUN))
+            for folder in self.folders()
+        ]
         with replacing(path) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.table()), temporary)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
         return path
 
 
@@ -182,7 +253,8 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(card: dict[str, Any]) -> dict[str, Any]:
+def row_of(card: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's row of the index."""
     config, levels = card["config"], card["levels"]
     return {
         "run_id": card["run_id"],

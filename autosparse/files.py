@@ -1,4 +1,8 @@
-"""Files that are whole or not there: written to a temporary name, synced, renamed."""
+"""Files that are whole or not there: written to a temporary name, synced, renamed.
+
+A place is a local path or the URL of anything that fsspec knows (s3://, gs://, memory:// …); there
+an upload takes effect when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,44 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from autosparse.errors import RunFailed, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def place(path: str | Path) -> Path:
+    """Return a Path for a local path, and what behaves like one for a URL."""
+    if isinstance(path, Path) or "://" not in str(path):
+        return Path(path)
+    from upath import UPath
+
+    try:
+        found = UPath(path)
+        _ = found.fs
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"cannot open {path}: {error}") from None
+    return cast(Path, found)
+
+
+def is_local(path: str | Path) -> bool:
+    """Return whether a place lies in the local file system."""
+    return isinstance(path, str | os.PathLike) and isinstance(place(cast(Path, path)), Path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all that is in it; it may be gone already."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -24,7 +57,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     After a failure, or a kill at any moment, `path` is as it was before.
     Raises RunFailed with one line when the disk is full or not writable.
     """
-    path = Path(path)
+    path = place(path)
+    if not is_local(path):
+        with _uploading(path) as temporary:
+            yield temporary
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +76,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _uploading(path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(temporary.read_bytes())
+        except OSError as error:
+            raise _disk_error(error, path) from error
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -51,6 +100,16 @@ def _disk_error(error: OSError, path: Path) -> RunFailed:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunFailed(f"no room on disk to write {path}; free some and start again")
     return RunFailed(f"cannot write {path}: {error.strerror or error}")
+
+
+def set_aside(path: Path, what: str, problem: Exception) -> UsageError:
+    """Rename a damaged file to NAME.damaged; return the error that says so and what to do."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        return UsageError(f"{problem}; remove {path} and start again ({error})")
+    return UsageError(f"{problem}; set aside as {aside.name}, start again to {what}")
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -72,7 +131,7 @@ def write_json(path: str | Path, content: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read JSON; raises UsageError that names the file when it is missing or garbled."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(place(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no such file: {path}") from None
     except OSError as error:
@@ -95,8 +154,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], card: dict[str, 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raises UsageError that names a missing or damaged file."""
     card = read_card(path)
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
+    if not is_local(path):
+        return load(place(path).read_bytes()), card
     return load_file(path), card
 
 
@@ -104,12 +165,15 @@ def read_card(path: str | Path) -> dict[str, Any]:
     """Read only the card in the header of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not place(path).is_file():
         raise UsageError(f"no such file: {path}")
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-    except SafetensorError as error:
+        if is_local(path):
+            with safe_open(path, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+        else:
+            metadata = _remote_metadata(place(path))
+    except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is damaged or no safetensors file ({error})") from None
     if "card" not in metadata:
         raise UsageError(f"{path} holds no card: it was not written by autosparse")
@@ -122,6 +186,13 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return card
 
 
+def _remote_metadata(path: Path) -> dict[str, str]:
+    """Read a safetensors header only: its length in 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(min(length, 1 << 27))).get("__metadata__", {})
+
+
 def require(card: dict[str, Any], keys: tuple[str, ...], path: str | Path) -> None:
     """Raise UsageError that names the file and the first of `keys` that its card lacks."""
     missing = next((key for key in keys if key not in card), None)
@@ -132,7 +203,7 @@ def require(card: dict[str, Any], keys: tuple[str, ...], path: str | Path) -> No
 def sha256_of_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as handle:
+    with place(path).open("rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

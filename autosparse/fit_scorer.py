@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from autosparse import data as data_module
 from autosparse import features, models
 from autosparse.config import DataConfig, FitConfig, from_plain, plain
 from autosparse.corpus import Corpus, IRPRun
+from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError
 from autosparse.gradients import mean_gradients, untouched
 from autosparse.scorer import AutoS
@@ -111,10 +113,16 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
     return Rows(torch.cat(inputs), torch.cat(targets).float() / run.levels)
 
 
+@lru_cache(maxsize=1)
+def _loaded(config: DataConfig) -> DataSource:
+    """Load a data set; the runs of a corpus mostly share one."""
+    return data_module.load(config)
+
+
 def initial_gradients(run: IRPRun) -> dict[str, Tensor]:
     """Compute the gradients at init again, by the recipe on the run's card."""
     card = run.card
-    source = data_module.load(from_plain(DataConfig, card["config"]["data"]))
+    source = _loaded(from_plain(DataConfig, card["config"]["data"]))
     if source.fingerprint != card["data_fingerprint"]:
         raise UsageError(
             f"run {card['run_id']} was made on other data than {source.name} is now "

@@ -14,7 +14,6 @@ level 0 had after k steps, and go on with step k + 1; the optimizer starts anew.
 from __future__ import annotations
 
 import copy
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,11 +25,20 @@ from torch import Tensor, nn
 
 from autosparse import corpus, criteria, masks, models
 from autosparse import data as data_module
+from autosparse.claims import Claim, claimed
 from autosparse.compaction import compact, densify
 from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
-from autosparse.files import read_json, read_tensors, write_json, write_tensors
+from autosparse.files import (
+    place,
+    read_json,
+    read_tensors,
+    remove_tree,
+    set_aside,
+    write_json,
+    write_tensors,
+)
 from autosparse.ticket import Ticket
 from autosparse.training import Epoch, PlainStepper, Span, fit, seeded, steps_per_epoch
 from autosparse.training import check as check_training
@@ -73,41 +81,59 @@ def check(config: IRPConfig) -> None:
 
 def run_folder(config: IRPConfig) -> Path:
     """Return the folder of the run, below `config.out`."""
-    return Path(config.out) / run_id(config)
+    return place(config.out) / run_id(config)
 
 
 def run_irp(
-    config: IRPConfig, on_epoch: OnEpoch | None = None, on_level: OnLevel | None = None
+    config: IRPConfig,
+    on_epoch: OnEpoch | None = None,
+    on_level: OnLevel | None = None,
+    *,
+    wait: bool = False,
 ) -> Path:
     """Do one IRP run, or what is left of it; return its folder.
 
     Args:
-        config: what to run; `config.out` is the corpus folder.
+        config: what to run; `config.out` is the corpus folder (or URL).
         on_epoch: called with (level, Epoch) after every epoch.
         on_level: called with the level's entry of the card, also for levels found on disk.
+        wait: if another process is at this run, wait for it to finish or to die; otherwise that
+            is a UsageError.
     """
     check(config)
     folder = run_folder(config)
     if corpus.is_finished(folder):
         return folder
+    run, card, dense = _prepared(config, folder, on_epoch)
+    with claimed(folder, wait=wait, finished=lambda: corpus.is_finished(folder)) as claim:
+        if claim is None or corpus.is_finished(folder):
+            return folder
+        _begin(folder, card)
+        card["levels"], survival = _all_levels(run, dense.masks, on_level, claim)
+        claim.check()
+        weights = {name: run.initial.get_parameter(name).detach() for name in dense.masks}
+        found = corpus.IRPRun(weights, survival, dense.rest, card, run.rewound())
+        corpus.write_run(folder, found, store_initial=config.store_initial)
+        remove_tree(folder / "levels")
+    return folder
+
+
+def _prepared(
+    config: IRPConfig, folder: Path, on_epoch: OnEpoch | None
+) -> tuple[_Run, dict[str, Any], Ticket]:
+    """Return the run, its card, and the dense ticket; nothing is written yet."""
     device = models.choose_device(config.device)
     source = data_module.load(config.data).to(device)
     initial = models.create_for(source, config.model, config.seed)
     names = list(models.prunable(initial, config.model.exclude))
-    start = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
-    steps = config.steps_per_level or (
-        steps_per_epoch(source.train, config.training) * config.training.epochs
-    )
+    dense = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
+    per_epoch = steps_per_epoch(source.train, config.training)
+    steps = config.steps_per_level or per_epoch * config.training.epochs
     if config.rewind_steps >= steps:
         raise UsageError(f"rewind_steps {config.rewind_steps}: a level has {steps} steps only")
-    card = _card(config, initial, source, start)
-    _claim(folder, card)
-    run = _Run(config, initial, source, folder, steps, on_epoch)
-    card["levels"], survival = _all_levels(run, start.masks, on_level)
-    weights = {name: initial.get_parameter(name).detach() for name in names}
-    corpus.write_run(folder, corpus.IRPRun(weights, survival, start.rest, card, run.rewound()))
-    shutil.rmtree(folder / "levels")
-    return folder
+    card = _card(config, initial, source, dense)
+    card["batches"]["steps_per_epoch"] = per_epoch
+    return _Run(config, initial, source, folder, steps, on_epoch), card, dense
 
 
 def _ones_like(model: nn.Module, name: str) -> Tensor:
@@ -124,17 +150,27 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
         "prunable": list(start.masks),
         "prunable_weights": start.kept,
         "gradients": {"samples_per_class": config.samples_per_class, "seed": config.seed},
+        "batches": {
+            "seed": config.seed,
+            "order": "epoch e of every level: torch.randperm by seed * 1000003 + e",
+            "replay": "irp.replay gives the weights after any steps of any level again",
+        },
         "versions": library_versions(),
     }
 
 
-def _claim(folder: Path, card: dict[str, Any]) -> None:
+def _begin(folder: Path, card: dict[str, Any]) -> None:
     """Write the card of a new run, or make sure that the folder holds the same run's levels."""
     path = folder / "card.json"
     if not path.exists():
         write_json(path, card)
         return
-    before = read_json(path)
+    try:
+        before = read_json(path)
+        _ = before["initial_hash"], before["data_fingerprint"]
+    except (UsageError, KeyError, TypeError) as error:
+        problem = error if isinstance(error, UsageError) else UsageError(f"{path} is damaged")
+        raise set_aside(path, "write it anew", problem) from None
     for key, what in (("initial_hash", "initial weights"), ("data_fingerprint", "data")):
         if before[key] != card[key]:
             raise UsageError(
@@ -184,7 +220,7 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _all_levels(
-    run: _Run, dense: dict[str, Tensor], on_level: OnLevel | None
+    run: _Run, dense: dict[str, Tensor], on_level: OnLevel | None, claim: Claim
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Do levels 0 to N; return their card entries and the survival of every weight."""
     config = run.config
@@ -196,6 +232,7 @@ def _all_levels(
     current, entries = dense, []
     survival = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in dense.items()}
     for level in range(config.levels + 1):
+        claim.check()
         if not run.path(level).exists():
             following = counts[level + 1] if level < config.levels else None
             _do_level(run, level, current, following)
@@ -235,9 +272,11 @@ def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int 
             span=Span(config.rewind_steps if level else 0, config.steps_per_level),
             on_step=on_step,
         )
+    following_fingerprint = None
     if following is not None:
         chosen = _next_masks(config, densify(model), run.source, current, following)
         tensors |= {MASK + name: masks.pack(mask) for name, mask in chosen.items()}
+        following_fingerprint = masks.fingerprint(chosen)
     kept = masks.kept(current)
     steps = run.steps - (config.rewind_steps if level else 0)
     entry = {
@@ -249,7 +288,7 @@ def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int 
         "image_passes": steps * config.training.batch_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    write_tensors(run.path(level), tensors, entry)
+    write_tensors(run.path(level), tensors, {**entry, "next": following_fingerprint})
 
 
 def _next_masks(
@@ -269,8 +308,50 @@ def _next_masks(
 def _read_level(
     path: Path, current: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    tensors, entry = read_tensors(path)
-    packed = _under(MASK, tensors)
-    if not packed:
-        return None, entry
-    return {name: masks.unpack(packed[name], mask.shape) for name, mask in current.items()}, entry
+    try:
+        tensors, entry = read_tensors(path)
+        fingerprint = entry.pop("next", None)
+        packed = _under(MASK, tensors)
+        if not packed:
+            return None, entry
+        found = {name: masks.unpack(packed[name], mask.shape) for name, mask in current.items()}
+        if fingerprint is not None and masks.fingerprint(found) != fingerprint:
+            raise UsageError(f"{path} is damaged (its masks are not what was written)")
+    except (UsageError, KeyError, RuntimeError) as error:
+        problem = error if isinstance(error, UsageError) else UsageError(f"{path} is damaged")
+        raise set_aside(path, "do that level again", problem) from None
+    return found, entry
+
+
+def replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource) -> dict[str, Tensor]:
+    """Return the dense state dict after `steps` steps of a level, made again: zero where pruned.
+
+    Args:
+        run: a finished run.
+        level: 0 (dense) to N.
+        steps: how many of the level's steps to make, at least 1.
+        source: the data that the run was made on.
+
+    Bit for bit what the run had, on the same hardware, versions and number of threads. Raises
+    UsageError if the data are others.
+    """
+    if source.fingerprint != run.card["data_fingerprint"]:
+        raise UsageError(f"run {run.card['run_id']} was made on other data")
+    config = run.card["config"]
+    training = TrainingConfig(**config["training"])
+    if config.get("steps_per_level") is not None:
+        training = replace(training, schedule="none")
+    first = config.get("rewind_steps", 0) if level else 0
+    dense = models.from_recipe(run.card["model"])
+    ticket = run.ticket(level) if level else _dense_ticket(run)
+    model = compact(dense, ticket)
+    stepper = PlainStepper(model, training, steps_per_epoch(source.train, training))
+    with seeded(config["seed"]):
+        fit(stepper, source, training, seed=config["seed"], span=Span(first, first + steps))
+    return densify(model).state_dict()
+
+
+def _dense_ticket(run: corpus.IRPRun) -> Ticket:
+    """Return level 0: all weights, at init (also where later levels rewind to step k)."""
+    values = {name: tensor.flatten() for name, tensor in run.initial.items()}
+    return Ticket(run.masks(0), values, run.rest, run.ticket(0).card)

@@ -109,10 +109,15 @@ class PlainStepper:
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.updates = 0
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = torch.compile(model) if config.compile else model
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.config, images.device):
-            loss = self.loss_fn(self.model(images).float(), labels)
+            loss = self.loss_fn(self.network(images).float(), labels)
         loss.backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)

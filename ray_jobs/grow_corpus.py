@@ -3,13 +3,15 @@
 On a cluster:
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python ray_jobs/grow_corpus.py --config configs/corpus/digits.yaml
-By itself (starts a local Ray):
+Add --runtime-env configs/ray_env.yaml to leave data and outputs out of what is uploaded.
+By itself (starts a local Ray; --dry_run true prints the plan and what it costs):
     python ray_jobs/grow_corpus.py --config configs/corpus/digits.yaml
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from autosparse.cli import guarded, parse
 from autosparse.config import CorpusConfig
@@ -22,11 +24,34 @@ def main(arguments: list[str]) -> None:
     from autosparse.integrations import ray
     from autosparse.progress import print_table
 
+    folder = ray.output_folder(config.out)
+    if config.dry_run:
+        from autosparse import plan
+
+        rows = plan.table(config, folder)
+        print_table([plan.shown(row) for row in rows], title=f"plan of {folder}")
+        print(plan.summary(rows, config))
+        return
     grown = ray.grow(config)
+    if grown.found or grown.done:
+        rows = [shown(row) for row in Corpus(folder).table()]
+        print_table(rows, title=f"corpus {folder}")
+    if grown.done:
+        _draw(config, folder)
+    print(f"{len(grown.done)} runs done, {len(grown.found)} found finished: {folder}")
     ray.raise_if_failed(grown)
-    rows = [shown(row) for row in Corpus(grown.folder).table()]
-    print_table(rows, title=f"corpus {grown.folder}")
-    print(f"{len(grown.done)} runs done, {len(grown.found)} found finished: {grown.folder}")
+
+
+def _draw(config: CorpusConfig, folder: Path) -> None:
+    """Draw the corpus's figures, and log them if the plan is tracked."""
+    from autosparse.corpus_report import write_report
+
+    figures = write_report(folder)
+    print(f"figures: {figures[0].parent}")
+    if config.tracking:
+        from autosparse.integrations import mlflow
+
+        mlflow.log_figures(folder, figures[0].parent)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,9 @@ def test_killed_in_level_three_of_six_goes_on_and_ends_the_same(tmp_path: Path) 
     for out in (broken, whole):
         subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
     resumed = corpus.read_run(folder)
-    assert resumed.card["levels"][:3] == [levels[name] for name in sorted(levels)]
+    assert resumed.card["levels"][:3] == [
+        {k: v for k, v in levels[name].items() if k != "next"} for name in sorted(levels)
+    ]
     assert _survival_bytes(folder) == _survival_bytes(whole / folder.name)
 
 

@@ -93,6 +93,9 @@ class DeepSpeedStepper:
 
 def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's own config for ours; raise UsageError for what does not divide."""
+    for name in ("compile", "channels_last"):
+        if getattr(config.training, name):
+            raise UsageError(f"training.{name} does not work under DeepSpeed yet; leave it out")
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
     if config.training.batch_size % parts:
         raise UsageError(

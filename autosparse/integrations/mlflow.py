@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,8 @@ from torch import nn
 
 from autosparse import features, models
 from autosparse.compaction import load_state
-from autosparse.config import SparseTrainConfig, plain
-from autosparse.files import read_json, write_json
+from autosparse.config import IRPConfig, SparseTrainConfig, plain
+from autosparse.files import is_local, read_json, write_json
 from autosparse.scorer import AutoS
 from autosparse.sparse_training import RESULT, TRAINED, Cell
 from autosparse.ticket import Ticket
@@ -49,7 +49,8 @@ CHAMPION = "champion"
 
 def tracking_uri(folder: Path | None = None) -> str:
     """Return MLFLOW_TRACKING_URI, or the SQLite database in `folder` (default: the current)."""
-    database = (folder or Path.cwd()).absolute() / "mlflow.db"
+    local = folder if folder is not None and is_local(folder) else Path.cwd()
+    database = local.absolute() / "mlflow.db"
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
 
 
@@ -125,6 +126,70 @@ class Tracker:
         now = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
         self.client.log_batch(self.runs[cell.folder], metrics=metrics)
+
+
+class CorpusTracker:
+    """A run for every IRP run, nested in the plan's; gone on with if the plan is started again."""
+
+    def __init__(self, parent: str, folder: Path, runs: Mapping[str, IRPConfig]) -> None:
+        self.parent, self.folder, self.configs = parent, folder, runs
+        self.client, self.experiment = client()
+        self.runs: dict[str, str] = {}
+        self.logged: dict[str, set[int]] = {}
+
+    def levels(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        """Log levels: accuracy, density and seconds, the level as the step; each once."""
+        run = self._run(name)
+        now = int(time.time() * 1000)
+        new = [each for each in entries if each["level"] not in self.logged[name]]
+        metrics = [
+            Metric(key, float(entry[key]), now, entry["level"])
+            for entry in new
+            for key in ("validation_accuracy", "density", "seconds", "train_loss")
+        ]
+        if metrics:
+            self.client.log_batch(run, metrics=metrics)
+        self.logged[name] |= {entry["level"] for entry in new}
+
+    def end(self, name: str, error: str | None) -> None:
+        """Close a run; `error` says why it failed."""
+        run = self._run(name)
+        if error:
+            self.client.set_tag(run, "error", error[:5000])
+        self.client.set_terminated(run, "FAILED" if error else "FINISHED")
+
+    def _run(self, name: str) -> str:
+        if name not in self.runs:
+            self.runs[name] = run = self._found(name) or self._made(name)
+            before = self.client.get_metric_history(run, "seconds")
+            self.logged[name] = {metric.step for metric in before}
+        return self.runs[name]
+
+    def _found(self, name: str) -> str | None:
+        wanted = f"tags.run_id = '{name}' and tags.`mlflow.parentRunId` = '{self.parent}'"
+        found = self.client.search_runs([self.experiment], wanted, max_results=1)
+        if not found:
+            return None
+        self.client.update_run(found[0].info.run_id, status="RUNNING")
+        return found[0].info.run_id
+
+    def _made(self, name: str) -> str:
+        config = self.configs[name]
+        tags = {"mlflow.parentRunId": self.parent, "run_id": name, "model": config.model.name,
+                "data": config.data.name, "label": config.label}  # fmt: skip
+        made = self.client.create_run(
+            self.experiment, tags=tags, run_name=f"{config.model.name} seed {config.seed}"
+        )
+        settings = {**plain(config), "out": "", "device": config.device}
+        parameters = [Param(key, value) for key, value in flattened(settings).items()]
+        self.client.log_batch(made.info.run_id, params=parameters)
+        return made.info.run_id
+
+
+def log_figures(owner: Path, folder: Path) -> None:
+    """Log a folder of figures to the run that `parent_run` has opened for `owner`."""
+    found, _ = client(owner)
+    found.log_artifacts(read_json(owner / RUN_FILE)["run_id"], str(folder), "report")
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:

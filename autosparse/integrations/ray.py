@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from autosparse import corpus, irp
+from autosparse import corpus, irp, plan
 from autosparse.config import CorpusConfig, IRPConfig
 from autosparse.corpus import Corpus
-from autosparse.errors import RunFailed, UserError
-from autosparse.files import write_json
+from autosparse.errors import RunFailed, UsageError, UserError
+from autosparse.files import is_local, place, read_card, write_json
 from autosparse.progress import Bar, Progress
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 15.0
+RETRIES = 10
+"""How often a run is tried again after its worker or node has died."""
+FAILED = "failed.json"
+SHOWN = 4
+"""So many running runs are named in the bar."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 HOME_VARIABLE = "AUTOSPARSE_HOME"
 
@@ -36,12 +44,14 @@ class Grown:
 
 
 def output_folder(out: str) -> Path:
-    """Return where results go: `out`, or below AUTOSPARSE_HOME inside a Ray job.
+    """Return where results go: a URL as it is; `out`, or below AUTOSPARSE_HOME inside a Ray job.
 
     `ray job submit --working-dir` runs the script in a temporary copy, where results would be
     lost; so a relative path is taken from AUTOSPARSE_HOME (default: autosparse in the home
     folder) there.
     """
+    if not is_local(out):
+        return place(out)
     path = Path(out).expanduser()
     if path.is_absolute() or JOB_VARIABLE not in os.environ:
         return path.absolute()
@@ -68,61 +78,151 @@ def connect() -> None:
 def grow(config: CorpusConfig) -> Grown:
     """Do every run of the plan that is not finished, as many at a time as the cluster fits.
 
-    A run that fails for its own reason is recorded in its folder's `failed.json` and does not
-    stop the others; a worker or node that dies is retried, from the last finished level.
+    The largest begin first. A run that fails for its own reason is recorded in its folder's
+    `failed.json` and does not stop the others; a worker or node that dies is retried, from the
+    last finished level.
     """
     folder = output_folder(config.out)
-    plan = {irp.run_folder(run).name: run for run in replace(config, out=str(folder)).runs()}
-    for run in plan.values():
-        irp.check(run)
+    runs = plan.runs(config, folder)
     grown = Grown(folder)
-    grown.found = [name for name in plan if corpus.is_finished(folder / name)]
-    todo = {name: run for name, run in plan.items() if name not in grown.found}
+    grown.found = [name for name in runs if corpus.is_finished(folder / name)]
+    todo = {name: run for name, run in runs.items() if name not in grown.found}
     if todo:
         connect()
-        _run_all(todo, config, folder, grown)
+        _check_fits(config)
+        with _tracked(config, folder, runs) as tracker:
+            _run_all(todo, config, grown, _Watch(folder, todo, tracker))
     if grown.found or grown.done:
         Corpus(folder).write_index()
     return grown
 
 
-def _run_all(todo: dict[str, IRPConfig], config: CorpusConfig, folder: Path, grown: Grown) -> None:
-    task = ray.remote(max_retries=3, num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run)(
-        _one_run
-    )
-    waiting = {task.remote(run, config.cpus_per_run): name for name, run in todo.items()}
-    levels = len(todo) * (config.levels + 1)
+def _check_fits(config: CorpusConfig) -> None:
+    """Raise UsageError if no node could ever hold one run; Ray would wait for ever."""
+    wanted = {
+        "CPU": config.cpus_per_run,
+        "GPU": config.gpus_per_run,
+        "memory": config.memory_gb_per_run * 1e9,
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, amount in wanted.items():
+        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        if amount > most and not _may_grow():
+            shown = f"{most / 1e9:.1f} GB" if name == "memory" else f"{most:g}"
+            raise UsageError(
+                f"a run asks for {amount / 1e9 if name == 'memory' else amount:g} {name}, but no "
+                f"node has more than {shown}; lower {name.lower()}s_per_run "
+                "(memory_gb_per_run for memory)"
+            )
+
+
+def _may_grow() -> bool:
+    """Whether an autoscaler may still add nodes: where we did not start Ray ourselves."""
+    return "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
+
+
+def _run_all(todo: dict[str, IRPConfig], config: CorpusConfig, grown: Grown, watch: _Watch) -> None:
+    task = ray.remote(
+        max_retries=RETRIES,
+        num_cpus=config.cpus_per_run,
+        num_gpus=config.gpus_per_run,
+        memory=int(config.memory_gb_per_run * 1e9),
+    )(_one_run)
+    order = plan.largest_first(todo)
+    waiting = {task.remote(todo[name], config.cpus_per_run): name for name in order}
     with Progress() as progress:
-        bar = progress.bar(f"growing {folder.name}", total=levels, unit="levels")
+        watch.bar = progress.bar(f"growing {grown.folder.name}", watch.levels, "levels")
         while waiting:
-            ready, _ = ray.wait(list(waiting), timeout=POLL_SECONDS)
+            ready, _ = ray.wait(list(waiting), timeout=watch.pause)
             for reference in ready:
-                _collect(waiting.pop(reference), reference, folder, grown)
-            _show(bar, todo, folder, config.levels + 1)
+                name = waiting.pop(reference)
+                _collect(name, reference, grown)
+                watch.ended(name, grown.failed.get(name))
+            watch.look()
 
 
-def _collect(name: str, reference: Any, folder: Path, grown: Grown) -> None:
+def _collect(name: str, reference: Any, grown: Grown) -> None:
     try:
         error = ray.get(reference)
     except ray.exceptions.RayError as died:
         error = str(died).strip().splitlines()[-1]
+    failed = grown.folder / name / FAILED
     if error is None:
         grown.done.append(name)
+        failed.unlink(missing_ok=True)
         return
     grown.failed[name] = str(error)
-    write_json(folder / name / "failed.json", {"error": error, "time": time.time()})
+    try:
+        write_json(failed, {"error": error, "time": time.time()})
+    except UserError:
+        print(f"warning: {failed} could not be written", file=sys.stderr)
 
 
-def _show(bar: Bar, todo: dict[str, IRPConfig], folder: Path, per_run: int) -> None:
-    """Count levels on disk; a finished run has folded its own into one file."""
-    done = 0
-    for name in todo:
-        if corpus.is_finished(folder / name):
-            done += per_run
-        else:
-            done += len(list((folder / name).glob("levels/*/level.safetensors")))
-    if done != bar.done:
-        bar.set(done)
+class _Watch:
+    """Looks at the levels that appear in the folders of the runs, and tells of them."""
+
+    def __init__(self, folder: Path, todo: dict[str, IRPConfig], tracker: Any) -> None:
+        self.folder, self.todo, self.tracker = folder, todo, tracker
+        self.levels = sum(run.levels + 1 for run in todo.values())
+        self.seen: dict[str, list[dict[str, Any]]] = {name: [] for name in todo}
+        self.over: set[str] = set()
+        self.bar: Bar | None = None
+        self.pause = POLL_SECONDS if is_local(folder) else REMOTE_POLL_SECONDS
+
+    def look(self) -> None:
+        """Read the levels that are new; move the bar."""
+        for name in self.todo:
+            if name not in self.over:
+                self._read(name)
+        if self.bar is None:
+            return
+        running = [
+            f"{self.todo[name].model.name} {len(found)}/{self.todo[name].levels + 1}"
+            + (f" {found[-1]['validation_accuracy']:.0%}" if found else "")
+            for name, found in self.seen.items()
+            if found and name not in self.over
+        ]
+        done = sum(len(found) for found in self.seen.values())
+        if done != self.bar.done:
+            shown = ", ".join(running[:SHOWN]) + (" …" if len(running) > SHOWN else "")
+            self.bar.describe(
+                f"growing {self.folder.name}: {len(self.over)}/{len(self.todo)} runs"
+                + (f" ({shown})" if shown else "")
+            )
+            self.bar.set(done)
+
+    def ended(self, name: str, error: str | None) -> None:
+        """Take note of a run that finished or failed."""
+        self._read(name)
+        self.over.add(name)
+        if self.tracker:
+            self.tracker.end(name, error)
+
+    def _read(self, name: str) -> None:
+        folder, found = self.folder / name, self.seen[name]
+        try:
+            if corpus.is_finished(folder):
+                new = read_card(folder / corpus.RUN)["levels"][len(found) :]
+            else:
+                paths = sorted(folder.glob("levels/*/level.safetensors"))
+                new = [read_card(path) for path in paths[len(found) :]]
+        except UserError:
+            return  # Just being folded into the finished run, or damaged: the run says so.
+        found += new
+        if self.tracker and new:
+            self.tracker.levels(name, new)
+
+
+@contextmanager
+def _tracked(config: CorpusConfig, folder: Path, runs: dict[str, IRPConfig]) -> Iterator[Any]:
+    """Give a tracker that logs to MLflow, or None."""
+    if not config.tracking:
+        yield None
+        return
+    from autosparse.integrations import mlflow
+
+    with mlflow.parent_run(f"corpus {folder.name}", folder) as parent:
+        yield mlflow.CorpusTracker(parent, folder, runs)
 
 
 def _one_run(run: IRPConfig, cpus: float) -> str | None:
@@ -131,9 +231,9 @@ def _one_run(run: IRPConfig, cpus: float) -> str | None:
 
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        irp.run_irp(run)
+        irp.run_irp(run, wait=True)
     except UserError as error:
-        return str(error)
+        return " ".join(str(error).split())
     return None
 
 
@@ -141,4 +241,8 @@ def raise_if_failed(grown: Grown) -> None:
     """Raise RunFailed that names the runs that failed."""
     if grown.failed:
         lines = "; ".join(f"{name}: {error}" for name, error in grown.failed.items())
-        raise RunFailed(f"{len(grown.failed)} IRP runs failed: {lines}")
+        total = len(grown.failed) + len(grown.done) + len(grown.found)
+        raise RunFailed(
+            f"{len(grown.failed)} of {total} IRP runs failed: {lines}; "
+            "the same command tries them again"
+        )

@@ -1,0 +1,164 @@
+"""Looking after a corpus: is every byte what was written, and moving runs about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from autosparse import corpus
+from autosparse.corpus import FINISHED, NO_RUNS, RUN, Corpus
+from autosparse.errors import RunFailed, UsageError, UserError
+from autosparse.files import (
+    place,
+    read_card,
+    read_json,
+    read_tensors,
+    replacing,
+    sha256_of_file,
+    write_bytes,
+)
+
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a corpus that is not as it was written."""
+
+    run_id: str
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id}: {self.file}: {self.what}"
+
+
+def verify(path: str | Path) -> Iterator[tuple[str, list[Problem]]]:
+    """Yield every run's id with what is wrong with it, finished or not; [] if all is well."""
+    folder = Corpus(path).path
+    for child in sorted(folder.iterdir()):
+        if child.name not in NO_RUNS and child.is_dir():
+            yield child.name, list(_problems(child))
+
+
+def _problems(folder: Path) -> Iterator[Problem]:
+    name = folder.name
+    if corpus.is_finished(folder):
+        yield from _of_finished(folder)
+        return
+    for path, read in (
+        *((path, read_card) for path in sorted(folder.glob("levels/*/level.safetensors"))),
+        (folder / CARD, read_json),
+    ):
+        try:
+            read(path)
+        except UserError as error:
+            yield Problem(name, path.name, str(error))
+
+
+def _of_finished(folder: Path) -> Iterator[Problem]:
+    name = folder.name
+    try:
+        marker = read_json(folder / FINISHED)
+        expected, digests = marker["sha256"], marker.get("tensors", {})
+    except UsageError as error:
+        yield Problem(name, FINISHED, str(error))
+        return
+    except (KeyError, TypeError):
+        yield Problem(name, FINISHED, "holds no SHA-256; the file is damaged")
+        return
+    if not (folder / RUN).is_file():
+        yield Problem(name, RUN, "is missing")
+        return
+    if sha256_of_file(folder / RUN) == expected:
+        return
+    try:
+        tensors, _ = read_tensors(folder / RUN)
+    except UsageError as error:
+        yield Problem(name, RUN, str(error))
+        return
+    wrong = [
+        key
+        for key, digest in digests.items()
+        if key not in tensors or corpus.sha256_of_tensor(tensors[key]) != digest
+    ]
+    for key in wrong:
+        group, _, parameter = key.partition("/")
+        yield Problem(name, RUN, f"parameter {parameter} ({group}) is not what was written")
+    if not wrong:
+        yield Problem(name, RUN, "its header is not what was written" if digests else
+                      "is not what was written (its SHA-256 differs)")  # fmt: skip
+
+
+def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], list[str]]:
+    """Copy finished runs into another corpus; return (copied, found there already).
+
+    Each is checked on the way, and its commit marker comes last. Raises RunFailed after all that
+    can be copied is, if a run is damaged or is there with another content.
+    """
+    target = place(into)
+    copied, there, problems = [], [], []
+    for source in sources:
+        for folder in Corpus(source).folders():
+            goal = target / folder.name
+            if corpus.is_finished(goal):
+                same = (
+                    read_json(goal / FINISHED)["sha256"] == read_json(folder / FINISHED)["sha256"]
+                )
+                there.append(folder.name)
+                if not same:
+                    problems.append(f"{folder} and {goal} differ; kept {goal}")
+                continue
+            found = list(_problems(folder))
+            if found:
+                problems += [str(problem) for problem in found]
+                continue
+            for name in (RUN, CARD, FINISHED):
+                if (folder / name).is_file():
+                    write_bytes(goal / name, (folder / name).read_bytes())
+            copied.append(folder.name)
+    if copied:
+        Corpus(target).write_index()
+    if problems:
+        raise RunFailed(f"{len(copied)} runs copied; " + "; ".join(problems))
+    return copied, there
+
+
+def export_parquet(path: str | Path, file: str | Path) -> int:
+    """Write a row per prunable weight of every finished run; return how many.
+
+    Columns: run_id, model, parameter, position (row-major, within the parameter), initial
+    (float32), survival (uint8), levels (uint8: survival lies in 0 to that). One row group per
+    parameter, so that a corpus larger than memory can be written and read.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema([
+        ("run_id", text), ("model", text), ("parameter", text), ("position", pa.int64()),
+        ("initial", pa.float32()), ("survival", pa.uint8()), ("levels", pa.uint8()),
+    ])  # fmt: skip
+    rows = 0
+    with replacing(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for folder in Corpus(path).folders():
+            run = corpus.read_run(folder)
+            for name, survival in run.survival.items():
+                count = survival.numel()
+                constant = {"run_id": folder.name, "model": run.card["model"]["name"],
+                            "parameter": name}  # fmt: skip
+                columns = [
+                    pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [value])
+                    for value in constant.values()
+                ]
+                columns += [
+                    pa.array(np.arange(count)),
+                    pa.array(run.initial[name].flatten().float().numpy()),
+                    pa.array(survival.flatten().numpy()),
+                    pa.array(np.full(count, run.levels, np.uint8)),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+                rows += count
+    return rows
