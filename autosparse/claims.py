@@ -7,6 +7,7 @@ of this machine that is gone, is dead and is taken over. Clocks are never compar
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -131,7 +132,7 @@ def _taken(claim: Claim, wait: bool, finished: Callable[[], bool]) -> bool:
             return False
         now = _read(path)
         if now != seen:
-            if seen is not None and not wait:
+            if None not in (seen, now) and not wait:
                 raise UsageError(f"{path.parent} is being worked on by {_owner(now)}")
             seen, since = now, time.monotonic()
         if now is not None and (_owner_is_gone(now) or time.monotonic() - since > EXPIRY):
@@ -147,21 +148,36 @@ def _remove_dead(path: Path, content: str, token: str) -> None:
     """Remove a dead claim; of several who try, one succeeds, and never removes a new one."""
     if not is_local(path):
         if _read(path) == content:
-            path.unlink()
+            with suppress(FileNotFoundError):
+                path.unlink()
         return
     aside = path.with_name(f".{CLAIM}.dead.{token}")
-    with suppress(FileNotFoundError):
+    with _alone_in(path.parent), suppress(FileNotFoundError):
+        if _read(path) != content:
+            return
         path.rename(aside)
-        if aside.read_text() != content:  # Somebody was quicker: that claim is alive.
+        if _read(aside) != content:  # It was renewed just now: it is alive.
             with suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time remove a dead claim, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return None
 
 

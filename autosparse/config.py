@@ -218,6 +218,7 @@ class CorpusConfig:
             for label in self.labels
             for schedule in self.schedules
         ]
+        found = list({run_id(run): run for run in found}.values())  # What is listed twice: once.
         for entry in self.exclude:
             left = [run for run in found if not _matches(run, entry)]
             if len(left) == len(found):

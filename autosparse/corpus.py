@@ -36,7 +36,7 @@ from autosparse.ticket import Ticket
 FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
 REPORT = "report"
-NO_RUNS = (INDEX, REPORT, "mlflow.json")
+NO_RUNS = (INDEX, REPORT, "mlflow.json", "mlflow.db", "mlartifacts")
 """What else lies in a corpus folder."""
 
 
@@ -121,11 +121,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / FINISHED).is_file()
 
 
+def marker_of(folder: Path) -> dict[str, Any]:
+    """Read a run's commit marker; raise UsageError that names it when it is damaged."""
+    marker = read_json(folder / FINISHED)
+    if not isinstance(marker, dict) or "sha256" not in marker:
+        raise UsageError(f"{folder / FINISHED} holds no SHA-256; the file is damaged")
+    return marker
+
+
 def read_run(folder: Path) -> IRPRun:
     """Read a finished run; raise UsageError when it is unfinished or its file was changed."""
     if not is_finished(folder):
         raise UsageError(f"{folder} holds no finished IRP run")
-    if sha256_of_file(folder / RUN) != read_json(folder / FINISHED)["sha256"]:
+    if sha256_of_file(folder / RUN) != marker_of(folder)["sha256"]:
         raise UsageError(f"{folder / RUN} is not what was written (its SHA-256 differs)")
     tensors, card = read_tensors(folder / RUN)
     groups: dict[str, dict[str, Tensor]] = {
@@ -184,9 +192,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of which runs are there, and their content."""
-        entries = [
-            (folder.name, read_json(folder / FINISHED)["sha256"]) for folder in self.folders()
-        ]
+        entries = [(folder.name, marker_of(folder)["sha256"]) for folder in self.folders()]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
     def table(self) -> list[dict[str, Any]]:
@@ -198,9 +204,7 @@ class Corpus:
             if child.name in known:
                 rows.append(known[child.name])
             elif is_finished(child):
-                rows.append(
-                    read_json(child / FINISHED).get("row") or row_of(read_card(child / RUN))
-                )
+                rows.append(_row(child))
         return rows
 
     def _indexed(self) -> list[dict[str, Any]]:
@@ -228,10 +232,7 @@ class Corpus:
         import pyarrow.parquet
 
         path = self.path / INDEX
-        rows = [
-            read_json(folder / FINISHED).get("row") or row_of(read_card(folder / RUN))
-            for folder in self.folders()
-        ]
+        rows = [_row(folder) for folder in self.folders()]
         with replacing(path) as temporary:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
         return path
@@ -251,6 +252,10 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "last acc.": f"{row['final_accuracy']:.1%} at {row['final_density']:.1%}",
         "seconds": round(row["seconds"], 1),
     }
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    return marker_of(folder).get("row") or row_of(read_card(folder / RUN))
 
 
 def row_of(card: dict[str, Any]) -> dict[str, Any]:

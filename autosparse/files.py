@@ -34,7 +34,7 @@ def place(path: str | Path) -> Path:
         _ = found.fs
     except (ValueError, ImportError) as error:
         raise UsageError(f"cannot open {path}: {error}") from None
-    return cast(Path, found)
+    return Path(found.path) if isinstance(found, os.PathLike) else cast(Path, found)
 
 
 def is_local(path: str | Path) -> bool:
@@ -154,11 +154,15 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], card: dict[str, 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raises UsageError that names a missing or damaged file."""
     card = read_card(path)
+    from safetensors import SafetensorError
     from safetensors.torch import load, load_file
 
-    if not is_local(path):
-        return load(place(path).read_bytes()), card
-    return load_file(path), card
+    try:
+        if not is_local(path):
+            return load(place(path).read_bytes()), card
+        return load_file(place(path)), card
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
@@ -169,12 +173,12 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"no such file: {path}")
     try:
         if is_local(path):
-            with safe_open(path, framework="pt") as handle:
+            with safe_open(place(path), framework="pt") as handle:
                 metadata = handle.metadata() or {}
         else:
             metadata = _remote_metadata(place(path))
     except (SafetensorError, ValueError) as error:
-        raise UsageError(f"{path} is damaged or no safetensors file ({error})") from None
+        raise _damaged(path, error) from None
     if "card" not in metadata:
         raise UsageError(f"{path} holds no card: it was not written by autosparse")
     try:
@@ -186,11 +190,19 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return card
 
 
+def _damaged(path: str | Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} is damaged or no safetensors file ({error})")
+
+
 def _remote_metadata(path: Path) -> dict[str, str]:
     """Read a safetensors header only: its length in 8 bytes, then JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(length, 1 << 27))).get("__metadata__", {})
+        header = json.loads(file.read(min(length, 1 << 27)))
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is garbled")
+    return metadata
 
 
 def require(card: dict[str, Any], keys: tuple[str, ...], path: str | Path) -> None:

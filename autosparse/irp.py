@@ -14,8 +14,11 @@ level 0 had after k steps, and go on with step k + 1; the optimizer starts anew.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 from autosparse import corpus, criteria, masks, models
 from autosparse import data as data_module
-from autosparse.claims import Claim, claimed
+from autosparse.claims import CLAIM, Claim, claimed
 from autosparse.compaction import compact, densify
 from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
 from autosparse.data import DataSource
@@ -103,6 +106,7 @@ def run_irp(
     check(config)
     folder = run_folder(config)
     if corpus.is_finished(folder):
+        tidy(folder)
         return folder
     run, card, dense = _prepared(config, folder, on_epoch)
     with claimed(folder, wait=wait, finished=lambda: corpus.is_finished(folder)) as claim:
@@ -116,6 +120,14 @@ def run_irp(
         corpus.write_run(folder, found, store_initial=config.store_initial)
         remove_tree(folder / "levels")
     return folder
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a kill between a run's commit marker and its end has left behind."""
+    with suppress(OSError):  # A corpus that may only be read stays as it is.
+        if (folder / "levels").exists():
+            remove_tree(folder / "levels")
+        (folder / CLAIM).unlink(missing_ok=True)
 
 
 def _prepared(
@@ -199,7 +211,12 @@ class _Run:
         """Return the state dict after step k of level 0, which must be finished; {} for k = 0."""
         if not self.config.rewind_steps:
             return {}
-        return _under(REWIND, read_tensors(self.path(0))[0])
+        tensors, entry = read_tensors(self.path(0))
+        found = _under(REWIND, tensors)
+        if entry.get("rewound", _digest(found)) != _digest(found):
+            problem = UsageError(f"{self.path(0)} is damaged (its state is not what was written)")
+            raise set_aside(self.path(0), "do that level again", problem)
+        return found
 
     def start(self, level: int) -> nn.Module:
         """Return a copy of the dense model that a level starts from."""
@@ -288,7 +305,15 @@ def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int 
         "image_passes": steps * config.training.batch_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    write_tensors(run.path(level), tensors, {**entry, "next": following_fingerprint})
+    rewound = _under(REWIND, tensors)
+    checks = {"next": following_fingerprint, "rewound": _digest(rewound) if rewound else None}
+    write_tensors(run.path(level), tensors, entry | {k: v for k, v in checks.items() if v})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Return a SHA-256 of named tensors."""
+    entries = [[name, corpus.sha256_of_tensor(tensors[name])] for name in sorted(tensors)]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _next_masks(
@@ -310,14 +335,14 @@ def _read_level(
 ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
     try:
         tensors, entry = read_tensors(path)
-        fingerprint = entry.pop("next", None)
+        fingerprint, _ = entry.pop("next", None), entry.pop("rewound", None)
         packed = _under(MASK, tensors)
-        if not packed:
+        if not packed and fingerprint is None:
             return None, entry
         found = {name: masks.unpack(packed[name], mask.shape) for name, mask in current.items()}
         if fingerprint is not None and masks.fingerprint(found) != fingerprint:
             raise UsageError(f"{path} is damaged (its masks are not what was written)")
-    except (UsageError, KeyError, RuntimeError) as error:
+    except (UsageError, KeyError, TypeError, ValueError, RuntimeError) as error:
         problem = error if isinstance(error, UsageError) else UsageError(f"{path} is damaged")
         raise set_aside(path, "do that level again", problem) from None
     return found, entry
@@ -333,7 +358,7 @@ def replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource) -> di
         source: the data that the run was made on.
 
     Bit for bit what the run had, on the same hardware, versions and number of threads. Raises
-    UsageError if the data are others.
+    UsageError if the data are others, or the level has not so many steps.
     """
     if source.fingerprint != run.card["data_fingerprint"]:
         raise UsageError(f"run {run.card['run_id']} was made on other data")
@@ -344,6 +369,9 @@ def replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource) -> di
     first = config.get("rewind_steps", 0) if level else 0
     dense = models.from_recipe(run.card["model"])
     ticket = run.ticket(level) if level else _dense_ticket(run)
+    most = run.card["levels"][level].get("image_passes", 0) // training.batch_size
+    if most and not 1 <= steps <= most:
+        raise UsageError(f"level {level} has steps 1 to {most}, not {steps}")
     model = compact(dense, ticket)
     stepper = PlainStepper(model, training, steps_per_epoch(source.train, training))
     with seeded(config["seed"]):

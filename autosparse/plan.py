@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Iterable
@@ -65,19 +66,16 @@ def _arithmetic(run: IRPConfig) -> float:
     if run.steps_per_level is not None:
         per_level = run.steps_per_level * run.training.batch_size
     try:
-        return operations(run.model.name, _frozen(run.model.options), shape) * (
-            per_level * (run.levels + 1)
-        )
-    except UserError:
-        return 0.0  # The run itself will say what is wrong with its model.
+        per_image = operations(run.model.name, _frozen(run.model.options), shape)
+    except (UserError, ValueError, TypeError, AssertionError, RuntimeError):
+        return 0.0  # Too small an image, or wrong options: the run itself will say so.
+    return per_image * per_level * (run.levels + 1)
 
 
 @cache
-def operations(name: str, options: tuple[tuple[str, Any], ...], shape: Shape) -> int:
-    """Return the floating-point operations of a forward pass of one image."""
-    options_ = dict(options)
-    config = ModelConfig(name, {k: list(v) if isinstance(v, tuple) else v for k, v in
-                                options_.items()})  # fmt: skip
+def operations(name: str, options: str, shape: Shape) -> int:
+    """Return the floating-point operations of a forward pass of one image; options are JSON."""
+    config = ModelConfig(name, json.loads(options))
     model = models.create_for(shape, config, 0).to("meta").eval()
     image = torch.zeros(1, shape.in_chans, shape.image_size, shape.image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -85,8 +83,8 @@ def operations(name: str, options: tuple[tuple[str, Any], ...], shape: Shape) ->
     return counter.get_total_flops()
 
 
-def _frozen(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(options.items()))
+def _frozen(options: dict[str, Any]) -> str:
+    return json.dumps(options, sort_keys=True)
 
 
 def table(config: CorpusConfig, folder: str | Path) -> list[dict[str, Any]]:
@@ -115,6 +113,8 @@ def table(config: CorpusConfig, folder: str | Path) -> list[dict[str, Any]]:
         bytes_ = weights * BYTES_REMADE
         if config.store_initial:
             bytes_ = weights * (BYTES_STORED - 4) + rest
+        if run.rewind_steps:
+            bytes_ += rest  # The whole state after step k.
         rows.append({
             "run_id": name, "model": run.model.name, "data": source.name, "seed": run.seed,
             "label": run.label, "levels": f"{done}/{run.levels + 1}", "weights": weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autosparse import corpus
 from autosparse.corpus import FINISHED, NO_RUNS, RUN, Corpus
@@ -47,10 +48,10 @@ def _problems(folder: Path) -> Iterator[Problem]:
     if corpus.is_finished(folder):
         yield from _of_finished(folder)
         return
-    for path, read in (
-        *((path, read_card) for path in sorted(folder.glob("levels/*/level.safetensors"))),
-        (folder / CARD, read_json),
-    ):
+    files = [(path, read_card) for path in sorted(folder.glob("levels/*/level.safetensors"))]
+    if (folder / CARD).is_file():  # Not there where a run has failed before it began.
+        files.append((folder / CARD, read_json))
+    for path, read in files:
         try:
             read(path)
         except UserError as error:
@@ -60,35 +61,43 @@ def _problems(folder: Path) -> Iterator[Problem]:
 def _of_finished(folder: Path) -> Iterator[Problem]:
     name = folder.name
     try:
-        marker = read_json(folder / FINISHED)
-        expected, digests = marker["sha256"], marker.get("tensors", {})
+        marker = corpus.marker_of(folder)
     except UsageError as error:
         yield Problem(name, FINISHED, str(error))
-        return
-    except (KeyError, TypeError):
-        yield Problem(name, FINISHED, "holds no SHA-256; the file is damaged")
         return
     if not (folder / RUN).is_file():
         yield Problem(name, RUN, "is missing")
         return
-    if sha256_of_file(folder / RUN) == expected:
-        return
+    whole = sha256_of_file(folder / RUN) == marker["sha256"]
     try:
-        tensors, _ = read_tensors(folder / RUN)
+        tensors, card = read_tensors(folder / RUN)
     except UsageError as error:
         yield Problem(name, RUN, str(error))
         return
-    wrong = [
-        key
-        for key, digest in digests.items()
-        if key not in tensors or corpus.sha256_of_tensor(tensors[key]) != digest
-    ]
+    found = {key: corpus.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
+    if whole:
+        yield from _of_marker(name, marker, found, corpus.row_of(card))
+        return
+    digests = marker.get("tensors", {})
+    wrong = [key for key, digest in digests.items() if found.get(key) != digest]
     for key in wrong:
         group, _, parameter = key.partition("/")
         yield Problem(name, RUN, f"parameter {parameter} ({group}) is not what was written")
     if not wrong:
-        yield Problem(name, RUN, "its header is not what was written" if digests else
-                      "is not what was written (its SHA-256 differs)")  # fmt: skip
+        what = f"its header (or the SHA-256 in {FINISHED})" if digests else "it"
+        yield Problem(name, RUN, f"{what} is not what was written (the SHA-256 differs)")
+
+
+def _of_marker(
+    name: str, marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
+) -> Iterator[Problem]:
+    """Compare what else the marker says with the run, which is whole."""
+    expected: dict[str, Any] = {"sha256": marker["sha256"], "tensors": digests}
+    # A later version's row may have more columns.
+    expected["row"] = {key: row.get(key) for key in marker.get("row", {})}
+    for key, value in marker.items():
+        if expected.get(key) != value:
+            yield Problem(name, FINISHED, f"its entry {key!r} is not what was written")
 
 
 def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], list[str]]:
@@ -99,21 +108,16 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
     """
     target = place(into)
     copied, there, problems = [], [], []
-    for source in sources:
-        for folder in Corpus(source).folders():
-            goal = target / folder.name
-            if corpus.is_finished(goal):
-                same = (
-                    read_json(goal / FINISHED)["sha256"] == read_json(folder / FINISHED)["sha256"]
-                )
-                there.append(folder.name)
-                if not same:
-                    problems.append(f"{folder} and {goal} differ; kept {goal}")
-                continue
-            found = list(_problems(folder))
-            if found:
-                problems += [str(problem) for problem in found]
-                continue
+    for folder in [folder for source in sources for folder in Corpus(source).folders()]:
+        goal = target / folder.name
+        found = list(_problems(folder))
+        if found:
+            problems += [str(problem) for problem in found]
+        elif corpus.is_finished(goal):
+            there.append(folder.name)
+            if not _same(folder, goal):
+                problems.append(f"{folder} and {goal} differ; kept {goal}")
+        else:
             for name in (RUN, CARD, FINISHED):
                 if (folder / name).is_file():
                     write_bytes(goal / name, (folder / name).read_bytes())
@@ -123,6 +127,19 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
     if problems:
         raise RunFailed(f"{len(copied)} runs copied; " + "; ".join(problems))
     return copied, there
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two runs hold the same survival; seconds and versions on their cards may differ."""
+    try:
+        first, second = corpus.marker_of(one), corpus.marker_of(other)
+    except UsageError:
+        return False
+    parts = [
+        {k: v for k, v in each.get("tensors", {}).items() if k.startswith("survival/")}
+        for each in (first, second)
+    ]
+    return first["sha256"] == second["sha256"] or (bool(parts[0]) and parts[0] == parts[1])
 
 
 def export_parquet(path: str | Path, file: str | Path) -> int:

@@ -17,7 +17,7 @@ from autosparse.config import (
     SparseTrainConfig,
 )
 from autosparse.errors import RunFailed, UsageError, unknown
-from autosparse.files import read_card
+from autosparse.files import is_local, place, read_card
 from autosparse.progress import Progress, print_table
 
 
@@ -32,7 +32,8 @@ def irp(config: IRPConfig) -> None:
     """Do one IRP run and print its levels."""
     from autosparse import corpus, irp
 
-    config = replace(config, out=str(Path(config.out).absolute()))
+    if is_local(config.out):
+        config = replace(config, out=str(place(config.out).absolute()))
     with Progress() as progress:
         total = (config.levels + 1) * config.training.epochs
         bar = progress.bar("IRP", total=total, unit="epochs")
@@ -266,8 +267,8 @@ USAGE_OF = {
 def inspect(paths: list[str]) -> None:
     """Print what a file or folder is, its card, and a row per layer or run."""
     for path in paths:
-        if Path(path).is_dir():
-            _inspect_folder(Path(path))
+        if place(path).is_dir():
+            _inspect_folder(place(path))
         else:
             _inspect_file(path)
 

@@ -8,15 +8,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from autosparse import data, models
+from autosparse import corpus, data, models
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
+from autosparse.files import place, remove_tree
 
 QUICK = TrainingConfig(epochs=1, batch_size=100, checkpoint_epochs=0)
 SMALL_DIGITS = DataConfig(train_limit=300)
@@ -34,6 +40,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture()
+def remote() -> Iterator[Path]:
+    """A folder that is no local one: in fsspec's memory."""
+    folder = place(f"memory://{secrets.token_hex(8)}")
+    yield folder
+    remove_tree(folder)
 
 
 def make_model(name: str = "test_byobnet", seed: int = 0, **options) -> nn.Module:
@@ -55,3 +69,64 @@ def quick_irp(out: str, **changes) -> IRPConfig:
         "device": "cpu",
     }
     return IRPConfig(**{**settings, "out": out, **changes})
+
+
+def tiny_run(run_id: str = "run1", scale: float = 1.0) -> corpus.IRPRun:
+    """A run of two levels over a layer of four weights and one of three, made by hand."""
+    initial = {
+        "a.weight": torch.tensor([[0.5, -1.0], [2.0, 0.25]]) * scale,
+        "b.weight": torch.tensor([3.0, -4.0, 5.0]) * scale,
+    }
+    survival = {
+        "a.weight": torch.tensor([[0, 1], [2, 2]], dtype=torch.uint8),
+        "b.weight": torch.tensor([2, 0, 1], dtype=torch.uint8),
+    }
+    card = {
+        "run_id": run_id,
+        "prunable": ["a.weight", "b.weight"],
+        "prunable_weights": 7,
+        "model": {"name": "m"},
+        "versions": {},
+        "config": {
+            "model": {"name": "m"}, "data": {"name": "d"}, "seed": 0, "label": "magnitude",
+            "schedule": "linear", "levels": 2, "final_density": 0.5,
+        },
+        "levels": [
+            {
+                "level": level, "density": 1 - level / 4, "validation_accuracy": 0.5 + level / 10,
+                "seconds": 2.0,
+            }
+            for level in range(3)
+        ],
+    }  # fmt: skip
+    return corpus.IRPRun(initial, survival, {"a.bias": torch.zeros(2)}, card)
+
+
+def flip(path: Path, position: int, bit: int = 1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= bit
+    path.write_bytes(bytes(content))
+
+
+HOLDER = (
+    "import sys, time\n"
+    "from pathlib import Path\n"
+    "from autosparse.claims import claimed\n"
+    "with claimed(Path(sys.argv[1])):\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(600)\n"
+)
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen]:
+    """Run a process that holds the claim on a folder until it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()

@@ -6,13 +6,17 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from autosparse import cli, config
+from autosparse import cli, config, irp, verbs
+from autosparse import corpus as corpora
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, PruneConfig, SparseTrainConfig
+from autosparse.files import read_json
+from tests.conftest import flip, quick_irp, tiny_run
 
 DENSE = ("train", "--model.name", "test_resnet", "--data.train_limit", "64")
 QUICK = ("--tracking", "false", "--training.epochs", "1", "--training.batch_size", "16")
@@ -277,6 +281,176 @@ def test_help_lists_the_verbs(flag, capsys):
     said = capsys.readouterr().out
     for verb, (_, description) in cli.VERBS.items():
         assert re.search(rf"^ +{verb} +{re.escape(description)}$", said, flags=re.MULTILINE)
+
+
+# autosparse corpus
+
+
+@pytest.fixture()
+def grown(folder) -> Path:
+    """A corpus of two finished runs, made by hand."""
+    for name in ("run1", "run2"):
+        corpora.write_run(folder / "grown" / name, tiny_run(name))
+    return folder / "grown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["lss", "grown"], ["corpus action 'lss'", "'ls'"]),
+        (["grown"], ["corpus action 'grown'", "verify"]),
+        (["ls"], ["autosparse corpus ls takes one corpus folder"]),
+        (["ls", "grown", "grown"], ["autosparse corpus ls takes one corpus folder"]),
+        (["verify"], ["verify takes one corpus folder"]),
+        (["verify", "grown", "grown"], ["verify takes one corpus folder"]),
+        (["index"], ["index takes one corpus folder"]),
+        (["report", "a", "b"], ["report takes one corpus folder"]),
+        (["merge", "grown"], ["merge takes one or more corpora and the corpus to copy"]),
+        (["export-parquet", "grown"], ["export-parquet takes a corpus and the file to write"]),
+        (["export-parquet", "grown", "a", "b"], ["export-parquet takes a corpus and the file"]),
+        (["ls", "nowhere"], ["no corpus at nowhere"]),
+        (["verify", "nowhere"], ["no corpus at nowhere"]),
+        (["index", "nowhere"], ["no corpus at nowhere"]),
+        (["report", "nowhere"], ["no corpus at nowhere"]),
+        (["merge", "grown", "nowhere", "all"], ["no corpus at nowhere"]),
+        (["export-parquet", "nowhere", "w.parquet"], ["no corpus at nowhere"]),
+        (["ls", "s4://bucket/corpus"], ["cannot open s4://bucket/corpus"]),
+        (["ls", "--all", "grown"], ["paths only, not --all"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_mistake_with_a_corpus_is_one_line(arguments, named, grown, capsys):
+    refuse(capsys, ["corpus", *arguments], *named)
+
+
+def test_corpus_without_an_action(grown, capsys):
+    refuse(capsys, ["corpus"], "autosparse corpus needs a path")
+
+
+def test_help_of_corpus_names_every_action(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("corpus", "--help")
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: autosparse corpus ls DIR | ")
+    assert set(verbs.CORPUS_ACTIONS) == set(verbs.USAGE_OF)
+    for action in verbs.CORPUS_ACTIONS:
+        assert said.count(action) >= 2
+
+
+def test_corpus_ls_lists_finished_runs(grown, capsys):
+    (grown / "run3").mkdir()
+    before = contents(grown)
+    assert run("corpus", "ls", "grown") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "2 finished runs in grown" in said.out
+    assert "run1" in said.out and "run2" in said.out and "run3" not in said.out
+    assert "70.0% at 50.0%" in said.out
+    assert contents(grown) == before
+
+
+def test_corpus_index_is_made_anew(grown, capsys):
+    (grown / "index.parquet").write_bytes(b"")
+    assert run("corpus", "ls", "grown") == 0
+    said = capsys.readouterr()
+    assert "2 finished runs in grown" in said.out
+    assert len(said.err.splitlines()) == 1
+    assert run("corpus", "index", "grown") == 0
+    assert "index of 2 runs: grown/index.parquet" in capsys.readouterr().out
+    assert run("corpus", "ls", "grown") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_corpus_verify_says_that_all_is_well(grown, capsys):
+    (grown / "run2" / "finished.json").unlink()
+    before = contents(grown)
+    assert run("corpus", "verify", "grown") == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("2 runs in grown: every byte is what was written\n", "")
+    assert contents(grown) == before
+
+
+def flipped_tensor(path: Path) -> None:
+    flip(path, -1)  # safetensors puts the uint8 tensors last, by name.
+
+
+def flipped_header(path: Path) -> None:
+    flip(path, path.read_bytes().index(b"magnitude"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flipped_tensor, "run run2: run.safetensors: parameter b.weight (survival) is not"),
+        (flipped_header, "run run2: run.safetensors: its header"),
+        (cut, "run run2: run.safetensors: grown/run2/run.safetensors is damaged"),
+        (Path.unlink, "run run2: run.safetensors: is missing"),
+    ],
+)
+def test_corpus_verify_names_what_is_damaged(damage, named, grown, capsys):
+    damage(grown / "run2" / "run.safetensors")
+    before = contents(grown)
+    assert run("corpus", "verify", "grown") == 1
+    said = capsys.readouterr()
+    (line,) = said.out.splitlines()
+    assert line.startswith(named)
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: 1 of 2 runs in grown are damaged: ")
+    assert contents(grown) == before
+
+
+def test_corpus_merge(grown, folder, capsys):
+    assert run("corpus", "merge", "grown", "all") == 0
+    assert capsys.readouterr().out == "2 runs copied to all, 0 were there already\n"
+    assert run("corpus", "merge", "grown", "all", "all") == 0
+    assert capsys.readouterr().out == "0 runs copied to all, 4 were there already\n"
+    flip(grown / "run1" / "run.safetensors", -1)
+    assert run("corpus", "merge", "grown", "more") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: 1 runs copied; run run1: run.safetensors: parameter b.weight")
+    assert sorted(path.name for path in (folder / "more").iterdir()) == ["index.parquet", "run2"]
+
+
+def test_corpus_export_parquet(grown, folder, capsys):
+    assert run("corpus", "export-parquet", "grown", "w.parquet") == 0
+    assert capsys.readouterr().out == "w.parquet: 14 weights\n"
+    assert pyarrow.parquet.read_metadata(folder / "w.parquet").num_rows == 14
+
+
+def test_corpus_report_draws_figures(folder, capsys):
+    irp.run_irp(quick_irp("grown", levels=1))
+    assert run("corpus", "report", "grown") == 0
+    figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {path.name for path in figures} >= {"levels.png", "survival.png"}
+    for path in figures:
+        assert path.parent == Path("grown/report")
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert run("corpus", "verify", "grown") == 0
+
+
+def test_irp_writes_to_a_url_and_inspect_reads_it(remote, folder, monkeypatch, capsys):
+    monkeypatch.setattr("autosparse.claims.SETTLE", 0.01)
+    given = ["--model.name", "test_byobnet", "--data.train_limit", "300", "--levels", "1",
+             "--training.epochs", "1", "--training.batch_size", "100",
+             "--store_initial", "false", "--ticket", "t.safetensors"]  # fmt: skip
+    assert run("irp", *given, "--out", str(remote)) == 0
+    assert contents(folder).keys() == {"t.safetensors"}
+    (name,) = [path.name for path in remote.iterdir()]
+    assert read_json(remote / name / "finished.json")["row"]["run_id"] == name
+    capsys.readouterr()
+    for arguments in (["corpus", "ls", str(remote)], ["inspect", str(remote)]):
+        assert run(*arguments) == 0
+        assert name in capsys.readouterr().out
+    assert run("corpus", "verify", str(remote)) == 0
+    assert run("inspect", str(remote / name)) == 0
+    assert f"run_id {name}" in capsys.readouterr().out
 
 
 # processes

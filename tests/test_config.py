@@ -85,6 +85,8 @@ def test_defaults_given_explicitly_are_defaults():
     [
         IRPConfig(out="/elsewhere"),
         IRPConfig(device="cuda:1"),
+        IRPConfig(store_initial=False),
+        IRPConfig(ticket="t.safetensors"),
         IRPConfig(data=DataConfig(workers=7)),
         IRPConfig(data=DataConfig(memory_limit_gb=0.5)),
         IRPConfig(data=DataConfig(root="/data/digits")),
@@ -113,7 +115,7 @@ def test_every_other_field_changes_the_run():
             "seed": 1,
         }.items()
     ]
-    local = {"out", "device", "ticket"}
+    local = {"out", "device", "ticket", "store_initial"}
     assert len(changed) == len({spec.name for spec in dataclasses.fields(IRPConfig)} - local)
     assert len({run_id(each) for each in [IRPConfig(), *changed]}) == len(changed) + 1
 
@@ -175,6 +177,121 @@ def test_corpus_plan_is_the_product_of_its_lists():
 
 def test_corpus_run_is_the_run_of_the_irp_verb():
     assert CorpusConfig(out="elsewhere").runs()[0] == IRPConfig(out="elsewhere", device="cpu")
+
+
+PLAN = CorpusConfig(
+    models=[ModelConfig("test_vit"), ModelConfig("test_vit2"), ModelConfig("test_resnet")],
+    data=[DataConfig("digits"), DataConfig("mnist")],
+    seeds=[0, 1],
+)
+
+
+def shown(runs: list[IRPConfig]) -> list[tuple[str, str, int]]:
+    return [(run.model.name, run.data.name, run.seed) for run in runs]
+
+
+def test_every_schedule_gives_a_run_with_what_it_says():
+    plan = CorpusConfig(
+        schedules=[{}, {"levels": 12}, {"final_density": 0.5, "schedule": "linear"}],
+        seeds=[0, 1], levels=4, store_initial=False, rewind_steps=3,
+    )  # fmt: skip
+    common = IRPConfig(device="cpu", store_initial=False, rewind_steps=3, levels=4)
+    first = [
+        common, replace(common, levels=12),
+        replace(common, final_density=0.5, schedule="linear"),
+    ]  # fmt: skip
+    assert plan.runs() == [*first, *(replace(run, seed=1) for run in first)]
+
+
+@pytest.mark.parametrize("key", config.SCHEDULE_KEYS)
+def test_every_key_of_a_schedule_is_a_setting_of_both(key):
+    for kind in (IRPConfig, CorpusConfig):
+        assert key in {spec.name for spec in dataclasses.fields(kind)}
+    value = "linear" if key == "schedule" else "layer" if key == "scope" else 2
+    (run,) = CorpusConfig(schedules=[{key: value}]).runs()
+    assert getattr(run, key) == value
+    assert identity(run) == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"schedules": [{"level": 3}]}, "'level'.*'levels'"),
+        ({"schedules": [{}, {"seed": 3}]}, "key in schedules 'seed'"),
+        ({"schedules": []}, "no run"),
+        ({"models": []}, "no run"),
+        ({"exclude": [{"modell": "x"}]}, "key in exclude 'modell'.*'model'"),
+        ({"exclude": [{"model": "test_vit3"}]}, "{'model': 'test_vit3'} matches no run"),
+        ({"exclude": [{"seed": 0, "model": "nothing"}]}, "matches no run"),
+        ({"exclude": [{"seed": 1}, {"seed": 1}]}, "matches no run"),
+        ({"exclude": [{}]}, "matches no run"),
+        ({"exclude": [{"data": "*"}]}, "no run"),
+        ({"sample": 0}, "sample must be 1 to 12, got 0"),
+        ({"sample": 13}, "sample must be 1 to 12, got 13"),
+        ({"sample": 7, "exclude": [{"seed": 1}]}, "sample must be 1 to 6, got 7"),
+    ],
+)
+def test_corpus_plans_that_cannot_be(changes, named):
+    with pytest.raises(UsageError, match=named):
+        replace(PLAN, **changes).runs()
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left_out"),
+    [
+        ([{"model": "test_vit"}], lambda model, data, seed: model == "test_vit"),
+        ([{"model": "test_vit*"}], lambda model, data, seed: model != "test_resnet"),
+        ([{"model": "test_v?t", "seed": 1}], lambda m, d, s: m == "test_vit" and s == 1),
+        ([{"seed": 1, "data": "m*"}], lambda model, data, seed: seed == 1 and data == "mnist"),
+        ([{"seed": 1}, {"data": "mnist"}], lambda m, data, seed: seed == 1 or data == "mnist"),
+        ([{"levels": 6, "seed": 0}], lambda model, data, seed: seed == 0),
+    ],
+)
+def test_excluded_runs_match_all_of_an_entry(exclude, left_out):
+    expected = [run for run in shown(PLAN.runs()) if not left_out(*run)]
+    assert 0 < len(expected) < 12
+    assert shown(replace(PLAN, exclude=exclude).runs()) == expected
+
+
+def test_a_schedule_can_be_excluded_for_some():
+    plan = CorpusConfig(
+        models=[ModelConfig("a"), ModelConfig("b")],
+        schedules=[{}, {"rewind_steps": 5}],
+        exclude=[{"model": "b", "rewind_steps": 5}],
+    )
+    found = [(run.model.name, run.rewind_steps) for run in plan.runs()]
+    assert found == [("a", 0), ("a", 5), ("b", 0)]
+
+
+def test_a_sample_is_part_of_the_plan_in_its_order_without_repeats():
+    every = PLAN.runs()
+    drawn = set()
+    for seed in range(20):
+        plan = replace(PLAN, sample=5, sample_seed=seed)
+        found = plan.runs()
+        assert found == plan.runs()
+        places = [every.index(run) for run in found]
+        assert len(places) == 5
+        assert places == sorted(set(places))
+        drawn.add(tuple(places))
+    assert len(drawn) > 10
+    assert {place for places in drawn for place in places} == set(range(12))
+    assert replace(PLAN, sample=12).runs() == every
+
+
+def test_a_sample_is_the_same_in_every_version():
+    """A plan that is started again after an update must not become another one."""
+    runs = replace(PLAN, sample=3, sample_seed=1).runs()
+    # random.Random(1).sample(range(12), 3) is [2, 9, 1]; 4 runs per model, 2 per data set.
+    assert shown(runs) == [
+        ("test_vit", "digits", 1), ("test_vit", "mnist", 0), ("test_resnet", "digits", 1),
+    ]  # fmt: skip
+
+
+def test_what_is_excluded_is_never_drawn():
+    for seed in range(10):
+        plan = replace(PLAN, exclude=[{"seed": 1}], sample=6, sample_seed=seed)
+        assert {run.seed for run in plan.runs()} == {0}
 
 
 # plain data

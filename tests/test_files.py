@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ import torch
 from autosparse.config import TrainingConfig
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import (
+    is_local,
+    place,
     read_card,
     read_json,
     read_tensors,
+    remove_tree,
     replacing,
+    set_aside,
     sha256_of_file,
     write_bytes,
     write_json,
@@ -269,3 +274,144 @@ def test_sha256_of_file_reads_all_of_it(tmp_path):
     content = bytes(range(256)) * 5000  # More than one block of 1 MiB.
     (tmp_path / "file").write_bytes(content)
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+# places
+
+
+def test_local_paths_are_paths(tmp_path):
+    for given in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
+        assert place(given) == tmp_path
+        assert isinstance(place(given), Path)
+        assert is_local(given)
+    assert place("corpus/digits") == Path("corpus/digits")
+    assert is_local("corpus")
+
+
+def test_urls_are_places_that_are_not_local(remote):
+    for given in (remote, str(remote), "memory://elsewhere/corpus"):
+        found = place(given)
+        assert not isinstance(found, Path)
+        assert not is_local(given)
+        assert not is_local(found)
+        assert str(found) == str(given)
+        assert str(found / "a" / "b") == f"{given}/a/b"
+
+
+@pytest.mark.parametrize("url", ["s4://bucket/corpus", "nothing://x"])
+def test_a_url_that_nobody_knows_is_named(url):
+    with pytest.raises(UsageError, match=f"cannot open {url}: ") as caught:
+        place(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_to_a_file_url_is_a_local_file(tmp_path):
+    write_tensors(f"file://{tmp_path}/t", TENSORS, CARD)
+    assert read_tensors(tmp_path / "t")[1] == read_tensors(f"file://{tmp_path}/t")[1] == CARD
+    assert names(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize("where", ["tmp_path", "remote"])
+def test_a_tree_is_removed_also_when_it_is_gone(where, request):
+    folder = request.getfixturevalue(where)
+    for name in ("tree/a", "tree/deep/b", "other"):
+        write_text(folder / name, name)
+    for _ in range(2):
+        remove_tree(folder / "tree")
+        assert names(folder) == ["other"]
+        assert not (folder / "tree").exists()
+
+
+@pytest.mark.parametrize("where", ["tmp_path", "remote"])
+def test_a_damaged_file_is_set_aside(where, request):
+    path = request.getfixturevalue(where) / "level.safetensors"
+    for content in ("first", "second"):
+        write_text(path, content)
+        error = set_aside(path, "do it again", ValueError("it is damaged"))
+        assert isinstance(error, UsageError)
+        assert str(error) == (
+            "it is damaged; set aside as level.safetensors.damaged, start again to do it again"
+        )
+        assert names(path.parent) == ["level.safetensors.damaged"]
+        assert path.with_name("level.safetensors.damaged").read_text() == content
+
+
+@pytest.mark.parametrize("where", ["tmp_path", "remote"])
+def test_a_file_that_cannot_be_set_aside_is_to_be_removed(where, request):
+    path = request.getfixturevalue(where) / "gone"
+    error = set_aside(path, "do it again", ValueError("it is damaged"))
+    assert isinstance(error, UsageError)
+    assert str(error).startswith(f"it is damaged; remove {path} and start again (")
+
+
+# places that are not local
+
+
+def test_remote_content_is_what_was_written(remote):
+    path = remote / "deep" / "folder" / "file"
+    for content in (b"first", b"", bytes(range(256)) * 5000):
+        write_bytes(path, content)
+        assert path.read_bytes() == content
+        assert sha256_of_file(path) == sha256_of_file(str(path))
+        assert sha256_of_file(path) == hashlib.sha256(content).hexdigest()
+    write_json(str(path), CARD)
+    assert read_json(path) == read_json(str(path)) == CARD
+    assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failure_leaves_the_old_remote_content(remote, error):
+    write_text(remote / "file", "old")
+    with pytest.raises(error), replacing(remote / "file") as temporary:
+        temporary.write_text("half of the n")
+        assert (remote / "file").read_text() == "old"
+        raise error
+    assert (remote / "file").read_text() == "old"
+    assert names(remote) == ["file"]
+
+
+def test_an_upload_that_fails_is_said_in_one_line(remote, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(remote), "write_bytes", full)
+    with pytest.raises(RunFailed) as caught:
+        write_text(remote / "file", "new")
+    assert "no room on disk" in one_line(caught.value, remote / "file")
+
+
+def test_remote_tensors_round_trip(remote, tmp_path):
+    write_tensors(remote / "t", TENSORS, CARD)
+    write_tensors(tmp_path / "t", TENSORS, CARD)
+    assert (remote / "t").read_bytes() == (tmp_path / "t").read_bytes()
+    for path in (remote / "t", f"{remote}/t"):
+        found, card = read_tensors(path)
+        assert card == read_card(path) == CARD
+        assert found.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 50, 200, -1])
+def test_cut_remote_tensors_are_named(remote, kept):
+    path = remote / "t.safetensors"
+    write_tensors(path, TENSORS, CARD)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UsageError, match=r"memory://.*/t\.safetensors"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("header", [b"[1]", b"null", b'{"__metadata__": 3}', b"{}", b"\xff"])
+def test_garbled_remote_headers_are_named(remote, header):
+    path = remote / "t.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UsageError, match=r"t\.safetensors"):
+        read_card(path)
+
+
+def test_what_is_missing_in_a_remote_place_is_named(remote):
+    for read in (read_json, read_card, read_tensors):
+        with pytest.raises(UsageError, match=f"no such file: {remote}/nowhere"):
+            read(remote / "nowhere")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from autosparse import corpus, data, irp, masks, training
+from autosparse import claims, corpus, data, irp, masks, training, upkeep
+from autosparse.claims import CLAIM
+from autosparse.config import DataConfig
+from autosparse.data import DataSource
 from autosparse.errors import UsageError
-from autosparse.files import read_card
-from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
+from autosparse.files import read_card, read_json, read_tensors, write_tensors
+from tests.conftest import QUICK, SMALL_DIGITS, flip, holder, make_model, quick_irp
 
 
 def test_exponential_schedule_multiplies_by_the_same_factor() -> None:
@@ -276,3 +282,297 @@ def test_horizons_that_cannot_be(tmp_path: Path, changes: dict, message: str) ->
     with pytest.raises(UsageError, match=message):
         irp.run_irp(quick_irp(str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two of its three levels."""
+    config = quick_irp(str(tmp_path_factory.mktemp("begun")))
+    _stop_after_level(config, 1)
+    return irp.run_folder(config)
+
+
+@pytest.fixture()
+def half(begun: Path, tmp_path: Path) -> Path:
+    """A copy of that, to damage."""
+    return Path(shutil.copytree(begun, tmp_path / begun.name))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def other_masks(path: Path) -> None:
+    """Prune other weights than the fingerprint in the header says: a bit of a mask is flipped."""
+    flip(path, -1)
+
+
+def other_fingerprint(path: Path) -> None:
+    tensors, card = read_tensors(path)
+    write_tensors(path, tensors, {**card, "next": "0" * 16})
+
+
+def no_masks(path: Path) -> None:
+    _, card = read_tensors(path)
+    write_tensors(path, {}, card)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("damage", [cut, other_masks, other_fingerprint, no_masks])
+def test_a_damaged_level_is_set_aside_and_done_again_the_same(
+    half: Path, run: corpus.IRPRun, damage, level: int
+) -> None:
+    path = half / "levels" / f"{level:02d}" / "level.safetensors"
+    damage(path)
+    damaged = path.read_bytes()
+    config = quick_irp(str(half.parent))
+    with pytest.raises(UsageError) as caught:
+        irp.run_irp(config, on_epoch=lambda *_: pytest.fail("trained on damaged masks"))
+    assert str(path) in str(caught.value)
+    assert "set aside as level.safetensors.damaged, start again to do" in str(caught.value)
+    assert path.with_name("level.safetensors.damaged").read_bytes() == damaged
+    assert not path.exists()
+    assert not (half / CLAIM).exists()
+    trained: list[int] = []
+    irp.run_irp(config, on_epoch=lambda level, _: trained.append(level))
+    assert trained == [level, 2]
+    again = corpus.read_run(half)
+    for name, survival in run.survival.items():
+        assert torch.equal(again.survival[name], survival)
+
+
+def test_the_bytes_of_a_levels_header_are_looked_at(half: Path, run: corpus.IRPRun) -> None:
+    """Whatever is flipped, the masks that are read are right, or the file is set aside."""
+    path = half / "levels" / "00" / "level.safetensors"
+    whole, expected = path.read_bytes(), run.masks(1)
+    refused = 0
+    size = 8 + int.from_bytes(whole[:8], "little")
+    for position in range(0, size, 3):
+        flip(path, position)
+        try:
+            found, _ = irp._read_level(path, run.masks(0))
+        except UsageError:
+            refused += 1
+        else:
+            assert found is not None
+            assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+        path.write_bytes(whole)
+    assert refused > size / 6
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"7"])
+def test_a_garbled_card_is_set_aside_and_written_anew(half: Path, content: bytes) -> None:
+    config = quick_irp(str(half.parent))
+    whole = read_json(half / "card.json")
+    (half / "card.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"card\.json.*set aside as card\.json\.damaged"):
+        irp.run_irp(config, on_epoch=lambda *_: pytest.fail("trained"))
+    assert (half / "card.json.damaged").read_bytes() == content
+    trained: list[int] = []
+    irp.run_irp(config, on_epoch=lambda level, _: trained.append(level))
+    assert trained == [2]
+    assert read_json(half / "card.json") == whole
+
+
+# One writer
+
+
+def test_a_run_that_another_process_is_at_is_refused_until_that_dies(half: Path) -> None:
+    config = quick_irp(str(half.parent))
+    with holder(half) as process:
+        with pytest.raises(UsageError) as caught:
+            irp.run_irp(config, on_epoch=lambda *_: pytest.fail("trained"))
+        assert f"{half} is being worked on by process {process.pid}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not corpus.is_finished(half)
+    assert json.loads((half / CLAIM).read_text())["pid"] == process.pid
+    assert irp.run_irp(config) == half
+    assert corpus.is_finished(half)
+    assert not (half / CLAIM).exists()
+
+
+def test_who_waits_for_a_run_finds_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "POLL", 0.02)
+    config, at_work, go_on = quick_irp(str(tmp_path)), threading.Event(), threading.Event()
+    found: list[Path] = []
+
+    def hold(entry: dict) -> None:
+        at_work.set()
+        assert go_on.wait(60)
+
+    def wait() -> None:
+        no_training = lambda *_: pytest.fail("trained twice")  # noqa: E731
+        found.append(irp.run_irp(config, on_epoch=no_training, wait=True))
+
+    first = threading.Thread(target=lambda: irp.run_irp(config, on_level=hold))
+    second = threading.Thread(target=wait)
+    first.start()
+    assert at_work.wait(60)
+    with pytest.raises(UsageError, match="is being worked on by process"):
+        irp.run_irp(config)
+    second.start()
+    time.sleep(0.3)
+    assert second.is_alive()
+    assert not found
+    go_on.set()
+    first.join(60)
+    second.join(60)
+    assert found == [irp.run_folder(config)]
+    assert corpus.is_finished(found[0])
+    assert not (found[0] / CLAIM).exists()
+
+
+def test_who_was_taken_over_stops_and_leaves_the_rest_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autosparse.errors import RunFailed
+
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    config = quick_irp(str(tmp_path))
+    folder = irp.run_folder(config)
+    other = json.dumps({"token": "other", "host": "another machine", "pid": 1})
+
+    def stall(entry: dict) -> None:
+        (folder / CLAIM).write_text(other)
+        time.sleep(1)
+
+    with pytest.raises(RunFailed, match="was taken over by another process"):
+        irp.run_irp(config, on_level=stall)
+    assert (folder / CLAIM).read_text() == other
+    assert [path.parent.name for path in folder.glob("levels/*/*")] == ["00"]
+
+
+# Replay
+
+
+def next_masks_by_hand(
+    weights: dict[str, torch.Tensor], within: dict[str, torch.Tensor], count: int
+) -> dict[str, torch.Tensor]:
+    """Of the weights that are left, every layer's largest, and then the largest of all."""
+    scores = {name: weights[name].abs().where(mask, -1) for name, mask in within.items()}
+    for tensor in scores.values():
+        tensor.view(-1)[tensor.argmax()] = float("inf")
+    flat = torch.cat([tensor.flatten() for tensor in scores.values()])
+    threshold = flat.sort(descending=True).values[count - 1]
+    return {name: tensor >= threshold for name, tensor in scores.items()}
+
+
+def check_replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource) -> None:
+    """A level's trained weights, by magnitude, must give the next level's masks."""
+    weights = irp.replay(run, level, steps, source)
+    expected = run.masks(level + 1)
+    found = next_masks_by_hand(weights, run.masks(level), masks.kept(expected))
+    for name, mask in expected.items():
+        assert torch.equal(found[name], mask), name
+        assert not weights[name][~run.masks(level)[name]].count_nonzero()
+
+
+def test_a_replayed_level_gives_the_next_levels_masks(
+    run: corpus.IRPRun, late: corpus.IRPRun, digits: DataSource
+) -> None:
+    check_replay(run, 0, 3, digits)
+    check_replay(run, 1, 3, digits)
+    check_replay(late, 0, 3, digits)
+    check_replay(late, 1, 1, digits)
+
+
+def test_a_replayed_short_level_gives_the_next_levels_masks(
+    tmp_path: Path, digits: DataSource
+) -> None:
+    config = quick_irp(str(tmp_path), steps_per_level=4, store_initial=False)
+    check_replay(corpus.read_run(irp.run_irp(config)), 1, 4, digits)
+
+
+def test_some_steps_of_the_dense_level_are_those_of_the_training(
+    run: corpus.IRPRun, late: corpus.IRPRun, digits: DataSource
+) -> None:
+    expected = state_after(2)
+    for each in (run, late):
+        found = irp.replay(each, 0, 2, digits)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name, tensor in late.rewound.items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_replay_on_other_data_is_refused(run: corpus.IRPRun) -> None:
+    other = data.load(DataConfig(train_limit=310))
+    with pytest.raises(UsageError, match=f"run {run.card['run_id']} was made on other data"):
+        irp.replay(run, 0, 1, other)
+
+
+@pytest.mark.parametrize(
+    ("level", "steps", "message"),
+    [
+        (0, 0, "level 0 has steps 1 to 3, not 0"),
+        (1, 4, "level 1 has steps 1 to 3, not 4"),
+        (3, 1, "levels 0 to 2, not 3"),
+        (-1, 1, "levels 0 to 2, not -1"),
+    ],
+)
+def test_replay_of_what_was_not(
+    run: corpus.IRPRun, digits: DataSource, level: int, steps: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        irp.replay(run, level, steps, digits)
+
+
+def test_replay_of_a_late_level_that_is_too_long(late: corpus.IRPRun, digits: DataSource) -> None:
+    with pytest.raises(UsageError, match="level 1 has steps 1 to 1, not 2"):
+        irp.replay(late, 1, 2, digits)
+
+
+# Places that are not local
+
+
+def test_a_remote_run_goes_on_level_by_level_and_ends_the_same(
+    remote: Path, run: corpus.IRPRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(claims, "SETTLE", 0.01)
+    config = quick_irp(str(remote))
+    folder = irp.run_folder(config)
+    for level in range(2):
+        _stop_after_level(config, level)
+        assert len(list(folder.glob("levels/*/level.safetensors"))) == level + 1
+        assert not (folder / CLAIM).exists()
+    trained: list[int] = []
+    irp.run_irp(config, on_epoch=lambda level, _: trained.append(level))
+    assert trained == [2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "card.json", "finished.json", "run.safetensors",
+    ]  # fmt: skip
+    found = corpus.Corpus(str(remote)).read(folder.name)
+    for name, survival in run.survival.items():
+        assert torch.equal(found.survival[name], survival)
+        assert torch.equal(found.initial[name], run.initial[name])
+    assert [row["run_id"] for row in corpus.Corpus(remote).table()] == [folder.name]
+    corpus.Corpus(remote).write_index()
+    assert [row["run_id"] for row in corpus.Corpus(remote).table()] == [folder.name]
+    assert list(upkeep.verify(remote)) == [(folder.name, [])]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_remote_level_is_set_aside(
+    remote: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "SETTLE", 0.01)
+    config = quick_irp(str(remote))
+    folder = irp.run_folder(config)
+    for path in half.rglob("*"):
+        if path.is_file():
+            goal = folder / path.relative_to(half).as_posix()
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            goal.write_bytes(path.read_bytes())
+    level = folder / "levels" / "01" / "level.safetensors"
+    cut(level)
+    with pytest.raises(UsageError, match=r"level\.safetensors.*set aside"):
+        irp.run_irp(config, on_epoch=lambda *_: pytest.fail("trained"))
+    assert not level.exists()
+    trained: list[int] = []
+    irp.run_irp(config, on_epoch=lambda level, _: trained.append(level))
+    assert trained == [1, 2]

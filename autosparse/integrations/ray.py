@@ -86,6 +86,8 @@ def grow(config: CorpusConfig) -> Grown:
     runs = plan.runs(config, folder)
     grown = Grown(folder)
     grown.found = [name for name in runs if corpus.is_finished(folder / name)]
+    for name in grown.found:
+        irp.tidy(folder / name)
     todo = {name: run for name, run in runs.items() if name not in grown.found}
     if todo:
         connect()

@@ -1,0 +1,311 @@
+"""Claims: one writer per folder, whoever dies, stalls or races."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from autosparse import claims
+from autosparse.claims import CLAIM, claimed
+from autosparse.errors import RunFailed, UsageError
+from autosparse.files import write_json
+from tests.conftest import holder
+
+ELSEWHERE = {"token": "0" * 16, "host": "another machine", "pid": 7, "started": "x", "beats": 3}
+
+
+@pytest.fixture()
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("BEAT", 0.02), ("POLL", 0.02), ("EXPIRY", 0.4), ("SETTLE", 0.1)):
+        monkeypatch.setattr(claims, name, seconds)
+
+
+def content(folder: Path) -> dict:
+    return json.loads((folder / CLAIM).read_text())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def wait_until(true, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+# Held and released
+
+
+def test_the_claim_names_its_owner_and_goes_with_the_body(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with claimed(folder):
+        assert names(folder) == [CLAIM]
+        assert content(folder)["pid"] == os.getpid()
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_claim_goes_when_the_body_fails(tmp_path: Path, error: type) -> None:
+    with pytest.raises(error), claimed(tmp_path):
+        raise error
+    assert names(tmp_path) == []
+    with claimed(tmp_path) as claim:
+        assert claim is not None
+
+
+def test_heartbeats_change_the_file(tmp_path: Path, quick: None) -> None:
+    with claimed(tmp_path) as claim:
+        first = content(tmp_path)
+        wait_until(lambda: content(tmp_path)["beats"] >= first["beats"] + 3)
+        assert content(tmp_path) | {"beats": 0} == first | {"beats": 0}
+        assert claim is not None
+        claim.check()
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_a_file_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with (
+        pytest.raises(RunFailed, match=r"cannot write .*taken") as caught,
+        claimed(tmp_path / "taken"),
+    ):
+        pytest.fail("claimed a file")
+    assert "\n" not in str(caught.value)
+
+
+# Owners that live
+
+
+def test_a_second_claim_of_this_process_is_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path):
+        before = (tmp_path / CLAIM).read_bytes()
+        with pytest.raises(UsageError, match=f"process {os.getpid()} on "), claimed(tmp_path):
+            pytest.fail("claimed twice")
+        assert (tmp_path / CLAIM).read_bytes() == before
+
+
+def test_a_claim_of_a_live_process_is_refused_in_one_line(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        with pytest.raises(UsageError) as caught, claimed(tmp_path):
+            pytest.fail("claimed what another process holds")
+        assert f"{tmp_path} is being worked on by process {process.pid} on " in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert content(tmp_path)["pid"] == process.pid
+        assert names(tmp_path) == [CLAIM]
+
+
+def test_waiting_ends_when_the_owner_is_through(tmp_path: Path, quick: None) -> None:
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def not_finished() -> bool:
+        waiting.set()
+        return False
+
+    def second() -> None:
+        with claimed(tmp_path, wait=True, finished=not_finished) as claim:
+            order.append(f"second, {claim is not None}")
+
+    with claimed(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(20)
+        time.sleep(1.5 * claims.EXPIRY)  # Longer than a dead one would last.
+        order.append("first")
+    thread.join(20)
+    assert order == ["first", "second, True"]
+    assert names(tmp_path) == []
+
+
+def test_waiting_ends_when_there_is_nothing_left_to_do(tmp_path: Path, quick: None) -> None:
+    asked = iter([False, False, True])
+    with claimed(tmp_path):
+        with claimed(tmp_path, wait=True, finished=lambda: next(asked)) as claim:
+            assert claim is None
+        assert content(tmp_path)["pid"] == os.getpid()
+
+
+# Owners that died
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path, reaped: bool) -> None:
+    """Also one that its parent has not waited for. A claim would expire after a minute."""
+    assert claims.EXPIRY >= 60
+    with holder(tmp_path) as process:
+        process.kill()
+        if reaped:
+            process.wait()
+        else:
+            wait_until(lambda: ") Z " in Path(f"/proc/{process.pid}/stat").read_text())
+        assert content(tmp_path)["pid"] == process.pid
+        started = time.monotonic()
+        with claimed(tmp_path) as claim:
+            assert time.monotonic() - started < 20
+            assert claim is not None
+            assert content(tmp_path)["pid"] == os.getpid()
+            assert names(tmp_path) == [CLAIM]
+
+
+def test_a_process_id_that_is_used_again_is_not_the_owner(tmp_path: Path) -> None:
+    with claimed(tmp_path):
+        owner = content(tmp_path)
+    write_json(tmp_path / CLAIM, owner | {"started": "another boot:123"})
+    with claimed(tmp_path) as claim:
+        assert claim is not None
+        assert content(tmp_path)["started"] == owner["started"]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_claim_of_another_machine_expires(tmp_path: Path, quick: None, wait: bool) -> None:
+    write_json(tmp_path / CLAIM, ELSEWHERE)
+    started = time.monotonic()
+    with claimed(tmp_path, wait=wait) as claim:
+        assert claim is not None
+        assert time.monotonic() - started > claims.EXPIRY
+        assert content(tmp_path)["pid"] == os.getpid()
+    assert names(tmp_path) == []
+
+
+def test_a_claim_of_another_machine_that_changes_is_alive(tmp_path: Path, quick: None) -> None:
+    """Waiting for it lasts until it has not changed for so long."""
+    last = [0.0]
+
+    def beat() -> None:
+        for number in range(4, 34):
+            write_json(tmp_path / CLAIM, ELSEWHERE | {"beats": number})
+            last[0] = time.monotonic()
+            time.sleep(claims.EXPIRY / 10)
+
+    write_json(tmp_path / CLAIM, ELSEWHERE)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with claimed(tmp_path, wait=True):
+        assert time.monotonic() - last[0] > claims.EXPIRY / 2
+    thread.join()
+
+
+def test_a_claim_of_another_machine_that_changes_is_refused(tmp_path: Path, quick: None) -> None:
+    stop = threading.Event()
+
+    def beat() -> None:
+        number = 3
+        while not stop.wait(claims.EXPIRY / 10):
+            number += 1
+            write_json(tmp_path / CLAIM, ELSEWHERE | {"beats": number})
+
+    write_json(tmp_path / CLAIM, ELSEWHERE)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UsageError, match="process 7 on another machine"), claimed(tmp_path):
+            pytest.fail("claimed what lives elsewhere")
+    finally:
+        stop.set()
+        thread.join()
+    assert content(tmp_path)["token"] == ELSEWHERE["token"]
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe\x00", b"[1]", b'{"pid": "x"}', b"null"])
+def test_a_garbled_claim_expires(tmp_path: Path, quick: None, garbage: bytes) -> None:
+    (tmp_path / CLAIM).write_bytes(garbage)
+    with claimed(tmp_path) as claim:
+        assert claim is not None
+        assert content(tmp_path)["pid"] == os.getpid()
+    assert names(tmp_path) == []
+
+
+# Stalled
+
+
+def test_an_owner_that_had_stalled_notices_and_leaves_the_new_claim(
+    tmp_path: Path, quick: None
+) -> None:
+    with claimed(tmp_path) as claim:
+        assert claim is not None
+        write_json(tmp_path / CLAIM, ELSEWHERE)
+        wait_until(lambda: claim.lost)
+        with pytest.raises(RunFailed, match=f"{tmp_path} was taken over by another process"):
+            claim.check()
+    assert content(tmp_path) == ELSEWHERE
+
+
+# Races
+
+
+def race(folder: Path, threads: int = 8) -> int:
+    """Let several claim a folder at once; return how many got it, at whatever time."""
+    start, others = threading.Barrier(threads), threading.Event()
+    outcomes: list[bool] = []
+
+    def one() -> None:
+        start.wait()
+        try:
+            with claimed(folder):
+                outcomes.append(True)
+                others.wait(20)
+        except UsageError:
+            outcomes.append(False)
+        if outcomes.count(False) == threads - 1:
+            others.set()
+
+    running = [threading.Thread(target=one) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(60)
+    assert len(outcomes) == threads, "somebody failed"
+    return outcomes.count(True)
+
+
+def dead_claim() -> dict:
+    here = claims.Claim(Path("nowhere"))
+    return here.content() | {"started": "another boot:1"}
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_of_several_who_want_a_folder_one_gets_it(tmp_path: Path, quick: None, dead: bool) -> None:
+    for number in range(25):
+        folder = tmp_path / str(number)
+        if dead:
+            write_json(folder / CLAIM, dead_claim())
+        assert race(folder) == 1
+        assert names(folder) == []
+
+
+# Places that are not local
+
+
+def test_a_remote_claim_is_held_refused_and_released(remote: Path, quick: None) -> None:
+    with claimed(remote / "run"):
+        assert names(remote / "run") == [CLAIM]
+        beats = content(remote / "run")["beats"]
+        wait_until(lambda: content(remote / "run")["beats"] > beats)
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"), claimed(remote / "run"):
+            pytest.fail("claimed twice")
+    assert not (remote / "run" / CLAIM).exists()
+
+
+def test_a_remote_claim_expires(remote: Path, quick: None) -> None:
+    write_json(remote / CLAIM, ELSEWHERE)
+    started = time.monotonic()
+    with claimed(remote) as claim:
+        assert claim is not None
+        assert time.monotonic() - started > claims.EXPIRY
+        assert content(remote)["pid"] == os.getpid()
+
+
+def test_of_several_who_want_a_remote_folder_one_gets_it(
+    remote: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "SETTLE", 0.5)
+    for number in range(2):
+        write_json(remote / str(number) / CLAIM, dead_claim())
+        assert race(remote / str(number)) == 1
