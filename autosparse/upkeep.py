@@ -130,16 +130,16 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two runs hold the same survival; seconds and versions on their cards may differ."""
+    """Whether two runs hold the same tensors; the seconds on their cards may differ."""
     try:
         first, second = corpus.marker_of(one), corpus.marker_of(other)
     except UsageError:
         return False
-    parts = [
-        {k: v for k, v in each.get("tensors", {}).items() if k.startswith("survival/")}
-        for each in (first, second)
-    ]
-    return first["sha256"] == second["sha256"] or (bool(parts[0]) and parts[0] == parts[1])
+    if first["sha256"] == second["sha256"]:
+        return True
+    one_has, other_has = first.get("tensors", {}), second.get("tensors", {})
+    common = one_has.keys() & other_has.keys()
+    return bool(common) and all(one_has[key] == other_has[key] for key in common)
 
 
 def export_parquet(path: str | Path, file: str | Path) -> int:

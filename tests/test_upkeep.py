@@ -217,6 +217,16 @@ def test_merge_keeps_what_was_there_when_the_other_differs(folder: Path, tmp_pat
     assert [run.name for run in Corpus(into).folders()] == ["run1", "run2"]
 
 
+def test_merge_takes_a_run_of_other_seconds_for_the_same(folder: Path, tmp_path: Path) -> None:
+    into = tmp_path / "all"
+    run = tiny_run("run1")
+    for level in run.card["levels"]:
+        level["seconds"] += 1
+    corpus.write_run(into / "run1", run)
+    assert (into / "run1" / RUN).read_bytes() != (folder / "run1" / RUN).read_bytes()
+    assert merge([folder], into) == (["run2"], ["run1"])
+
+
 def test_merge_copies_nothing_when_a_source_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere"):
         merge([folder, tmp_path / "nowhere"], tmp_path / "all")
