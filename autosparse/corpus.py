@@ -258,13 +258,20 @@ def _row(folder: Path) -> dict[str, Any]:
     return marker_of(folder).get("row") or row_of(read_card(folder / RUN))
 
 
+def data_name(data: dict[str, Any]) -> str:
+    """Name a data set on a card: a folder of images or shards by its own name."""
+    if data.get("root") and data["name"] in ("folder", "shards"):
+        return Path(data["root"]).name
+    return data["name"]
+
+
 def row_of(card: dict[str, Any]) -> dict[str, Any]:
     """Return a run's row of the index."""
     config, levels = card["config"], card["levels"]
     return {
         "run_id": card["run_id"],
         "model": config["model"]["name"],
-        "data": config["data"]["name"],
+        "data": data_name(config["data"]),
         "seed": config["seed"],
         "label": config["label"],
         "schedule": config["schedule"],

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autosparse.corpus import REPORT, Corpus, IRPRun
+from autosparse.corpus import REPORT, Corpus, IRPRun, data_name
 from autosparse.corpus_figures import layer_densities, level_curves, survival_map
 from autosparse.errors import UsageError
 from autosparse.files import is_local
@@ -49,10 +49,11 @@ def write_report(
     for folder in corpus.folders():
         run = corpus.read(folder.name)
         config = run.card["config"]
-        kind = (str(config["model"]), config["data"]["name"], config["label"])
+        data = data_name(config["data"])
+        kind = (str(config["model"]), data, config["label"], config["scope"])
         if kind not in shown:
             shown.add(kind)
-            title = f"{config['model']['name']} on {config['data']['name']}, {config['label']}"
+            title = f"{config['model']['name']} on {data}, {config['label']}"
             figures.append(layer_densities(run, out / f"layers-{folder.name}.png", title))
     try:
         figures.append(survival_map(runs(), out / "survival.png", f"Survival in {name}"))
@@ -68,7 +69,7 @@ def level_rows(card: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "run_id": card["run_id"],
             "model": config["model"]["name"],
-            "data": config["data"]["name"],
+            "data": data_name(config["data"]),
             "seed": config["seed"],
             "label": config["label"],
             "level": level["level"],
