@@ -135,8 +135,9 @@ def test_a_corpus_survives_twenty_kills(tmp_path: Path) -> None:
         chaos.cluster.shutdown()
     assert sum(chaos.killed.values()) == KILLS, f"it ended after {chaos.killed}: train for longer"
     assert min(chaos.killed.values()) >= 1
-    names = sorted(path.name for path in whole.iterdir() if path.is_dir())
-    assert sorted(path.name for path in broken.iterdir() if path.is_dir()) == names
+    names, found_names = (sorted(p.parent.name for p in each.glob("*/card.json"))
+                          for each in (whole, broken))  # fmt: skip
+    assert len(names) == 4 and found_names == names
     for name in names:
         expected, found = (read_json(each / name / "finished.json") for each in (whole, broken))
         assert found["tensors"] == expected["tensors"]
