@@ -119,7 +119,7 @@ class IRPConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How each level is trained."""
     label: str = "magnitude"
-    """Criterion that ranks the trained weights of a level: magnitude or snip."""
+    """Criterion that ranks the trained weights of a level: magnitude, snip or lamp."""
     levels: int = 6
     """N: how often the network is pruned."""
     final_density: float = 0.02

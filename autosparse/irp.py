@@ -47,7 +47,7 @@ from autosparse.training import Epoch, PlainStepper, Span, fit, seeded, steps_pe
 from autosparse.training import check as check_training
 from autosparse.versions import library_versions
 
-LABELS = ("magnitude", "snip")
+LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
 MAX_LEVELS = 255
 REWIND, MASK = "rewind/", "mask/"

@@ -92,7 +92,7 @@ class _Left:
 
     def forget_the_dead(self) -> None:
         """Look only at what is alive from now on, once three of four are dead."""
-        if 4 * int(self.per_layer.sum()) > len(self.alive):
+        if 2 * int(self.per_layer.sum()) > len(self.alive):
             return
         alive = [_nonzero(part) for part in self.alive.split(self.sizes)]
         if self.places:
