@@ -7,7 +7,9 @@ does not exist: the optimizer, ZeRO, all-reduce and checkpoints only ever see su
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +42,56 @@ class _Scatter(torch.autograd.Function):
         return gradient.reshape(-1).index_select(0, index), None, None
 
 
+_Made = tuple["weakref.ref[Tensor]", Tensor, Tensor, tuple[int, ...]]
+"""A dense tensor, and the values, index and shape that it was made of."""
+
+
+class _Rescatter:
+    """What autograd keeps of a scattered weight: enough to scatter it again."""
+
+    def __init__(self, made: _Made, kept: Tensor) -> None:
+        _, self.values, self.index, self.shape = made
+        self.view = (kept.shape, kept.stride(), kept.storage_offset())
+
+    def __call__(self) -> Tensor:
+        dense = self.values.new_zeros(self.shape)
+        dense.view(-1).index_copy_(0, self.index.long(), self.values)
+        return dense.as_strided(*self.view)
+
+
+_SCATTERED: dict[int, _Made] | None = None
+"""While `rescattering`: what was scattered, by the address of the dense tensor."""
+
+
+@contextmanager
+def rescattering(enabled: bool = True) -> Iterator[None]:
+    """Run a forward pass so that backward scatters each weight again when it needs it.
+
+    Then a scattered weight lives only while its layer is at work, forward or backward; otherwise
+    autograd keeps all of them until backward. Under autocast it keeps the weights' casts.
+    """
+    global _SCATTERED
+    if not enabled:
+        yield
+        return
+    before, _SCATTERED = _SCATTERED, {}
+
+    def pack(tensor: Tensor) -> Tensor | _Rescatter:
+        made = (_SCATTERED or {}).get(tensor.untyped_storage().data_ptr())
+        if made is None or made[0]() is None:  # Something else may lie there by now.
+            return tensor
+        return _Rescatter(made, tensor)
+
+    def unpack(kept: Tensor | _Rescatter) -> Tensor:
+        return kept() if isinstance(kept, _Rescatter) else kept
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _SCATTERED = before
+
+
 class CompactWeight(nn.Module):
     """Parametrization of one weight by its surviving values.
 
@@ -58,7 +110,11 @@ class CompactWeight(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the dense weight of shape `self.shape` for values of shape [kept]."""
-        return _Scatter.apply(values, self.index, self.shape)  # type: ignore[return-value]
+        dense: Tensor = _Scatter.apply(values, self.index, self.shape)  # type: ignore[assignment]
+        if _SCATTERED is not None:
+            made = (weakref.ref(dense), values.detach(), self.index, self.shape)
+            _SCATTERED[dense.untyped_storage().data_ptr()] = made
+        return dense
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         """Return the surviving values, shape [kept], of a dense weight."""

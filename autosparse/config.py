@@ -31,6 +31,13 @@ def _workers_identity(config: DataConfig) -> int:
     return config.workers if config.name == "shards" else 2
 
 
+def _teacher_identity(config: TrainingConfig) -> str | None:
+    """A teacher is known by its file's content, wherever it lies."""
+    if config.teacher is None or not Path(config.teacher).is_file():
+        return config.teacher
+    return hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()
+
+
 def _root_identity(config: DataConfig) -> str | None:
     """Own data is known by its folder's name, wherever it lies; named sets by their name."""
     if config.root is None or config.name not in ("folder", "shards"):
@@ -98,14 +105,32 @@ class TrainingConfig:
     """Largest norm of the gradient; none by default."""
     label_smoothing: float = 0.0
     """Label smoothing, 0 to 1."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0: off. Needs an even number of images per rank and step."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0: off. With mixup too, each batch gets one of the two."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, which is then evaluated and kept; 0: off."""
+    teacher: str | None = field(default=None, metadata={"identity": _teacher_identity})
+    """File of a trained (dense) model to distil from."""
+    distill_weight: float = 0.5
+    """Share of the loss that comes from the teacher, 0 to 1."""
+    temperature: float = 1.0
+    """Of the softmax of teacher and student when distilling."""
     precision: str = "fp32"
-    """fp32, or bf16: autocast over fp32 weights."""
+    """fp32, or autocast over fp32 weights: bf16; fp16 (with loss scaling) under DeepSpeed."""
     channels_last: bool = False
     """Lay images and kernels out with channels last, which GPUs like for convolutions."""
     compile: bool = False
     """Put the network through torch.compile: worth it on a GPU and for long trainings."""
+    grad_checkpointing: bool = False
+    """Compute activations again in backward, to save memory, where timm's model knows how."""
+    rescatter: bool = False
+    """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
     checkpoint_epochs: int = _local(5)
-    """Save a checkpoint to resume from every so many epochs; 0: never."""
+    """Save a checkpoint to resume from every so many epochs; 0: not by epochs."""
+    checkpoint_steps: int = _local(0)
+    """Also save one every so many steps within an epoch; 0: not by steps."""
 
 
 @dataclass(frozen=True)
@@ -347,9 +372,11 @@ class SparseTrainConfig:
     """Train tickets, or the dense model where no ticket is given."""
 
     tickets: list[str] | str = _local([])
-    """A ticket file or pattern, or a list of them; each is trained into its own folder."""
+    """A ticket file, pattern or registered models:/NAME@ALIAS, or a list; one folder for each."""
+    prune: PruneConfig | None = None
+    """Prune at the start, if no ticket is given: what `autosparse prune` takes."""
     model: ModelConfig | None = None
-    """The model, if no ticket is given: trained dense."""
+    """The model, if there is neither ticket nor pruning: trained dense."""
     data: DataConfig | None = None
     """The data; by default what the ticket was made on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

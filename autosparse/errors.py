@@ -22,6 +22,12 @@ class RunFailed(UserError):
     """A run that was rightly asked for failed on its way: NaN loss, a full disk (exit code 1)."""
 
 
+class Stopped(UserError):
+    """A run that was told to stop has saved all it did (exit code 75: try again later)."""
+
+    exit_code = 75
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or ""."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -16,19 +16,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.optim import list_optimizers
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from autosparse.compaction import MARK
+from autosparse import recipe
+from autosparse.compaction import rescattering
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource, Split
-from autosparse.errors import RunFailed, UsageError, unknown
+from autosparse.data.source import Batch
+from autosparse.errors import RunFailed, Stopped, UsageError, unknown
 from autosparse.files import write_bytes
 from autosparse.models import device_of
+from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.recipe import Recipe, make_ema, step_seed
 
 EVALUATION_BATCH = 256
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "tanh", "poly", "none")
 
 
@@ -55,9 +59,13 @@ class Epoch:
 
 @dataclass
 class History:
-    """All epochs so far, and the seconds that training has taken."""
+    """All epochs so far, and how far the epoch under way has come."""
 
     epochs: list[Epoch] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps that the epoch under way has made (on rank 0)."""
+    seconds_before: float = 0.0
+    """What the epoch under way took before it was cut."""
 
     @property
     def seconds(self) -> float:
@@ -65,6 +73,15 @@ class History:
 
     def plain(self) -> list[dict[str, float]]:
         return [vars(epoch) for epoch in self.epochs]
+
+    def state(self) -> dict[str, Any]:
+        """Return it as plain data, for a checkpoint."""
+        return {**vars(self), "epochs": self.plain()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> History:
+        """Undo `state`."""
+        return cls(**{**state, "epochs": [Epoch(**epoch) for epoch in state["epochs"]]})
 
 
 class Stepper(Protocol):
@@ -74,10 +91,16 @@ class Stepper(Protocol):
     scheduler: Any
     updates: int
     """Steps made so far."""
+    seed: int
+    """Of what a step draws, such as mixing."""
 
     @property
     def model(self) -> nn.Module:
-        """What evaluation calls: images -> outputs."""
+        """What is trained: images -> outputs."""
+        ...
+
+    def evaluated(self) -> nn.Module:
+        """Return what evaluation calls, the same on every rank: the model, or its average."""
         ...
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -105,19 +128,23 @@ class PlainStepper:
     """One process, plain PyTorch."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
-        self.model, self.config, self.ranks = model, config, Ranks()
+        check(config)
+        if config.precision == "fp16":
+            raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+        self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
+        set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
-        self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
         self.updates = 0
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = torch.compile(model) if config.compile else model
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.config, images.device):
-            loss = self.loss_fn(self.network(images).float(), labels)
+        images, targets = self.recipe.mix(images, labels, step_seed(self.seed, self.updates))
+        with autocast(self.config, images.device), rescattering(self.config.rescatter):
+            outputs = self.network(images).float()
+        loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -125,13 +152,18 @@ class PlainStepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         advance(self.scheduler, self.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, self.updates)
         return loss.detach()
+
+    def evaluated(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        return self.evaluated().state_dict()
 
     def save(self, folder: Path, history: History) -> None:
         state = {
@@ -139,7 +171,8 @@ class PlainStepper:
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
             "rng": torch.get_rng_state(),
-            "history": history.plain(),
+            "history": history.state(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
         whole = io.BytesIO()
         torch.save(state, whole)
@@ -152,10 +185,26 @@ class PlainStepper:
         state = torch.load(path, map_location=device_of(self.model), weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
         torch.set_rng_state(state["rng"].cpu())
         self.updates = state["updates"]
         advance(self.scheduler, self.updates)
-        return History([Epoch(**epoch) for epoch in state["history"]])
+        return History.of_state(state["history"])
+
+
+def set_up(model: nn.Module, config: TrainingConfig) -> None:
+    """Lay out and prepare a model for training, in place."""
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError):
+            raise UsageError(
+                f"timm's {type(model).__name__} has no activation checkpointing; "
+                "leave out training.grad_checkpointing"
+            ) from None
 
 
 def check(config: TrainingConfig) -> None:
@@ -169,64 +218,7 @@ def check(config: TrainingConfig) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
-
-
-def optimizer_and_schedule(
-    model: nn.Module, config: TrainingConfig, steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """Build timm's optimizer and scheduler; the scheduler is None for a constant rate.
-
-    timm exempts 1-D parameters from weight decay; compact weights are 1-D and yet weights, so
-    the groups are made here.
-    """
-    check(config)
-    try:
-        optimizer = create_optimizer_v2(
-            parameter_groups(model, config.weight_decay),  # type: ignore[arg-type]
-            opt=config.optimizer,
-            lr=config.learning_rate,
-            weight_decay=0.0,
-            **config.optimizer_options,
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {config.optimizer}: {error}") from None
-    if config.schedule == "none":
-        return optimizer, None
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.schedule,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-        warmup_prefix=False,
-        warmup_lr=0.0,
-        min_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    advance(scheduler, 0)
-    return optimizer, scheduler
-
-
-def advance(scheduler: Any, updates: int) -> None:
-    """Set the rate for the step after `updates` steps."""
-    if scheduler is not None:
-        scheduler.step_update(updates)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: weights, which decay, and biases, norms and what timm exempts."""
-    exempt = set(getattr(model, "no_weight_decay", set)())
-    decay, none = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        weight = parameter.ndim > 1 or MARK in name
-        (decay if weight and name not in exempt else none).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": none, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    recipe.check(config)
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
@@ -255,6 +247,16 @@ class Span:
     """Stop after so many steps, evaluated once, at the end; by default after all epochs."""
 
 
+class Watch:
+    """Looks on at every step; see progress.StepWatch."""
+
+    def waited(self, seconds: float) -> None:
+        """Take note of how long a step waited for its images."""
+
+    def stepped(self, number: int, images: int, loss: Tensor, stepper: Stepper) -> None:
+        """Take note of a step: its number (from 1), images on this rank, loss on its device."""
+
+
 def fit(
     stepper: Stepper,
     source: DataSource,
@@ -265,11 +267,14 @@ def fit(
     on_epoch: Callable[[Epoch], None] | None = None,
     span: Span | None = None,
     on_step: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> History:
     """Train for `config.epochs`, going on from the checkpoint in `folder` if there is one.
 
     The order of images and their augmentation come from (seed, epoch), so a run that was cut
-    short ends as the unbroken one does. Raises RunFailed, naming the step, on a NaN loss.
+    short goes on with the very images that remain, and ends as the unbroken one does. Raises
+    RunFailed, naming the step, on a NaN loss.
 
     Args:
         stepper: makes the steps.
@@ -280,84 +285,140 @@ def fit(
         on_epoch: called after every epoch, evaluation included.
         span: the steps to make, if not all of them.
         on_step: called after every step with the number of steps made.
+        watch: looks on at every step.
+        stop: asked after every step; if it says so, a checkpoint is written and Stopped raised.
     """
-    span = span or Span()
-    history = stepper.load(folder) if folder else None
-    if history is None:
-        history, stepper.updates = History(), span.first
-        advance(stepper.scheduler, span.first)
-    per_epoch = steps_per_epoch(source.train, config, stepper.ranks.world_size)
-    skipped = span.first // per_epoch
-    epochs = config.epochs if span.last is None else -(-span.last // per_epoch)
-    if span.first >= (span.last or epochs * per_epoch):
-        raise UsageError(
-            f"training starts after step {span.first} and has {span.last or epochs * per_epoch} "
-            "steps; train for more epochs"
-        )
-    for epoch in range(skipped + len(history.epochs), epochs):
-        started = time.perf_counter()
-        loss = _train_epoch(stepper, source, config, seed, epoch, span, on_step)
-        if span.last is not None and epoch + 1 < epochs:
-            continue
-        result = evaluate(stepper.model, source, source.validation, stepper.ranks)
-        history.epochs.append(
+    return _Fit(
+        stepper, source, config, seed, folder, on_epoch, span or Span(), on_step, watch or Watch(),
+        stop or (lambda: False),
+    ).run()  # fmt: skip
+
+
+@dataclass
+class _Fit:
+    """What `fit` was called with, and the epoch under way."""
+
+    stepper: Stepper
+    source: DataSource
+    config: TrainingConfig
+    seed: int
+    folder: Path | None
+    on_epoch: Callable[[Epoch], None] | None
+    span: Span
+    on_step: Callable[[int], None] | None
+    watch: Watch
+    stop: Callable[[], bool]
+
+    def run(self) -> History:
+        """Train, epoch by epoch."""
+        stepper, span = self.stepper, self.span
+        stepper.seed = self.seed
+        self.per_epoch = steps_per_epoch(self.source.train, self.config, stepper.ranks.world_size)
+        epochs = self.config.epochs if span.last is None else -(-span.last // self.per_epoch)
+        last = span.last or epochs * self.per_epoch
+        if span.first >= last:
+            raise UsageError(
+                f"training starts after step {span.first} and has {last} steps; "
+                "train for more epochs"
+            )
+        found = stepper.load(self.folder) if self.folder else None
+        if found is None:
+            stepper.updates = span.first
+            advance(stepper.scheduler, span.first)
+        self.history = found or History()
+        for epoch in range(span.first // self.per_epoch + len(self.history.epochs), epochs):
+            self.started = time.perf_counter() - self.history.seconds_before
+            self.train(epoch)
+            if span.last is None or epoch + 1 == epochs:
+                self.finish(epoch)
+            self.history.losses, self.history.seconds_before = [], 0.0
+            every = self.config.checkpoint_epochs
+            if every and epoch + 1 < epochs and (epoch + 1) % every == 0:
+                self.save()
+        return self.history
+
+    def train(self, epoch: int) -> None:
+        """Make the epoch's steps that remain, without waiting for the device."""
+        before = epoch * self.per_epoch
+        first = max(self.span.first - before, 0) + len(self.history.losses)
+        self.losses: list[Tensor] = []
+        self.stepper.model.train()
+        for number, (images, labels) in enumerate(self.images(epoch, first), start=before + first):
+            if self.span.last is not None and number >= self.span.last:
+                break
+            self.losses.append(self.stepper.step(images, labels))
+            self.watch.stepped(number + 1, len(labels), self.losses[-1], self.stepper)
+            if self.on_step:
+                self.on_step(number + 1)
+            self.pause(more=number + 1 < before + self.per_epoch)
+        self.check()
+
+    def images(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield the epoch's batches from step `first` on, augmented and normalised."""
+        ranks = self.stepper.ranks
+        each = self.config.batch_size // ranks.world_size
+        generator = self.source.augmentation(self.seed, epoch, ranks.rank)
+        self.source.skip(generator, each, first)
+        batches = self.source.train.shuffled(
+            each, seed=self.seed, epoch=epoch, rank=ranks.rank, world_size=ranks.world_size,
+            first=first,
+        )  # fmt: skip
+        asked = time.perf_counter()
+        for images, labels in batches:
+            prepared = self.source.prepare(images, generator)
+            self.watch.waited(time.perf_counter() - asked)
+            yield prepared, labels
+            asked = time.perf_counter()
+
+    def pause(self, *, more: bool) -> None:
+        """Write a checkpoint if one is due within the epoch; stop if that is asked for."""
+        stop, every = self.stop(), self.config.checkpoint_steps
+        if (stop or (every and self.stepper.updates % every == 0)) and (more or stop):
+            self.check()
+            self.save()
+        if stop:
+            raise Stopped(
+                f"stopped after step {self.stepper.updates}; the same command goes on from there"
+            )
+
+    def check(self) -> None:
+        """Take the losses off the device; raise RunFailed at the first that is no number."""
+        if not self.losses:
+            return
+        values = torch.stack(self.losses).tolist()
+        for place, value in enumerate(values):
+            if not math.isfinite(value):
+                step = self.stepper.updates - len(values) + place + 1
+                raise RunFailed(
+                    f"the loss is {value} at step {step} (epoch {len(self.history.epochs) + 1}); "
+                    "lower training.learning_rate or set training.clip_grad"
+                )
+        self.history.losses += values
+        self.losses = []
+
+    def finish(self, epoch: int) -> None:
+        """Evaluate the epoch and add it to the history."""
+        stepper, source, losses = self.stepper, self.source, self.history.losses
+        result = evaluate(stepper.evaluated(), source, source.validation, stepper.ranks)
+        self.history.epochs.append(
             Epoch(
                 epoch=epoch + 1,
-                train_loss=loss,
+                train_loss=sum(losses) / len(losses),
                 validation_loss=result.loss,
                 validation_accuracy=result.accuracy,
                 learning_rate=stepper.learning_rate(),
-                seconds=time.perf_counter() - started,
+                seconds=time.perf_counter() - self.started,
             )
         )
-        if on_epoch:
-            on_epoch(history.epochs[-1])
-        every, more = config.checkpoint_epochs, epoch + 1 < epochs
-        if folder and every and more and (epoch + 1) % every == 0:
-            stepper.save(folder, history)
-    return history
+        if self.on_epoch:
+            self.on_epoch(self.history.epochs[-1])
 
-
-def _train_epoch(
-    stepper: Stepper,
-    source: DataSource,
-    config: TrainingConfig,
-    seed: int,
-    epoch: int,
-    span: Span,
-    on_step: Callable[[int], None] | None,
-) -> float:
-    """Train one epoch without waiting for the device; return the mean loss of this rank."""
-    ranks = stepper.ranks
-    generator = source.augmentation(seed, epoch, ranks.rank)
-    batches = source.train.shuffled(
-        config.batch_size // ranks.world_size,
-        seed=seed,
-        epoch=epoch,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    stepper.model.train()
-    before = epoch * steps_per_epoch(source.train, config, ranks.world_size)
-    losses = []
-    for number, (images, labels) in enumerate(batches, start=before):
-        if span.last is not None and number >= span.last:
-            break
-        pixels = source.prepare(images, generator)
-        if number < span.first:
-            continue
-        losses.append(stepper.step(pixels, labels))
-        if on_step:
-            on_step(number + 1)
-    values = torch.stack(losses).tolist()
-    for place, value in enumerate(values):
-        if not math.isfinite(value):
-            step = max(before, span.first) + place + 1
-            raise RunFailed(
-                f"the loss is {value} at step {step} (epoch {epoch + 1}); "
-                "lower training.learning_rate or set training.clip_grad"
-            )
-    return sum(values) / len(values)
+    def save(self) -> None:
+        """Write a checkpoint, if there is a folder for it."""
+        if self.folder:
+            if self.history.losses:
+                self.history.seconds_before = time.perf_counter() - self.started
+            self.stepper.save(self.folder, self.history)
 
 
 @dataclass(frozen=True)

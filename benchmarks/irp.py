@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from autosparse import corpus, masks, models, training
+from autosparse import corpus, masks, models, optimizers, training
 from autosparse.compaction import compact
 from autosparse.config import CorpusConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
@@ -103,7 +103,7 @@ def train(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], after_step: Callable[[], None]
 ) -> Callable[[], Any]:
     """Return a job: an epoch of a plain PyTorch loop at the peak learning rate."""
-    optimizer, _ = training.optimizer_and_schedule(model, replace(TRAINING, schedule="none"), 1)
+    optimizer, _ = optimizers.optimizer_and_schedule(model, replace(TRAINING, schedule="none"), 1)
 
     def job() -> None:
         model.train()

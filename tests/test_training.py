@@ -14,13 +14,12 @@ from autosparse import compact, prune
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError
+from autosparse.optimizers import optimizer_and_schedule, parameter_groups
 from autosparse.training import (
     PlainStepper,
     Span,
     evaluate,
     fit,
-    optimizer_and_schedule,
-    parameter_groups,
     seeded,
     steps_per_epoch,
 )

@@ -32,9 +32,10 @@ class Split(Protocol):
         ...
 
     def shuffled(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        """Yield whole batches in an order fixed by (seed, epoch); as many on every rank."""
+        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
+        first: int = 0,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """Yield whole batches in an order fixed by (seed, epoch), from step `first` on."""
         ...
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
@@ -60,14 +61,15 @@ class MemorySplit:
         return len(self) // (batch_size * world_size)
 
     def shuffled(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
+        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
+        first: int = 0,
+    ) -> Iterator[Batch]:  # fmt: skip
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         step = batch_size * world_size
-        for start in range(0, len(self) - step + 1, step):
-            first = start + rank * batch_size
-            chosen = order[first : first + batch_size]
+        for start in range(first * step, len(self) - step + 1, step):
+            mine = start + rank * batch_size
+            chosen = order[mine : mine + batch_size]
             yield self.images[chosen], self.labels[chosen]
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
@@ -117,6 +119,13 @@ class DataSource:
         if generator is not None and self.augment != "none":
             images = augmented(images, generator, flip=self.augment.endswith("flip"))
         return prepare(images, self.mean, self.std)
+
+    def skip(self, generator: torch.Generator, batch_size: int, steps: int) -> None:
+        """Draw what `prepare` would draw for so many batches, and throw it away."""
+        if self.augment != "none":
+            reach = max(1, self.image_size // 8)
+            for _ in range(steps):
+                _draws(batch_size, reach, generator)
 
     def augmentation(self, seed: int, epoch: int, rank: int = 0) -> torch.Generator:
         """Return what draws an epoch's augmentation on one rank."""
@@ -194,14 +203,20 @@ def augmented(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tens
     """
     count, channels, height, width = images.shape
     reach = max(1, height // 8)
-    draws = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
-    mirror = torch.randint(0, 2, (count, 1), generator=generator).bool() & flip
+    draws, mirror = _draws(count, reach, generator)
+    mirror = mirror & flip
     rows = (torch.arange(height) + draws[0]).clamp(0, height - 1)
     columns = (torch.arange(width) + draws[1]).clamp(0, width - 1)
     columns = torch.where(mirror, columns.flip(1), columns)
     flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1).to(images.device)
     index = flat.expand(count, channels, height * width)
     return images.flatten(2).gather(2, index).view_as(images)
+
+
+def _draws(count: int, reach: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw offsets [2, count, 1] and whether to mirror [count, 1]."""
+    draws = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    return draws, torch.randint(0, 2, (count, 1), generator=generator).bool()
 
 
 def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,133 @@
+"""What modern training adds to a step, from timm's parts: mixing, soft targets, distillation, EMA.
+
+Mixup: H. Zhang et al. (ICLR 2018), arXiv 1710.09412. CutMix: S. Yun et al. (ICCV 2019),
+arXiv 1905.04899. Distillation: G. Hinton et al., arXiv 1503.02531.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autosparse import models
+from autosparse.compaction import load_state
+from autosparse.config import TrainingConfig
+from autosparse.errors import UsageError
+from autosparse.models import device_of
+from autosparse.ticket import Ticket
+
+
+class Recipe:
+    """Labels and loss of a step.
+
+    Args:
+        config: mixup, cutmix, label_smoothing, teacher, distill_weight and temperature count.
+        model: what is trained; says how many classes there are, and where.
+    """
+
+    def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
+        check(config)
+        self.config = config
+        self.hard = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.soft = SoftTargetCrossEntropy()
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            classes = getattr(model, "num_classes", None)
+            if not classes:
+                raise UsageError("training.mixup and cutmix need a model that has num_classes")
+            self.mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.label_smoothing,
+                num_classes=classes,
+            )
+        self.teacher = load_teacher(config.teacher, device_of(model)) if config.teacher else None
+
+    def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return images and targets of a step: labels [B], or probabilities [B, classes].
+
+        Args:
+            images: [B, C, H, W], normalised; B even if images are mixed.
+            labels: [B].
+            seed: of what is drawn.
+        """
+        if self.mixup is None:
+            return images, labels
+        with _numpy_seeded(seed):
+            return self.mixup(images.clone(), labels)
+
+    def loss(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of outputs [B, classes] for what `mix` gave.
+
+        With a teacher: (1 - w) * loss + w * T^2 * KL(teacher / T || outputs / T).
+        """
+        criterion = self.hard if targets.ndim == 1 else self.soft
+        loss = criterion(outputs, targets)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = self.teacher(images).float()
+        weight, temperature = self.config.distill_weight, self.config.temperature
+        divergence = functional.kl_div(
+            functional.log_softmax(outputs / temperature, dim=1),
+            functional.log_softmax(taught / temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - weight) * loss + weight * temperature**2 * divergence
+
+
+def check(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    for name in ("mixup", "cutmix"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
+    for name in ("label_smoothing", "ema", "distill_weight"):
+        value = getattr(config, name)
+        if not 0 <= value < 1 and (name, value) != ("distill_weight", 1.0):
+            raise UsageError(f"training.{name} must be 0 to 1, got {value}")
+    if config.temperature <= 0:
+        raise UsageError(f"training.temperature must be above 0, got {config.temperature}")
+
+
+def load_teacher(path: str, device: torch.device) -> nn.Module:
+    """Return the dense, frozen model of a trained ticket's file, in eval mode."""
+    ticket = Ticket.load(Path(path))
+    model = models.from_recipe(ticket.card["model"])
+    load_state(model, ticket)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def make_ema(model: nn.Module, config: TrainingConfig) -> ModelEmaV3 | None:
+    """Return timm's moving average of a model's values (compact ones stay compact), if asked for.
+
+    Its decay is warmed up, so that short trainings are not held back by the initial weights.
+    """
+    if not config.ema:
+        return None
+    return ModelEmaV3(model, decay=config.ema, use_warmup=True)
+
+
+@contextmanager
+def _numpy_seeded(seed: int) -> Iterator[None]:
+    """Run with NumPy's global RNG, which timm's Mixup draws from, at `seed`."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+def step_seed(seed: int, updates: int, rank: int = 0) -> int:
+    """Return what a step's dropout and mixing are drawn with: the same after a resume."""
+    return ((seed * 1_000_003 + updates) * 4099 + rank) % 2**63
