@@ -55,7 +55,7 @@ class Bar:
 
     def __init__(self, owner: Progress, description: str, total: float, unit: str) -> None:
         self.owner, self.description, self.total, self.unit = owner, description, total, unit
-        self.done, self.started = 0.0, time.monotonic()
+        self.done, self.before, self.started = 0.0, 0.0, time.monotonic()
         self.last_line = self.started
         self.task = owner._rich.add_task(description, total=total, unit=unit, rate="")
 
@@ -63,6 +63,11 @@ class Bar:
         """Change the text."""
         self.description = description
         self.owner._rich.update(self.task, description=description)
+
+    def start_at(self, done: float) -> None:
+        """Say how many were done earlier; they do not count for the rate."""
+        self.done = self.before = done
+        self.owner._rich.update(self.task, completed=done)
 
     def advance(self, count: float = 1) -> None:
         """Count `count` more as done."""
@@ -72,10 +77,11 @@ class Bar:
         """Say how many are done."""
         self.done = done
         seconds = time.monotonic() - self.started
-        rate = f"{done / seconds:.2g} {self.unit}/s" if seconds and done else ""
+        here = done - self.before
+        rate = f"{here / seconds:.3g} {self.unit}/s" if seconds and here else ""
         self.owner._rich.update(self.task, completed=done, rate=rate)
         if self.owner.lines and self._line_is_due():
-            left = (self.total - done) / done * seconds if done else float("nan")
+            left = (self.total - done) / here * seconds if here else float("nan")
             print(
                 f"{self.description}: {done:g}/{self.total:g} {self.unit}, {rate}, "
                 f"{left:.0f} s left",

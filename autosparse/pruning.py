@@ -14,9 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse import criteria, masks, paths
+from autosparse import criteria, masks, models, paths
 from autosparse import data as data_module
-from autosparse.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
+from autosparse.config import (
+    DataConfig,
+    PruneConfig,
+    ScoringConfig,
+    check_sparsity,
+    keep_count,
+    plain,
+)
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import LossFn, Shared, counting
@@ -117,6 +124,30 @@ def prune(
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
     )  # fmt: skip
     return choose(model, scores, card, ranks=ranks)
+
+
+def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
+    """Make the model that a config names and prune it as it says."""
+    source = data_module.load(config.data)
+    model = models.create_for(source, config.model, config.seed)
+    selection = Selection(
+        config.scope,
+        config.allocation,
+        config.allocation_options,
+        config.guard,
+        config.pattern,
+    )
+    return prune(
+        model.to(models.choose_device(config.device)),
+        source,
+        config.criterion,
+        config.sparsity,
+        selection=selection,
+        scoring=config.scoring,
+        seed=config.seed,
+        options=config.options,
+        ranks=ranks,
+    )
 
 
 @dataclass(frozen=True)

@@ -120,12 +120,12 @@ def make_ema(model: nn.Module, config: TrainingConfig) -> ModelEmaV3 | None:
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
     """Run with NumPy's global RNG, which timm's Mixup draws from, at `seed`."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    before = np.random.get_state()
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        np.random.set_state(before)  # noqa: NPY002
+        np.random.set_state(before)
 
 
 def step_seed(seed: int, updates: int, rank: int = 0) -> int:

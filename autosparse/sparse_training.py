@@ -9,7 +9,8 @@ from __future__ import annotations
 import glob
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,17 +19,25 @@ from torch import nn
 from autosparse import data as data_module
 from autosparse import masks, models
 from autosparse.compaction import compact
-from autosparse.config import DataConfig, SparseTrainConfig, from_plain, plain, run_id
+from autosparse.config import (
+    DataConfig,
+    PruneConfig,
+    SparseTrainConfig,
+    from_plain,
+    plain,
+    run_id,
+)
 from autosparse.data import DataSource
-from autosparse.errors import UsageError
+from autosparse.errors import Stopped, UsageError
 from autosparse.files import read_json, write_json
-from autosparse.pruning import DENSE, prune
+from autosparse.pruning import DENSE, prune, prune_as
 from autosparse.ticket import Ticket
 from autosparse.training import (
     Epoch,
     Ranks,
     Span,
     Stepper,
+    Watch,
     evaluate,
     fit,
     seeded,
@@ -36,6 +45,7 @@ from autosparse.training import (
 )
 
 RESULT, TRAINED = "result.json", "trained.safetensors"
+CHECKPOINTS, TICKET = "deepspeed", "ticket.safetensors"
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
 ONE_PROCESS = Ranks()
@@ -68,28 +78,56 @@ class Observer(Protocol):
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None: ...
 
+    def stopped(self, cell: Cell) -> None: ...
+
     def end(self, cell: Cell, result: dict[str, Any]) -> None: ...
 
 
-def cells(config: SparseTrainConfig) -> Iterator[Cell]:
-    """Yield the cells of a config: one per ticket file, or the dense model."""
+def cells(
+    config: SparseTrainConfig, *, ranks: Ranks = ONE_PROCESS, device: str = "cpu"
+) -> Iterator[Cell]:
+    """Yield the cells of a config: one per ticket file, or what is pruned now, or the dense model.
+
+    Where there are several ranks, all of them call this, and prune together.
+    """
     if not config.tickets:
-        yield _dense_cell(config)
+        yield _pruned_cell(config, ranks, device) if config.prune else _dense_cell(config)
         return
     patterns = [config.tickets] if isinstance(config.tickets, str) else config.tickets
     for path in _expand(patterns):
-        ticket = Ticket.load(path)
-        empty = masks.first_empty(ticket.masks)
-        allowed = ticket.card.get("selection", {}).get("guard") == "none"
-        if empty is not None and not allowed:
-            raise UsageError(f"{path} empties a layer: {empty} keeps no weight; prune it again")
-        seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
-        yield _cell(config, path.stem, ticket, _data(config, ticket, path), seed)
+        yield _ticket_cell(config, path)
+
+
+def _ticket_cell(config: SparseTrainConfig, path: Path) -> Cell:
+    ticket = Ticket.load(path)
+    empty = masks.first_empty(ticket.masks)
+    allowed = ticket.card.get("selection", {}).get("guard") == "none"
+    if empty is not None and not allowed:
+        raise UsageError(f"{path} empties a layer: {empty} keeps no weight; prune it again")
+    seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
+    return _cell(config, path.stem, ticket, _data(config, ticket, path), seed)
+
+
+def _pruned_cell(config: SparseTrainConfig, ranks: Ranks, device: str) -> Cell:
+    """Prune as `config.prune` says, once; the ticket's file is found the next time."""
+    asked = config.prune or PruneConfig()
+    name = f"{asked.model.name}-{asked.criterion}-{asked.sparsity:g}-{run_id(asked)}"
+    path = Path(config.out) / "tickets" / f"{name}.safetensors"
+    if path.is_file():
+        return _ticket_cell(config, path)
+    ticket = prune_as(replace(asked, device=device), ranks=ranks)
+    if ranks.rank == 0:
+        ticket.save(path)
+    seed = config.seed if config.seed is not None else asked.seed
+    return _cell(config, name, ticket, config.data or asked.data, seed)
 
 
 def _dense_cell(config: SparseTrainConfig) -> Cell:
     if config.model is None:
-        raise UsageError("give tickets, or a model to train dense (--model.name …)")
+        raise UsageError(
+            "give tickets, or what to prune (--prune.criterion …), or a model to train dense "
+            "(--model.name …)"
+        )
     data, seed = config.data or DataConfig(), config.seed or 0
     source = data_module.load(data)
     model = models.create_for(source, config.model, seed)
@@ -132,10 +170,13 @@ def train_cell(
     ranks: Ranks = ONE_PROCESS,
     observer: Observer | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Train one cell on this rank, write its trained ticket and result, and return the result.
 
-    `observer` is given on rank 0 only. The test split is looked at once, at the end.
+    `observer` is given on rank 0 only. The test split is looked at once, at the end. `watch` and
+    `stop` are those of `training.fit`.
     """
     if cell.done:
         return cell.result()
@@ -145,23 +186,25 @@ def train_cell(
     if observer:
         observer.begin(cell, config)
 
-    def watch(epoch: Epoch) -> None:
+    def note(epoch: Epoch) -> None:
         if observer:
             observer.epoch(cell, epoch)
         if on_epoch:
             on_epoch(epoch)
 
-    with seeded(cell.seed * 131 + ranks.rank):
+    with seeded(cell.seed * 131 + ranks.rank), _told(observer, cell):
         history = fit(
             stepper,
             source,
             config.training,
             seed=cell.seed,
             folder=cell.folder,
-            on_epoch=watch,
+            on_epoch=note,
             span=Span(cell.ticket.card.get("rewind_steps", 0)),
+            watch=watch,
+            stop=stop,
         )
-    test = evaluate(stepper.model, source, source.test, ranks)
+    test = evaluate(stepper.evaluated(), source, source.test, ranks)
     state = stepper.state_dict()
     result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
     steps = steps_per_epoch(source.train, config.training, ranks.world_size)
@@ -171,6 +214,17 @@ def train_cell(
         if observer:
             observer.end(cell, result)
     return result
+
+
+@contextmanager
+def _told(observer: Observer | None, cell: Cell) -> Iterator[None]:
+    """Tell the observer of a training that was told to stop."""
+    try:
+        yield
+    except Stopped:
+        if observer:
+            observer.stopped(cell)
+        raise
 
 
 def build(ticket: Ticket, source: DataSource) -> nn.Module:
@@ -218,7 +272,7 @@ def _finish(
     Ticket.from_compact(model, cell.ticket, card, state).save(path)
     result["checkpoint_bytes"] = path.stat().st_size
     write_json(cell.folder / RESULT, result)
-    for checkpoint in ("checkpoint.pt", "deepspeed"):
+    for checkpoint in ("checkpoint.pt", CHECKPOINTS):
         target = cell.folder / checkpoint
         if target.is_dir():
             shutil.rmtree(target)

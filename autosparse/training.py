@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from timm.optim import list_optimizers
-from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from autosparse import recipe
@@ -55,6 +54,12 @@ class Epoch:
     """0 to 1."""
     learning_rate: float
     seconds: float
+    images_per_second: float = 0.0
+    """Of training, over all ranks."""
+    data_wait_share: float = 0.0
+    """Share of the training time that this rank waited for images, 0 to 1."""
+    skipped_steps: int = 0
+    """Steps since the start that changed nothing, as gradients had overflown."""
 
 
 @dataclass
@@ -248,13 +253,13 @@ class Span:
 
 
 class Watch:
-    """Looks on at every step; see progress.StepWatch."""
+    """Looks on at every step; see watching.py."""
 
-    def waited(self, seconds: float) -> None:
-        """Take note of how long a step waited for its images."""
+    def begin(self, made: int, total: int, images: int) -> None:
+        """Take note of the steps made before, those in all, and the images of a step."""
 
-    def stepped(self, number: int, images: int, loss: Tensor, stepper: Stepper) -> None:
-        """Take note of a step: its number (from 1), images on this rank, loss on its device."""
+    def stepped(self, loss: Tensor, stepper: Stepper, wait_share: float) -> None:
+        """Take note of a step: its loss, on its device, and how long images were waited for."""
 
 
 def fit(
@@ -326,6 +331,7 @@ class _Fit:
             stepper.updates = span.first
             advance(stepper.scheduler, span.first)
         self.history = found or History()
+        self.watch.begin(stepper.updates, last, self.config.batch_size)
         for epoch in range(span.first // self.per_epoch + len(self.history.epochs), epochs):
             self.started = time.perf_counter() - self.history.seconds_before
             self.train(epoch)
@@ -342,16 +348,20 @@ class _Fit:
         before = epoch * self.per_epoch
         first = max(self.span.first - before, 0) + len(self.history.losses)
         self.losses: list[Tensor] = []
+        self.made, self.waited, self.begun = 0, 0.0, time.perf_counter()
         self.stepper.model.train()
         for number, (images, labels) in enumerate(self.images(epoch, first), start=before + first):
             if self.span.last is not None and number >= self.span.last:
                 break
             self.losses.append(self.stepper.step(images, labels))
-            self.watch.stepped(number + 1, len(labels), self.losses[-1], self.stepper)
+            self.made += 1
+            share = self.waited / max(time.perf_counter() - self.begun, 1e-9)
+            self.watch.stepped(self.losses[-1], self.stepper, share)
             if self.on_step:
                 self.on_step(number + 1)
             self.pause(more=number + 1 < before + self.per_epoch)
         self.check()
+        self.trained = max(time.perf_counter() - self.begun, 1e-9)
 
     def images(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield the epoch's batches from step `first` on, augmented and normalised."""
@@ -366,7 +376,7 @@ class _Fit:
         asked = time.perf_counter()
         for images, labels in batches:
             prepared = self.source.prepare(images, generator)
-            self.watch.waited(time.perf_counter() - asked)
+            self.waited += time.perf_counter() - asked
             yield prepared, labels
             asked = time.perf_counter()
 
@@ -408,6 +418,9 @@ class _Fit:
                 validation_accuracy=result.accuracy,
                 learning_rate=stepper.learning_rate(),
                 seconds=time.perf_counter() - self.started,
+                images_per_second=self.made * self.config.batch_size / self.trained,
+                data_wait_share=self.waited / self.trained,
+                skipped_steps=getattr(stepper, "skipped", 0),
             )
         )
         if self.on_epoch:

@@ -76,28 +76,9 @@ def fit(config: FitConfig) -> None:
 
 def prune(config: PruneConfig) -> None:
     """Prune a model and save the ticket."""
-    from autosparse import data, models, pruning
+    from autosparse import pruning
 
-    source = data.load(config.data)
-    model = models.create_for(source, config.model, config.seed).to(
-        models.choose_device(config.device)
-    )
-    ticket = pruning.prune(
-        model,
-        source,
-        config.criterion,
-        config.sparsity,
-        selection=pruning.Selection(
-            config.scope,
-            config.allocation,
-            config.allocation_options,
-            config.guard,
-            config.pattern,
-        ),
-        scoring=config.scoring,
-        seed=config.seed,
-        options=config.options,
-    )
+    ticket = pruning.prune_as(config)
     ticket.save(config.out)
     total, card = sum(mask.numel() for mask in ticket.masks.values()), ticket.card
     print(
@@ -155,15 +136,15 @@ def train(config: SparseTrainConfig) -> None:
     from autosparse import data, models, results
     from autosparse.sparse_training import cells, train_cell
     from autosparse.training import PlainStepper, check
+    from autosparse.watching import StepWatch, told_to_stop
 
     device = models.choose_device(config.device)
     check(config.training)
-    planned = list(cells(config))
+    planned = list(cells(config, device=str(device)))
     observer = _tracker() if config.tracking and not all(cell.done for cell in planned) else None
     found = []
-    with Progress() as progress:
+    with Progress() as progress, told_to_stop() as stop:
         for cell in planned:
-            bar = progress.bar(f"training {cell.name}", config.training.epochs, "epochs")
             result = train_cell(
                 cell,
                 config,
@@ -171,7 +152,8 @@ def train(config: SparseTrainConfig) -> None:
                 lambda model, steps: PlainStepper(model, config.training, steps),
                 device=str(device),
                 observer=observer,
-                on_epoch=lambda epoch, bar=bar: bar.set(epoch.epoch),
+                watch=StepWatch(progress, cell.name),
+                stop=stop,
             )
             found.append(result)
     results.show(found)

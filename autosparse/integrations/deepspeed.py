@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,110 +12,192 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from autosparse import data as data_module
+from autosparse.compaction import rescattering
 from autosparse.config import SparseTrainConfig, run_id
 from autosparse.errors import RunFailed, UsageError
+from autosparse.files import read_tensors, write_tensors
+from autosparse.integrations import deepspeed_checkpoints as checkpoints
+from autosparse.integrations.deepspeed_checkpoints import Checkpoint
+from autosparse.optimizers import advance, optimizer_and_schedule
 from autosparse.progress import Progress
-from autosparse.sparse_training import Cell, Observer, cells, train_cell
-from autosparse.training import (
-    Epoch,
-    History,
-    Ranks,
-    advance,
-    optimizer_and_schedule,
-)
+from autosparse.recipe import Recipe, make_ema, step_seed
+from autosparse.sparse_training import CHECKPOINTS, Cell, Observer, cells, train_cell
+from autosparse.training import History, Ranks, check, set_up
+from autosparse.watching import StepWatch
 
 NEVER = 2**31 - 1
 
 
 class DeepSpeedStepper:
-    """One rank of a DeepSpeed engine around a (compact) model."""
+    """One rank of a DeepSpeed engine around a (compact) model.
+
+    Args:
+        model: on its device.
+        config: how to train.
+        steps_per_epoch: for the schedule.
+        ranks: this process's place.
+        folder: where checkpoints are; the newest whole one there is what `load` goes back to.
+    """
 
     def __init__(
-        self, model: nn.Module, config: SparseTrainConfig, steps_per_epoch: int, ranks: Ranks
+        self,
+        model: nn.Module,
+        config: SparseTrainConfig,
+        steps_per_epoch: int,
+        ranks: Ranks,
+        folder: Path | None = None,
     ) -> None:
-        self.config, self.ranks, self.module = config, ranks, model
-        self.accumulation = config.deepspeed.gradient_accumulation
-        self.optimizer, self.scheduler = optimizer_and_schedule(
-            model, config.training, steps_per_epoch
-        )
+        training = config.training
+        check(training)
+        self.config, self.ranks, self.module, self.seed = config, ranks, model, 0
+        settings = engine_config(config, ranks)
+        self.found = checkpoints.newest(folder / CHECKPOINTS, ranks) if folder else None
+        self.convert = self.found is not None and needs_conversion(config, self.found, ranks)
+        if self.convert:
+            settings["checkpoint"] = {"load_universal": True}
+        set_up(model, training)
+        self.optimizer, self.scheduler = optimizer_and_schedule(model, training, steps_per_epoch)
+        self.recipe, self.ema = Recipe(training, model), make_ema(model, training)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=engine_config(config, ranks)
+            model=model, optimizer=self.optimizer, config=settings
         )
+        if training.compile:
+            self.engine.compile()
         self.model = self.engine
-        self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.training.label_smoothing)
         self.updates = 0
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.training.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        drawn = step_seed(self.seed, self.updates, self.ranks.rank)
+        torch.manual_seed(drawn)  # Dropout is a function of the step, whatever came before.
+        images, targets = self.recipe.mix(images, labels, drawn)
         total = torch.zeros((), device=images.device)
-        micro = len(images) // self.accumulation
-        for part, targets in zip(images.split(micro), labels.split(micro), strict=True):
-            loss = self.loss_fn(self.model(part).float(), targets)
+        parts = self.config.deepspeed.gradient_accumulation
+        micro = len(images) // parts
+        for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
+            with rescattering(self.config.training.rescatter):
+                outputs = self.model(part).float()
+            loss = self.recipe.loss(outputs, part, wanted)
             self.engine.backward(loss)
             self.engine.step()
-            total += loss.detach() / self.accumulation
+            total += loss.detach() / parts
         self.updates += 1
         advance(self.scheduler, self.updates)
+        if self.ema is not None:
+            self.ema.update(self.module, self.updates)
         return total
+
+    @property
+    def skipped(self) -> int:
+        """Steps that DeepSpeed skipped, as gradients had overflown."""
+        return int(self.engine.skipped_steps)
+
+    def evaluated(self) -> nn.Module:
+        networks = [self.module] if self.ema is None else [self.module, self.ema.module]
+        if self.ranks.world_size > 1:
+            for network in networks:
+                distribute_bn(network, self.ranks.world_size, reduce=True)
+        return self.engine if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather the whole state dict on every rank."""
+        if self.ema is not None:
+            return self.ema.module.state_dict()
         sharded = self.config.deepspeed.zero_stage == 3
         parameters = list(self.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext():
             return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
 
     def save(self, folder: Path, history: History) -> None:
-        client = {"history": history.plain(), "updates": self.updates, "rng": torch.get_rng_state()}
-        self.engine.save_checkpoint(
-            str(folder / "deepspeed"), tag=f"epoch{len(history.epochs)}", client_state=client
-        )
+        """Write a checkpoint; it counts once all ranks have written theirs."""
+        parent, tag = folder / CHECKPOINTS, checkpoints.tag_of(self.updates)
+        client = {
+            "history": history.state(),
+            "updates": self.updates,
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+        self.engine.save_checkpoint(str(parent), tag=tag, client_state=client, save_latest=False)
+        mine = {name: buffer.cpu() for name, buffer in self._buffers().items()}
+        write_tensors(parent / tag / _buffers_file(self.ranks.rank), mine, {})
+        checkpoints.commit(parent, self.updates, self.ranks)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What every rank has of its own: running statistics, by name."""
+        networks = {"": self.module} if self.ema is None else {"": self.module, "ema.": self.ema}
+        return {
+            prefix + name: buffer
+            for prefix, network in networks.items()
+            for name, buffer in network.named_buffers()
+            if not name.endswith(".index")
+        }
 
     def load(self, folder: Path) -> History | None:
-        if not (folder / "deepspeed" / "latest").is_file():
+        """Go back to the checkpoint that was found at the start."""
+        if self.found is None:
             return None
-        path, client = self.engine.load_checkpoint(str(folder / "deepspeed"))
+        parent = folder / CHECKPOINTS
+        tag = self.found.tag
+        if self.convert:
+            tag = checkpoints.universal(self.found, self.ranks).name
+        path, client = self.engine.load_checkpoint(str(parent), tag=tag)
         if path is None or client is None:
-            return None
+            raise RunFailed(f"{self.found.folder} cannot be loaded; remove it to start anew")
+        if self.ema is not None:
+            self.ema.module.load_state_dict(client["ema"])
+        mine = _buffers_file(self.ranks.rank % self.found.world_size)
+        tensors, _ = read_tensors(self.found.folder / mine)
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                buffer.copy_(tensors[name])
         self.updates = client["updates"]
-        torch.set_rng_state(client["rng"])
         advance(self.scheduler, self.updates)
-        return History([Epoch(**epoch) for epoch in client["history"]])
+        return History.of_state(client["history"])
 
     def close(self) -> None:
         """Let go of the engine's memory and hooks."""
         self.engine.destroy()
 
 
+def _buffers_file(rank: int) -> str:
+    return f"buffers{rank:05d}.safetensors"
+
+
+def needs_conversion(config: SparseTrainConfig, found: Checkpoint, ranks: Ranks) -> bool:
+    """Whether a checkpoint's optimizer state was shared out over another number of ranks."""
+    return config.deepspeed.zero_stage > 0 and found.world_size != ranks.world_size
+
+
 def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's own config for ours; raise UsageError for what does not divide."""
-    for name in ("compile", "channels_last"):
-        if getattr(config.training, name):
-            raise UsageError(f"training.{name} does not work under DeepSpeed yet; leave it out")
+    stage = config.deepspeed.zero_stage
+    for name in ("compile", "ema", "grad_checkpointing"):
+        if stage == 3 and getattr(config.training, name):
+            raise UsageError(f"training.{name} does not work with deepspeed.zero_stage 3")
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
     if config.training.batch_size % parts:
         raise UsageError(
             f"batch_size {config.training.batch_size} does not divide by {ranks.world_size} ranks "
             f"times {config.deepspeed.gradient_accumulation} accumulation steps"
         )
-    if config.deepspeed.zero_stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3):
         raise UsageError(f"deepspeed.zero_stage must be 0 to 3: {config.deepspeed.zero_stage}")
-    if config.training.precision not in ("fp32", "bf16"):
-        raise UsageError(f"training.precision must be fp32 or bf16: {config.training.precision}")
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size // parts,
         "gradient_accumulation_steps": config.deepspeed.gradient_accumulation,
         "gradient_clipping": config.training.clip_grad or 0.0,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
-            "enabled": config.training.precision == "bf16",
-            "dtype": "bfloat16",
+            "enabled": config.training.precision != "fp32",
+            "dtype": "float16" if config.training.precision == "fp16" else "bfloat16",
         },
         "steps_per_print": NEVER,
     }
@@ -148,20 +231,52 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Stopping:
+    """Asked after every step: whether any rank was told to stop; all get the same answer.
+
+    The answer is that of one step ago, so that nobody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+        self.group = dist.new_group(backend="gloo")
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.pending: Any = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._tell)
+
+    def _tell(self, number: int, frame: Any) -> None:
+        self.told = True
+
+    def __call__(self) -> bool:
+        stop = self.answer()
+        self.flag.fill_(int(self.told))
+        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        return stop
+
+    def answer(self) -> bool:
+        """Wait for the answer to the question asked last."""
+        if self.pending is None:
+            return False
+        self.pending.wait()
+        self.pending = None
+        return bool(self.flag.item())
+
+
 def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[dict[str, Any]]:
     """Train all cells of a config on all ranks, one cell after another; return their results.
 
-    `observer` is told of everything on rank 0.
+    `observer` is told of everything on rank 0. Told to stop by SIGTERM (or SIGUSR1), all ranks
+    save a checkpoint and raise Stopped.
     """
     ranks, device = start()
-    todo = list(cells(config))
+    stop = Stopping()
+    todo = list(cells(config, ranks=ranks, device=device))
     agree(todo, ranks)
     first = ranks.rank == 0
     sources: dict[str, Any] = {}
     results = []
     with Progress(enabled=first) as progress:
-        left = sum(not cell.done for cell in todo)
-        bar = progress.bar("sparse training", total=left * config.training.epochs, unit="epochs")
         for cell in todo:
             if cell.done:
                 results.append(cell.result())
@@ -169,25 +284,25 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
             key = run_id(cell.data)
             if key not in sources:
                 sources[key] = data_module.load(cell.data).to(torch.device(device))
-            bar.describe(f"sparse training: {cell.name}")
             made: list[DeepSpeedStepper] = []
 
-            def make(model: nn.Module, steps: int, made=made) -> DeepSpeedStepper:
-                made.append(DeepSpeedStepper(model, config, steps, ranks))
+            def make(model: nn.Module, steps: int, made=made, cell=cell) -> DeepSpeedStepper:
+                made.append(DeepSpeedStepper(model, config, steps, ranks, cell.folder))
                 return made[0]
 
-            results.append(
-                train_cell(
-                    cell,
-                    config,
-                    sources[key],
-                    make,
-                    device=device,
-                    ranks=ranks,
-                    observer=observer if first else None,
-                    on_epoch=lambda _: bar.advance(),
-                )
+            result = train_cell(
+                cell,
+                config,
+                sources[key],
+                make,
+                device=device,
+                ranks=ranks,
+                observer=observer if first else None,
+                watch=StepWatch(progress, cell.name),
+                stop=stop,
             )
+            results.append(result)
+            stop.answer()
             dist.barrier()
             made[0].close()
     return results

@@ -113,6 +113,10 @@ class Tracker:
         values = {key: value for key, value in vars(epoch).items() if key != "epoch"}
         self._log(cell, values, epoch.epoch)
 
+    def stopped(self, cell: Cell) -> None:
+        """The run was told to stop; it goes on when the training does."""
+        self.client.set_terminated(self.runs[cell.folder], "KILLED")
+
     def end(self, cell: Cell, result: dict[str, Any]) -> None:
         """Log the final metrics and files; the run is finished."""
         final = ("test_accuracy", "test_loss", "parameters", "kept", "checkpoint_bytes", "seconds")

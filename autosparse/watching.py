@@ -1,0 +1,50 @@
+"""Watching a training: one bar with rate, time left, loss, learning rate and what goes wrong."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from autosparse.progress import Progress
+from autosparse.training import Stepper, Watch
+
+EVERY = 2.0
+"""Seconds between looks at the loss, which make the device catch up."""
+
+
+class StepWatch(Watch):
+    """A bar that counts images; its text says how the training stands."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self.progress, self.name, self.last = progress, name, 0.0
+
+    def begin(self, made: int, total: int, images: int) -> None:
+        self.images = images
+        self.bar = self.progress.bar(self.name, total * images, "images")
+        self.bar.start_at(made * images)
+
+    def stepped(self, loss: Tensor, stepper: Stepper, wait_share: float) -> None:
+        now = time.monotonic()
+        if now - self.last >= EVERY:
+            self.last = now
+            skipped = getattr(stepper, "skipped", 0)
+            self.bar.describe(
+                f"{self.name}: loss {float(loss):.3f}, rate {stepper.learning_rate():.2g}, "
+                f"waits for data {wait_share:.0%}" + (f", {skipped} skipped" if skipped else "")
+            )
+        self.bar.set(stepper.updates * self.images)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether this process has got SIGTERM, which no longer kills it."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield lambda: bool(told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
