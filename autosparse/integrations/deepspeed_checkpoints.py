@@ -143,7 +143,8 @@ def _convert(source: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()):
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         ds_to_universal.main(arguments)
 
 
