@@ -74,6 +74,8 @@ class Cell:
 class Observer(Protocol):
     """What watches cells being trained; see integrations/mlflow.py."""
 
+    def found(self, cell: Cell, config: SparseTrainConfig) -> None: ...
+
     def begin(self, cell: Cell, config: SparseTrainConfig) -> None: ...
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None: ...
@@ -179,6 +181,8 @@ def train_cell(
     `stop` are those of `training.fit`.
     """
     if cell.done:
+        if observer:
+            observer.found(cell, config)
         return cell.result()
     model = build(cell.ticket, source).to(models.choose_device(device))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,8 @@ def train(config: SparseTrainConfig) -> None:
     device = models.choose_device(config.device)
     check(config.training)
     planned = list(cells(config, device=str(device)))
-    observer = _tracker() if config.tracking and not all(cell.done for cell in planned) else None
     found = []
-    with Progress() as progress, told_to_stop() as stop:
+    with tracking(config.tracking) as observer, Progress() as progress, told_to_stop() as stop:
         for cell in planned:
             result = train_cell(
                 cell,
@@ -163,6 +163,22 @@ def _tracker() -> Any:
     from autosparse.integrations.mlflow import Tracker
 
     return Tracker()
+
+
+@contextmanager
+def tracking(wanted: bool) -> Iterator[Any]:
+    """Give an Observer that logs to MLflow, and send what is left at the end; None if unwanted."""
+    if not wanted:
+        yield None
+        return
+    from autosparse.integrations.mlflow import Tracker
+    from autosparse.integrations.mlflow_spool import Spooled
+
+    observer = Spooled(Tracker())
+    try:
+        yield observer
+    finally:
+        observer.close()
 
 
 def corpus(arguments: list[str]) -> None:

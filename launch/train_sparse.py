@@ -20,15 +20,13 @@ def main(arguments: list[str]) -> None:
     config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
     from autosparse.integrations import deepspeed
     from autosparse.results import show
+    from autosparse.verbs import tracking
 
-    observer = None
-    if config.tracking and deepspeed.is_first():
-        from autosparse.integrations.mlflow import Tracker
-
-        observer = Tracker()
-    results = deepspeed.train(config, observer)
-    if deepspeed.is_first():
-        show(results)
+    if not deepspeed.is_first():
+        deepspeed.train(config)
+        return
+    with tracking(config.tracking) as observer:
+        show(deepspeed.train(config, observer))
 
 
 if __name__ == "__main__":

@@ -279,6 +279,8 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
     with Progress(enabled=first) as progress:
         for cell in todo:
             if cell.done:
+                if first and observer:
+                    observer.found(cell, config)
                 results.append(cell.result())
                 continue
             key = run_id(cell.data)

@@ -79,6 +79,9 @@ class Tracker:
         """The connection; made when the first run begins, so that a mistake leaves no database."""
         return client()[0]
 
+    def found(self, cell: Cell, config: SparseTrainConfig) -> None:
+        """A finished cell was found: it was tracked when it was trained."""
+
     def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
         path = cell.folder / RUN_FILE

@@ -1,0 +1,136 @@
+"""Tracking that never stops a training: a thread of its own sends, and what it can't send is kept.
+
+While the server is away or slow, events wait in memory, in order. What is left at the end goes
+into `mlflow_unsent.json` in the cell's folder, and is sent when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autosparse.config import SparseTrainConfig
+from autosparse.files import read_json, write_json
+from autosparse.sparse_training import Cell, Observer
+from autosparse.training import Epoch
+
+UNSENT = "mlflow_unsent.json"
+PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before the second try, the third …; the last for all that follow."""
+
+
+@dataclass
+class _Event:
+    method: str
+    cell: Cell
+    arguments: list[Any] = field(default_factory=list)
+    """Plain data; a config for `begin`."""
+
+
+class Spooled:
+    """An Observer that hands everything on to another one, from a thread.
+
+    Args:
+        observer: what sends; it may raise.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.waiting: deque[_Event] = deque()
+        self.changed = threading.Condition()
+        self.configs: dict[Path, SparseTrainConfig] = {}
+        self.closing = self.warned = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
+        self._put(_Event("begin", cell, [config]))
+        path = cell.folder / UNSENT
+        if path.is_file():
+            for method, arguments in read_json(path):
+                self._put(_Event(method, cell, arguments))
+            path.unlink()
+
+    def found(self, cell: Cell, config: SparseTrainConfig) -> None:
+        if (cell.folder / UNSENT).is_file():
+            self.begin(cell, config)
+
+    def epoch(self, cell: Cell, epoch: Epoch) -> None:
+        self._put(_Event("epoch", cell, [vars(epoch)]))
+
+    def stopped(self, cell: Cell) -> None:
+        self._put(_Event("stopped", cell))
+
+    def end(self, cell: Cell, result: dict[str, Any]) -> None:
+        self._put(_Event("end", cell, [result]))
+
+    def close(self, seconds: float = 30.0) -> None:
+        """Send what waits, for so long at most; write down the rest."""
+        until = time.monotonic() + seconds
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+            while self.waiting and time.monotonic() < until:
+                self.changed.wait(0.1)
+            left = list(self.waiting)
+            self.waiting.clear()
+        self._keep(left)
+
+    def _keep(self, left: list[_Event]) -> None:
+        by_folder: dict[Path, list[_Event]] = {}
+        for event in left:
+            by_folder.setdefault(event.cell.folder, []).append(event)
+        for folder, events in by_folder.items():
+            plain = [[e.method, e.arguments] for e in events if e.method != "begin"]
+            write_json(folder / UNSENT, plain)
+            print(
+                f"warning: {folder / UNSENT} keeps what could not be sent to MLflow; the same "
+                "command sends it",
+                file=sys.stderr,
+            )
+
+    def _put(self, event: _Event) -> None:
+        with self.changed:
+            self.waiting.append(event)
+            self.changed.notify_all()
+
+    def _run(self) -> None:
+        tries = 0
+        while True:
+            with self.changed:
+                while not self.waiting:
+                    self.changed.wait()
+                event = self.waiting[0]
+            try:
+                self._send(event)
+            except Exception as error:  # noqa: BLE001 - whatever MLflow and the network raise
+                self._warn(error)
+                time.sleep(PAUSES[min(tries, len(PAUSES) - 1)])
+                tries += 1
+                continue
+            tries = 0
+            with self.changed:
+                if self.waiting and self.waiting[0] is event:
+                    self.waiting.popleft()
+                self.changed.notify_all()
+
+    def _send(self, event: _Event) -> None:
+        arguments = event.arguments
+        if event.method == "epoch":
+            arguments = [Epoch(**arguments[0])]
+        getattr(self.observer, event.method)(event.cell, *arguments)
+
+    def _warn(self, error: Exception) -> None:
+        if not self.warned:
+            self.warned = True
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"warning: MLflow cannot be reached ({reason}); training goes on, and what is "
+                "tracked is sent later",
+                file=sys.stderr,
+            )
