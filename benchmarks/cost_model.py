@@ -16,7 +16,7 @@ times in seconds, rates in bytes or operations per second, everything per GPU an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from autosparse.config import keep_count
 
@@ -139,7 +139,7 @@ class Plan:
 # --- sizes ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def kept_per_layer(shape: Shape, sparsity: float) -> tuple[int, ...]:
     """Return the surviving weights of every layer, the same density in each."""
     return tuple(keep_count(total, sparsity) for total in shape.layers)
@@ -176,8 +176,8 @@ def memory_bytes(shape: Shape, plan: Plan, ranks: int) -> dict[str, float]:
     """Return a GPU's memory by what it holds; fragmentation and buffers are left out.
 
     Indices are on every rank whatever the stage. Under stage 3 parameters are gathered while they
-    are used, and some stay (see REUSED, PERSISTENT). The scratch holds every scattered weight, or the largest one and its
-    gradient.
+    are used, and some stay (see REUSED, PERSISTENT). The scratch holds every scattered weight and
+    a gradient, or the largest weight and its gradient.
     """
     precision, sparse = plan.precision, plan.sparsity > 0
     states = state_bytes(trainable(shape, plan.sparsity), ranks, plan.stage, precision)

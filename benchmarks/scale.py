@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from benchmarks.cost_model import Collective, Plan, Shape
 from benchmarks.report import figure, options, publish
 from benchmarks.scale_predictions import predictions
 
-ROUNDS, RANKS = 15, (1, 2)
+ROUNDS, RANKS = 13, (1, 2)
 FITTED, HELD_OUT = (0.0, 0.9), (0.95, 0.98)
 GOAL = "within 20 %"
 Figures = dict[str, dict[str, Any]]
@@ -64,9 +65,21 @@ def measured(ranks: int, rounds: int = ROUNDS) -> dict[str, Any]:
             )
             for rank in range(ranks)
         ]
-        if any([each.wait() for each in started]):
+        if not _all_end_well(started):
             raise RunFailed((Path(folder) / "log").read_text()[-3000:])
         return read_json(Path(folder) / "rank0.json")
+
+
+def _all_end_well(started: list[subprocess.Popen]) -> bool:
+    """Wait for all processes; end the others as soon as one fails."""
+    while None in (codes := [each.poll() for each in started]):
+        if any(codes):
+            break
+        time.sleep(0.2)
+    for each in started:
+        each.kill()
+        each.wait()
+    return not any(each.returncode for each in started)
 
 
 @dataclass(frozen=True)
@@ -93,9 +106,7 @@ def median(found: dict[str, list[float]], sparsity: float) -> float:
 
 def scatter_line(found: dict[str, list[float]], shape: Shape) -> Line:
     """Return the seconds of scattering and gathering, by survivors."""
-    return line(
-        [(cost_model.kept(shape, float(at)), median(found, float(at))) for at in found]
-    )
+    return line([(cost_model.kept(shape, float(at)), median(found, float(at))) for at in found])
 
 
 def step_line(steps: dict[str, list[float]], shape: Shape, scatter: Line) -> Line:

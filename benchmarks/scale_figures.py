@@ -55,9 +55,7 @@ def draw_speed(path: Path) -> Path:
         figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
         for axes, case in zip(panels, cases(), strict=True):
             for gigabits in GIGABITS:
-                mine = [
-                    r for r in rows if (r["model"], r["gbit_s"]) == (case.shape.name, gigabits)
-                ]
+                mine = [r for r in rows if (r["model"], r["gbit_s"]) == (case.shape.name, gigabits)]
                 _draw_network(axes, mine, gigabits)
             axes.axhline(1, color="#444444", linewidth=1)
             axes.set_xscale("log", base=2)

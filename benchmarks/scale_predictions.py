@@ -160,10 +160,39 @@ def traffic_table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return table
 
 
+TOGETHER = {"resnet50": 4096, "vit_large_patch16_224": 4096, "gpt_2.7b": 512}
+"""Samples of all GPUs together where the batch does not grow with them."""
+
+
+def strong_table(gigabits: int = 100, sparsity: float = 0.98) -> list[dict[str, str]]:
+    """Return steps under ZeRO 1 where a fixed batch is divided among ever more GPUs."""
+    table = []
+    for case, gpus in product(cases(), (64, 256, 512)):
+        small = replace(case, batch=TOGETHER[case.shape.name] // gpus)
+        machines = cluster(gpus, gigabits)
+        dense = predict(small, small.plan(0.0), machines)
+        sparse = predict(small, small.plan(sparsity), machines)
+        table.append(
+            {
+                "model": case.shape.name,
+                "GPUs": str(gpus),
+                "batch per GPU": str(small.batch),
+                "compute, ms": f"{dense['compute_ms']:.1f}",
+                "scatter, ms": f"{sparse['scatter_ms']:.1f}",
+                "network dense, ms": f"{dense['network_alone_ms']:.1f}",
+                "network compact, ms": f"{sparse['network_alone_ms']:.1f}",
+                "alone": f"{dense['step_ms'] / sparse['step_ms']:.2f}",
+                "overlapped": f"{dense['step_overlapped_ms'] / sparse['step_overlapped_ms']:.2f}",
+            }
+        )
+    return table
+
+
 def main() -> None:
     """Print the tables."""
     rows = predictions()
-    for table in (step_table(rows), memory_table(rows), traffic_table(rows)):
+    tables = (step_table(rows), strong_table(), memory_table(rows), traffic_table(rows))
+    for table in tables:
         print_table(table)
 
 

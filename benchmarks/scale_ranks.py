@@ -97,7 +97,7 @@ def seconds(job: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def in_turn(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Time the jobs A B A B … after warming up."""
     for job in jobs.values():
         for _ in range(WARM_UP):
@@ -192,13 +192,13 @@ def scattering(sparsity: float) -> Callable[[], None]:
 
 def collective_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
     """Time all-reduce and all-gather over tensors of growing size."""
-    jobs: dict[str, dict[str, Callable[[], None]]] = {"all_reduce": {}, "all_gather": {}}
+    jobs: dict[str, dict[str, Callable[[], Any]]] = {"all_reduce": {}, "all_gather": {}}
     for size in SIZES:
         whole = torch.ones(size // 4)
         part = whole.chunk(dist.get_world_size())[dist.get_rank()].clone()
         jobs["all_reduce"][str(size)] = lambda whole=whole: dist.all_reduce(whole)
-        jobs["all_gather"][str(size)] = lambda whole=whole, part=part: (
-            dist.all_gather_into_tensor(whole, part)
+        jobs["all_gather"][str(size)] = lambda whole=whole, part=part: dist.all_gather_into_tensor(
+            whole, part
         )
     return {kind: in_turn(each, rounds) for kind, each in jobs.items()}
 
@@ -223,7 +223,9 @@ def measure(ranks: Ranks, rounds: int) -> dict[str, Any]:
     """Measure all of it."""
     images, labels = batch(ranks.rank)
     engines = {str(sparsity): engine_for(sparsity, STAGE, ranks) for sparsity in SPARSITIES}
-    steps = {name: stepping(engine, images, labels) for name, engine in engines.items()}
+    steps: dict[str, Callable[[], Any]] = {
+        name: stepping(engine, images, labels) for name, engine in engines.items()
+    }
     found: dict[str, Any] = {"steps": in_turn(steps, rounds)}
     found["bytes"] = {name: bytes_of(engine, steps[name]) for name, engine in engines.items()}
     found["scatter"] = in_turn({str(each): scattering(each) for each in SCATTERS}, rounds)

@@ -46,9 +46,7 @@ def _views_one_of(tensor: torch.Tensor, model: torch.nn.Module) -> bool:
     return any(storage == p.untyped_storage()._cdata for p in model.parameters())
 
 
-def gpt(
-    name: str, depth: int, width: int, context: int = 2048, vocabulary: int = 50257
-) -> Shape:
+def gpt(name: str, depth: int, width: int, context: int = 2048, vocabulary: int = 50257) -> Shape:
     """Return a GPT's shape; a sample is one context.
 
     Weights: 12 width² in a block (Brown et al. 2020, arXiv 2005.14165, table 2.1 has 32 blocks of
