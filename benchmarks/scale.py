@@ -40,7 +40,7 @@ from benchmarks.cost_model import Collective, Plan, Shape
 from benchmarks.report import figure, options, publish
 from benchmarks.scale_predictions import predictions
 
-ROUNDS, RANKS = 13, (1, 2)
+ROUNDS, RANKS = 11, (1, 2)
 FITTED, HELD_OUT = (0.0, 0.9), (0.95, 0.98)
 GOAL = "within 20 %"
 Figures = dict[str, dict[str, Any]]
