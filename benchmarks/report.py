@@ -43,11 +43,21 @@ def figure(runs: list[float], unit: str, goal: str, peer: str) -> dict[str, Any]
     }
 
 
-def publish(figures: dict[str, dict[str, Any]], description: str | None) -> None:
-    """Print the figures and write them to the file that `--json` names."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of what every benchmark understands."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    arguments = parser.parse_args()
+    return parser
+
+
+def publish(
+    figures: dict[str, dict[str, Any]],
+    description: str | None,
+    arguments: argparse.Namespace | None = None,
+    **more: Any,
+) -> None:
+    """Print the figures; write them, and whatever more there is, to the file of `--json`."""
+    arguments = arguments or options(description).parse_args()
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -68,4 +78,4 @@ def publish(figures: dict[str, dict[str, Any]], description: str | None) -> None
         ]
     )
     if arguments.json:
-        write_json(arguments.json, {"machine": machine, "figures": figures})
+        write_json(arguments.json, {"machine": machine, "figures": figures, **more})
