@@ -37,7 +37,8 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3"],
+        "onnx": ["onnx", "onnxscript"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "pyright>=1.1.390"],
     },
     entry_points={"console_scripts": ["autosparse = autosparse.cli:main"]},

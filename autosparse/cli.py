@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
         "train tickets and their twins: does the choice of weights matter?",
     ),
     "train": ("SparseTrainConfig", "train tickets (or a dense model) in one process"),
+    "export": ("ExportConfig", "write a trained ticket as a dense state dict, ONNX or ticket"),
     "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
     "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
 }

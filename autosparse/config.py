@@ -394,6 +394,18 @@ class SparseTrainConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Take a trained ticket out of autosparse."""
+
+    ticket: str = "trained.safetensors"
+    """A trained ticket's file, the folder of its training, or a registered models:/NAME@ALIAS."""
+    format: str = "dense"
+    """dense (a timm state dict), onnx, or ticket."""
+    out: str | None = None
+    """The file to write; by default beside the ticket, named by the format."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Train the tickets of several criteria and their twins, and say what makes the difference."""
 

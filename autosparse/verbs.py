@@ -11,6 +11,7 @@ from typing import Any
 
 from autosparse.config import (
     CompareConfig,
+    ExportConfig,
     FitConfig,
     IRPConfig,
     PruneConfig,
@@ -141,7 +142,7 @@ def train(config: SparseTrainConfig) -> None:
 
     device = models.choose_device(config.device)
     check(config.training)
-    planned = list(cells(config, device=str(device)))
+    planned = list(cells(fetched(config), device=str(device)))
     found = []
     with tracking(config.tracking) as observer, Progress() as progress, told_to_stop() as stop:
         for cell in planned:
@@ -159,10 +160,41 @@ def train(config: SparseTrainConfig) -> None:
     results.show(found)
 
 
+def export(config: ExportConfig) -> None:
+    """Write a trained ticket in another format."""
+    from autosparse import exporting
+
+    source = _local_ticket(config.ticket)
+    ticket = exporting.trained_ticket(source)
+    if config.format not in exporting.FORMATS:
+        raise unknown("format", config.format, exporting.FORMATS)
+    beside = source / "trained" if source.is_dir() else source.with_suffix("")
+    out = Path(config.out or f"{beside}{exporting.ENDINGS[config.format]}")
+    found = exporting.export(ticket, config.format, out)
+    print(f"{out}: {found['bytes']:,} bytes, {ticket.kept:,} weights kept")
+
+
+def _local_ticket(name: str) -> Path:
+    """Return a ticket's path; one of the registry is fetched."""
+    if not name.startswith("models:/"):
+        return Path(name)
+    from autosparse.integrations.mlflow import fetch_ticket
+
+    return fetch_ticket(name)
+
+
 def _tracker() -> Any:
     from autosparse.integrations.mlflow import Tracker
 
     return Tracker()
+
+
+def fetched(config: SparseTrainConfig) -> SparseTrainConfig:
+    """Put local files where `tickets` names registered ones."""
+    names = [config.tickets] if isinstance(config.tickets, str) else config.tickets
+    if not any(name.startswith("models:/") for name in names):
+        return config
+    return replace(config, tickets=[str(_local_ticket(name)) for name in names])
 
 
 @contextmanager

@@ -20,8 +20,9 @@ def main(arguments: list[str]) -> None:
     config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
     from autosparse.integrations import deepspeed
     from autosparse.results import show
-    from autosparse.verbs import tracking
+    from autosparse.verbs import fetched, tracking
 
+    config = fetched(config)
     if not deepspeed.is_first():
         deepspeed.train(config)
         return

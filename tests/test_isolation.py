@@ -23,7 +23,7 @@ LAYERS = (
     ("criteria",),
     ("corpus", "pruning"),
     ("irp", "corpus_figures", "fit_scorer", "sparse_training", "controls", "watching"),
-    ("compare", "corpus_report", "plan", "upkeep"),
+    ("compare", "corpus_report", "exporting", "plan", "upkeep"),
     ("integrations",),
     ("verbs",),
     ("cli",),

@@ -30,6 +30,11 @@ from autosparse.training import History, Ranks, check, set_up
 from autosparse.watching import StepWatch
 
 NEVER = 2**31 - 1
+LAUNCHERS = (
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
+"""What srun and OpenMPI's mpirun call rank, local rank and world size."""
 
 
 class DeepSpeedStepper:
@@ -203,16 +208,34 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def take_place() -> None:
+    """Set RANK, LOCAL_RANK and WORLD_SIZE where the launcher names them otherwise, or alone."""
+    if "RANK" in os.environ:
+        return
+    for names in LAUNCHERS:
+        if all(name in os.environ for name in names) and int(os.environ[names[2]]) > 1:
+            if "MASTER_ADDR" not in os.environ:
+                raise UsageError(
+                    f"{names[0]} says that there are other ranks: set MASTER_ADDR (and "
+                    "MASTER_PORT) to the first host"
+                )
+            os.environ.setdefault("MASTER_PORT", "29500")
+            rank, local, world = (os.environ[name] for name in names)
+            os.environ.update(RANK=rank, LOCAL_RANK=local, WORLD_SIZE=world)
+            return
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(_free_port())
+
+
 def is_first() -> bool:
     """Return whether this process is rank 0 (or alone), before anything is initialised."""
-    return os.environ.get("RANK", "0") == "0"
+    take_place()
+    return os.environ["RANK"] == "0"
 
 
 def start() -> tuple[Ranks, str]:
     """Join the other ranks (or stand alone); return our place and device."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    take_place()
     accelerator = deepspeed.get_accelerator()
     gpu = accelerator is not None and accelerator.device_name() == "cuda"
     if not gpu:

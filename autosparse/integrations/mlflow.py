@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,15 @@ import mlflow.pytorch
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from torch import nn
 
 from autosparse import features, models
 from autosparse.compaction import load_state
 from autosparse.config import IRPConfig, SparseTrainConfig, plain
-from autosparse.files import is_local, read_json, write_json
+from autosparse.errors import UsageError
+from autosparse.files import is_local, read_json, write_bytes, write_json
 from autosparse.scorer import AutoS
 from autosparse.sparse_training import RESULT, TRAINED, Cell
 from autosparse.ticket import Ticket
@@ -45,6 +48,7 @@ PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
 AUTOS = "autos"
 CHAMPION = "champion"
+CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
 
 
 def tracking_uri(folder: Path | None = None) -> str:
@@ -336,3 +340,30 @@ def log_report(run: str, table: list[dict[str, Any]], figure: Path) -> None:
     if name not in [each.path for each in found.list_artifacts(run)]:
         found.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
     found.log_artifact(run, str(figure))
+
+
+def fetch_ticket(uri: str) -> Path:
+    """Fetch the ticket behind a registered version, `models:/NAME@ALIAS` or `models:/NAME/N`.
+
+    It goes into the cache folder, once for each version; raises UsageError if there is none.
+    """
+    found, _ = client()
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            version = found.get_model_version_by_alias(name, alias)
+        else:
+            name, _, number = name.partition("/")
+            version = found.get_model_version(name, number)
+    except MlflowException as error:
+        raise UsageError(f"{uri}: {error.message}") from None
+    target = CACHE / f"{name}-{version.version}-{version.tags.get('ticket', 'ticket')}"
+    if not list(target.glob("*.safetensors")):
+        listed = found.list_artifacts(version.run_id, "tickets") if version.run_id else []
+        paths = [each.path for each in listed if each.path.endswith(".safetensors")]
+        if not paths:
+            raise UsageError(f"{uri}: version {version.version} has no ticket beside it")
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(found.download_artifacts(version.run_id, paths[0], folder))
+            write_bytes(target / local.name, local.read_bytes())
+    return next(target.glob("*.safetensors"))

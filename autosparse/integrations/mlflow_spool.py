@@ -108,7 +108,7 @@ class Spooled:
                 event = self.waiting[0]
             try:
                 self._send(event)
-            except Exception as error:  # noqa: BLE001 - whatever MLflow and the network raise
+            except Exception as error:
                 self._warn(error)
                 time.sleep(PAUSES[min(tries, len(PAUSES) - 1)])
                 tries += 1
