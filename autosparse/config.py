@@ -57,6 +57,8 @@ class ModelConfig:
     """Prunable weights to leave dense: `head`, `stem`, or patterns such as `layer4.*`."""
     zero_init: bool = False
     """Keep what timm initialises to zero (gains, last norms, heads), which hides layers."""
+    small_stem: bool = False
+    """ResNets on 32 px: first a 3x3 convolution of stride 1, and no pooling after it."""
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,14 @@ def create(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(config.name, options)
+        if config.small_stem:
+            _shrink_stem(model)
         if not config.zero_init and "zero_init_last" not in config.options:
             _fill_zeros(model)
     settings = dataclasses.asdict(config)
-    if not config.zero_init:
-        del settings["zero_init"]
+    for name in ("zero_init", "small_stem"):
+        if not settings[name]:
+            del settings[name]
     model.autosparse_recipe = {  # type: ignore[assignment]
         **settings,
         "num_classes": num_classes,
@@ -56,6 +59,26 @@ def create(
         "seed": seed,
     }
     return model
+
+
+def _shrink_stem(model: nn.Module) -> None:
+    """Put a 3x3 convolution of stride 1 in place of the first one, and no pooling after it.
+
+    As K. He et al. do for CIFAR-10 (arXiv 1512.03385, section 4.2).
+    """
+    name = model.default_cfg.get("first_conv")  # type: ignore[union-attr]
+    first = model.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(first, nn.Conv2d) or not isinstance(
+        getattr(model, "maxpool", None), nn.Module
+    ):
+        raise UsageError("model.small_stem is for ResNets: one first convolution, then pooling")
+    stem = nn.Conv2d(
+        first.in_channels, first.out_channels, 3, padding=1, bias=first.bias is not None
+    )
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    path, _, attribute = str(name).rpartition(".")
+    setattr(model.get_submodule(path), attribute, stem)
+    model.maxpool = nn.Identity()
 
 
 @torch.no_grad()
@@ -106,8 +129,13 @@ def from_recipe(recipe: dict[str, Any]) -> nn.Module:
         raise UsageError(
             "the card does not say how its model was built; make it with models.create"
         )
-    zero_init = recipe.get("zero_init", False)
-    config = ModelConfig(recipe["name"], recipe["options"], recipe["exclude"], zero_init)
+    config = ModelConfig(
+        recipe["name"],
+        recipe["options"],
+        recipe["exclude"],
+        zero_init=recipe.get("zero_init", False),
+        small_stem=recipe.get("small_stem", False),
+    )
     shape = {key: recipe[key] for key in ("num_classes", "in_chans", "image_size", "seed")}
     return create(config, **shape)
 

@@ -306,3 +306,20 @@ def test_a_device_that_is_not_there() -> None:
     assert models.choose_device("auto") == torch.device("cpu")
     with pytest.raises(UsageError, match="sees no GPU"):
         models.choose_device("cuda:0")
+
+
+def test_a_small_stem_keeps_the_resolution():
+    config = ModelConfig("resnet18", small_stem=True)
+    model = models.create(config, num_classes=10, in_chans=3, image_size=32, seed=0)
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+    again = models.from_recipe(model.autosparse_recipe)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_small_stem_is_for_resnets():
+    with pytest.raises(UsageError, match="small_stem"):
+        models.create(
+            ModelConfig("test_vit", {"patch_size": 4}, small_stem=True),
+            num_classes=10, in_chans=3, image_size=32, seed=0,
+        )  # fmt: skip
