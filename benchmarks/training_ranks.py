@@ -1,8 +1,9 @@
-"""What benchmarks.training runs on every rank: `training_ranks.py OUT [memory SPARSITY]`."""
+"""What benchmarks.training runs on every rank: `training_ranks.py OUT [memory SPARSITY keep]`."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import sys
 import time
@@ -30,12 +31,12 @@ from autosparse.training import History, Ranks
 SIDE, BATCH, STEPS, TURNS = 32, 32, 3, 5
 """Pixels, images per rank, steps per measurement, measurements of each."""
 SPARSITIES = (0.0, 0.9, 0.95, 0.98, 0.99)
-DENSE, BARE, MASKED = "dense", "bare", "masked"
+BARE, MASKED, RESCATTER = "bare", "masked", "rescatter"
 
 
-def make_model() -> nn.Module:
+def make_model(name: str = "resnet18") -> nn.Module:
     torch.manual_seed(0)
-    return create_model("resnet18", pretrained=False, num_classes=10)
+    return create_model(name, pretrained=False, num_classes=10)
 
 
 def random_masks(model: nn.Module, sparsity: float) -> masks.Masks:
@@ -46,17 +47,21 @@ def random_masks(model: nn.Module, sparsity: float) -> masks.Masks:
     return masks.from_scores(scores, sparsity)
 
 
-def settings(ranks: Ranks) -> SparseTrainConfig:
-    training = TrainingConfig(batch_size=BATCH * ranks.world_size, schedule="none")
+def settings(ranks: Ranks, rescatter: bool = False) -> SparseTrainConfig:
+    training = TrainingConfig(
+        batch_size=BATCH * ranks.world_size, schedule="none", rescatter=rescatter
+    )
     return SparseTrainConfig(training=training, deepspeed=DeepSpeedConfig(zero_stage=1))
 
 
-def make_stepper(sparsity: float, ranks: Ranks) -> ours.DeepSpeedStepper:
+def make_stepper(
+    sparsity: float, ranks: Ranks, name: str = "resnet18", rescatter: bool = False
+) -> ours.DeepSpeedStepper:
     """Return our training of a ticket; of the dense model at 0."""
-    model = make_model()
+    model = make_model(name)
     if sparsity:
         compact(model, Ticket.from_model(model, random_masks(model, sparsity), {}))
-    return ours.DeepSpeedStepper(model, settings(ranks), 1000, ranks)
+    return ours.DeepSpeedStepper(model, settings(ranks, rescatter), 1000, ranks)
 
 
 def make_bare(ranks: Ranks, sparsity: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -124,8 +129,9 @@ def measure(out: Path) -> dict[str, Any]:
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.arange(BATCH) % 10
     steppers = {f"{sparsity:g}": make_stepper(sparsity, ranks) for sparsity in SPARSITIES}
     steps: dict[str, Callable] = {name: each.step for name, each in steppers.items()}
-    steps |= {BARE: make_bare(ranks), MASKED: make_bare(ranks, 0.98)}
-    for stepper in steppers.values():
+    again = make_stepper(0.98, ranks, rescatter=True)
+    steps |= {BARE: make_bare(ranks), MASKED: make_bare(ranks, 0.98), RESCATTER: again.step}
+    for stepper in (*steppers.values(), again):
         stepper.model.train()
     sent = {}
     for name, step in steps.items():
@@ -160,29 +166,34 @@ def measure(out: Path) -> dict[str, Any]:
     }
 
 
-def measure_memory(sparsity: float) -> dict[str, Any]:
-    """Return by how many bytes memory rises from before the model to the peak of two steps.
+def measure_memory(sparsity: float, rescatter: bool) -> dict[str, Any]:
+    """Return by how many bytes memory rises from before the model to the peak of three steps.
 
-    Two tiny images per rank, so that next to nothing of it is activations. The C library is told
-    to return blocks at once, so that the peak is that of tensors.
+    Two tiny images per rank, so that next to nothing of it is activations; a tiny model is
+    trained first, which loads the libraries. The C library is told to return blocks at once, so
+    that the peak is that of tensors.
     """
     library = ctypes.CDLL("libc.so.6")
     library.mallopt(-3, 1 << 16)
     ranks, _ = ours.start()
     images, labels = torch.randn(2, 3, SIDE, SIDE), torch.arange(2)
-    warm = nn.Conv2d(3, 8, 3)  # Loads the libraries that a first convolution needs.
-    warm(images).sum().backward()
-    dist.all_reduce(torch.zeros(1))
+    three_steps(make_stepper(sparsity, ranks, "test_resnet", rescatter), images, labels)
+    gc.collect()
     library.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    stepper = make_stepper(sparsity, ranks)
-    stepper.model.train()
+    stepper = make_stepper(sparsity, ranks, rescatter=rescatter)
+    gc.collect()
     library.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(2):
+    started = _status("VmRSS")
+    three_steps(stepper, images, labels)
+    return {"peak": _status("VmHWM") - before, "start": started - before}
+
+
+def three_steps(stepper: ours.DeepSpeedStepper, images: Tensor, labels: Tensor) -> None:
+    stepper.model.train()
+    for _ in range(3):
         stepper.step(images, labels)
-    return {"peak": _status("VmHWM") - before}
 
 
 def _status(key: str) -> int:
@@ -193,8 +204,8 @@ def _status(key: str) -> int:
 def main(arguments: list[str]) -> None:
     out = Path(arguments[0])
     if arguments[1:2] == ["memory"]:
-        found = measure_memory(float(arguments[2]))
-        name = f"memory-{arguments[2]}"
+        found = measure_memory(float(arguments[2]), arguments[3] == "rescatter")
+        name = f"memory-{arguments[2]}-{arguments[3]}"
     else:
         found, name = measure(out), "measured"
     if dist.get_rank() == 0:
