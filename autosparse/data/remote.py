@@ -92,7 +92,7 @@ class RemoteFolder(Folder):
             with fsspec.open(url, "rb") as content:
                 copy_atomically(cast(BinaryIO, content), path)
         except FileNotFoundError:
-            raise UsageError(f"{url} is not there") from None
+            raise UsageError(f"{url} is not there, or its server cannot be reached") from None
         except Exception as error:  # Each file system of fsspec raises errors of its own.
             raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
 
