@@ -32,7 +32,7 @@ from autosparse.data.decode import decode
 from autosparse.data.pack import pack
 from benchmarks.report import figure, publish, seconds_in_turn
 
-IMAGES, CLASSES, SIZE, BATCH = 1280, 10, 224, 64
+IMAGES, CLASSES, SIZE, BATCH = 960, 10, 224, 64
 SIDES = ((500, 375), (375, 500), (500, 333), (400, 300), (300, 400))
 HELD: list[bytes] = []
 """The encoded images, for the processes that only decode."""

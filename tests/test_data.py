@@ -19,8 +19,8 @@ from torchvision import datasets
 from autosparse import data, training
 from autosparse.config import DataConfig, TrainingConfig
 from autosparse.data.decode import decode
-from autosparse.data.stream import Stream
 from autosparse.data.source import DataSource, MemorySplit, augmented
+from autosparse.data.stream import Stream
 from autosparse.errors import UsageError
 
 SPLITS = ("train", "validation", "test")
