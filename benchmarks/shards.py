@@ -98,7 +98,7 @@ def timm_reader(root: Path, workers: int) -> Callable[[], None]:
     """Return a job that reads an epoch through timm, on the CPU."""
     from timm.data import create_dataset, create_loader
 
-    dataset = create_dataset(
+    dataset: Any = create_dataset(
         "wds/x", str(root), split="train", is_training=True, batch_size=BATCH, input_key="jpg"
     )
     loader: Any = create_loader(
