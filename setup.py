@@ -30,6 +30,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10",
+        "simplejpeg>=1.8",
         "pyarrow>=15",
         "pyyaml>=6",
         "universal-pathlib>=0.2",

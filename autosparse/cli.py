@@ -28,15 +28,20 @@ VERBS: dict[str, tuple[str | None, str]] = {
     "train": ("SparseTrainConfig", "train tickets (or a dense model) in one process"),
     "export": ("ExportConfig", "write a trained ticket as a dense state dict, ONNX or ticket"),
     "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
+    "shards": (None, "pack images into shards; verify them; index tars that others wrote"),
     "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
 }
 """Verb -> its config class in config.py, and what it does."""
 
 USAGE = {
     "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
-                         | export-parquet DIR FILE"""
+                         | export-parquet DIR FILE""",
+    "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR",
 }
 """What follows a verb that takes paths."""
+
+SETTINGS = {("shards", "pack"): "PackConfig"}
+"""Actions that take settings after their paths, and the config class."""
 
 Config = TypeVar("Config")
 
@@ -75,12 +80,26 @@ def _main(arguments: list[str]) -> None:
     if verb not in VERBS:
         raise unknown("verb", verb, VERBS)
     kind, description = VERBS[verb]
-    if kind is None:
-        argument: Any = _paths(verb, rest)
+    configs = import_module("autosparse.config")
+    kind_of_action = SETTINGS.get((verb, rest[0])) if rest else None
+    if kind_of_action:
+        paths = _before_options(rest)
+        program = f"autosparse {verb} {rest[0]}"
+        config = parse(getattr(configs, kind_of_action), rest[len(paths) :], program, description)
+        arguments_of_verb: tuple[Any, ...] = (paths, config)
+    elif kind is None:
+        arguments_of_verb = (_paths(verb, rest),)
     else:
-        config_class = getattr(import_module("autosparse.config"), kind)
-        argument = parse(config_class, rest, f"autosparse {verb}", description)
-    getattr(import_module("autosparse.verbs"), verb)(argument)
+        arguments_of_verb = (
+            parse(getattr(configs, kind), rest, f"autosparse {verb}", description),
+        )
+    getattr(import_module("autosparse.verbs"), verb)(*arguments_of_verb)
+
+
+def _before_options(arguments: list[str]) -> list[str]:
+    """Return the leading arguments that are no options."""
+    first = next((n for n, each in enumerate(arguments) if each.startswith("-")), len(arguments))
+    return arguments[:first]
 
 
 def _help() -> str:

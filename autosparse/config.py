@@ -26,11 +26,6 @@ def _local(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
-def _workers_identity(config: DataConfig) -> int:
-    """The order of streamed shards depends on how many processes they are dealt to."""
-    return config.workers if config.name == "shards" else 2
-
-
 def _teacher_identity(config: TrainingConfig) -> str | None:
     """A teacher is known by its file's content, wherever it lies."""
     if config.teacher is None or not Path(config.teacher).is_file():
@@ -72,15 +67,46 @@ class DataConfig:
     image_size: int | None = None
     """Side of the square images in pixels; by default what suits the data set."""
     augment: str = "auto"
-    """none, shift, shift+flip, or auto (what suits the data set)."""
+    """none, shift, shift+flip, crop+flip (random resized crops, of streamed images), or auto.
+
+    All but none and auto may be followed by timm's RandAugment: crop+flip+rand-m9-mstd0.5-inc1.
+    """
     validation_fraction: float = 0.15
     """Share of the training images held out for validation, stratified, the same every time."""
     train_limit: int | None = None
     """Use only this many training images, stratified, the same ones every time."""
-    workers: int = field(default=2, metadata={"identity": _workers_identity})
-    """Processes that decode images, for sets that are too large for memory."""
+    workers: int = _local(2)
+    """Processes per rank that decode images, for sets that are too large for memory."""
     memory_limit_gb: float = _local(4.0)
     """Sets whose decoded images take less than this are held in memory as uint8 tensors."""
+    lanes: int = 16
+    """Streamed shards are shuffled in so many lanes, best a multiple of the number of ranks."""
+    max_bad_images: int = _local(0)
+    """Streamed images that cannot be decoded and are replaced by a neighbour; one more: stop."""
+    allow_remote: bool = _local(False)
+    """Let data.root be a URL (http, https, gs, s3) that shards are fetched from."""
+    cache: str = _local("~/.cache/autosparse")
+    """Folder for fetched shards, and for indexes of shards that came without one."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How images are packed into shards."""
+
+    resize: int | None = None
+    """Make images smaller until their shorter side has so many pixels; none by default."""
+    quality: int | None = None
+    """Encode all as JPEG of this quality; by default bytes are copied; resized: 90."""
+    per_shard: int = 1000
+    """Images per shard."""
+    seed: int = 0
+    """Fixes the order of the images."""
+    validation_fraction: float = 0.15
+    """Share of the training images that becomes validation, where there is none; stratified."""
+    workers: int = _local(2)
+    """Processes that pack."""
+    root: str | None = _local(None)
+    """Folder of a torchvision set; by default AUTOSPARSE_DATA or data."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Bar:
         self.done = self.before = done
         self.owner._rich.update(self.task, completed=done)
 
+    def of(self, total: float) -> None:
+        """Say how many there are to do."""
+        self.total, self.started = total, time.monotonic()
+        self.owner._rich.update(self.task, total=total)
+
     def advance(self, count: float = 1) -> None:
         """Count `count` more as done."""
         self.set(self.done + count)

@@ -19,8 +19,8 @@ from torchvision import datasets
 from autosparse import data, training
 from autosparse.config import DataConfig, TrainingConfig
 from autosparse.data.decode import decode
-from autosparse.data.folder import FolderStream
 from autosparse.data.source import DataSource, MemorySplit, augmented
+from autosparse.data.stream import Stream
 from autosparse.errors import UsageError
 
 SPLITS = ("train", "validation", "test")
@@ -588,7 +588,7 @@ def test_folder_without_parts_is_split_by_class(flat_folder):
 def test_streamed_folder_gives_the_same_images(flat_folder):
     whole = data.load(in_memory_config(flat_folder))
     stream = data.load(streamed_config(flat_folder, workers=1))
-    assert isinstance(stream.train, FolderStream)
+    assert isinstance(stream.train, Stream)
     for name in SPLITS:
         assert contents(getattr(stream, name)) == contents(getattr(whole, name))
 

@@ -1,9 +1,14 @@
 """Shards: written and read whole, shared out exactly once, and every damage named."""
 
+import hashlib
+import http.server
 import io
 import json
+import shutil
 import tarfile
+import threading
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,9 +18,15 @@ from webdataset import TarWriter
 
 from autosparse import data
 from autosparse.config import DataConfig, run_id
-from autosparse.data.shards import MANIFEST, ShardStream, write_shards
+from autosparse.data.check import adopt, verify
+from autosparse.data.pack import write_shards
+from autosparse.data.remote import Folder
+from autosparse.data.shards import ShardSamples
 from autosparse.data.source import MemorySplit
+from autosparse.data.stream import Stream
+from autosparse.data.tars import INDEX, MANIFEST, Shard
 from autosparse.errors import UsageError
+from tests.conftest import flip
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": 25, "validation": 7, "test": 11}
@@ -33,23 +44,33 @@ def samples():
     """Yield images of one grey each, which tells them apart, of class grey % 3."""
     for split, count in COUNTS.items():
         for grey in range(STARTS[split], STARTS[split] + count):
-            yield split, picture(grey), "png", grey % 3
+            yield split, picture(grey), grey % 3
 
 
 def expected(split: str) -> list[tuple[int, int]]:
     return [(STARTS[split] + place, (STARTS[split] + place) % 3) for place in range(COUNTS[split])]
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
     """Shards of 4 samples; the last ones hold 1, 3 and 3."""
-    write_shards(samples(), tmp_path / "insects", CLASSES, per_shard=4)
-    return tmp_path / "insects"
+    folder = tmp_path_factory.mktemp("packed")
+    write_shards(samples(), folder, CLASSES, per_shard=4)
+    return folder
+
+
+@pytest.fixture
+def root(packed, tmp_path) -> Path:
+    """A copy of the shards."""
+    return Path(shutil.copytree(packed, tmp_path / "insects"))
 
 
 def config(root: Path, streamed: bool = True, workers: int = 0, **changes) -> DataConfig:
     limit = {"memory_limit_gb": 0} if streamed else {}
-    return DataConfig("shards", str(root), image_size=8, workers=workers, **limit, **changes)
+    cache = str(root.parent / "cache")
+    return DataConfig(
+        "shards", str(root), image_size=8, workers=workers, cache=cache, **limit, **changes
+    )
 
 
 def pairs(batches) -> list[tuple[int, int]]:
@@ -71,7 +92,7 @@ def read_everything(root: Path, streamed: bool) -> list[tuple[int, int]]:
 
 def test_streamed_and_in_memory_give_what_was_written(root):
     stream, whole = data.load(config(root)), data.load(config(root, streamed=False))
-    assert isinstance(stream.train, ShardStream)
+    assert isinstance(stream.train, Stream)
     assert isinstance(whole.train, MemorySplit)
     for split in COUNTS:
         assert pairs(getattr(stream, split).once(4)) == expected(split)
@@ -98,8 +119,8 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
         for name in ("one", "two")
     ]
     assert files[0] == files[1]
-    # 25, 7 and 11 samples by 4 make 7, 2 and 3 shards, with the manifest 13 files.
-    assert len(files[0]) == 13
+    # 25, 7 and 11 samples by 4 make 7, 2 and 3 shards, with manifest, index and timm's file 15.
+    assert len(files[0]) == 15
 
 
 def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
@@ -116,39 +137,43 @@ def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
 # sharing out
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 13])
 def test_evaluation_counts_every_image_once(root, world_size):
-    """Uneven: 3 shards with 4, 4 and 3 images; two of five ranks have none."""
+    """Uneven: 3 shards with 4, 4 and 3 images; two of 13 ranks have none."""
     split = data.load(config(root)).test
     ranks = [pairs(split.once(2, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    assert sorted(pair for rank in ranks for pair in rank) == expected("test")
+    assert [pair for rank in ranks for pair in rank] == expected("test")
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 12])
 def test_every_rank_makes_as_many_batches(root, world_size):
     split = data.load(config(root)).train
-    for epoch in range(4):
+    for epoch in range(3):
         ranks = [
-            list(split.shuffled(1, seed=5, epoch=epoch, rank=rank, world_size=world_size))
+            list(split.shuffled(2, seed=5, epoch=epoch, rank=rank, world_size=world_size))
             for rank in range(world_size)
         ]
-        assert {len(batches) for batches in ranks} == {split.steps(1, world_size)}
+        assert {len(batches) for batches in ranks} == {25 // (2 * world_size)}
+        assert {len(labels) for batches in ranks for _, labels in batches} == {2}
         seen = [pair for batches in ranks for pair in pairs(batches)]
         assert len(set(seen)) == len(seen)
         assert set(seen) <= set(expected("train"))
 
 
-def test_steps_are_what_the_smallest_shards_allow(root):
+def test_steps_leave_out_less_than_one_global_batch(root):
     split = data.load(config(root)).train
-    # 6 shards of 4 and one of 1. A rank of two has at least 3 shards: 1 + 4 + 4 = 9 images.
-    assert [split.steps(size, 2) for size in (1, 2, 4, 10)] == [9, 4, 2, 0]
-    assert split.steps(4) == 25 // 4
+    assert [split.steps(size, 2) for size in (1, 2, 4, 12, 13)] == [12, 6, 3, 1, 0]
+    assert split.steps(4) == 6
 
 
-def test_more_ranks_than_shards_are_refused(root):
+def test_fewer_shards_than_ranks_will_do(root):
+    """The 11 test images lie in 3 shards."""
     split = data.load(config(root)).test
-    with pytest.raises(UsageError, match="3 shards"):
-        list(split.shuffled(1, seed=0, epoch=0, rank=0, world_size=4))
+    ranks = [
+        pairs(split.shuffled(2, seed=0, epoch=0, rank=rank, world_size=5)) for rank in range(5)
+    ]
+    assert sorted(map(len, ranks)) == [2] * 5
 
 
 # order
@@ -168,15 +193,100 @@ def test_order_comes_from_seed_and_epoch(root):
     assert shuffled(root, 2, 0) != first
 
 
-def test_order_is_the_same_again_with_workers(root):
-    assert shuffled(root, 1, 0, workers=2) == shuffled(root, 1, 0, workers=2)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_order_does_not_depend_on_the_workers(root, workers):
+    assert shuffled(root, 1, 0, workers=workers) == shuffled(root, 1, 0)
 
 
-def test_the_number_of_workers_is_part_of_a_streamed_runs_identity(root):
-    """Samples come from the workers in turn, so their order depends on how many there are."""
-    two, three = (replace(config(root), workers=workers) for workers in (2, 3))
-    assert run_id(two) != run_id(three)
-    assert run_id(replace(two, name="folder")) == run_id(replace(three, name="folder"))
+def test_the_number_of_workers_is_no_part_of_a_runs_identity(root):
+    assert run_id(config(root, workers=3)) == run_id(config(root, workers=2))
+    assert run_id(config(root, lanes=3)) != run_id(config(root))
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_see_together_what_one_rank_sees(root, world_size, lanes):
+    """Step by step, for the same global batch of 12, whatever the number of ranks."""
+    split = data.load(config(root, lanes=lanes)).train
+    whole = [pairs([batch]) for batch in split.shuffled(12, seed=3, epoch=1)]
+    ranks = [
+        [
+            pairs([batch])
+            for batch in split.shuffled(
+                12 // world_size, seed=3, epoch=1, rank=rank, world_size=world_size
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == whole
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4])
+def test_skipped_steps_leave_the_tail(root, first):
+    split = data.load(config(root)).train
+    whole = [
+        [pairs([batch]) for batch in split.shuffled(3, seed=0, epoch=2, rank=rank, world_size=2)]
+        for rank in (0, 1)
+    ]
+    for rank in (0, 1):
+        tail = split.shuffled(3, seed=0, epoch=2, rank=rank, world_size=2, first=first)
+        assert [pairs([batch]) for batch in tail] == whole[rank][first:]
+
+
+def test_another_number_of_ranks_goes_on_where_the_first_stopped(root):
+    """Two steps of 6 images on two ranks, the others on three: none is lost or repeated."""
+    split = data.load(config(root)).train
+    before = [
+        pair
+        for rank in (0, 1)
+        for pair in pairs(list(split.shuffled(3, seed=0, epoch=0, rank=rank, world_size=2))[:2])
+    ]
+    after = [
+        pair
+        for rank in (0, 1, 2)
+        for pair in pairs(split.shuffled(2, seed=0, epoch=0, rank=rank, world_size=3, first=2))
+    ]
+    assert sorted(before + after) == sorted(pairs(split.shuffled(6, seed=0, epoch=0)))
+    assert len(set(before + after)) == 24
+
+
+def test_skipped_steps_read_nothing(root):
+    """Only the last step is left, of the shards of four images; the others may be gone."""
+    source = data.load(config(root, lanes=1))
+    order, _ = source.train.samples.order(0, 0)
+    left = {(int(number) // 4) for number in order[20:24]}
+    for number in set(range(7)) - left:
+        (root / f"train-{number:06d}.tar").unlink()
+    assert len(pairs(source.train.shuffled(4, seed=0, epoch=0, first=5))) == 4
+
+
+def test_lanes_let_a_rank_read_its_own_shards_only(tmp_path):
+    """64 samples in 16 shards, 4 lanes, 2 ranks, global batches of 8: half of the shards each."""
+    some = [("train", picture(grey), 0) for grey in range(64)]
+    others = [(split, picture(0), 0) for split in ("validation", "test")]
+    write_shards([*some, *others], tmp_path / "a", ["x"], per_shard=4)
+    split = data.load(config(tmp_path / "a", lanes=4)).train
+    ranks = [
+        {grey // 4 for grey, _ in pairs(split.shuffled(4, seed=0, epoch=0, rank=r, world_size=2))}
+        for r in (0, 1)
+    ]
+    assert [len(shards) for shards in ranks] == [8, 8]
+    assert not ranks[0] & ranks[1]
+
+
+def test_a_batch_mixes_images_of_many_shards(tmp_path):
+    """By lanes of 16 samples each, a batch of 8 holds two of each lane."""
+    samples_ = ShardSamples(
+        Folder(tmp_path, tmp_path),
+        [Shard(f"{n}", "train", 4, 1, "") for n in range(16)],
+        classes=1,
+        lanes=4,
+    )
+    order, lane = samples_.order(0, 0)
+    assert sorted(order.tolist()) == list(range(64))
+    assert lane.view(8, 8).sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 8
+    for each in range(4):
+        assert len({number // 4 for number in order[lane == each].tolist()}) == 4
 
 
 def test_a_rank_sees_other_images_every_epoch(root):
@@ -197,6 +307,12 @@ def edit(root: Path, name: str = VICTIM, **changes) -> None:
     entry = next(entry for entry in manifest["shards"] if entry["name"] == name)
     entry.update(changes)
     (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def edit_as_is(root: Path, name: str = VICTIM, **changes) -> None:
+    """Let the manifest say what the shard is now, so that only other checks can tell."""
+    content = (root / name).read_bytes()
+    edit(root, name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), **changes)
 
 
 def replace_shard(root: Path, content: bytes, in_manifest: bool) -> None:
@@ -235,12 +351,12 @@ def test_cut_shard_is_named(root, cut, in_manifest, streamed):
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_shard_with_fewer_samples_is_named(root, left, streamed):
-    """A whole tar, of the size in the manifest; only the count tells."""
+    """A whole tar, of the size and hash in the manifest; only the count tells."""
     with TarWriter(str(root / VICTIM), mtime=0.0) as tar:
         for place in range(left):
             tar.write({"__key__": f"{place}", "png": picture(204 + place), "cls": b"0"})
-    edit(root, bytes=(root / VICTIM).stat().st_size)
-    with pytest.raises(UsageError, match=VICTIM):
+    edit_as_is(root)
+    with pytest.raises(UsageError, match=rf"{VICTIM} has {left} samples, the manifest says 4"):
         read_everything(root, streamed)
 
 
@@ -251,11 +367,46 @@ def test_count_that_differs_from_the_manifest_is_named(root, count):
         read_everything(root, True)
 
 
+@pytest.mark.parametrize("part", ["header", "label", "image", "padding", "end"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_flipped_bit_is_named_wherever_it_lies(root, part, workers):
+    header, image = offsets(root, 2)
+    label = offsets(root, 3)[1]
+    place = {"header": header + 3, "image": image + 40, "label": label,
+             "padding": image + 500, "end": (root / VICTIM).stat().st_size - 1}[part]  # fmt: skip
+    flip(root / VICTIM, place)
+    with pytest.raises(UsageError, match=rf"{VICTIM}.*SHA-256") as caught:
+        pairs(data.load(config(root, workers=workers)).test.once(4))
+    assert len(str(caught.value).splitlines()) == 1
+    train = data.load(config(root, workers=workers)).train
+    assert sorted(pairs(train.shuffled(5, seed=0, epoch=0))) == expected("train")
+
+
+def test_each_shard_is_checked_once_in_a_run_by_whichever_process(root):
+    """What changes after that is noticed by the next run; a shard cut meanwhile at once."""
+    split = data.load(config(root, workers=2)).test
+    assert split.samples.checked.tolist() == [0, 0, 0]
+    first = pairs(split.once(4))
+    assert split.samples.checked.tolist() == [1, 1, 1]
+    flip(root / VICTIM, (root / VICTIM).stat().st_size - 1)
+    assert pairs(split.once(4)) == first
+    (root / VICTIM).write_bytes((root / VICTIM).read_bytes()[: offsets(root, 4)[1] + 9])
+    with pytest.raises(UsageError, match=rf"{VICTIM} was cut"):
+        pairs(split.once(4))
+
+
+def test_shard_that_goes_missing_is_named(root):
+    split = data.load(config(root)).test
+    (root / VICTIM).unlink()
+    with pytest.raises(UsageError, match=rf"{VICTIM}.*not on disk"):
+        pairs(split.once(4))
+
+
 def test_worker_names_a_damaged_shard_in_one_line(root):
     edit(root, count=3)
     with pytest.raises(UsageError, match=VICTIM) as caught:
         pairs(data.load(config(root, workers=1)).test.once(4))
-    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_shuffled_notices_a_short_shard(root):
@@ -279,7 +430,7 @@ def test_grown_shard_is_named(root):
 def test_changed_label_is_noticed(root):
     """Only the SHA-256 of the manifest tells."""
     content = bytearray((root / VICTIM).read_bytes())
-    place = offsets(root, 0)[1]
+    place = offsets(root, 1)[1]
     assert content[place] == ord(b"0") + 204 % 3
     content[place] = ord(b"1")
     replace_shard(root, bytes(content), in_manifest=False)
@@ -302,9 +453,215 @@ def test_changed_label_is_noticed(root):
 def test_wrong_sample_is_named_with_its_shard(root, sample):
     with TarWriter(str(root / VICTIM), mtime=0.0) as tar:
         tar.write({"__key__": "odd", **sample})
-    edit(root, count=1, bytes=(root / VICTIM).stat().st_size)
+    edit_as_is(root, count=1)
     with pytest.raises(UsageError, match=rf"{VICTIM}.*odd"):
         read_everything(root, True)
+
+
+# images that cannot be decoded
+
+
+def with_bad(root: Path, *greys: int) -> Path:
+    """Write the same shards, with bytes that only begin like a PNG for some images."""
+    made = [
+        (split, b"\x89PNG\r\n\x1a\nno image" if STARTS[split] + place in greys else image, label)
+        for split in COUNTS
+        for place, (image, label) in enumerate(
+            (picture(STARTS[split] + n), (STARTS[split] + n) % 3) for n in range(COUNTS[split])
+        )
+    ]
+    write_shards(made, root / "insects", CLASSES, per_shard=4)
+    return root / "insects"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_first_bad_image_stops_unless_some_are_allowed(tmp_path, workers):
+    split = data.load(config(with_bad(tmp_path, 9), workers=workers)).train
+    with pytest.raises(UsageError) as caught:
+        pairs(split.shuffled(5, seed=0, epoch=0))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for part in ("train-000002.tar", "train000002_000001", "data.max_bad_images allows 0"):
+        assert part in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_give_way_to_their_neighbours(tmp_path, capfd, workers):
+    """9 to the next of shard 8..11, 23 to the first of 20..23; the batches stay equal."""
+    root = with_bad(tmp_path, 9, 23)
+    split = data.load(config(root, workers=workers, max_bad_images=2)).train
+    for epoch in (0, 1):
+        batches = list(split.shuffled(5, seed=0, epoch=epoch))
+        assert [len(labels) for _, labels in batches] == [5] * 5
+        wanted = [{9: 10, 23: 20}.get(grey, grey) for grey in range(25)]
+        assert sorted(pairs(batches)) == sorted((grey, grey % 3) for grey in wanted)
+    said = capfd.readouterr().err
+    assert said.count("warning: ") == 2
+    assert "train-000002.tar sample train000002_000001" in said
+    assert "bad image 2 of at most 2" in said
+
+
+def test_one_bad_image_too_many_stops_and_is_named(tmp_path):
+    split = data.load(config(with_bad(tmp_path, 1, 9, 23), max_bad_images=2)).train
+    with pytest.raises(UsageError, match=r"train-00000[025]\.tar.*allows 2 bad images"):
+        pairs(split.shuffled(5, seed=0, epoch=0))
+
+
+def test_bad_images_of_all_splits_count_together(tmp_path):
+    source = data.load(config(with_bad(tmp_path, 9, 204), max_bad_images=1))
+    pairs(source.train.shuffled(5, seed=0, epoch=0))
+    with pytest.raises(UsageError, match="test-000001"):
+        pairs(source.test.once(4))
+
+
+def test_evaluation_leaves_bad_images_out(tmp_path):
+    split = data.load(config(with_bad(tmp_path, 204), max_bad_images=1)).test
+    assert pairs(split.once(4)) == [pair for pair in expected("test") if pair[0] != 204]
+
+
+def test_shard_of_bad_images_only_is_no_endless_search(tmp_path):
+    split = data.load(config(with_bad(tmp_path, 24), max_bad_images=9)).train
+    with pytest.raises(UsageError, match="none of its neighbours"):
+        pairs(split.shuffled(5, seed=0, epoch=0))
+
+
+# tars that others wrote
+
+
+def by_webdataset(root: Path) -> None:
+    """Write the same samples by webdataset: other members between, long names, folders."""
+    root.mkdir()
+    for split, word in (("train", "train"), ("validation", "val"), ("test", "test")):
+        with TarWriter(str(root / f"x-{word}-0.tar"), mtime=0.0) as tar:
+            for grey, label in expected(split):
+                key = f"{'long' * 40}/{grey:03d}"
+                tar.write({"__key__": key, "cls": str(label).encode(), "json": b"{}",
+                           "PNG": picture(grey), "txt": b"note"})  # fmt: skip
+
+
+def test_foreign_tars_are_adopted(tmp_path):
+    by_webdataset(tmp_path / "insects")
+    adopt(tmp_path / "insects")
+    for streamed in (False, True):
+        found = read_everything(tmp_path / "insects", streamed)
+        assert found == [pair for split in COUNTS for pair in expected(split)]
+    assert all(problem is None for _, problem in verify(tmp_path / "insects"))
+
+
+def test_shards_without_index_are_walked_through_once(root):
+    (root / INDEX).unlink()
+    everything = [pair for split in COUNTS for pair in expected(split)]
+    assert read_everything(root, True) == everything
+    kept = sorted((root.parent / "cache" / "index").iterdir())
+    assert len(kept) == 12
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert read_everything(root, True) == everything
+    assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_index_of_other_shards_is_not_used(root):
+    """Written anew with one sample more, the index left behind."""
+    with TarWriter(str(root / VICTIM), mtime=0.0) as tar:
+        for grey in range(204, 209):
+            tar.write({"__key__": f"{grey}", "png": picture(grey), "cls": b"0"})
+    edit_as_is(root, count=5)
+    found = pairs(data.load(config(root)).test.once(4))
+    assert found[4:9] == [(grey, 0) for grey in range(204, 209)]
+
+
+def test_tars_without_a_split_in_their_name_are_refused(tmp_path):
+    with TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "a", "png": picture(0), "cls": b"0"})
+    with pytest.raises(UsageError, match=r"a\.tar.*neither train"):
+        adopt(tmp_path)
+
+
+# from afar
+
+
+@pytest.fixture
+def served(root):
+    """The shards behind a web server; yields (URL, names asked for)."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(root.parent))
+
+        def log_message(self, *_):
+            if self.command == "GET":
+                asked.append(self.path.rpartition("/")[2])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/insects", asked
+        server.shutdown()
+        thread.join()
+
+
+def remote_config(url: str, root: Path, **changes) -> DataConfig:
+    return replace(config(root), root=url, allow_remote=True, **changes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_fetched_once_and_read_as_local_ones(root, served, workers):
+    url, asked = served
+    source = data.load(remote_config(url, root, workers=workers))
+    assert not [name for name in asked if name.endswith(".tar")]
+    assert pairs(source.test.once(4)) == expected("test")
+    tars = [f"test-00000{number}.tar" for number in range(3)]
+    assert sorted({name for name in asked if name.endswith(".tar")}) == tars
+    asked.clear()
+    again = data.load(remote_config(url, root))
+    assert pairs(again.test.once(4)) == expected("test")
+    assert not [name for name in asked if name.endswith(".tar")]
+    assert source.name == again.name == "insects"
+
+
+def test_damaged_cache_is_fetched_again(root, served):
+    url, asked = served
+    pairs(data.load(remote_config(url, root)).test.once(4))
+    for path in (root.parent / "cache" / "shards").glob("*.tar"):
+        flip(path, 700)
+    asked.clear()
+    assert pairs(data.load(remote_config(url, root)).test.once(4)) == expected("test")
+    assert len({name for name in asked if name.endswith(".tar")}) == 3
+
+
+def test_shard_that_is_not_what_the_manifest_says_is_named_by_its_url(root, served):
+    url, _ = served
+    flip(root / VICTIM, 700)
+    with pytest.raises(UsageError, match=rf"{url}/{VICTIM}.*SHA-256"):
+        pairs(data.load(remote_config(url, root)).test.once(4))
+    assert len(list((root.parent / "cache" / "shards").glob("*.tar"))) == 1
+
+
+def test_missing_remote_shard_is_named(root, served):
+    url, _ = served
+    (root / VICTIM).unlink()
+    with pytest.raises(UsageError, match=rf"{url}/{VICTIM} is not there"):
+        pairs(data.load(remote_config(url, root)).test.once(4))
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed", "named"),
+    [
+        ("http://127.0.0.1:1/x", False, "data.allow_remote"),
+        ("s3://bucket/x", False, "data.allow_remote"),
+        ("pipe:cat x", True, "commands are not run"),
+        ("pipe://cat x", True, "commands are not run"),
+        ("ftp://host/x", True, "only http"),
+        ("http://127.0.0.1:1/x", True, "cannot be reached"),
+    ],
+)
+def test_remote_roots_are_off_unless_allowed(tmp_path, place, allowed, named):
+    wanted = DataConfig("shards", place, allow_remote=allowed, cache=str(tmp_path))
+    with pytest.raises(UsageError, match=named):
+        data.load(wanted)
+
+
+# manifests
 
 
 def change_first(**changes):
@@ -322,6 +679,7 @@ BAD_MANIFESTS = {
     "count in words": change_first(count="four"),
     "unknown split": change_first(split="val"),
     "newer format": lambda manifest: manifest.update(format=2),
+    "shard elsewhere": change_first(name="../train-000000.tar"),
     "no test": lambda manifest: manifest.update(
         shards=[entry for entry in manifest["shards"] if entry["split"] != "test"]
     ),
@@ -356,3 +714,16 @@ def test_limit_is_refused_where_it_cannot_be_kept(root):
     assert len(data.load(config(root, streamed=False, train_limit=9)).train) == 9
     with pytest.raises(UsageError, match="train_limit"):
         data.load(config(root, train_limit=9))
+
+
+def test_terminated_workers_are_done_without(tmp_path):
+    root = shards(tmp_path, [40, 40])
+    stream = data.load(config(root, workers=2)).train
+    expected = pairs(stream.shuffled(4, seed=0, epoch=0))
+    batches = stream.shuffled(4, seed=0, epoch=0)
+    found = [next(batches)]
+    for child in psutil.Process().children():
+        if "resource_tracker" not in " ".join(child.cmdline()):
+            child.terminate()
+    found += list(batches)
+    assert pairs(found) == expected

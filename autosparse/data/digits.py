@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from autosparse.config import DataConfig
+from autosparse.data.augment import choose
 from autosparse.data.source import (
     DataSource,
     MemorySplit,
-    choose_augment,
     in_memory,
     resized,
     stratified,
@@ -36,5 +36,5 @@ def load_digits(config: DataConfig) -> DataSource:
         num_classes=10,
         validation_fraction=config.validation_fraction,
         train_limit=config.train_limit,
-        augment=choose_augment(config.augment, "shift"),
+        augment=choose(config.augment, "shift"),
     )

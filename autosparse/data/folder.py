@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from autosparse.config import DataConfig
+from autosparse.data.augment import choose
 from autosparse.data.decode import decode
 from autosparse.data.source import (
-    Batch,
     DataSource,
     MemorySplit,
-    choose_augment,
-    first_cause,
+    epoch_order,
     in_memory,
     limited_places,
     stratified,
 )
+from autosparse.data.stream import BadImages, Stream
 from autosparse.errors import UsageError
 
 DEFAULT_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEST_FRACTION = 0.15
-DECODE_SEED = 1_000_003
 
 
 def load_folder(config: DataConfig) -> DataSource:
     """Return the folder's images, held in memory if they fit, otherwise decoded as they come."""
     root = Path(config.root or "").expanduser()
     size = config.image_size or DEFAULT_SIZE
-    parts, classes = _parts(root, config.validation_fraction)
+    parts, classes = parts_of(root, config.validation_fraction)
     if config.train_limit is not None:
         parts["train"] = _limited(parts["train"], config.train_limit)
     needed = 3 * size * size * sum(len(part) for part in parts.values())
-    augment = choose_augment(config.augment, "shift+flip")
-    if needed <= config.memory_limit_gb * 1e9:
+    streamed = needed > config.memory_limit_gb * 1e9
+    augment = choose(config.augment, "shift+flip", streamed=streamed)
+    if not streamed:
         whole = {name: _in_memory(part, size) for name, part in parts.items()}
         return in_memory(
             root.name,
@@ -55,8 +53,17 @@ def load_folder(config: DataConfig) -> DataSource:
             augment=augment,
         )
     listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
+    bad: BadImages = {}
     streams: dict[str, Any] = {
-        name: FolderStream(part, size, config.workers) for name, part in parts.items()
+        name: Stream(
+            FolderSamples(part),
+            size,
+            config.workers,
+            augment if name == "train" else "none",
+            config.max_bad_images,
+            bad,
+        )
+        for name, part in parts.items()
     }
     return DataSource(
         name=root.name,
@@ -74,7 +81,7 @@ def load_folder(config: DataConfig) -> DataSource:
 Sample = tuple[Path, int]
 
 
-def _parts(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:
+def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:
     """Split the files into train, validation and test; what has no folder is cut from train."""
     if not root.is_dir():
         raise UsageError(f"data.root {root} is not a folder")
@@ -124,61 +131,39 @@ def _in_memory(samples: Sequence[Sample], size: int) -> MemorySplit:
     return MemorySplit(torch.stack(images), torch.tensor([label for _, label in samples]))
 
 
-class _Decoded(Dataset):
-    def __init__(self, samples: Sequence[Sample], size: int) -> None:
-        self.samples, self.size = samples, size
+class FolderSamples:
+    """The files of one split, read as they are needed."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        path, label = self.samples[place]
-        return decode(path, self.size), label
+    def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the files in an epoch's order, the same as in memory; all in one lane."""
+        order = epoch_order(len(self), seed, epoch)
+        return order, torch.zeros_like(order)
 
+    def share(self, rank: int, world_size: int) -> list[int]:
+        """Return a rank's part of all files."""
+        return list(range(rank, len(self), world_size))
 
-@dataclass(frozen=True)
-class FolderStream:
-    """A split whose images are decoded in worker processes as they are needed."""
+    def prepare(self, numbers: list[int]) -> None:
+        """Nothing is checked before a file is read."""
 
-    samples: Sequence[Sample]
-    size: int
-    workers: int
-    device: torch.device = torch.device("cpu")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def steps(self, batch_size: int, world_size: int = 1) -> int:
-        return len(self) // (batch_size * world_size)
-
-    def shuffled(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(seed * DECODE_SEED + epoch)
-        order = torch.randperm(len(self), generator=generator)
-        step = batch_size * world_size
-        whole = order[: self.steps(batch_size, world_size) * step].view(-1, world_size, batch_size)
-        yield from self._batches(whole[:, rank].flatten().tolist(), batch_size)
-
-    def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        yield from self._batches(list(range(len(self)))[rank::world_size], batch_size)
-
-    def _batches(self, places: list[int], batch_size: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Decoded(self.samples, self.size),
-            batch_size=batch_size,
-            sampler=places,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-        )
+    def read(self, number: int) -> tuple[bytes, int]:
+        """Return a file's content and its label."""
+        path, label = self.samples[number]
         try:
-            for images, labels in loader:
-                yield (
-                    images.to(self.device, non_blocking=True),
-                    labels.to(self.device, non_blocking=True),
-                )
-        except UsageError as error:
-            raise first_cause(error) from error
+            return path.read_bytes(), label
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
 
-    def to(self, device: torch.device) -> FolderStream:
-        return replace(self, device=device)
+    def name(self, number: int) -> str:
+        """Return the path of a file."""
+        return str(self.samples[number][0])
+
+    def neighbour(self, number: int) -> int:
+        """Return the next file; after the last one the first."""
+        return (number + 1) % len(self)

@@ -3,314 +3,219 @@
 A shard folder holds tars named by split, `train-000000.tar`, `validation-000000.tar`,
 `test-000000.tar`, each sample `KEY.jpg` (or png, webp) and `KEY.cls`, and `manifest.json`:
 {"format": 1, "classes": [...], "shards": [{"name", "split", "count", "bytes", "sha256"}]}.
+`autosparse shards pack` writes it, with an index of the samples. Each shard's size is checked at
+the start, its SHA-256 when it is first read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from autosparse.config import DataConfig
-from autosparse.data.decode import decode
+from autosparse.data import augment
 from autosparse.data.folder import DEFAULT_SIZE, IMAGENET_MEAN, IMAGENET_STD
-from autosparse.data.source import (
-    Batch,
-    DataSource,
-    MemorySplit,
-    choose_augment,
-    first_cause,
-    in_memory,
+from autosparse.data.remote import Folder, folder_of
+from autosparse.data.source import DataSource, in_memory
+from autosparse.data.stream import BadImages, Stream
+from autosparse.data.tars import (
+    INDEX,
+    MANIFEST,
+    SPLITS,
+    Files,
+    Manifest,
+    Shard,
+    check_members,
+    key_of,
+    members_of,
+    read_index,
+    read_manifest,
 )
 from autosparse.errors import UsageError
-from autosparse.files import read_json, replacing, sha256_of_file, write_json
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-SPLITS = ("train", "validation", "test")
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of the manifest."""
-
-    name: str
-    split: str
-    count: int
-    bytes: int
-    sha256: str
+BLOCK = 4096
+"""Samples of a lane that are shuffled together: of a few shards that lie one after another."""
 
 
 def load_shards(config: DataConfig) -> DataSource:
     """Return shards as a source: in memory if the decoded images fit, otherwise streamed."""
-    root = Path(config.root or "").expanduser()
-    manifest, shards = read_manifest(root)
+    folder = folder_of(config)
+    manifest = read_manifest(folder.file(MANIFEST))
+    for shard in manifest.shards:
+        folder.check(shard)
+    folder.file(INDEX, needed=False)
     size = config.image_size or DEFAULT_SIZE
-    classes = len(manifest["classes"])
-    parts: dict[str, Any] = {
-        split: ShardStream(
-            root, [s for s in shards if s.split == split], size, classes, config.workers
-        )
-        for split in SPLITS
-    }
+    streams = _streams(config, folder, manifest, size)
     for split in ("train", "test"):
-        if not parts[split].shards:
-            raise UsageError(f"{root / MANIFEST} lists no {split} shard")
-    augment = choose_augment(config.augment, "shift+flip")
-    if 3 * size * size * sum(len(part) for part in parts.values()) <= config.memory_limit_gb * 1e9:
-        whole = {name: part.in_memory() for name, part in parts.items() if len(part)}
-        return in_memory(
-            root.name,
-            whole["train"],
-            whole["test"],
-            validation=whole.get("validation"),
-            num_classes=classes,
-            validation_fraction=config.validation_fraction,
-            train_limit=config.train_limit,
-            augment=augment,
-        )
-    if not parts["validation"].shards:
-        raise UsageError(f"{root} is too large for memory and has no validation shards")
+        if not len(streams[split]):
+            raise UsageError(f"{folder.root}/{MANIFEST} lists no {split} shard")
+    if 3 * size * size * sum(map(len, streams.values())) <= config.memory_limit_gb * 1e9:
+        return _whole(config, folder.name, streams, len(manifest.classes))
+    if not len(streams["validation"]):
+        raise UsageError(f"{folder.root} is too large for memory and has no validation shards")
     if config.train_limit:
-        raise UsageError(f"data.train_limit works in memory only; {root} is streamed")
+        raise UsageError(f"data.train_limit works in memory only; {folder.root} is streamed")
+    parts: dict[str, Any] = streams
     return DataSource(
-        name=root.name,
+        name=folder.name,
         **parts,
-        num_classes=classes,
+        num_classes=len(manifest.classes),
         in_chans=3,
         image_size=size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        augment=augment,
-        fingerprint=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16],
+        augment=streams["train"].augment,
+        fingerprint=_fingerprint(manifest),
     )
 
 
-def read_manifest(root: Path) -> tuple[dict[str, Any], list[Shard]]:
-    """Read the manifest and check that every shard is there with its size."""
-    manifest = read_json(root / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UsageError(f"{root / MANIFEST} is not a manifest of shards of format {FORMAT}")
-    try:
-        shards = [_shard(**entry) for entry in manifest["shards"]]
-        classes = manifest["classes"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{root / MANIFEST} is not a manifest of shards ({error})") from None
-    if not classes:
-        raise UsageError(f"{root / MANIFEST} names no classes")
-    for shard in shards:
-        path = root / shard.name
-        if not path.is_file():
-            raise UsageError(f"shard {path} is in the manifest but not on disk")
-        if path.stat().st_size != shard.bytes:
-            raise UsageError(
-                f"shard {path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: "
-                "it is cut or changed; copy it again"
-            )
-    return manifest, shards
+def _fingerprint(manifest: Manifest) -> str:
+    text = json.dumps(manifest.content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _shard(name: str, split: str, count: int, bytes: int, sha256: str) -> Shard:
-    if split not in SPLITS:
-        raise ValueError(f"{name}: split {split!r} is none of {', '.join(SPLITS)}")
-    return Shard(str(name), split, int(count), int(bytes), str(sha256))
-
-
-def write_shards(
-    samples: Iterable[tuple[str, bytes, str, int]],
-    root: str | Path,
-    classes: Sequence[str],
-    *,
-    per_shard: int = 1000,
-) -> None:
-    """Write (split, encoded image, its extension, label) samples as shards, manifest last."""
-    root = Path(root)
-    pending: dict[str, list[tuple[bytes, str, int]]] = {split: [] for split in SPLITS}
-    written: list[Shard] = []
-    for split, image, extension, label in samples:
-        pending[split].append((image, extension, label))
-        if len(pending[split]) == per_shard:
-            written.append(_write_shard(root, split, written, pending[split]))
-            pending[split] = []
-    for split in SPLITS:
-        if pending[split]:
-            written.append(_write_shard(root, split, written, pending[split]))
-    content = {
-        "format": FORMAT,
-        "classes": list(classes),
-        "shards": [vars(shard) for shard in written],
+def _streams(
+    config: DataConfig, folder: Folder, manifest: Manifest, size: int
+) -> dict[str, Stream]:
+    wanted = augment.choose(config.augment, "shift+flip", streamed=True)
+    if config.lanes < 1:
+        raise UsageError(f"data.lanes must be at least 1: {config.lanes}")
+    bad: BadImages = {}
+    return {
+        split: Stream(
+            ShardSamples(
+                folder,
+                [shard for shard in manifest.shards if shard.split == split],
+                len(manifest.classes),
+                config.lanes,
+            ),
+            size,
+            config.workers,
+            wanted if split == "train" else "none",
+            config.max_bad_images,
+            bad,
+        )
+        for split in SPLITS
     }
-    write_json(root / MANIFEST, content)
 
 
-def _write_shard(
-    root: Path, split: str, written: list[Shard], samples: list[tuple[bytes, str, int]]
-) -> Shard:
-    from webdataset import TarWriter
+def _whole(config: DataConfig, name: str, streams: dict[str, Stream], classes: int) -> DataSource:
+    wanted = augment.choose(config.augment, "shift+flip")
+    whole = {split: stream.in_memory() for split, stream in streams.items() if len(stream)}
+    return in_memory(
+        name,
+        whole["train"],
+        whole["test"],
+        validation=whole.get("validation"),
+        num_classes=classes,
+        validation_fraction=config.validation_fraction,
+        train_limit=config.train_limit,
+        augment=wanted,
+    )
 
-    number = sum(shard.split == split for shard in written)
-    name = f"{split}-{number:06d}.tar"
-    with replacing(root / name) as temporary, TarWriter(str(temporary), mtime=0.0) as tar:
-        for place, (image, extension, label) in enumerate(samples):
-            key = f"{split}{number:06d}_{place:06d}"
-            tar.write({"__key__": key, extension: image, "cls": str(label).encode()})
-    path = root / name
-    return Shard(name, split, len(samples), path.stat().st_size, sha256_of_file(path))
 
+class ShardSamples:
+    """The samples of one split's shards, read at random."""
 
-@dataclass(frozen=True)
-class ShardStream:
-    """A split read from shards by worker processes.
-
-    The order of an epoch comes from (seed, epoch): all shards are shuffled, then dealt out to
-    ranks and workers, so that a rank sees other shards every epoch.
-    """
-
-    root: Path
-    shards: Sequence[Shard]
-    size: int
-    classes: int
-    workers: int
-    device: torch.device = torch.device("cpu")
+    def __init__(
+        self, folder: Folder, shards: Sequence[Shard], classes: int, lanes: int = 16
+    ) -> None:
+        self.folder, self.shards, self.classes, self.lanes = folder, list(shards), classes, lanes
+        counts = torch.tensor([0, *(shard.count for shard in shards)])
+        self.starts: list[int] = counts.cumsum(0).tolist()
+        self.checked = torch.zeros(len(self.shards), dtype=torch.uint8).share_memory_()
+        """1 for a shard that some process of this run has found whole."""
+        self._ends = torch.tensor(self.starts[1:])
+        self._members: dict[int, np.ndarray] = {}
+        self._paths: dict[int, Path] = {}
+        self._files = Files()
+        self._index: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
-        return sum(shard.count for shard in self.shards)
+        return self.starts[-1]
 
-    def _deal(self, order: Sequence[int], rank: int, world_size: int) -> list[Shard]:
-        return [self.shards[place] for place in order[rank::world_size]]
+    def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the samples in an epoch's order, and each one's lane.
 
-    def steps(self, batch_size: int, world_size: int = 1) -> int:
-        """Whole batches that every rank can make, whichever shards it is dealt."""
-        fewest = sorted(shard.count for shard in self.shards)[: len(self.shards) // world_size]
-        return sum(fewest) // batch_size
-
-    def shuffled(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        if len(self.shards) < world_size:
-            raise UsageError(
-                f"{self.root} has {len(self.shards)} shards, fewer than the {world_size} ranks"
-            )
+        Shuffled shards are laid end to end and cut into lanes, a lane is shuffled block by block,
+        and the lanes are interleaved: wherever a batch begins, it takes as many of each lane.
+        """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.shards), generator=generator).tolist()
-        salt = int(torch.randint(2**31, (1,), generator=generator))
-        steps = self.steps(batch_size, world_size)
-        mine = self._deal(order, rank, world_size)
-        yield from islice(self._batches(mine, batch_size, shuffle_seed=salt), steps)
+        shards = torch.randperm(len(self.shards), generator=generator).tolist()
+        whole = torch.cat([torch.arange(*self.starts[s : s + 2]) for s in shards])
+        lanes = min(self.lanes, len(whole))
+        pieces = [_in_blocks(piece, generator) for piece in whole.tensor_split(lanes)]
+        table = torch.nn.utils.rnn.pad_sequence(pieces, padding_value=-1)
+        lane = torch.arange(lanes).expand_as(table)
+        there = table >= 0
+        return table[there], lane[there]
 
-    def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        yield from self._batches(self._deal(range(len(self.shards)), rank, world_size), batch_size)
+    def share(self, rank: int, world_size: int) -> list[int]:
+        """Return a rank's part of all samples: neighbours, so that it reads few shards."""
+        first, last = (len(self) * each // world_size for each in (rank, rank + 1))
+        return list(range(first, last))
 
-    def _batches(
-        self, shards: list[Shard], batch_size: int, shuffle_seed: int | None = None
-    ) -> Iterator[Batch]:
-        if not shards:
-            return
-        import webdataset
+    def prepare(self, numbers: list[int]) -> None:
+        """Fetch, check and index the shards of these samples, where that has not been done.
 
-        samples = webdataset.DataPipeline(
-            _Samples(self.root, shards),
-            *([webdataset.shuffle(1000, seed=shuffle_seed)] if shuffle_seed is not None else []),
-            webdataset.map(partial(_decoded, size=self.size, classes=self.classes)),
-        )
-        loader = webdataset.WebLoader(
-            samples, batch_size=None, num_workers=min(self.workers, len(shards))
-        )
-        try:
-            for images, labels in _collected(loader, batch_size):
-                yield images.to(self.device), labels.to(self.device)
-        except UsageError as error:
-            raise first_cause(error) from error
-
-    def in_memory(self) -> MemorySplit:
-        """Check every shard's SHA-256, then decode the whole split."""
-        for shard in self.shards:
-            path = self.root / shard.name
-            if sha256_of_file(path) != shard.sha256:
-                raise UsageError(
-                    f"shard {path} is not what the manifest says (its SHA-256 differs)"
-                )
-        parts = list(self.once(256))
-        return MemorySplit(
-            torch.cat([images.cpu() for images, _ in parts]),
-            torch.cat([labels.cpu() for _, labels in parts]),
-        )
-
-    def to(self, device: torch.device) -> ShardStream:
-        return replace(self, device=device)
-
-
-def _collected(samples: Iterable[tuple[Tensor, int]], batch_size: int) -> Iterator[Batch]:
-    """Collect samples into batches; the last one may be smaller."""
-    images: list[Tensor] = []
-    labels: list[int] = []
-    for image, label in samples:
-        images.append(image)
-        labels.append(label)
-        if len(labels) == batch_size:
-            yield torch.stack(images), torch.tensor(labels)
-            images, labels = [], []
-    if labels:
-        yield torch.stack(images), torch.tensor(labels)
-
-
-class _Samples(IterableDataset):
-    """The undecoded samples of some shards, each shard's number checked against the manifest."""
-
-    def __init__(self, root: Path, shards: Sequence[Shard]) -> None:
-        self.root, self.shards = root, shards
-
-    def __iter__(self) -> Iterator[dict]:
+        Worker processes begin at different shards, so that together they check each about once.
+        """
+        needed = torch.bucketize(torch.tensor(numbers), self._ends, right=True).unique().tolist()
         worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for shard in self.shards[first::step]:
-            yield from self._read(self.root / shard.name, shard.count)
+        turn = worker.id * len(needed) // worker.num_workers if worker else 0
+        for shard in needed[turn:] + needed[:turn]:
+            if not self.checked[shard]:
+                self.folder.fetch(self.shards[shard])
+                self.checked[shard] = 1
+            if shard not in self._members:
+                self._open(shard)
 
-    def _read(self, path: Path, expected: int) -> Iterator[dict]:
-        import webdataset
+    def _open(self, number: int) -> None:
+        shard = self.shards[number]
+        path = self._paths[number] = self.folder.path(shard)
+        if self._index is None:
+            self._index = read_index(self.folder.file(INDEX, needed=False), self.shards)
+        members = self._index.get(shard.name)
+        if members is None:
+            members = members_of(path, shard, self.folder.cache)
+        check_members(members, path, shard, self.classes)
+        self._members[number] = members.numpy()
 
-        seen = 0
-        try:
-            for sample in webdataset.WebDataset(
-                [str(path)],
-                shardshuffle=False,
-                nodesplitter=None,
-                workersplitter=None,
-                empty_check=False,
-            ):
-                seen += 1
-                yield sample
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UsageError(
-                f"shard {path} is cut or damaged after {seen} of {expected} samples "
-                f"({type(error).__name__})"
-            ) from error
-        if seen != expected:
-            raise UsageError(
-                f"shard {path} gave {seen} samples, the manifest says {expected}: it is damaged"
-            )
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = bisect_right(self.starts, number) - 1
+        return shard, number - self.starts[shard]
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """Return a sample's encoded image and its label."""
+        shard, place = self._place(number)
+        offset, size, label = self._members[shard][place].tolist()
+        return self._files.read(self._paths[shard], offset, size), label
+
+    def name(self, number: int) -> str:
+        """Return the shard and key of a sample."""
+        shard, place = self._place(number)
+        key = key_of(self._paths[shard], int(self._members[shard][place, 0]))
+        return f"shard {self._paths[shard]} sample {key}"
+
+    def neighbour(self, number: int) -> int:
+        """Return the next sample of the same shard; after the last one its first."""
+        shard, place = self._place(number)
+        return self.starts[shard] + (place + 1) % self.shards[shard].count
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None}
 
 
-def _decoded(sample: dict, *, size: int, classes: int) -> tuple[Tensor, int]:
-    where = f"{sample['__url__']} sample {sample['__key__']}"
-    key = next((key for key in IMAGE_KEYS if key in sample), None)
-    if key is None or "cls" not in sample:
-        raise UsageError(f"{where} has no image (jpg, png, webp) or no cls")
-    try:
-        image, label = decode(sample[key], size), int(sample["cls"])
-    except (UsageError, ValueError) as error:
-        raise UsageError(f"{where}: {error}") from error
-    if not 0 <= label < classes:
-        raise UsageError(f"{where}: label {label} is none of the {classes} classes")
-    return image, label
+def _in_blocks(piece: Tensor, generator: torch.Generator) -> Tensor:
+    """Shuffle a lane block by block."""
+    blocks = piece.split(BLOCK)
+    return torch.cat([block[torch.randperm(len(block), generator=generator)] for block in blocks])

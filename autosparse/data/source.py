@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from autosparse.config import DataConfig
+from autosparse.data.augment import parse, rand_augmented_batch
 from autosparse.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
-AUGMENTS = ("none", "shift", "shift+flip")
 SPLIT_SEED = 20240827
 """Fixes every split; not an option, so that a test image never becomes a training image."""
 
@@ -35,11 +35,19 @@ class Split(Protocol):
         self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
         first: int = 0,
     ) -> Iterator[Batch]:  # fmt: skip
-        """Yield whole batches in an order fixed by (seed, epoch), from step `first` on."""
+        """Yield whole batches in an order fixed by (seed, epoch), from step `first` on.
+
+        As many on every rank. For the same global batch, `batch_size` times `world_size`, the
+        ranks see the same samples together at a step, however many ranks there are.
+        """
         ...
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield every image exactly once over all ranks; the last batch may be smaller."""
+        ...
+
+    def plain(self) -> Split:
+        """Return the split without augmentation while it is decoded."""
         ...
 
     def to(self, device: torch.device) -> Split:
@@ -64,8 +72,7 @@ class MemorySplit:
         self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
         first: int = 0,
     ) -> Iterator[Batch]:  # fmt: skip
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        order = epoch_order(len(self), seed, epoch).to(self.labels.device)
         step = batch_size * world_size
         for start in range(first * step, len(self) - step + 1, step):
             mine = start + rank * batch_size
@@ -77,6 +84,9 @@ class MemorySplit:
         for start in range(0, len(labels), batch_size):
             stop = start + batch_size
             yield images[start:stop], labels[start:stop]
+
+    def plain(self) -> MemorySplit:
+        return self
 
     def to(self, device: torch.device) -> MemorySplit:
         return MemorySplit(self.images.to(device), self.labels.to(device))
@@ -103,7 +113,7 @@ class DataSource:
     """Per channel, of pixels scaled to 0..1."""
     std: tuple[float, ...]
     augment: str
-    """none, shift, or shift+flip: what `prepare` does to a training batch."""
+    """What is done to a training batch: `data.augment`, with auto resolved."""
     fingerprint: str
     """16 hex digits of the training images and labels (of the manifest, for shards)."""
     config: DataConfig = DataConfig()
@@ -116,16 +126,24 @@ class DataSource:
 
     def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Turn uint8 images into normalised floats; augment them if a generator is given."""
-        if generator is not None and self.augment != "none":
-            images = augmented(images, generator, flip=self.augment.endswith("flip"))
+        wanted = parse(self.augment)
+        if generator is not None and wanted.shift:
+            images = augmented(images, generator, flip=wanted.flip)
+            if wanted.rand:
+                seeds = _seeds(len(images), generator)
+                images = rand_augmented_batch(images, wanted.rand, seeds)
         return prepare(images, self.mean, self.std)
 
     def skip(self, generator: torch.Generator, batch_size: int, steps: int) -> None:
         """Draw what `prepare` would draw for so many batches, and throw it away."""
-        if self.augment != "none":
-            reach = max(1, self.image_size // 8)
-            for _ in range(steps):
-                _draws(batch_size, reach, generator)
+        wanted = parse(self.augment)
+        if not wanted.shift:
+            return
+        reach = max(1, self.image_size // 8)
+        for _ in range(steps):
+            _draws(batch_size, reach, generator)
+            if wanted.rand:
+                _seeds(batch_size, generator)
 
     def augmentation(self, seed: int, epoch: int, rank: int = 0) -> torch.Generator:
         """Return what draws an epoch's augmentation on one rank."""
@@ -151,7 +169,7 @@ class DataSource:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         found = [0] * self.num_classes
         chosen: list[list[tuple[Tensor, int]]] = [[] for _ in range(batches)]
-        for batch, targets in self.train.shuffled(1, seed=seed, epoch=0):
+        for batch, targets in self.train.plain().shuffled(1, seed=seed, epoch=0):
             for image, target in zip(batch, targets.tolist(), strict=True):
                 place = found[target] // samples_per_class
                 if place < batches:
@@ -219,6 +237,17 @@ def _draws(count: int, reach: int, generator: torch.Generator) -> tuple[Tensor, 
     return draws, torch.randint(0, 2, (count, 1), generator=generator).bool()
 
 
+def _seeds(count: int, generator: torch.Generator) -> list[int]:
+    """Draw a seed per image for RandAugment."""
+    return torch.randint(2**31, (count,), generator=generator).tolist()
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return a permutation that is fixed by (seed, epoch)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)
+
+
 def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tensor, Tensor]:
     """Split positions into (rest, chosen): `fraction` of every class chosen, always the same.
 
@@ -258,15 +287,6 @@ def first_cause(error: Exception) -> UsageError:
     """Take what a worker process said out of the traceback that DataLoader wraps it in."""
     last = str(error).strip().splitlines()[-1]
     return UsageError(last.removeprefix("autosparse.errors.UsageError: "))
-
-
-def choose_augment(asked: str, suitable: str) -> str:
-    """Resolve `data.augment`."""
-    if asked == "auto":
-        return suitable
-    if asked not in AUGMENTS:
-        raise UsageError(f"data.augment must be auto or one of {', '.join(AUGMENTS)}: {asked!r}")
-    return asked
 
 
 def limited_places(labels: Tensor, limit: int | None) -> Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from autosparse.config import DataConfig
-from autosparse.data.source import DataSource, MemorySplit, choose_augment, in_memory, resized
+from autosparse.data.augment import choose
+from autosparse.data.source import DataSource, MemorySplit, in_memory, resized
 from autosparse.errors import UsageError
 
 SETS = {
@@ -21,10 +22,22 @@ SETS = {
 """Ours -> torchvision's class, number of classes, suitable augmentation."""
 
 
+def _root(config: DataConfig) -> Path:
+    return Path(config.root or os.environ.get("AUTOSPARSE_DATA", "data")).expanduser()
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """Return the classes of a set that has been loaded before."""
+    from torchvision import datasets
+
+    found = getattr(datasets, SETS[config.name][0])(_root(config), train=False, download=False)
+    return [str(name) for name in found.classes]
+
+
 def load_torchvision(config: DataConfig) -> DataSource:
     """Return a torchvision set at its own size unless `image_size` is set."""
     kind, num_classes, suitable = SETS[config.name]
-    root = Path(config.root or os.environ.get("AUTOSPARSE_DATA", "data")).expanduser()
+    root = _root(config)
     train, test = (_split(kind, root, train, config.image_size) for train in (True, False))
     return in_memory(
         config.name,
@@ -33,7 +46,7 @@ def load_torchvision(config: DataConfig) -> DataSource:
         num_classes=num_classes,
         validation_fraction=config.validation_fraction,
         train_limit=config.train_limit,
-        augment=choose_augment(config.augment, suitable),
+        augment=choose(config.augment, suitable),
     )
 
 

@@ -1,0 +1,138 @@
+"""`data.augment`: what it may say, random crops at decoding, and timm's RandAugment.
+
+A RandAugment of the form `rand-m9-mstd0.5-inc1` may follow, joined by a plus: magnitude 9, noise of
+deviation 0.5, operations that grow with the magnitude. Source: Cubuk et al., RandAugment
+(NeurIPS 2020), arXiv 1909.13719, as timm has it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autosparse.errors import UsageError
+
+IN_MEMORY = ("none", "shift", "shift+flip")
+AUGMENTS = (*IN_MEMORY, "crop+flip")
+"""Each but none may be followed by +rand-…; crop+flip is for streamed sets."""
+CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Of a random resized crop (Inception's), as in timm's recipes."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What `data.augment` asks for."""
+
+    shift: bool = False
+    crop: bool = False
+    flip: bool = False
+    rand: str | None = None
+
+
+@lru_cache
+def parse(text: str) -> Augmentation:
+    """Take `data.augment` apart; raise UsageError for what is not known."""
+    base, plus, rand = text.partition("+rand")
+    if base not in AUGMENTS or (plus and base == "none"):
+        raise UsageError(
+            f"data.augment must be auto or one of {', '.join(AUGMENTS)}, all but none also with "
+            f"timm's RandAugment, such as crop+flip+rand-m9-mstd0.5-inc1: {text!r}"
+        )
+    if plus:
+        rand_augment(f"rand{rand}", 32)
+    return Augmentation(
+        base.startswith("shift"),
+        base.startswith("crop"),
+        base.endswith("flip"),
+        f"rand{rand}" if plus else None,
+    )
+
+
+def choose(asked: str, suitable: str, *, streamed: bool = False) -> str:
+    """Resolve `data.augment`; only streamed sets are cropped at random, while they are decoded."""
+    if asked == "auto":
+        return suitable
+    if parse(asked).crop and not streamed:
+        raise UsageError(
+            f"data.augment {asked} is for streamed images: set data.memory_limit_gb to 0 to stream "
+            "them, or use shift+flip"
+        )
+    return asked
+
+
+@lru_cache
+def rand_augment(text: str, size: int) -> Callable[[Any], Any]:
+    """Return timm's RandAugment for PIL images of side `size`; gaps are filled with grey."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    try:
+        return rand_augment_transform(
+            text, {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104)}
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UsageError(f"data.augment: timm does not know {text!r} ({error})") from None
+
+
+@contextmanager
+def python_rng() -> Iterator[Callable[..., None]]:
+    """Yield what seeds Python's and NumPy's RNG, which timm draws from; put both back after.
+
+    It takes any integers: a seed, or a seed, an epoch and a sample.
+    """
+
+    def seed(*numbers: int) -> None:
+        random.seed(repr(numbers))
+        np.random.seed(random.getrandbits(32))
+
+    kept = random.getstate(), np.random.get_state()
+    try:
+        yield seed
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+
+
+def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width of a random resized crop from Python's RNG."""
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+
+    image = torch.empty(1, height, width, device="meta")
+    top, left, tall, wide = RandomResizedCropAndInterpolation.get_params(
+        image, CROP_AREA, CROP_RATIO
+    )
+    return top, left, tall, wide
+
+
+def coin() -> bool:
+    """Throw a coin of Python's RNG."""
+    return random.random() < 0.5
+
+
+def rand_augmented(image: Tensor, text: str) -> Tensor:
+    """Return a uint8 image [C, H, W] of 1 or 3 channels after RandAugment, from Python's RNG."""
+    from PIL import Image
+
+    channels, size = image.shape[0], image.shape[1]
+    if channels not in (1, 3):
+        raise UsageError(f"RandAugment takes images of 1 or 3 channels, not {channels}")
+    picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    changed = np.array(rand_augment(text, size)(picture).convert("RGB" if channels == 3 else "L"))
+    return torch.from_numpy(changed).view(size, -1, channels).permute(2, 0, 1)
+
+
+def rand_augmented_batch(images: Tensor, text: str, seeds: list[int]) -> Tensor:
+    """Apply RandAugment to every image [B, C, H, W], each from its own seed."""
+    found = []
+    with python_rng() as seed:
+        for image, number in zip(images.cpu(), seeds, strict=True):
+            seed(number)
+            found.append(rand_augmented(image, text))
+    return torch.stack(found).to(images.device)

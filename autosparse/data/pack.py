@@ -1,0 +1,346 @@
+"""Packing images into shards: `autosparse shards pack SRC DST`.
+
+Which image goes where follows from the list of images, the options and the seed alone. A shard that
+is finished has a record of what made it under DST/.packing, and is kept when packing starts again.
+The manifest is written last, with an index of the samples and timm's `_info.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from autosparse.config import DataConfig, PackConfig, identity
+from autosparse.data.source import MemorySplit
+from autosparse.data.tars import (
+    BLOCK,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    SPLITS,
+    Shard,
+    check_content,
+    check_size,
+    read_manifest,
+    write_index,
+)
+from autosparse.errors import RunFailed, UsageError
+from autosparse.files import read_json, remove_tree, replacing, sha256_of_file, write_json
+
+Picture = Path | np.ndarray | bytes
+"""An image file, pixels [H, W] or [H, W, 3], or an encoded image."""
+Sample = tuple[Picture, int]
+RECORDS, INFO = ".packing", "_info.json"
+DEFAULT_QUALITY = 90
+MAGIC = ((0, b"\xff\xd8\xff", "jpg"), (0, b"\x89PNG\r\n\x1a\n", "png"), (8, b"WEBP", "webp"))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to write: its samples in order, and a hash of all that makes it."""
+
+    name: str
+    split: str
+    samples: Sequence[Sample]
+    made_of: str
+
+
+def pack(
+    source: str,
+    folder: str | Path,
+    config: PackConfig | None = None,
+    *,
+    on_start: Callable[[int], None] | None = None,
+    on_shard: Callable[[Shard], None] | None = None,
+) -> list[Shard]:
+    """Pack an image folder, or a torchvision set by name, into a folder of shards.
+
+    Args:
+        source: a folder of images as for `data.name: folder`, or cifar10, mnist …
+        folder: where the shards go.
+        config: how; bytes are copied unchanged unless `resize` or `quality` is set.
+        on_start: called with the number of images.
+        on_shard: called with every shard, as it is finished or found finished.
+    """
+    config = config or PackConfig()
+    _check(config)
+    parts, classes = _listed(source, config)
+    tasks = _plan(parts, config)
+    return write(tasks, classes, Path(folder), config, on_start=on_start, on_shard=on_shard)
+
+
+def write_shards(
+    samples: Iterable[tuple[str, bytes, int]],
+    root: str | Path,
+    classes: Sequence[str],
+    *,
+    per_shard: int = 1000,
+) -> None:
+    """Write (split, encoded image, label) samples as shards, in the order they come in."""
+    config = PackConfig(per_shard=per_shard)
+    parts: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    for split, image, label in samples:
+        parts[split].append((image, label))
+    write(_cut(parts, config), list(classes), Path(root), config, workers=0)
+
+
+def _check(config: PackConfig) -> None:
+    least = {"resize": 1, "quality": 1, "per_shard": 1, "workers": 1}
+    for name, value in least.items():
+        given = getattr(config, name)
+        if given is not None and given < value:
+            raise UsageError(f"{name} must be at least {value}: {given}")
+    if (config.quality or 1) > 100:
+        raise UsageError(f"quality must be at most 100: {config.quality}")
+    if not 0 < config.validation_fraction < 1:
+        raise UsageError(f"validation_fraction must be in (0, 1): {config.validation_fraction}")
+
+
+def _listed(source: str, config: PackConfig) -> tuple[dict[str, list[Sample]], list[str]]:
+    from autosparse.data.folder import parts_of
+    from autosparse.data.torchvision import SETS, class_names, load_torchvision
+
+    if source not in SETS or Path(source).is_dir():
+        found, classes = parts_of(Path(source).expanduser(), config.validation_fraction)
+        return {split: list(found[split]) for split in SPLITS}, classes
+    data = DataConfig(source, config.root, validation_fraction=config.validation_fraction)
+    loaded = load_torchvision(data)
+    return {split: _pixels(getattr(loaded, split)) for split in SPLITS}, class_names(data)
+
+
+def _pixels(split: MemorySplit) -> list[Sample]:
+    images = split.images.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    return list(zip(images, split.labels.tolist(), strict=True))
+
+
+def _plan(parts: dict[str, list[Sample]], config: PackConfig) -> list[Task]:
+    """Shuffle every split and cut it into shards."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shuffled = {
+        split: [samples[n] for n in torch.randperm(len(samples), generator=generator).tolist()]
+        for split, samples in parts.items()
+    }
+    return _cut(shuffled, config)
+
+
+def _cut(parts: dict[str, list[Sample]], config: PackConfig) -> list[Task]:
+    tasks = []
+    for split, samples in parts.items():
+        for number, start in enumerate(range(0, len(samples), config.per_shard)):
+            some = samples[start : start + config.per_shard]
+            name = f"{split}-{number:06d}.tar"
+            tasks.append(Task(name, split, some, _made_of(some, config)))
+    return tasks
+
+
+def _made_of(samples: Sequence[Sample], config: PackConfig) -> str:
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
+    for picture, label in samples:
+        if isinstance(picture, Path):
+            facts = picture.stat()
+            digest.update(f"{picture} {facts.st_size} {facts.st_mtime_ns}".encode())
+        else:
+            digest.update(hashlib.sha256(bytes(picture)).digest())
+        digest.update(f" {label}\n".encode())
+    return digest.hexdigest()
+
+
+def write(
+    tasks: list[Task],
+    classes: list[str],
+    root: Path,
+    config: PackConfig,
+    *,
+    workers: int | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_shard: Callable[[Shard], None] | None = None,
+) -> list[Shard]:
+    """Write the shards that are not there yet, then index, `_info.json` and manifest."""
+    plan = hashlib.sha256(" ".join(task.made_of for task in tasks).encode()).hexdigest()
+    if (root / MANIFEST).exists():
+        return _finished(root, plan)
+    _tidy(root, tasks)
+    found: dict[str, dict[str, Any]] = {}
+    total = sum(len(task.samples) for task in tasks)
+    for record in _written(tasks, root, config, config.workers if workers is None else workers,
+                           lambda: on_start and on_start(total)):  # fmt: skip
+        found[record["shard"]["name"]] = record
+        if on_shard:
+            on_shard(Shard(**record["shard"]))
+    shards = [Shard(**found[task.name]["shard"]) for task in tasks]
+    members = {name: torch.tensor(record["members"]) for name, record in found.items()}
+    write_index(root / INDEX, members, shards)
+    write_json(root / INFO, _info(shards))
+    content = {
+        "format": FORMAT,
+        "classes": classes,
+        "shards": [asdict(shard) for shard in shards],
+        "packed": plan,
+    }
+    write_json(root / MANIFEST, content)
+    remove_tree(root / RECORDS)
+    return shards
+
+
+def _finished(root: Path, plan: str) -> list[Shard]:
+    manifest = read_manifest(root / MANIFEST)
+    if manifest.content.get("packed") != plan:
+        raise UsageError(
+            f"{root} holds shards of other images or options: choose another folder, or remove it"
+        )
+    for shard in manifest.shards:
+        check_size(root / shard.name, shard)
+    return manifest.shards
+
+
+def _tidy(root: Path, tasks: list[Task]) -> None:
+    """Remove what a killed process left half written."""
+    for task in tasks:
+        for left in root.glob(f".{task.name}.*.tmp"):
+            left.unlink(missing_ok=True)
+
+
+def _written(
+    tasks: list[Task],
+    root: Path,
+    config: PackConfig,
+    workers: int,
+    on_start: Callable[[], Any],
+) -> Iterable[dict[str, Any]]:
+    """Yield every shard's record, as they are finished."""
+    if not workers:
+        yield from (write_shard(task, root, config) for task in tasks)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        waiting = [pool.submit(write_shard, task, root, config) for task in tasks]
+        on_start()
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a process that packs was killed; the same command goes on from here"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
+    """Write one shard and its record, unless they are there; return the record."""
+    path, kept = root / task.name, root / RECORDS / f"{task.name}.json"
+    record = _kept(path, kept, task)
+    if record is not None:
+        return record
+    members = []
+    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT,
+                                                    bufsize=1 << 20) as tar:  # fmt: skip
+        for place, (picture, label) in enumerate(task.samples):
+            content, extension = encoded(picture, config)
+            key = f"{task.name.removesuffix('.tar').replace('-', '')}_{place:06d}"
+            members.append((_add(tar, f"{key}.{extension}", content), len(content), label))
+            _add(tar, f"{key}.cls", str(label).encode())
+    shard = Shard(task.name, task.split, len(members), path.stat().st_size, sha256_of_file(path))
+    record = {"made_of": task.made_of, "shard": asdict(shard), "members": members}
+    write_json(kept, record)
+    return record
+
+
+def _kept(path: Path, kept: Path, task: Task) -> dict[str, Any] | None:
+    """Return the record of a shard that is finished, made of the same, and whole."""
+    if not (path.is_file() and kept.is_file()):
+        return None
+    try:
+        record = read_json(kept)
+        if record["made_of"] != task.made_of:
+            return None
+        check_content(path, Shard(**record["shard"]))
+    except (UsageError, KeyError, TypeError):
+        return None
+    return record
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Add a member that depends on nothing but name and content; return where its data begin."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), 0o444
+    begin = tar.offset + BLOCK
+    tar.addfile(member, io.BytesIO(content))
+    return begin
+
+
+def encoded(picture: Picture, config: PackConfig) -> tuple[bytes, str]:
+    """Return an image as a file's content, and its extension; bytes are copied if they may be."""
+    where = str(picture) if isinstance(picture, Path) else "an image"
+    try:
+        content = picture.read_bytes() if isinstance(picture, Path) else picture
+        if isinstance(content, bytes) and config.resize is None and config.quality is None:
+            return content, _extension(content, where)
+        with (
+            Image.open(io.BytesIO(content))
+            if isinstance(content, bytes)
+            else Image.fromarray(content)
+        ) as image:
+            return _encoded(image, content, config, where)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{where} cannot be packed ({error})") from None
+
+
+def _encoded(
+    image: Image.Image, content: bytes | np.ndarray, config: PackConfig, where: str
+) -> tuple[bytes, str]:
+    from autosparse.data.decode import eight_bit
+
+    shrunk = config.resize is not None and min(image.size) > config.resize
+    if not shrunk and config.quality is None:
+        if isinstance(content, bytes):
+            return content, _extension(content, where)
+        return _saved(image, "PNG"), "png"
+    upright = eight_bit(ImageOps.exif_transpose(image))
+    upright = upright if upright.mode == "L" else upright.convert("RGB")
+    if shrunk:
+        assert config.resize is not None
+        ratio = config.resize / min(upright.size)
+        width, height = (max(round(side * ratio), config.resize) for side in upright.size)
+        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    return _saved(upright, "JPEG", quality=config.quality or DEFAULT_QUALITY), "jpg"
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def _extension(content: bytes, where: str) -> str:
+    for place, magic, extension in MAGIC:
+        if content.startswith(magic, place):
+            return extension
+    raise UsageError(f"{where} is no JPEG, PNG or WebP: give a quality to encode it anew")
+
+
+def _info(shards: list[Shard]) -> dict[str, Any]:
+    """Return what timm's reader of WebDataset wants to know."""
+    splits = {}
+    for split in SPLITS:
+        mine = [shard for shard in shards if shard.split == split]
+        if mine:
+            splits[split] = {
+                "name": split,
+                "num_samples": sum(shard.count for shard in mine),
+                "filenames": [shard.name for shard in mine],
+                "shard_lengths": [shard.count for shard in mine],
+            }
+    return {"splits": splits}

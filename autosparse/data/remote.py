@@ -1,0 +1,128 @@
+"""Where shards lie: a local folder, or a URL they are fetched from once, into a cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from autosparse.config import DataConfig
+from autosparse.data.tars import MANIFEST, Shard, check_content, check_size, copy_atomically
+from autosparse.errors import UsageError
+
+SCHEMES = ("http", "https", "gs", "s3")
+
+
+class Folder:
+    """A local folder of shards."""
+
+    def __init__(self, root: Path, cache: Path) -> None:
+        self.root, self.cache, self.name = str(root), cache, root.name
+
+    def file(self, name: str, *, needed: bool = True) -> Path:
+        """Return where a small file is; one that is not needed may not be there."""
+        return Path(self.root) / name
+
+    def path(self, shard: Shard) -> Path:
+        """Return where a shard is, once it is fetched."""
+        return Path(self.root) / shard.name
+
+    def check(self, shard: Shard) -> None:
+        """Check at the start that a shard is there with its size."""
+        check_size(self.path(shard), shard)
+
+    def fetch(self, shard: Shard) -> None:
+        """Check a shard's content, when it is first read in a run."""
+        check_content(self.path(shard), shard)
+
+
+class RemoteFolder(Folder):
+    """Shards at a URL. What was fetched is known by its content's hash, wherever it came from."""
+
+    def __init__(self, root: str, cache: Path) -> None:
+        self.root, self.cache = root.rstrip("/"), cache
+        self.name = self.root.rpartition("/")[2]
+        self._files: dict[str, Path] = {}
+
+    def file(self, name: str, *, needed: bool = True) -> Path:
+        """Fetch a small file anew, once per process; where it is not there and not needed, none."""
+        if name not in self._files:
+            key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+            path = self.cache / "remote" / key / name
+            with _locked(path):
+                try:
+                    self._fetch(name, path)
+                except UsageError:
+                    if needed:
+                        raise
+            self._files[name] = path
+        return self._files[name]
+
+    def path(self, shard: Shard) -> Path:
+        return self.cache / "shards" / f"{shard.sha256}.tar"
+
+    def check(self, shard: Shard) -> None:
+        """What is fetched later is checked then."""
+
+    def fetch(self, shard: Shard) -> None:
+        """Fetch a shard unless the cache holds it whole; raise UsageError that names it."""
+        path = self.path(shard)
+        with _locked(path):
+            if path.is_file():
+                try:
+                    return check_content(path, shard)
+                except UsageError:
+                    path.unlink()
+            self._fetch(shard.name, path)
+            try:
+                check_content(path, shard)
+            except UsageError as error:
+                path.unlink(missing_ok=True)
+                problem = str(error).replace(str(path), f"{self.root}/{shard.name}")
+                raise UsageError(problem) from None
+
+    def _fetch(self, name: str, path: Path) -> None:
+        import fsspec
+
+        url = f"{self.root}/{name}"
+        try:
+            with fsspec.open(url, "rb") as content:
+                copy_atomically(cast(BinaryIO, content), path)
+        except FileNotFoundError:
+            raise UsageError(f"{url} is not there, or its server cannot be reached") from None
+        except Exception as error:  # Each file system of fsspec raises errors of its own.
+            raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine from fetching the same file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("wb")
+    except OSError as error:
+        raise UsageError(f"data.cache cannot be written: {error}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def folder_of(config: DataConfig) -> Folder:
+    """Return the folder that `data.root` names; raise UsageError for a URL unless it is allowed."""
+    root, cache = config.root or "", Path(config.cache).expanduser()
+    if root.startswith("pipe:"):
+        raise UsageError(f"data.root {root}: commands are not run")
+    if "://" not in root:
+        return Folder(Path(root).expanduser(), cache)
+    scheme = root.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise UsageError(f"data.root {root}: only {', '.join(SCHEMES)} and local folders are read")
+    if not config.allow_remote:
+        raise UsageError(
+            f"data.root {root} is a URL: set data.allow_remote to true to fetch shards from there"
+            f" ({MANIFEST} says which)"
+        )
+    return RemoteFolder(root, cache)

@@ -1,0 +1,231 @@
+"""Splits that are too large for memory: worker processes decode whole batches.
+
+The order of the samples is worked out before they are dealt out, so it depends neither on the
+number of workers nor, for the same global batch, on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from autosparse.data import augment
+from autosparse.data.decode import decode
+from autosparse.data.source import Batch, MemorySplit, first_cause
+from autosparse.errors import RunFailed, UsageError
+
+Task = tuple[list[int], tuple[int, int] | None]
+"""The samples of a batch, and (seed, epoch) where they are augmented."""
+BadImages = dict[str, str]
+"""Sample -> what is wrong with its image."""
+
+
+class Samples(Protocol):
+    """Encoded images and their labels, by number."""
+
+    def __len__(self) -> int: ...
+
+    def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the samples in an epoch's order, and for each what to sort a batch by."""
+        ...
+
+    def share(self, rank: int, world_size: int) -> list[int]:
+        """Return the samples that a rank evaluates."""
+        ...
+
+    def prepare(self, numbers: list[int]) -> None:
+        """Check what these samples lie in, where that has not been done."""
+        ...
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """Return a sample's encoded image and its label."""
+        ...
+
+    def name(self, number: int) -> str:
+        """Return how messages call a sample."""
+        ...
+
+    def neighbour(self, number: int) -> int:
+        """Return the sample that stands in for one that cannot be decoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A split whose images are read and decoded as they are needed."""
+
+    samples: Samples
+    size: int
+    workers: int = 0
+    augment: str = "none"
+    max_bad_images: int = 0
+    bad: BadImages = field(default_factory=dict)
+    """Bad images met so far; shared by the splits of a source."""
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def steps(self, batch_size: int, world_size: int = 1) -> int:
+        return len(self) // (batch_size * world_size)
+
+    def shuffled(
+        self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
+        first: int = 0,
+    ) -> Iterator[Batch]:  # fmt: skip
+        order, lane = self.samples.order(seed, epoch)
+        step = batch_size * world_size
+        tasks: list[Task] = []
+        for start in range(first * step, len(order) - step + 1, step):
+            together = order[start : start + step]
+            together = together[lane[start : start + step].argsort(stable=True)]
+            mine = together[rank * batch_size : (rank + 1) * batch_size]
+            tasks.append((mine.tolist(), (seed, epoch)))
+        yield from self._batches(tasks, replaced=True)
+
+    def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        numbers = self.samples.share(rank, world_size)
+        parts = [numbers[n : n + batch_size] for n in range(0, len(numbers), batch_size)]
+        yield from self._batches([(part, None) for part in parts], replaced=False)
+
+    def _batches(self, tasks: list[Task], *, replaced: bool) -> Iterator[Batch]:
+        """Yield a batch for each task; where workers are terminated, go on without them.
+
+        Launchers send SIGTERM to all processes; the one that trains then has to save first.
+        """
+        done, workers = 0, min(self.workers, len(tasks))
+        while done < len(tasks):
+            try:
+                for batch in self._loaded(tasks[done:], workers, replaced):
+                    done += 1
+                    if len(batch[1]):
+                        yield batch
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                cause = first_cause(error)
+                if "Terminated" not in str(cause):
+                    raise RunFailed(f"a process that decodes images died: {cause}") from error
+                workers = 0
+
+    def _loaded(self, tasks: list[Task], workers: int, replaced: bool) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Decoded(self, replaced),
+            batch_size=None,
+            sampler=tasks,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            for images, labels, bad in loader:
+                self._count(bad)
+                yield (
+                    images.to(self.device, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                )
+        except UsageError as error:
+            raise first_cause(error) from error
+
+    def _count(self, bad: list[tuple[str, str]]) -> None:
+        for name, problem in bad:
+            if name in self.bad:
+                continue
+            self.bad[name] = problem
+            if len(self.bad) > self.max_bad_images:
+                raise too_many(name, problem, self.max_bad_images)
+            print(
+                f"warning: {name}: {problem}; bad image {len(self.bad)} of at most "
+                f"{self.max_bad_images} (data.max_bad_images)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def in_memory(self) -> MemorySplit:
+        """Decode the whole split."""
+        parts = list(self.to(torch.device("cpu")).once(256))
+        return MemorySplit(
+            torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+        )
+
+    def plain(self) -> Stream:
+        return replace(self, augment="none")
+
+    def to(self, device: torch.device) -> Stream:
+        return replace(self, device=device)
+
+
+def too_many(name: str, problem: str, limit: int) -> UsageError:
+    """Return the error for one bad image more than is allowed."""
+    return UsageError(f"{name}: {problem}; data.max_bad_images allows {limit} bad images")
+
+
+class _Decoded(Dataset):
+    """Whole batches, made in a worker process: images, labels, bad images."""
+
+    def __init__(self, stream: Stream, replaced: bool) -> None:
+        self.samples, self.size, self.limit = stream.samples, stream.size, stream.max_bad_images
+        self.wanted = augment.parse(stream.augment)
+        self.replaced = replaced
+
+    def __getitem__(self, task: Task) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        numbers, epoch = task
+        self.samples.prepare(numbers)
+        images, labels = _room(len(numbers), self.size), torch.zeros(len(numbers)).long()
+        bad: dict[str, str] = {}
+        made = 0
+        with augment.python_rng() as seed:
+            for number in numbers:
+                found = self._sample(number, partial(seed, *epoch) if epoch else None, bad)
+                if found is not None:
+                    images[made], labels[made] = found
+                    made += 1
+        return images[:made], labels[:made], list(bad.items())
+
+    def _sample(
+        self, number: int, seed: Callable[[int], None] | None, bad: dict[str, str]
+    ) -> tuple[Tensor, int] | None:
+        """Return a sample or, where its image is bad, its neighbour or None; seed: augment it."""
+        asked = number
+        while True:
+            content, label = self.samples.read(number)
+            try:
+                if seed and self.wanted.crop:
+                    seed(number)
+                    return self._augmented(content), label
+                return decode(content, self.size), label
+            except UsageError as error:
+                name, problem = self.samples.name(number), " ".join(str(error).split())
+            bad[name] = problem
+            if len(bad) > self.limit:
+                raise too_many(name, problem, self.limit)
+            if not self.replaced:
+                return None
+            number = self.samples.neighbour(number)
+            if number == asked:
+                raise UsageError(f"{name}: {problem}; none of its neighbours can be decoded")
+
+    def _augmented(self, content: bytes) -> Tensor:
+        image = decode(content, self.size, augment.random_crop)
+        if augment.coin():
+            image = image.flip(2)
+        if self.wanted.rand:
+            image = augment.rand_augmented(image, self.wanted.rand)
+        return image
+
+
+def _room(count: int, size: int) -> Tensor:
+    """Return an uninitialised batch; in a worker process in memory that the main one sees too."""
+    shape = (count, 3, size, size)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage: Any = torch.UntypedStorage._new_shared(count * 3 * size * size)
+    strides = (3 * size * size, size * size, size, 1)
+    return torch.tensor([], dtype=torch.uint8).set_(storage, 0, shape, strides)
+
