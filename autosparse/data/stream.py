@@ -107,11 +107,11 @@ class Stream:
                     done += 1
                     if len(batch[1]):
                         yield batch
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
-                cause = first_cause(error)
-                if "Terminated" not in str(cause):
+                if isinstance(error, RuntimeError) and "Terminated" not in str(error):
+                    cause = first_cause(error)
                     raise RunFailed(f"a process that decodes images died: {cause}") from error
                 workers = 0
 
