@@ -124,6 +124,7 @@ class DeepSpeedStepper:
             "updates": self.updates,
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
+        checkpoints.begin(parent, self.updates, self.ranks)
         self.engine.save_checkpoint(str(parent), tag=tag, client_state=client, save_latest=False)
         mine = {name: buffer.cpu() for name, buffer in self._buffers().items()}
         write_tensors(parent / tag / _buffers_file(self.ranks.rank), mine, {})
