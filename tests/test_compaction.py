@@ -416,9 +416,13 @@ def _some_model(name: str) -> tuple[nn.Module, Tensor]:
     return compact(model, random_ticket(model)), inputs
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["test_byobnet", "test_vit", "test_nfnet", "tied"])
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [("test_byobnet", False), ("test_nfnet", False), ("test_vit", False), ("test_vit", True),
+     ("tied", False), ("tied", True)],
+)  # fmt: skip
 def test_scattered_again_gradients_are_the_same(name: str, bf16: bool) -> None:
+    """Not bf16 convolutions: on a CPU those of 2 x 2 pixels differ from one call to the next."""
     model, inputs = _some_model(name)
     expected = _gradients(model, inputs, rescatter=False, bf16=bf16)
     found = _gradients(model, inputs, rescatter=True, bf16=bf16)

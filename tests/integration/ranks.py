@@ -74,3 +74,11 @@ def end(processes: list[BaseProcess]) -> None:
         for process in processes:
             process.kill()
     assert ended(processes, GRACE), "a killed rank does not end"
+
+
+def launcher(ranks: int = 2) -> list[str]:
+    """Return the start of a command that DeepSpeed's launcher runs, on a machine without a GPU."""
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks),
+        "--master_port", str(free_port()), "--log_level", "error",
+    ]  # fmt: skip
