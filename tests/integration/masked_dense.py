@@ -17,7 +17,7 @@ from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from tests.conftest import make_model
 
-STEPS, BATCH = 50, 32
+STEPS, BATCH = 40, 32
 WEIGHT_DECAY, CLIP, EMA = 0.05, 1.0, 0.9
 EPSILON = 1e-5
 """Adam's default 1e-8 makes steps out of rounding noise where the true gradient is zero (the one
@@ -26,7 +26,7 @@ weight of a filter before batch norm), and noise differs between any two orders 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and settings under which 50 steps teach it something."""
+    """A model, and settings under which 40 steps teach it something."""
 
     options: dict[str, str]
     sparsity: float
@@ -54,7 +54,7 @@ CASES = {
 
 
 def batches(source: DataSource) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first 50 batches, the same for everyone."""
+    """The first 40 batches, the same for everyone."""
     made = 0
     for epoch in range(STEPS):
         for images, labels in source.train.shuffled(BATCH, seed=0, epoch=epoch):

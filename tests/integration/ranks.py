@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import sys
 import time
@@ -30,12 +31,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def started(arguments: list[str], log: Path, ranks: int = 2) -> list[BaseProcess]:
-    """Start launch/train_sparse.py on so many ranks; what rank N says goes to `log`/N."""
+def started(
+    arguments: list[str], log: Path, ranks: int = 2, script: Path = SCRIPT
+) -> list[BaseProcess]:
+    """Start a script on so many ranks; what rank N says goes to `log`/N."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    log.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(log, ignore_errors=True)
+    log.mkdir(parents=True)
     port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(ranks):
@@ -43,7 +47,9 @@ def started(arguments: list[str], log: Path, ranks: int = 2) -> list[BaseProcess
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        process = context.Process(target=_rank, args=(place, arguments, str(log / str(rank))))
+        process = context.Process(
+            target=_rank, args=(place, [str(script), *arguments], str(log / str(rank)))
+        )
         process.start()
         processes.append(process)
     return processes
@@ -54,8 +60,8 @@ def _rank(place: dict[str, object], arguments: list[str], log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({name: str(value) for name, value in place.items()})
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def ended(processes: list[BaseProcess], seconds: float) -> bool:
@@ -76,9 +82,9 @@ def end(processes: list[BaseProcess]) -> None:
     assert ended(processes, GRACE), "a killed rank does not end"
 
 
-def launcher(ranks: int = 2) -> list[str]:
+def launcher(ranks: int = 2, port: str | None = None) -> list[str]:
     """Return the start of a command that DeepSpeed's launcher runs, on a machine without a GPU."""
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks),
-        "--master_port", str(free_port()), "--log_level", "error",
+        "--master_port", port or str(free_port()), "--log_level", "error",
     ]  # fmt: skip

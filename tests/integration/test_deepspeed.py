@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import autosparse
 from autosparse import prune
 from autosparse.files import read_tensors
 from autosparse.ticket import Ticket
 from tests.conftest import make_model
-from tests.integration.masked_dense import CASES, reference
-
-ROOT = Path(autosparse.__file__).parent.parent
+from tests.integration.masked_dense import CASES, STEPS, reference
+from tests.integration.ranks import ROOT, launcher
 
 
 def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
     """Run a script as `deepspeed --num_accelerators N` would on a machine without a GPU."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*launcher, "--master_port", port, "--log_level", "error", str(script), *arguments],
+        [*launcher(ranks), str(script), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -58,7 +50,7 @@ def test_compact_training_equals_masked_dense_training(
     assert float(expected[0].mean() - expected[-5:].mean()) > 0.2, "nothing was learned"
     for stage in (0, 1, 2, 3):
         found = torch.tensor([losses[rank][f"{name} {stage}"] for rank in range(2)]).T
-        assert found.shape == (50, 2)
+        assert found.shape == (STEPS, 2)
         assert float((found - expected).abs().max()) < 1e-5, f"ZeRO {stage}"
         if stage < 3:
             weights, _ = read_tensors(compact_trainings / f"{name} {stage}.safetensors")
