@@ -10,9 +10,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from autosparse.errors import UsageError, UserError, unknown
 
@@ -151,7 +152,7 @@ def parse(
         found.pop("config", None)
         values = parser.instantiate(found)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise UsageError(_explain(str(error), parser, arguments)) from error
+        raise UsageError(_explain(str(error), parser, kind)) from error
     return kind(**vars(values))
 
 
@@ -173,7 +174,7 @@ def _check_files(arguments: list[str]) -> None:
             raise UsageError(f"config file {path!r} holds no settings (key: value)")
 
 
-def _explain(message: str, parser: Any, arguments: list[str]) -> str:
+def _explain(message: str, parser: Any, kind: type) -> str:
     """Shorten jsonargparse's message to one line and add the nearest key it knows."""
     line = " ".join(message.split())
     wrong = re.search(r"[Oo]ption '([^']+)'|unrecognized arguments: --([\w.]+)", line)
@@ -181,7 +182,13 @@ def _explain(message: str, parser: Any, arguments: list[str]) -> str:
         return line
     name = wrong.group(1) or wrong.group(2)
     keys = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    leaves = {key.rpartition(".")[2] for key in keys} | set(keys)
+    leaves = {key.rpartition(".")[2] for key in keys} | set(keys) | _optional_keys(kind)
     close = difflib.get_close_matches(name, sorted(leaves), n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown config key {name!r}.{hint} ({line})"
+    return f"unknown config key {name!r}.{hint} ({line.partition(' Does not validate')[0]})"
+
+
+def _optional_keys(kind: type) -> set[str]:
+    """Return the keys of settings that are a config of their own or nothing."""
+    inner = {each for hint in get_type_hints(kind).values() for each in get_args(hint)}
+    return {spec.name for each in inner if is_dataclass(each) for spec in fields(each)}

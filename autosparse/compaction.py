@@ -51,9 +51,12 @@ class _Rescatter:
 
     def __init__(self, made: _Made, kept: Tensor) -> None:
         _, self.values, self.index, self.shape = made
+        self.version = self.values._version
         self.view = (kept.shape, kept.stride(), kept.storage_offset())
 
     def __call__(self) -> Tensor:
+        if self.values._version != self.version:
+            raise RuntimeError("compact values were changed between forward and backward")
         dense = self.values.new_zeros(self.shape)
         dense.view(-1).index_copy_(0, self.index.long(), self.values)
         return dense.as_strided(*self.view)

@@ -50,7 +50,7 @@ class Recipe:
                 label_smoothing=config.label_smoothing,
                 num_classes=classes,
             )
-        self.teacher = load_teacher(config.teacher, device_of(model)) if config.teacher else None
+        self.teacher = load_teacher(config.teacher, model) if config.teacher else None
 
     def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return images and targets of a step: labels [B], or probabilities [B, classes].
@@ -91,30 +91,59 @@ def check(config: TrainingConfig) -> None:
     for name in ("mixup", "cutmix"):
         if getattr(config, name) < 0:
             raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
-    for name in ("label_smoothing", "ema", "distill_weight"):
-        value = getattr(config, name)
-        if not 0 <= value < 1 and (name, value) != ("distill_weight", 1.0):
-            raise UsageError(f"training.{name} must be 0 to 1, got {value}")
+    for name in ("label_smoothing", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UsageError(
+                f"training.{name} must be at least 0 and below 1, got {getattr(config, name)}"
+            )
+    if not 0 <= config.distill_weight <= 1:
+        raise UsageError(f"training.distill_weight must be 0 to 1, got {config.distill_weight}")
     if config.temperature <= 0:
         raise UsageError(f"training.temperature must be above 0, got {config.temperature}")
 
 
-def load_teacher(path: str, device: torch.device) -> nn.Module:
-    """Return the dense, frozen model of a trained ticket's file, in eval mode."""
+def check_mixing(config: TrainingConfig, each: int) -> None:
+    """Raise UsageError unless a rank's `each` images of a step can be mixed in pairs."""
+    if (config.mixup or config.cutmix) and each % 2:
+        raise UsageError(
+            "training.mixup and cutmix need an even number of images per rank and step; "
+            f"training.batch_size gives {each}"
+        )
+
+
+def load_teacher(path: str, student: nn.Module) -> nn.Module:
+    """Return the dense, frozen model of a trained ticket's file, in eval mode, by the student."""
     ticket = Ticket.load(Path(path))
-    model = models.from_recipe(ticket.card["model"])
+    model = models.from_recipe(ticket.card.get("model", {}))
+    wanted, found = (getattr(each, "num_classes", None) for each in (student, model))
+    if wanted is not None and wanted != found:
+        raise UsageError(f"training.teacher {path} tells {found} classes apart, the model {wanted}")
     load_state(model, ticket)
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device_of(student)).eval().requires_grad_(False)
 
 
-def make_ema(model: nn.Module, config: TrainingConfig) -> ModelEmaV3 | None:
+class Average(ModelEmaV3):
+    """timm's moving average, for models in which a tensor has several names (tied weights)."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move every tensor once: parameters, and buffers that count for evaluation."""
+        theirs = model.state_dict()
+        pairs = {t.data_ptr(): (t, theirs[name]) for name, t in self.module.state_dict().items()}
+        floats = [pair for pair in pairs.values() if pair[0].is_floating_point()]
+        self._foreach_lerp_([t for t, _ in floats], [t for _, t in floats], 1 - decay)
+        for mine, new in pairs.values():
+            if not mine.is_floating_point():
+                mine.copy_(new)
+
+
+def make_ema(model: nn.Module, config: TrainingConfig) -> Average | None:
     """Return timm's moving average of a model's values (compact ones stay compact), if asked for.
 
     Its decay is warmed up, so that short trainings are not held back by the initial weights.
     """
     if not config.ema:
         return None
-    return ModelEmaV3(model, decay=config.ema, use_warmup=True)
+    return Average(model, decay=config.ema, use_warmup=True)
 
 
 @contextmanager

@@ -282,3 +282,5 @@ def _finish(
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+    for cut in cell.folder.glob(".*.tmp"):  # Of starts that were killed.
+        cut.unlink(missing_ok=True)

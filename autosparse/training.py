@@ -146,7 +146,9 @@ class PlainStepper:
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        images, targets = self.recipe.mix(images, labels, step_seed(self.seed, self.updates))
+        drawn = step_seed(self.seed, self.updates)
+        torch.manual_seed(drawn)  # Dropout is a function of the step, whatever came before.
+        images, targets = self.recipe.mix(images, labels, drawn)
         with autocast(self.config, images.device), rescattering(self.config.rescatter):
             outputs = self.network(images).float()
         loss = self.recipe.loss(outputs, images, targets)
@@ -175,7 +177,6 @@ class PlainStepper:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
-            "rng": torch.get_rng_state(),
             "history": history.state(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
@@ -192,7 +193,6 @@ class PlainStepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        torch.set_rng_state(state["rng"].cpu())
         self.updates = state["updates"]
         advance(self.scheduler, self.updates)
         return History.of_state(state["history"])
@@ -223,6 +223,9 @@ def check(config: TrainingConfig) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("checkpoint_epochs", "checkpoint_steps"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
     recipe.check(config)
 
 
@@ -236,6 +239,7 @@ def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -
     check(config)
     if config.batch_size % world_size:
         raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
+    recipe.check_mixing(config, config.batch_size // world_size)
     steps = train.steps(config.batch_size // world_size, world_size)
     if not steps:
         raise UsageError(f"batch_size {config.batch_size} is more than the {len(train)} images")
@@ -400,7 +404,7 @@ class _Fit:
             if not math.isfinite(value):
                 step = self.stepper.updates - len(values) + place + 1
                 raise RunFailed(
-                    f"the loss is {value} at step {step} (epoch {len(self.history.epochs) + 1}); "
+                    f"the loss is {value} at step {step} (epoch {-(-step // self.per_epoch)}); "
                     "lower training.learning_rate or set training.clip_grad"
                 )
         self.history.losses += values

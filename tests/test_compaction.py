@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
-from autosparse import data, masks, models, training
-from autosparse.compaction import compact, compact_weights, dense_name, densify
+from autosparse import compaction, data, masks, models, training
+from autosparse.compaction import compact, compact_weights, dense_name, densify, rescattering
 from autosparse.config import ModelConfig, TrainingConfig
 from autosparse.errors import UsageError
 from autosparse.ticket import Ticket
@@ -391,3 +392,100 @@ def test_an_empty_layer_is_trained_and_densified() -> None:
     assert model[0].parametrizations.weight.original.grad.shape == (0,)
     assert not torch.equal(model[0].bias, bias)
     assert not densify(model)[0].weight.any()
+
+
+def _gradients(
+    model: nn.Module, inputs: Tensor, *, rescatter: bool, bf16: bool
+) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)  # Dropout.
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), rescattering(rescatter):
+        outputs = model(inputs).float()
+    outputs.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _some_model(name: str) -> tuple[nn.Module, Tensor]:
+    if name == "tied":
+        model, inputs = Tied(), torch.randn(4, 5, generator=torch.Generator().manual_seed(7))
+    else:
+        options = {"patch_size": 4} if "vit" in name else {}
+        config = ModelConfig(name, {"drop_path_rate": 0.2, **options})
+        model = models.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
+        inputs = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(7))
+    return compact(model, random_ticket(model)), inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [("test_byobnet", False), ("test_nfnet", False), ("test_vit", False), ("test_vit", True),
+     ("tied", False), ("tied", True)],
+)  # fmt: skip
+def test_scattered_again_gradients_are_the_same(name: str, bf16: bool) -> None:
+    """Not bf16 convolutions: on a CPU those of 2 x 2 pixels differ from one call to the next."""
+    model, inputs = _some_model(name)
+    expected = _gradients(model, inputs, rescatter=False, bf16=bf16)
+    found = _gradients(model, inputs, rescatter=True, bf16=bf16)
+    assert found.keys() == expected.keys()
+    assert any(bool(gradient.any()) for gradient in found.values())
+    for name_of, gradient in expected.items():
+        assert torch.equal(found[name_of], gradient), name_of
+
+
+@pytest.mark.parametrize("name", ["test_byobnet", "test_vit"])
+def test_scattered_again_at_most_one_layer_is_dense(name: str, monkeypatch) -> None:
+    model, inputs = _some_model(name)
+    scattered: list[StorageWeakRef] = []
+    most = {"forward": 0, "backward": 0}
+
+    def note(dense: Tensor, where: str) -> None:
+        scattered.append(StorageWeakRef(dense.untyped_storage()))
+        most[where] = max(most[where], alive())
+
+    def alive() -> int:
+        return sum(not each.expired() for each in scattered)
+
+    for _, weight in compact_weights(model):
+        weight.register_forward_hook(lambda module, given, dense: note(dense, "forward"))
+    again = compaction._Rescatter.__call__
+
+    def noted(kept: Any) -> Tensor:
+        dense = again(kept)
+        note(dense, "backward")
+        return dense
+
+    monkeypatch.setattr(compaction._Rescatter, "__call__", noted)
+    layers = len(list(compact_weights(model)))
+    outputs = model(inputs)
+    assert (alive(), most["forward"]) == (layers, layers), "autograd keeps all of them"
+    del outputs
+    assert alive() == 0
+    scattered.clear()
+    most["forward"] = 0
+    with rescattering():
+        outputs = model(inputs)
+    assert (alive(), most["forward"]) == (0, 1)
+    outputs.square().mean().backward()
+    assert (alive(), most["backward"]) == (0, 1)
+    assert len(scattered) >= 2 * layers - 1, "the first layer needs none in backward"
+
+
+def test_scattering_again_ends_with_its_block() -> None:
+    model, inputs = _some_model("test_byobnet")
+    with pytest.raises(ZeroDivisionError), rescattering():
+        raise ZeroDivisionError
+    assert compaction._SCATTERED is None
+    with rescattering(), rescattering(enabled=False):
+        model(inputs).sum().backward()
+    assert compaction._SCATTERED is None
+
+
+def test_values_that_change_before_they_are_scattered_again_are_refused() -> None:
+    model, inputs = _some_model("test_byobnet")
+    with rescattering():
+        outputs = model(inputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        outputs.sum().backward()

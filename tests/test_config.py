@@ -90,7 +90,7 @@ def test_defaults_given_explicitly_are_defaults():
         IRPConfig(data=DataConfig(workers=7)),
         IRPConfig(data=DataConfig(memory_limit_gb=0.5)),
         IRPConfig(data=DataConfig(root="/data/digits")),
-        IRPConfig(training=TrainingConfig(checkpoint_epochs=1)),
+        IRPConfig(training=TrainingConfig(checkpoint_epochs=1, checkpoint_steps=7)),
     ],
 )
 def test_local_fields_do_not_change_the_run(changed):
@@ -118,6 +118,26 @@ def test_every_other_field_changes_the_run():
     local = {"out", "device", "ticket", "store_initial"}
     assert len(changed) == len({spec.name for spec in dataclasses.fields(IRPConfig)} - local)
     assert len({run_id(each) for each in [IRPConfig(), *changed]}) == len(changed) + 1
+
+
+def test_every_setting_of_training_changes_the_run():
+    changed = {
+        "epochs": 1, "batch_size": 7, "optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 1.0,
+        "optimizer_options": {"eps": 1.0}, "schedule": "none", "warmup_epochs": 2.0,
+        "clip_grad": 1.0, "label_smoothing": 0.1, "mixup": 0.1, "cutmix": 0.1, "ema": 0.9,
+        "teacher": "t.safetensors", "distill_weight": 0.1, "temperature": 2.0,
+        "precision": "bf16", "channels_last": True, "compile": True, "grad_checkpointing": True,
+        "rescatter": True,
+    }  # fmt: skip
+    local = {"checkpoint_epochs", "checkpoint_steps"}
+    assert set(changed) == {spec.name for spec in dataclasses.fields(TrainingConfig)} - local
+    ids = {run_id(replace(TrainingConfig(), **{key: value})) for key, value in changed.items()}
+    assert len(ids | {run_id(TrainingConfig())}) == len(changed) + 1
+
+
+def test_what_is_pruned_at_the_start_changes_the_run():
+    prunings = [None, PruneConfig(), PruneConfig(criterion="snip"), PruneConfig(sparsity=0.5)]
+    assert len({run_id(SparseTrainConfig(prune=each)) for each in prunings}) == len(prunings)
 
 
 @pytest.mark.parametrize("name", ["folder", "shards"])

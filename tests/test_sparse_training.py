@@ -10,9 +10,9 @@ import torch
 
 from autosparse import prune
 from autosparse.compaction import load_state
-from autosparse.config import ModelConfig, SparseTrainConfig
+from autosparse.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.data import DataSource
-from autosparse.errors import UsageError
+from autosparse.errors import Stopped, UsageError
 from autosparse.sparse_training import TRAINED, Cell, cells, train_cell
 from autosparse.ticket import Ticket
 from autosparse.training import PlainStepper, evaluate
@@ -88,7 +88,7 @@ def test_without_a_ticket_the_model_is_trained_dense(config, digits: DataSource)
 
 
 def test_nothing_to_train_is_an_error(config) -> None:
-    with pytest.raises(UsageError, match="give tickets, or a model"):
+    with pytest.raises(UsageError, match=r"give tickets, or what to prune .*, or a model"):
         list(cells(replace(config, tickets=[])))
     with pytest.raises(UsageError, match=r"no ticket matches .*nothing"):
         list(cells(replace(config, tickets=["nothing*.safetensors"])))
@@ -123,3 +123,106 @@ def test_training_changes_survivors_only(config, digits: DataSource) -> None:
     for name, mask in cell.ticket.masks.items():
         assert bool((state[name][~mask] == 0).all())
         assert not torch.equal(state[name][mask], cell.ticket.values[name])
+
+
+@pytest.fixture()
+def pruning(tmp_path: Path) -> SparseTrainConfig:
+    """Nothing but what to prune, and how to train it."""
+    asked = PruneConfig(
+        ModelConfig("test_byobnet"), SMALL_DIGITS, criterion="random", sparsity=0.875, seed=4
+    )
+    return SparseTrainConfig(prune=asked, training=QUICK, out=str(tmp_path / "trained"))
+
+
+def test_pruned_at_the_start_and_only_once(pruning, digits: DataSource) -> None:
+    (cell,) = cells(pruning)
+    by_hand = prune(make_model(seed=4), digits, "random", 0.875, seed=4)
+    assert cell.ticket.content_hash == by_hand.content_hash
+    assert cell.seed == 4
+    assert cell.name.startswith("test_byobnet-random-0.875-")
+    (path,) = (Path(pruning.out) / "tickets").iterdir()
+    assert path.stem == cell.name
+    written = path.stat().st_mtime_ns
+    (again,) = cells(pruning)
+    assert (again.folder, again.seed, again.data) == (cell.folder, cell.seed, cell.data)
+    assert again.ticket.content_hash == cell.ticket.content_hash
+    assert path.stat().st_mtime_ns == written
+
+
+def test_what_is_pruned_is_trained_on_the_same_data_by_default(pruning) -> None:
+    (cell,) = cells(pruning)
+    assert cell.data == SMALL_DIGITS
+    (other,) = cells(replace(pruning, data=DataConfig(train_limit=200)))
+    assert other.data == DataConfig(train_limit=200)
+    assert other.ticket.content_hash == cell.ticket.content_hash
+    assert other.folder != cell.folder
+
+
+def test_what_is_pruned_makes_another_cell(pruning) -> None:
+    (cell,) = cells(pruning)
+    (sparser,) = cells(replace(pruning, prune=replace(pruning.prune, sparsity=0.9)))
+    assert sparser.folder != cell.folder
+    assert len(list((Path(pruning.out) / "tickets").iterdir())) == 2
+
+
+def test_a_cell_told_to_stop_goes_on(config, digits: DataSource, tmp_path: Path) -> None:
+    rich = replace(config, training=replace(QUICK, epochs=2, ema=0.9, mixup=0.2))
+    (whole,) = cells(replace(rich, out=str(tmp_path / "whole")))
+    expected = _train(whole, rich, digits)
+    (cell,) = cells(rich)
+    told = Told()
+    asked = iter([False] * 3 + [True])
+    with pytest.raises(Stopped, match="after step 4"):
+        _train(cell, rich, digits, observer=told, stop=lambda: next(asked))
+    assert told.seen == ["begin", "epoch 1", "stopped"]
+    assert [path.name for path in cell.folder.iterdir()] == ["checkpoint.pt"]
+    (cell.folder / ".result.json.123.tmp").write_text("cut")
+    result = _train(cell, rich, digits, observer=told)
+    assert told.seen[3:] == ["begin", "epoch 2", "end"]
+    assert sorted(path.name for path in cell.folder.iterdir()) == ["result.json", TRAINED]
+    found, wanted = (Ticket.load(each.folder / TRAINED) for each in (cell, whole))
+    assert found.content_hash == wanted.content_hash
+    assert result["test_accuracy"] == expected["test_accuracy"]
+
+
+class Told:
+    """An observer that takes notes."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def begin(self, cell, config) -> None:
+        self.seen.append("begin")
+
+    def epoch(self, cell, epoch) -> None:
+        self.seen.append(f"epoch {epoch.epoch}")
+
+    def stopped(self, cell) -> None:
+        self.seen.append("stopped")
+
+    def end(self, cell, result) -> None:
+        self.seen.append("end")
+
+
+def test_the_average_is_what_is_kept_and_evaluated(config, digits: DataSource) -> None:
+    averaged = replace(config, training=replace(QUICK, ema=0.9))
+    (cell,) = cells(averaged)
+    steppers: list[PlainStepper] = []
+
+    def make(model, steps: int) -> PlainStepper:
+        steppers.append(PlainStepper(model, averaged.training, steps))
+        return steppers[0]
+
+    result = train_cell(cell, averaged, digits, make, device="cpu")
+    kept = Ticket.load(cell.folder / TRAINED)
+    model = make_model(seed=7)
+    load_state(model, kept)
+    assert evaluate(model, digits, digits.test).accuracy == result["test_accuracy"]
+    assert steppers[0].ema is not None
+    average = dict(steppers[0].ema.module.named_parameters())
+    last = dict(steppers[0].model.named_parameters())
+    name = next(each for each in average if each.startswith("stem"))
+    assert name.endswith("original")
+    key = next(each for each in kept.values if each.startswith("stem"))
+    assert torch.equal(kept.values[key], average[name])
+    assert not torch.equal(kept.values[key], last[name])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse import compact, prune
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
-from autosparse.errors import RunFailed, UsageError
-from autosparse.optimizers import optimizer_and_schedule, parameter_groups
+from autosparse.errors import RunFailed, Stopped, UsageError
 from autosparse.training import (
+    History,
     PlainStepper,
     Span,
+    Watch,
     evaluate,
     fit,
     seeded,
@@ -42,30 +42,6 @@ def test_a_seed_fixes_everything(digits: DataSource) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
-def test_compact_weights_decay_and_norms_do_not() -> None:
-    model = make_model()
-    ticket = prune(model, "digits", "random", 0.9)
-    compact(model, ticket)
-    decay, none = parameter_groups(model, 0.05)
-    assert decay["weight_decay"] == 0.05
-    assert none["weight_decay"] == 0.0
-    assert sum(p.numel() for p in decay["params"]) == ticket.kept
-    everything = sum(p.numel() for p in model.parameters())
-    assert sum(p.numel() for p in none["params"]) == everything - ticket.kept
-
-
-def test_warm_up_rises_linearly_and_the_cosine_ends_near_zero(digits: DataSource) -> None:
-    config = TrainingConfig(epochs=10, warmup_epochs=2, learning_rate=1.0, weight_decay=0.0)
-    optimizer, scheduler = optimizer_and_schedule(make_model(), config, 5)
-    rates = []
-    for update in range(50):
-        scheduler.step_update(update)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[:10] == pytest.approx([update / 10 for update in range(10)])
-    assert max(rates) > 0.85
-    assert 0 <= rates[-1] < 0.01
-
-
 def test_a_resumed_training_ends_as_the_unbroken_one(digits: DataSource, tmp_path: Path) -> None:
     config = replace(QUICK, epochs=4, checkpoint_epochs=2)
     whole, broken, resumed = (make_model(drop_path_rate=0.2) for _ in range(3))
@@ -80,6 +56,127 @@ def test_a_resumed_training_ends_as_the_unbroken_one(digits: DataSource, tmp_pat
     assert [e["train_loss"] for e in history] == [e["train_loss"] for e in expected]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+RICH = replace(
+    QUICK, epochs=2, ema=0.8, mixup=0.4, label_smoothing=0.1, clip_grad=1.0, warmup_epochs=0.5
+)
+"""Six steps, three an epoch, with all that a resume could forget."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits: DataSource) -> tuple[PlainStepper, History]:
+    assert digits.augment == "shift"
+    stepper = _rich_stepper(digits)
+    return stepper, _fitted(stepper, digits)
+
+
+def _rich_stepper(source: DataSource) -> PlainStepper:
+    model = make_model("test_resnet", drop_rate=0.2, drop_path_rate=0.2)
+    return PlainStepper(model, RICH, steps_per_epoch(source.train, RICH))
+
+
+def _fitted(stepper: PlainStepper, source: DataSource, config=RICH, **options) -> History:
+    with seeded(5):
+        return fit(stepper, source, config, seed=5, **options)
+
+
+def _assert_same(found: tuple[PlainStepper, History], expected: tuple[PlainStepper, History]):
+    timed = ("seconds", "images_per_second", "data_wait_share")
+    for epoch, wanted in zip(found[1].plain(), expected[1].plain(), strict=True):
+        assert {k: v for k, v in epoch.items() if k not in timed} == {
+            k: v for k, v in wanted.items() if k not in timed
+        }
+    for mine, theirs in (
+        (found[0].model, expected[0].model),
+        (found[0].evaluated(), expected[0].evaluated()),
+    ):
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(tensor, mine.state_dict()[name]), name
+    assert found[0].evaluated() is not found[0].model
+
+
+@pytest.mark.parametrize("last", [1, 3, 5, 6])
+def test_told_to_stop_it_goes_on_where_it_was(
+    digits: DataSource, unbroken, tmp_path: Path, last: int
+) -> None:
+    """After a step within an epoch, an epoch's last one, and the training's last one."""
+    first, second = _rich_stepper(digits), _rich_stepper(digits)
+    said = f"stopped after step {last}; the same command goes on from there"
+    with pytest.raises(Stopped, match=said) as stopped:
+        _fitted(first, digits, folder=tmp_path, stop=lambda: first.updates == last)
+    assert stopped.value.exit_code == 75
+    made: list[int] = []
+    history = _fitted(second, digits, folder=tmp_path, on_step=made.append)
+    assert made == list(range(last + 1, 7))
+    _assert_same((second, history), unbroken)
+
+
+def test_stopped_after_every_step(digits: DataSource, unbroken, tmp_path: Path) -> None:
+    for last in range(1, 7):
+        stepper = _rich_stepper(digits)
+        with pytest.raises(Stopped, match=f"after step {last};"):
+            _fitted(stepper, digits, folder=tmp_path, stop=lambda: True)
+    stepper = _rich_stepper(digits)
+    _assert_same((stepper, _fitted(stepper, digits, folder=tmp_path)), unbroken)
+
+
+@pytest.mark.parametrize(("every", "cut", "first"), [(2, 4, 3), (2, 6, 5), (3, 4, 1), (1, 3, 3)])
+def test_killed_it_goes_on_from_the_last_checkpoint(
+    digits: DataSource, unbroken, tmp_path: Path, every: int, cut: int, first: int
+) -> None:
+    """Checkpoints fall within epochs only: not after an epoch's last step, evaluated or not."""
+    config = replace(RICH, checkpoint_steps=every)
+
+    def interrupt(step: int) -> None:
+        if step == cut:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _fitted(_rich_stepper(digits), digits, config, folder=tmp_path, on_step=interrupt)
+    stepper = _rich_stepper(digits)
+    made: list[int] = []
+    history = _fitted(stepper, digits, config, folder=tmp_path, on_step=made.append)
+    assert made[0] == first
+    _assert_same((stepper, history), unbroken)
+
+
+def test_checkpoints_change_nothing(digits: DataSource, unbroken, tmp_path: Path) -> None:
+    stepper = _rich_stepper(digits)
+    config = replace(RICH, checkpoint_steps=1, checkpoint_epochs=1)
+    _assert_same((stepper, _fitted(stepper, digits, config, folder=tmp_path)), unbroken)
+
+
+def test_dropout_is_a_function_of_the_step(digits: DataSource) -> None:
+    """Whatever else has drawn random numbers, such as the workers that decode images."""
+    images, labels = digits.score_batches(2)[0]
+    losses = []
+    for before in (1, 2):
+        stepper = _rich_stepper(digits)
+        torch.manual_seed(before)
+        losses.append(float(stepper.step(images, labels)))
+    assert losses[0] == losses[1]
+
+
+def test_a_watch_sees_every_step(digits: DataSource, tmp_path: Path) -> None:
+    class Seen(Watch):
+        def begin(self, made: int, total: int, images: int) -> None:
+            self.begun = (made, total, images)
+
+        def stepped(self, loss, stepper, wait_share: float) -> None:
+            assert loss.ndim == 0
+            assert not loss.requires_grad
+            assert 0 <= wait_share <= 1
+            steps.append(stepper.updates)
+
+    steps: list[int] = []
+    first, watch = _rich_stepper(digits), Seen()
+    with pytest.raises(Stopped):
+        _fitted(first, digits, folder=tmp_path, watch=watch, stop=lambda: first.updates == 2)
+    assert watch.begun == (0, 6, 100)
+    _fitted(_rich_stepper(digits), digits, folder=tmp_path, watch=watch)
+    assert watch.begun == (2, 6, 100)
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def _interrupt_after(last: int):
@@ -97,6 +194,47 @@ def test_a_nan_loss_stops_and_names_the_step(digits: DataSource) -> None:
         first.fill_(float("nan"))
     with pytest.raises(RunFailed, match=r"loss is nan at step 1 \(epoch 1\)"):
         _trained(model, digits, QUICK)
+
+
+@pytest.mark.parametrize(("stop", "step", "epoch"), [(1, 3, 1), (4, 6, 2)])
+def test_a_nan_loss_after_a_resume(
+    digits: DataSource, tmp_path: Path, stop: int, step: int, epoch: int
+) -> None:
+    """The weights are spoilt by the step before; the epoch had begun in the start before."""
+    first, second = _rich_stepper(digits), _rich_stepper(digits)
+    with pytest.raises(Stopped):
+        _fitted(first, digits, folder=tmp_path, stop=lambda: first.updates == stop)
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def spoil(made: int) -> None:
+        if made == step - 1:
+            with torch.no_grad():
+                next(second.model.parameters()).fill_(float("nan"))
+
+    with pytest.raises(RunFailed, match=rf"loss is nan at step {step} \(epoch {epoch}\)"):
+        _fitted(second, digits, folder=tmp_path, on_step=spoil, stop=lambda: second.updates == step)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == content, "NaN was saved"
+
+
+def test_activation_checkpointing_gives_the_same_gradients(digits: DataSource) -> None:
+    images, labels = digits.score_batches(2)[0]
+    stepped = []
+    for enabled in (False, True):
+        config = replace(QUICK, grad_checkpointing=enabled, optimizer="sgd", schedule="none")
+        stepper = PlainStepper(make_model("test_vit", drop_path_rate=0.3), config, 3)
+        assert stepper.model.grad_checkpointing is enabled
+        stepper.step(images, labels)
+        stepped.append(stepper.state_dict())
+    for name, tensor in stepped[0].items():
+        assert torch.allclose(tensor, stepped[1][name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("name", ["dla46x_c", None])
+def test_a_model_without_activation_checkpointing_is_named(name: str | None) -> None:
+    model = make_model(name) if name else nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=f"timm's {type(model).__name__} has no activation") as e:
+        PlainStepper(model, replace(QUICK, grad_checkpointing=True), 3)
+    assert "\n" not in str(e.value)
 
 
 def test_clipping_bounds_the_step(digits: DataSource) -> None:
@@ -134,11 +272,18 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
         ({"optimizer_options": {"bets": 1}}, "bets"),
         ({"batch_size": 10_000}, "batch_size"),
         ({"precision": "fp8"}, "precision"),
+        ({"precision": "fp16"}, "fp16 works under DeepSpeed only; use bf16"),
+        ({"batch_size": 0}, "training.batch_size must be at least 1, got 0"),
+        ({"batch_size": 75, "mixup": 0.2}, "need an even number .* training.batch_size gives 75"),
+        ({"batch_size": 75, "cutmix": 1.0}, "need an even number"),
+        ({"checkpoint_steps": -1}, "training.checkpoint_steps must be at least 0, got -1"),
+        ({"checkpoint_epochs": -1}, "training.checkpoint_epochs must be at least 0, got -1"),
     ],
 )
 def test_bad_settings_are_named(digits: DataSource, changes: dict, named: str) -> None:
-    with pytest.raises(UsageError, match=named):
+    with pytest.raises(UsageError, match=named) as error:
         _trained(make_model(), digits, replace(QUICK, **changes))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 5])
@@ -168,9 +313,3 @@ def test_a_span_that_is_over_before_it_begins(digits: DataSource) -> None:
     stepper = PlainStepper(make_model(), QUICK, steps_per_epoch(digits.train, QUICK))
     with pytest.raises(UsageError, match="starts after step 3 and has 3 steps"):
         fit(stepper, digits, QUICK, seed=0, span=Span(first=3))
-
-
-def test_options_that_an_optimizer_refuses(digits: DataSource) -> None:
-    config = replace(QUICK, optimizer="sgd", optimizer_options={"momentum": 0.0})
-    with pytest.raises(UsageError, match="optimizer sgd: Nesterov"):
-        PlainStepper(make_model(), config, 3)

@@ -129,6 +129,7 @@ class DeepSpeedStepper:
             "updates": self.updates,
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
+        checkpoints.begin(parent, self.updates, self.ranks)
         self.engine.save_checkpoint(str(parent), tag=tag, client_state=client, save_latest=False)
         mine = {name: buffer.cpu() for name, buffer in self._buffers().items()}
         write_tensors(parent / tag / _buffers_file(self.ranks.rank), mine, {})
@@ -240,7 +241,8 @@ def start() -> tuple[Ranks, str]:
     gpu = accelerator is not None and accelerator.device_name() == "cuda"
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
     if gpu:
@@ -262,7 +264,7 @@ class Stopping:
 
     def __init__(self) -> None:
         self.told = False
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
         self.flag = torch.zeros(1, dtype=torch.int32)
         self.pending: Any = None
         for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +46,18 @@ def tag_of(step: int) -> str:
     return f"step{step:08d}"
 
 
+def begin(parent: Path, step: int, ranks: Ranks) -> None:
+    """Remove what a start that was cut left of a step's checkpoint; called by all ranks."""
+    if ranks.rank == 0:
+        remove_tree(parent / tag_of(step))
+    dist.barrier()
+
+
 def commit(parent: Path, step: int, ranks: Ranks) -> None:
     """Mark a step's checkpoint as whole, once all ranks have written it; called by all ranks.
 
-    The ranks share out the hashing. Older checkpoints than the newest two go.
+    The ranks share out the hashing. Older checkpoints than the newest two go, and those of later
+    steps, which were passed over.
     """
     dist.barrier()
     folder = parent / tag_of(step)
@@ -62,8 +69,9 @@ def commit(parent: Path, step: int, ranks: Ranks) -> None:
         files = {name: entry for part in everyone for name, entry in part.items()}
         content = {"step": step, "world_size": ranks.world_size, "files": files}
         write_json(folder / MARKER, content)
-        for old in _folders(parent)[KEEP:]:
-            remove_tree(old)
+        past = [p for p in _folders(parent) if p.name <= folder.name and (p / MARKER).is_file()]
+        for other in set(_folders(parent)) - set(past[:KEEP]):
+            remove_tree(other)
     dist.barrier()
 
 
@@ -103,14 +111,16 @@ def _problem(folder: Path) -> str | None:
     if not (folder / MARKER).is_file():
         return "it was not written to its end"
     try:
-        files = read_json(folder / MARKER)["files"]
-        for name, entry in files.items():
+        content = read_json(folder / MARKER)
+        if content["step"] != int(folder.name[len("step") :]) or content["world_size"] < 1:
+            return f"{MARKER} is damaged"
+        for name, entry in content["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
                 return f"{name} is not what was written"
-    except (UserError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return f"{MARKER} is damaged"
     return None
 
@@ -121,11 +131,13 @@ def universal(found: Checkpoint, ranks: Ranks) -> Path:
     DeepSpeed's own converter runs on rank 0; a conversion that was cut is made anew.
     """
     folder = found.folder.parent / f"{UNIVERSAL}-{found.tag}"
-    if ranks.rank == 0 and not (folder / MARKER).is_file():
-        if folder.exists():
+    if ranks.rank == 0:
+        marker = folder / MARKER
+        source = {"from": found.tag, "sha256": sha256_of_file(found.folder / MARKER)}
+        if not marker.is_file() or read_json(marker) != source:
             remove_tree(folder)
-        _convert(found.folder, folder)
-        write_json(folder / MARKER, {"from": found.tag})
+            _convert(found.folder, folder)
+            write_json(marker, source)
     if ranks.world_size > 1:
         dist.barrier()
     return folder
@@ -146,8 +158,3 @@ def _convert(source: Path, target: Path) -> None:
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         ds_to_universal.main(arguments)
-
-
-def remove(parent: Path) -> None:
-    """Remove all checkpoints: the training is finished."""
-    shutil.rmtree(parent, ignore_errors=True)

@@ -1,13 +1,16 @@
-"""Run by `deepspeed` on two ranks: write the loss of every step of compact training."""
+"""Run by `deepspeed` on two ranks: write every step's loss of compact training, and its average."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from autosparse import compact, data, prune
+from autosparse.compaction import densify
 from autosparse.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.files import write_tensors
 from autosparse.integrations import deepspeed
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, STEPS, batches
@@ -21,8 +24,9 @@ def main(out: Path) -> None:
         for stage in (0, 1, 2, 3):
             model = make_model(name, **case.options)
             compact(model, prune(model, source, "erk", case.sparsity))
+            settings = replace(case.settings(), ema=0.0) if stage == 3 else case.settings()
             config = SparseTrainConfig(
-                training=case.settings(), deepspeed=DeepSpeedConfig(zero_stage=stage)
+                training=settings, deepspeed=DeepSpeedConfig(stage, case.accumulation)
             )
             stepper = deepspeed.DeepSpeedStepper(model, config, STEPS, ranks)
             stepper.model.train()
@@ -32,6 +36,9 @@ def main(out: Path) -> None:
                 float(stepper.step(images[mine], labels[mine]))
                 for images, labels in batches(source)
             ]
+            if stepper.ema and ranks.rank == 0:
+                average = dict(densify(stepper.ema.module).named_parameters())
+                write_tensors(out / f"{name} {stage}.safetensors", average, {})
             stepper.close()
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(losses))
 

@@ -1,7 +1,7 @@
-"""Masked-dense training on two halves of every batch: the reference for two ranks.
+"""Masked-dense training on equal parts of every batch: the reference for two ranks.
 
 Written without the package's compact parameters, optimizer groups or loop: dense weights, a mask
-multiplied into weights and gradients, and the halves' gradients averaged.
+multiplied into weights and gradients, and the parts' gradients averaged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from tests.conftest import make_model
 
-STEPS, BATCH = 50, 32
-WEIGHT_DECAY, CLIP = 0.05, 1.0
+STEPS, BATCH = 40, 32
+WEIGHT_DECAY, CLIP, EMA = 0.05, 1.0, 0.9
 EPSILON = 1e-5
 """Adam's default 1e-8 makes steps out of rounding noise where the true gradient is zero (the one
 weight of a filter before batch norm), and noise differs between any two orders of summation."""
@@ -26,11 +26,13 @@ weight of a filter before batch norm), and noise differs between any two orders 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and settings under which 50 steps teach it something."""
+    """A model, and settings under which 40 steps teach it something."""
 
     options: dict[str, str]
     sparsity: float
     learning_rate: float
+    accumulation: int = 1
+    """Parts of each rank's share of a batch."""
 
     def settings(self) -> TrainingConfig:
         return TrainingConfig(
@@ -40,18 +42,19 @@ class Case:
             weight_decay=WEIGHT_DECAY,
             clip_grad=CLIP,
             schedule="none",
+            ema=EMA,
             optimizer_options={"eps": EPSILON},
         )
 
 
 CASES = {
     "test_byobnet": Case({}, 0.9, 1e-3),
-    "test_vit": Case({"global_pool": "avg"}, 0.8, 3e-3),
+    "test_vit": Case({"global_pool": "avg"}, 0.8, 3e-3, accumulation=2),
 }
 
 
 def batches(source: DataSource) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first 50 batches, the same for everyone."""
+    """The first 40 batches, the same for everyone."""
     made = 0
     for epoch in range(STEPS):
         for images, labels in source.train.shuffled(BATCH, seed=0, epoch=epoch):
@@ -61,9 +64,12 @@ def batches(source: DataSource) -> Iterator[tuple[Tensor, Tensor]]:
                 return
 
 
-def reference_losses(name: str, source: DataSource, parts: int) -> list[list[float]]:
-    """The loss of every part of every step."""
+def reference(
+    name: str, source: DataSource, ranks: int
+) -> tuple[list[list[float]], dict[str, Tensor]]:
+    """The loss of every rank in every step, and the moving average of all weights."""
     case = CASES[name]
+    parts = ranks * case.accumulation
     model = make_model(name, **case.options)
     masks = prune(model, source, "erk", case.sparsity).masks
     _mask(model, masks)
@@ -79,8 +85,8 @@ def reference_losses(name: str, source: DataSource, parts: int) -> list[list[flo
         weight_decay=WEIGHT_DECAY,
         eps=EPSILON,
     )
-    losses = []
-    for images, labels in batches(source):
+    losses, average = [], {n: p.detach().double() for n, p in parameters.items()}
+    for step, (images, labels) in enumerate(batches(source), start=1):
         model.train()
         pairs = zip(images.chunk(parts), labels.chunk(parts), strict=True)
         parts_losses = [nn.functional.cross_entropy(model(x), y) for x, y in pairs]
@@ -91,8 +97,12 @@ def reference_losses(name: str, source: DataSource, parts: int) -> list[list[flo
         optimizer.step()
         optimizer.zero_grad()
         _mask(model, masks)
-        losses.append([float(loss.detach()) for loss in parts_losses])
-    return losses
+        each = torch.stack([loss.detach() for loss in parts_losses]).view(ranks, -1).mean(1)
+        losses.append(each.tolist())
+        share = min(EMA, 1 - step ** (-2 / 3))  # timm's warm-up.
+        for n, p in parameters.items():
+            average[n] = share * average[n] + (1 - share) * p.detach().double()
+    return losses, average
 
 
 @torch.no_grad()

@@ -1,0 +1,100 @@
+"""Twenty kills of one rank or both: the training ends as the unbroken one does."""
+
+from __future__ import annotations
+
+import random
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from autosparse.files import read_json
+from autosparse.ticket import Ticket
+from tests.integration.ranks import end, ended, started
+
+KILLS, SEED = 20, 7
+LIMIT = 300
+"""Seconds after which a start is taken to hang."""
+STEPS = 14
+"""Of an epoch, of 20 images each."""
+SETTINGS = [
+    "--data.name", "digits", "--data.train_limit", "280", "--training.batch_size", "20",
+    "--training.epochs", "16", "--training.checkpoint_epochs", "0", "--training.ema", "0.9",
+    "--training.checkpoint_steps", "4", "--training.mixup", "0.5", "--deepspeed.zero_stage", "1",
+    "--prune.criterion", "snip", "--prune.sparsity", "0.9", "--prune.data.name", "digits",
+    "--prune.data.train_limit", "280", "--prune.model.name", "test_byobnet",
+    "--prune.model.options", "{drop_rate: 0.1}", "--tracking", "false",
+]  # fmt: skip
+
+
+def trained(out: Path) -> str:
+    """Return the content hash of the one trained ticket; nothing else may be left."""
+    (path,) = out.glob("*/trained.safetensors")
+    assert len(list(out.glob("*/result.json"))) == 1
+    assert not list(out.rglob("deepspeed")), "checkpoints are left"
+    assert not list(out.rglob("*.tmp")), "temporary files are left"
+    return Ticket.load(path).content_hash
+
+
+def newest_step(out: Path) -> int:
+    """Return the step of the newest whole checkpoint; 0 if there is none."""
+    found = [int(path.parent.name[4:]) for path in out.glob("*/deepspeed/step*/checkpoint.json")]
+    return max(found, default=0)
+
+
+def alive(processes: list[BaseProcess]) -> bool:
+    return all(process.exitcode is None for process in processes)
+
+
+def wait_for(out: Path, processes: list[BaseProcess], checkpoints: int) -> bool:
+    """Wait for so many new checkpoints; return whether all ranks are at work then."""
+    limit, seen = time.monotonic() + LIMIT, {newest_step(out)}
+    while len(seen) <= checkpoints and alive(processes):
+        assert time.monotonic() < limit, "it hangs"
+        time.sleep(0.02)
+        seen.add(newest_step(out))
+    return alive(processes)
+
+
+def said(log: Path) -> str:
+    return "\n".join(path.read_text()[-2000:] for path in sorted(log.iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_training_survives_twenty_kills(tmp_path: Path) -> None:
+    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
+    unbroken = started([*SETTINGS, "--out", str(whole)], log)
+    assert ended(unbroken, LIMIT), "it hangs"
+    assert [process.exitcode for process in unbroken] == [0, 0], said(log)
+    expected = trained(whole)
+    chance = random.Random(SEED)
+    killed = {"rank 0": 0, "rank 1": 0, "both": 0}
+    arguments = [*SETTINGS, "--out", str(broken)]
+    while sum(killed.values()) < KILLS:
+        before = newest_step(broken)
+        processes = started(arguments, log)
+        wanted = chance.choice([0, 0, 1, 2])
+        at_work = wait_for(broken, processes, wanted)
+        time.sleep(chance.uniform(0, 3 if wanted == 0 else 0.3))
+        if not at_work or not alive(processes):
+            break
+        whom = chance.choice(list(killed))
+        for rank in {"rank 0": [0], "rank 1": [1], "both": [0, 1]}[whom]:
+            processes[rank].kill()
+        if wanted:  # Past its start a rank sees by itself that the other is gone.
+            assert ended(processes, 60), "the other rank hangs"
+        end(processes)
+        assert all(process.exitcode != 0 for process in processes), said(log)
+        assert newest_step(broken) >= before, "a whole checkpoint is gone"
+        assert not list(broken.glob("*/result.json"))
+        killed[whom] += 1
+    assert sum(killed.values()) == KILLS, f"it ended after {killed}: {said(log)}"
+    assert min(killed.values()) >= 3
+    last = started(arguments, log)
+    assert ended(last, LIMIT), "it hangs"
+    assert [process.exitcode for process in last] == [0, 0], said(log)
+    assert trained(broken) == expected
+    (result,) = (read_json(path) for path in broken.glob("*/result.json"))
+    assert len(result["history"]) == 16

@@ -1,0 +1,73 @@
+"""Optimizers by name: groups that decay or not, warm-up and schedules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from autosparse import compact, prune
+from autosparse.config import TrainingConfig
+from autosparse.data import DataSource
+from autosparse.errors import UsageError
+from autosparse.optimizers import advance, optimizer_and_schedule, parameter_groups
+from tests.conftest import QUICK, make_model
+
+
+def test_compact_weights_decay_and_norms_do_not() -> None:
+    model = make_model()
+    ticket = prune(model, "digits", "random", 0.9)
+    compact(model, ticket)
+    decay, none = parameter_groups(model, 0.05)
+    assert decay["weight_decay"] == 0.05
+    assert none["weight_decay"] == 0.0
+    assert sum(p.numel() for p in decay["params"]) == ticket.kept
+    everything = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in none["params"]) == everything - ticket.kept
+
+
+def test_what_timm_exempts_and_what_is_frozen() -> None:
+    model = make_model("test_vit", class_token=True, global_pool="token")
+    assert model.no_weight_decay() >= {"pos_embed", "cls_token"}  # type: ignore[operator]
+    model.get_parameter("head.weight").requires_grad_(False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay, none = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 1))
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias"} <= none
+    assert "blocks.0.attn.qkv.weight" in decay
+    assert "head.weight" not in decay | none
+
+
+def test_a_group_without_parameters_is_left_out() -> None:
+    (group,) = parameter_groups(nn.Linear(2, 2, bias=False), 0.1)
+    assert group["weight_decay"] == 0.1
+
+
+def test_warm_up_rises_linearly_and_the_cosine_ends_near_zero() -> None:
+    config = TrainingConfig(epochs=10, warmup_epochs=2, learning_rate=1.0, weight_decay=0.0)
+    optimizer, scheduler = optimizer_and_schedule(make_model(), config, 5)
+    rates = []
+    for update in range(50):
+        advance(scheduler, update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([update / 10 for update in range(10)])
+    expected = [0.5 * (1 + math.cos(math.pi * update / 50)) for update in range(10, 50)]
+    assert rates[10:] == pytest.approx(expected)
+
+
+def test_a_constant_rate_stays() -> None:
+    optimizer, scheduler = optimizer_and_schedule(make_model(), replace(QUICK, schedule="none"), 5)
+    advance(scheduler, 7)
+    assert scheduler is None
+    assert [group["lr"] for group in optimizer.param_groups] == [QUICK.learning_rate] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"momentum": 0.0}, "optimizer sgd: Nesterov"), ({"bets": 1}, "optimizer sgd: .*bets")],
+)
+def test_options_that_an_optimizer_refuses(digits: DataSource, options: dict, said: str) -> None:
+    config = replace(QUICK, optimizer="sgd", optimizer_options=options)
+    with pytest.raises(UsageError, match=said):
+        optimizer_and_schedule(make_model(), config, 3)
