@@ -110,7 +110,7 @@ class Stream:
             except (RuntimeError, EOFError, ConnectionError) as error:
                 if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
-                if isinstance(error, RuntimeError) and "Terminated" not in str(error):
+                if "Killed" in str(error):
                     cause = first_cause(error)
                     raise RunFailed(f"a process that decodes images died: {cause}") from error
                 workers = 0
