@@ -223,6 +223,7 @@ def test_printed_config_can_be_given_back(verb, folder, capsys):
         "fit": ["--hidden", "[8, 4]", "--learning_rate", "1e-5"],
         "prune": ["--options.rounds", "3", "--model.exclude", "[head, stem]"],
         "compare": ["--criteria", "snip,erk", "--sparsities", "[0.9]", "--seeds", "3"],
+        "export": ["--ticket", "x", "--format", "onnx"],
         "train": ["--tickets", "[a, b*]", "--data.name", "mnist", "--tracking", "false"],
     }[verb]
     with pytest.raises(SystemExit) as caught:

@@ -228,4 +228,3 @@ def _room(count: int, size: int) -> Tensor:
     storage: Any = torch.UntypedStorage._new_shared(count * 3 * size * size)
     strides = (3 * size * size, size * size, size, 1)
     return torch.tensor([], dtype=torch.uint8).set_(storage, 0, shape, strides)
-

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from autosparse import data
 from autosparse.config import DataConfig

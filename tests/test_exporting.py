@@ -1,0 +1,78 @@
+"""Trained tickets as plain state dicts, ONNX and tickets: the same network every time."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from autosparse import compact, exporting, prune
+from autosparse.config import ExportConfig
+from autosparse.errors import UsageError
+from autosparse.ticket import Ticket
+from autosparse.verbs import export
+from tests.conftest import make_model
+
+
+@pytest.fixture(scope="module")
+def ticket(digits) -> Ticket:
+    """A ticket whose values are not those of its initialization."""
+    model = make_model()
+    start = prune(model, digits, "erk", 0.9)
+    compact(model, start)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return Ticket.from_compact(model, start, start.card)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def expected(ticket, images) -> np.ndarray:
+    model = compact(make_model(seed=5), ticket).eval()
+    with torch.no_grad():
+        return model(images).numpy()
+
+
+def test_dense_loads_into_timm(ticket, images, expected, tmp_path):
+    exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+    model = timm.create_model("test_byobnet", num_classes=10, in_chans=1)
+    model.load_state_dict(load_file(tmp_path / "x.safetensors"))
+    with torch.no_grad():
+        assert np.allclose(model.eval()(images).numpy(), expected, atol=1e-6)
+    zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if n in ticket.masks)
+    assert zeros >= sum(int((~mask).sum()) for mask in ticket.masks.values())
+
+
+def test_onnx_gives_the_same_for_any_batch(ticket, images, expected, tmp_path):
+    reference = pytest.importorskip("onnx.reference")
+    exporting.export(ticket, "onnx", tmp_path / "x.onnx")
+    found = reference.ReferenceEvaluator(str(tmp_path / "x.onnx"))
+    for count in (1, 3):
+        (logits,) = found.run(None, {"images": images[:count].numpy()})
+        assert np.allclose(logits, expected[:count], atol=1e-4)
+
+
+def test_a_ticket_stays_the_same(ticket, tmp_path):
+    exporting.export(ticket, "ticket", tmp_path / "x.safetensors")
+    assert Ticket.load(tmp_path / "x.safetensors").content_hash == ticket.content_hash
+
+
+def test_the_verb_writes_beside_the_ticket(ticket, tmp_path, capsys):
+    ticket.save(tmp_path / "trained.safetensors")
+    export(ExportConfig(ticket=str(tmp_path)))
+    assert (tmp_path / "trained.dense.safetensors").is_file()
+    assert "trained.dense.safetensors" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(ticket, tmp_path):
+    with pytest.raises(UsageError, match="not finished"):
+        export(ExportConfig(ticket=str(tmp_path)))
+    ticket.save(tmp_path / "t.safetensors")
+    with pytest.raises(UsageError, match="unknown format 'onx'.*onnx"):
+        export(ExportConfig(ticket=str(tmp_path / "t.safetensors"), format="onx"))
+    assert [each.name for each in tmp_path.iterdir()] == ["t.safetensors"]
