@@ -73,6 +73,6 @@ def test_mistakes_are_one_line(ticket, tmp_path):
     with pytest.raises(UsageError, match="not finished"):
         export(ExportConfig(ticket=str(tmp_path)))
     ticket.save(tmp_path / "t.safetensors")
-    with pytest.raises(UsageError, match="unknown format 'onx'.*onnx"):
+    with pytest.raises(UsageError, match=r"unknown format 'onx'.*onnx"):
         export(ExportConfig(ticket=str(tmp_path / "t.safetensors"), format="onx"))
     assert [each.name for each in tmp_path.iterdir()] == ["t.safetensors"]
