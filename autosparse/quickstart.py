@@ -222,7 +222,7 @@ def _register(out: Path, scorer: Path, trained: list[Cell], figure: Path) -> lis
             what = f"{result['sparsity']:.0%} by {result['criterion']}, test accuracy "
             what += f"{result['test_accuracy']:.1%}"
             rows.append({"model": name, "version": version, "alias": alias, "what": what})
-        mlflow.log_report(run, results.summary(cell.result() for cell in trained), figure)
+        mlflow.log_report(run, results.summary(cell.result() for cell in trained), [figure])
     print_table(rows)
     return [f"models:/{row['model']}@{row['alias']}" for row in rows]
 

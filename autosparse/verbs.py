@@ -117,7 +117,7 @@ def compare(config: CompareConfig) -> None:
     """Train tickets and twins, print the table with verdicts, and draw it."""
     from contextlib import nullcontext
 
-    from autosparse import compare
+    from autosparse import compare, verdicts
     from autosparse.figures import comparison
 
     planned = compare.trials(config)
@@ -139,14 +139,14 @@ def compare(config: CompareConfig) -> None:
                 compare.run_trial(config, trial, source, observer=observer)
                 bar.advance()
         results = [compare.run_trial(config, trial, source) for trial in planned]
-        rows = compare.table(config, results, compare.training_passes(config, source))
-        path = compare.write_report(config, rows, results)
+        rows = verdicts.table(config, results, verdicts.training_passes(config, source))
+        path = verdicts.write_report(config, rows, results)
         figure = comparison(
             rows, out / "comparison.png", f"{config.model.name} on {config.data.name}"
         )
         if run is not None:
-            mlflow.log_report(run, list(compare.shown(rows)), figure)
-    print_table(list(compare.shown(rows)), "per cent; passes: of one image; cost: of one training")
+            mlflow.log_report(run, list(verdicts.shown(rows)), [figure])
+    print_table(list(verdicts.shown(rows)), "per cent; passes: of one image; cost: of one training")
     print(f"figure: {figure}\nall figures and intervals: {path}")
 
 

@@ -22,6 +22,8 @@ LAYERS = (
     ("corpus", "pruning"),
     ("irp", "corpus_figures", "fit_scorer", "sparse_training", "controls"),
     ("compare", "corpus_report", "plan", "upkeep"),
+    ("verdicts",),
+    ("sweep",),
     ("integrations",),
     ("verbs",),
     ("cli",),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,14 @@ import mlflow
 import mlflow.pytorch
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.models import infer_signature
 from torch import nn
 
-from autosparse import features, models
+from autosparse import data, features, models
 from autosparse.compaction import load_state
 from autosparse.config import IRPConfig, SparseTrainConfig, plain
+from autosparse.data import DataSource
 from autosparse.files import is_local, read_json, write_json
 from autosparse.scorer import AutoS
 from autosparse.sparse_training import RESULT, TRAINED, Cell
@@ -81,11 +83,6 @@ class Tracker:
 
     def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
-        path = cell.folder / RUN_FILE
-        if path.is_file():
-            self.runs[cell.folder] = read_json(path)["run_id"]
-            self.client.update_run(self.runs[cell.folder], status="RUNNING")
-            return
         card = cell.ticket.card
         tags = {
             "criterion": str(card.get("criterion")),
@@ -95,8 +92,11 @@ class Tracker:
         }
         if PARENT_VARIABLE in os.environ:
             tags["mlflow.parentRunId"] = os.environ[PARENT_VARIABLE]
-        run = self.client.create_run(client()[1], tags=tags, run_name=cell.name)
-        self.runs[cell.folder] = run.info.run_id
+        run, made = found_or_made(self.client, client()[1], cell.folder, cell.name, tags)
+        self.runs[cell.folder] = run
+        if not made:
+            self.client.update_run(run, status="RUNNING")
+            return
         settings = {
             "model": card["model"],
             "data": plain(cell.data),
@@ -105,8 +105,10 @@ class Tracker:
             "seed": cell.seed,
         }
         parameters = [Param(key, value) for key, value in flattened(settings).items()]
-        self.client.log_batch(run.info.run_id, params=parameters)
-        write_json(path, {"run_id": run.info.run_id})
+        self.client.log_batch(run, params=parameters)
+        log_data(self.client, run, data.load(cell.data))
+        if "corpus" in card:
+            log_corpus(self.client, run, "corpus", card["corpus"])
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None:
         """Log an epoch's metrics."""
@@ -203,16 +205,36 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def found_or_made(
+    found: MlflowClient, experiment: str, folder: Path, name: str, tags: dict[str, str]
+) -> tuple[str, bool]:
+    """Return the run that belongs to a folder, and whether it was made now.
+
+    A key is written to the folder first and then to the run's tags, so a kill in between does
+    not lead to a second run.
+    """
+    path = folder / RUN_FILE
+    known = read_json(path) if path.is_file() else {"key": secrets.token_hex(8)}
+    if "run_id" in known:
+        return known["run_id"], False
+    write_json(path, known)
+    runs = found.search_runs([experiment], f"tags.folder_key = '{known['key']}'", max_results=1)
+    made = not runs
+    if made:
+        run = found.create_run(experiment, tags={**tags, "folder_key": known["key"]}, run_name=name)
+    else:
+        run = runs[0]
+    write_json(path, {**known, "run_id": run.info.run_id})
+    return run.info.run_id, made
+
+
 @contextmanager
 def parent_run(name: str, folder: Path) -> Iterator[str]:
     """Open a run that others nest under (through the environment); the same one every time."""
     found, experiment = client(folder)
-    path = folder / RUN_FILE
-    if path.is_file():
-        run = read_json(path)["run_id"]
-    else:
-        run = found.create_run(experiment, run_name=name).info.run_id
-        write_json(path, {"run_id": run})
+    run, made = found_or_made(found, experiment, folder, name, {})
+    if not made:
+        found.update_run(run, status="RUNNING")
     before = os.environ.get(PARENT_VARIABLE)
     os.environ[PARENT_VARIABLE] = run
     status = "FAILED"
@@ -225,6 +247,26 @@ def parent_run(name: str, folder: Path) -> Iterator[str]:
             del os.environ[PARENT_VARIABLE]
         else:
             os.environ[PARENT_VARIABLE] = before
+
+
+def log_data(found: MlflowClient, run: str, source: DataSource) -> None:
+    """Say which data a run is about, as an input in MLflow's sense: name and fingerprint."""
+    where = {"uri": source.config.root or source.name}
+    profile = {"classes": source.num_classes, "train": len(source.train),
+               "validation": len(source.validation), "test": len(source.test)}  # fmt: skip
+    dataset = Dataset(
+        name=source.name, digest=source.fingerprint[:36], source_type="local",
+        source=json.dumps(where), profile=json.dumps(profile),
+    )  # fmt: skip
+    found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_corpus(found: MlflowClient, run: str, name: str, fingerprint: str) -> None:
+    """Say which corpus a run rests on, as an input in MLflow's sense."""
+    dataset = Dataset(
+        name=name, digest=fingerprint[:36], source_type="local", source=json.dumps({"uri": name})
+    )
+    found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "corpus")])])
 
 
 def register_autos(path: Path, run: str) -> int:
@@ -321,11 +363,12 @@ def set_alias(name: str, alias: str, version: int) -> None:
     MlflowClient().set_registered_model_alias(name, alias, str(version))
 
 
-def log_report(run: str, table: list[dict[str, Any]], figure: Path) -> None:
-    """Log the final table and figure to a run; the same table is logged once."""
+def log_report(run: str, table: list[dict[str, Any]], figures: Sequence[Path]) -> None:
+    """Log the final table and figures to a run; the same table is logged once."""
     found = MlflowClient()
     content = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:8]
     name = f"results-{content}.json"
     if name not in [each.path for each in found.list_artifacts(run)]:
         found.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
-    found.log_artifact(run, str(figure))
+    for figure in figures:
+        found.log_artifact(run, str(figure), "figures")
