@@ -37,6 +37,7 @@ setup(
         "setuptools",
     ],
     extras_require={
+        "optuna": ["optuna>=3"],
         "test": ["pytest>=8", "pytest-timeout>=2.3"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "pyright>=1.1.390"],
     },

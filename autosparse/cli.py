@@ -27,13 +27,20 @@ VERBS: dict[str, tuple[str | None, str]] = {
     ),
     "train": ("SparseTrainConfig", "train tickets (or a dense model) in one process"),
     "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
+    "figures": (None, "draw all that applies to a sweep, comparison, corpus or AutoS file"),
+    "report": (None, "one page of HTML of a sweep, comparison or corpus"),
+    "registry": (None, "models in MLflow: ls, add the best of a sweep, promote"),
     "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
 }
 """Verb -> its config class in config.py, and what it does."""
 
 USAGE = {
     "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
-                         | export-parquet DIR FILE"""
+                         | export-parquet DIR FILE""",
+    "figures": "DIR … | AUTOS.safetensors CORPUS",
+    "report": "DIR …",
+    "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
+                         [--force true]""",
 }
 """What follows a verb that takes paths."""
 

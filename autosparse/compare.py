@@ -185,7 +185,8 @@ def run_trial(
             observer=observer,
             on_epoch=on_epoch,
         )
-    return {**result, "label": trial.label, "twin": trial.twin, "sparsity": trial.sparsity}
+    place = {"label": trial.label, "twin": trial.twin, "sparsity": trial.sparsity}
+    return {**result, **place, "cell": folder.name}
 
 
 def ticket_of(config: CompareConfig, trial: Trial, source: DataSource) -> Ticket:

@@ -339,8 +339,14 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def shown(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the table's rows as they are printed; columns that say nothing are left out."""
     several = {key: len({row[key] for row in rows}) > 1 for key in ("model", "training")}
-    for row, line in zip(rows, verdicts.shown(rows), strict=True):
-        yield {key: row[key] or "-" for key in several if several[key]} | line
+    lines = [
+        {key: row[key] or "-" for key in several if several[key]} | line
+        for row, line in zip(rows, verdicts.shown(rows), strict=True)
+    ]
+    empty = {key for key in (lines[0] if lines else {}) if all(
+        line[key] in ("", "no twins") for line in lines)}  # fmt: skip
+    for line in lines:
+        yield {key: value for key, value in line.items() if key not in empty}
 
 
 def write_report(config: SweepConfig, rows: list[dict[str, Any]], found: list[SweepCell]) -> Path:

@@ -177,6 +177,27 @@ def train(config: SparseTrainConfig) -> None:
     results.show(found)
 
 
+def figures(paths: list[str]) -> None:
+    """Draw every figure that applies to what folders or files hold."""
+    from autosparse import drawing
+
+    if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
+        file = place(paths[0])
+        found = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
+    else:
+        found = [figure for path in paths for figure in drawing.draw(path)]
+    for figure in found:
+        print(figure)
+
+
+def report(paths: list[str]) -> None:
+    """Write one page of HTML for every folder."""
+    from autosparse import report
+
+    for path in paths:
+        print(report.write(path))
+
+
 def _tracker() -> Any:
     from autosparse.integrations.mlflow import Tracker
 

@@ -132,8 +132,10 @@ def _study(config: SweepConfig, study: tuple[int, float], watch: _Watch) -> None
     space = {"label": tune.choice(compare.labels(sweep.comparison(config, 0, {})))}
     space |= {key: _domain(values) for key, values in config.space.items()}
     begun = [_suggestion(cell) for cell in cells if not cell.over][:left]
+    model, sparsity = study
+    seed = len(over) + 1000 * model + int(1e6 * sparsity)
     search = _optuna()(
-        space, metric=METRIC, mode="max", seed=len(over), points_to_evaluate=begun or None
+        space, metric=METRIC, mode="max", seed=seed, points_to_evaluate=begun or None
     )
     for cell in over:
         search.add_evaluated_point(_suggestion(cell), cell.history()[-1][METRIC])
