@@ -124,7 +124,6 @@ def _calibration(name: str, guess: Tensor, truth: Tensor) -> list[dict[str, Any]
     return rows
 
 
-@torch.no_grad()
 def predictions(network: AutoS, corpus: Corpus) -> list[tuple[str, Tensor, Tensor]]:
     """Return (group, predicted, true) of weights of the runs that fitting held out, by model.
 
@@ -148,6 +147,7 @@ def predictions(network: AutoS, corpus: Corpus) -> list[tuple[str, Tensor, Tenso
     groups = []
     for model, parts in found.items():
         rows = Rows.join(parts)
-        guess = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
+        with torch.no_grad():
+            guess = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
         groups.append((f"{model}, held out", guess, rows.targets))
     return groups

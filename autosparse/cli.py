@@ -44,6 +44,9 @@ USAGE = {
 }
 """What follows a verb that takes paths."""
 
+WITH_OPTIONS = ("registry",)
+"""Verbs that read options of their own after what USAGE says."""
+
 Config = TypeVar("Config")
 
 
@@ -109,7 +112,7 @@ def _paths(verb: str, arguments: list[str]) -> list[str]:
             raise UsageError(f"autosparse {verb} needs a path")
         sys.exit(0)
     option = next((each for each in arguments if each.startswith("-")), None)
-    if option:
+    if option and verb not in WITH_OPTIONS:
         raise UsageError(f"autosparse {verb} takes paths only, not {option}")
     return arguments
 

@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from autosparse.cli import guarded, parse
 from autosparse.config import SweepConfig
+
+if TYPE_CHECKING:
+    from autosparse.integrations.tune import Swept
 
 
 def main(arguments: list[str]) -> None:
@@ -38,7 +42,7 @@ def main(arguments: list[str]) -> None:
     tune.raise_if_failed(swept)
 
 
-def _report(config: SweepConfig, swept) -> None:
+def _report(config: SweepConfig, swept: Swept) -> None:
     """Write table, figures and report of what is finished, and print the table."""
     from autosparse import data, sweep
     from autosparse.progress import print_table
@@ -56,7 +60,19 @@ def _report(config: SweepConfig, swept) -> None:
     failed = sweep.failures(swept.cells)
     if failed:
         print_table([{"failed": key, "error": error} for key, error in failed.items()])
-    print(f"all figures and intervals: {path}")
+    if not rows:
+        return
+    from autosparse import report
+
+    if all(row["label"] == "dense" for row in rows):
+        print(f"all intervals: {path}; nothing sparse is finished yet")
+        return
+    page = report.write(path.parent)
+    if config.tracking:
+        from autosparse.integrations.tracking import log_sweep
+
+        log_sweep(path.parent, rows)
+    print(f"page with all figures: {page}\nall intervals: {path}")
 
 
 if __name__ == "__main__":

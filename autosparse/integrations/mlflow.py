@@ -1,7 +1,6 @@
-"""MLflow: runs with their config and metrics, and the registry of AutoS models and checkpoints.
+"""MLflow: runs with their config, inputs and metrics.
 
-Tracking goes to MLFLOW_TRACKING_URI, or to `mlflow.db` (SQLite) in the current folder. Registered
-models are saved as exported programs, so they load while pickle deserialization is forbidden.
+Tracking goes to MLFLOW_TRACKING_URI, or to `mlflow.db` (SQLite) in the current folder.
 """
 
 from __future__ import annotations
@@ -22,21 +21,14 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-import mlflow.pytorch
-import torch
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
-from mlflow.models import infer_signature
-from torch import nn
 
-from autosparse import data, features, models
-from autosparse.compaction import load_state
+from autosparse import data
 from autosparse.config import IRPConfig, SparseTrainConfig, plain
 from autosparse.data import DataSource
 from autosparse.files import is_local, read_json, write_json
-from autosparse.scorer import AutoS
 from autosparse.sparse_training import RESULT, TRAINED, Cell
-from autosparse.ticket import Ticket
 from autosparse.training import Epoch
 
 for chatty in ("mlflow", "alembic"):
@@ -45,8 +37,6 @@ for chatty in ("mlflow", "alembic"):
 EXPERIMENT = "autosparse"
 PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
-AUTOS = "autos"
-CHAMPION = "champion"
 
 
 def tracking_uri(folder: Path | None = None) -> str:
@@ -267,100 +257,6 @@ def log_corpus(found: MlflowClient, run: str, name: str, fingerprint: str) -> No
         name=name, digest=fingerprint[:36], source_type="local", source=json.dumps({"uri": name})
     )
     found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "corpus")])])
-
-
-def register_autos(path: Path, run: str) -> int:
-    """Register an AutoS file as a version of `autos`; return the version.
-
-    A version of the same fingerprint is found and not made again.
-    """
-    network = AutoS.load(path)
-    example = torch.randn(4, len(features.names_of(network.kind)))
-    tags = {"fingerprint": network.fingerprint, "corpus": network.card["corpus"],
-            "features": network.kind}  # fmt: skip
-    best = network.card["best"]
-    text = (
-        f"**AutoS** ({network.kind} features): features at initialization → predicted survival.\n\n"
-        f"| | |\n|---|---|\n| inputs | {', '.join(features.names_of(network.kind))} |\n"
-        f"| fitted on | {len(network.card['trained_on'])} IRP runs, corpus "
-        f"`{network.card['corpus']}` |\n| validation MSE | {best['validation_mse']:.4f} (a "
-        f"constant: {network.card['baseline_mse']:.4f}) |\n"
-        f"| rank correlation | {best['validation_rank_correlation']:.3f} |\n"
-    )
-    return _register(AUTOS, network, example, run, tags, text, path)
-
-
-def register_ticket(path: Path, result: dict[str, Any], run: str, autos_version: int | None) -> int:
-    """Register a trained ticket as a version of `<model>-sparse`; return the version.
-
-    The version holds the dense model (zero where pruned) and, beside it, the ticket file.
-    """
-    ticket = Ticket.load(path)
-    model = models.from_recipe(ticket.card["model"])
-    load_state(model, ticket)
-    recipe = ticket.card["model"]
-    size = recipe["image_size"]
-    example = torch.randn(2, recipe["in_chans"], size, size)
-    tags = {
-        "sparsity": f"{result['sparsity']:g}",
-        "criterion": result["criterion"],
-        "ticket": ticket.fingerprint,
-        "fingerprint": ticket.content_hash,
-        "test_accuracy": f"{result['test_accuracy']:.4f}",
-        "validation_accuracy": f"{result['validation_accuracy']:.4f}",
-        "data": ticket.card["data"]["name"],
-    }
-    if result["criterion"] == AUTOS:
-        tags["corpus"] = ticket.card["corpus"]
-        tags["autos_version"] = str(autos_version)
-    text = (
-        f"**{recipe['name']}** at {result['sparsity']:.0%} sparsity by {result['criterion']}, "
-        f"trained on {ticket.card['data']['name']}.\n\n| | |\n|---|---|\n"
-        f"| test accuracy | {result['test_accuracy']:.2%} |\n"
-        f"| parameters | {result['parameters']:,} |\n"
-        f"| checkpoint | {result['checkpoint_bytes']:,} bytes |\n| seed | {result['seed']} |\n\n"
-        "Takes normalised images [batch, channels, height, width]; returns logits. "
-        f"The compact form is the artifact `{path.name}` of the source run.\n"
-    )
-    return _register(f"{recipe['name']}-sparse", model, example, run, tags, text, path)
-
-
-def _register(
-    name: str,
-    model: nn.Module,
-    example: torch.Tensor,
-    run: str,
-    tags: dict[str, str],
-    text: str,
-    path: Path,
-) -> int:
-    found = MlflowClient()
-    for version in found.search_model_versions(f"name = '{name}'"):
-        if version.tags.get("fingerprint") == tags["fingerprint"]:
-            return int(version.version)
-    model = model.eval().cpu()
-    with torch.no_grad():
-        signature = infer_signature(example.numpy(), model(example).numpy())
-    with mlflow.start_run(run_id=run):
-        info = mlflow.pytorch.log_model(
-            model,
-            name=name,
-            input_example=example.numpy(),
-            signature=signature,
-            registered_model_name=name,
-            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
-        )
-        mlflow.log_artifact(str(path), artifact_path="tickets" if name != AUTOS else AUTOS)
-    version = str(info.registered_model_version)
-    for key, value in tags.items():
-        found.set_model_version_tag(name, version, key, value)
-    found.update_model_version(name, version, description=text)
-    return int(version)
-
-
-def set_alias(name: str, alias: str, version: int) -> None:
-    """Point an alias of a registered model at a version."""
-    MlflowClient().set_registered_model_alias(name, alias, str(version))
 
 
 def log_report(run: str, table: list[dict[str, Any]], figures: Sequence[Path]) -> None:

@@ -146,7 +146,7 @@ def sweep_tracker(config: SweepConfig, folder: Path) -> Iterator[SweepTracker]:
         yield tracker
 
 
-def log_sweep(config: SweepConfig, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+def log_sweep(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Log the table, figures and report of a sweep to its run."""
     found, _ = client(folder)
     run = read_json(folder / "mlflow.json")["run_id"]
