@@ -9,7 +9,7 @@ from typing import Any
 
 from autosparse import corpus_report, results, sweep
 from autosparse.autos_figures import calibration, predictions, surface
-from autosparse.corpus import Corpus
+from autosparse.corpus import Corpus, is_finished
 from autosparse.errors import UsageError
 from autosparse.figures import accuracy_against_sparsity, comparison
 from autosparse.files import is_local, place, read_card, read_json
@@ -41,9 +41,13 @@ def kind_of(path: str | Path) -> str:
             return kind
     if (where / "trained").is_dir():
         return QUICKSTART
-    if Corpus(path).folders():
+    if _has_runs(where):
         return CORPUS
     raise UsageError(f"{path} holds no finished sweep, comparison, quickstart or corpus")
+
+
+def _has_runs(folder: Path) -> bool:
+    return folder.is_dir() and any(is_finished(each) for each in folder.iterdir() if each.is_dir())
 
 
 def draw(path: str | Path) -> list[Path]:
@@ -154,7 +158,7 @@ def _quickstart(folder: Path) -> list[Path]:
     figures.append(layer_densities(tickets, out / "layers.png", title))
     if (folder / "autos.safetensors").is_file():
         figures += draw_autos(folder / "autos.safetensors", folder / "corpus", out)
-    if Corpus(folder / "corpus").folders():
+    if _has_runs(folder / "corpus"):
         figures += corpus_report.write_report(folder / "corpus")
     return figures
 

@@ -42,7 +42,7 @@ MEANING = {
     "worse": "surely below its shuffled twin, or below uniform random pruning",
     "neither": "no sure difference to its shuffled twin, nor of that to uniform random pruning",
     "one seed": "a verdict needs two seeds",
-    "no twins": "trained without controls",
+    "no twins": "a verdict needs the shuffled twin and uniform random pruning",
 }
 
 
@@ -145,14 +145,22 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _verdict_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
-    lines = []
+def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say each verdict once, what it means, and for which criteria at which sparsities it holds."""
+    found: dict[str, dict[str, list[str]]] = {}
+    several = len({row.get("model") for row in rows}) > 1
     for row in rows:
         if row["verdict"]:
-            place = f"{row['label']} at {100 * row['sparsity']:g} %"
-            place = f"{row['model']}, {place}" if row.get("model") else place
-            lines.append(f"{place}: {row['verdict']} ({MEANING[row['verdict']]})")
-    return lines
+            extra = [row["model"]] if several else []
+            extra += [row["training"]] if row.get("training") else []
+            name = row["label"] + (f" ({', '.join(extra)})" if extra else "")
+            mine = found.setdefault(row["verdict"], {}).setdefault(name, [])
+            mine.append(f"{100 * row['sparsity']:g}")
+    return [
+        f"{verdict} ({MEANING[verdict]}): "
+        + "; ".join(f"{name} at {', '.join(places)} %" for name, places in mine.items())
+        for verdict, mine in found.items()
+    ]
 
 
 def _environment(made_with: dict[str, str]) -> dict[str, str]:
@@ -167,7 +175,7 @@ def _environment(made_with: dict[str, str]) -> dict[str, str]:
 STYLE = """
 :root{color-scheme:light}
 body{font:16px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;margin:0}
-main{max-width:60rem;margin:auto;padding:1rem}
+main{max-width:64rem;margin:auto;padding:1rem}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;border:1px solid #ddd;border-radius:6px}
 table{border-collapse:collapse;font-size:.85rem;width:100%;white-space:nowrap}
@@ -175,7 +183,10 @@ th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #eee}
 th{background:#f5f5f5;position:sticky;top:0}
 td.text,th.text{text-align:left}
 tr:last-child td{border-bottom:0}
-figure{margin:1rem 0}img{max-width:100%;height:auto;display:block}
+figure{margin:1rem 0;max-width:38rem}
+.figures{display:grid;gap:1rem 2rem;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
+.note{font-size:.85rem;color:#555}img{max-width:100%;height:auto;display:block}
 figcaption{font-size:.85rem;color:#555}
 pre{overflow-x:auto;background:#f5f5f5;padding:.8rem;border-radius:6px;font-size:.8rem}
 summary{cursor:pointer;color:#0072b2}li{margin:.2rem 0}
@@ -187,14 +198,15 @@ a{color:#0072b2}
 def render(page: Page) -> str:
     """Return the page as HTML."""
     parts = [f"<h1>{html.escape(page.title)}</h1>", _list(page.summary)]
+    parts += [_figure(path) for path in page.figures[:1]]
     for heading, rows in page.tables:
-        parts += [f"<h2>{html.escape(heading)}</h2>", _table(rows)]
+        parts += [f"<h2>{html.escape(heading)}</h2>", _table(rows), _columns(rows)]
     for heading, lines in page.notes:
         if lines:
             parts += [f"<h2>{html.escape(heading)}</h2>", _list(lines)]
-    if page.figures:
-        parts.append("<h2>Figures</h2>")
-        parts += [_figure(path) for path in page.figures]
+    if page.figures[1:]:
+        figures = "".join(_figure(path) for path in page.figures[1:])
+        parts.append(f'<h2>Figures</h2><div class="figures">{figures}</div>')
     for heading, config in page.configs:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         parts.append(f"<h2>{html.escape(heading)}</h2><details><summary>show</summary>"
@@ -229,6 +241,26 @@ def _table(rows: Table) -> str:
     head = _cells("th", rows[0].keys(), kinds)
     body = "".join(f"<tr>{_cells('td', row.values(), kinds)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{body}</table></div>'
+
+
+COLUMNS = {
+    "at %": "sparsity in per cent",
+    "accuracy": "mean test accuracy ± standard deviation over seeds, in per cent",
+    "shuffle": "accuracy of the twin with its masks shuffled inside each layer",
+    "reinit": "of the twin with weights drawn anew",
+    "invert": "of the twin with the lowest scores",
+    "erk": "of ERK",
+    "unif.": "of uniform random pruning",
+    "live": "weights on a path from input to output, in per cent",
+    "passes": "images that went forward and backward to make the ticket",
+    "cost": "these as a share of one training, in per cent",
+}
+"""What is said of a table's columns below it."""
+
+
+def _columns(rows: Table) -> str:
+    said = [f"{name}: {COLUMNS[name]}" for name in (rows[0] if rows else {}) if name in COLUMNS]
+    return f'<p class="note">{html.escape("; ".join(said))}.</p>' if len(said) > 2 else ""
 
 
 def _cells(tag: str, values: Iterable[Any], kinds: list[str]) -> str:

@@ -41,7 +41,7 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
             axes.plot(density, middle, **look, markersize=6, linewidth=width, label=_name(label))
         density_axis(axes, [1 - row["sparsity"] for row in sparse])
         axes.set_ylabel("test accuracy, %")
-        _legend_and_title(figure, axes, rows, title)
+        _legend_and_title(figure, axes, rows, title, "mean ± standard deviation")
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -86,7 +86,7 @@ def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
     labels = sorted({row["label"] for row in rows}, key=order_of)
     sparsities = sorted({row["sparsity"] for row in rows})
     lowest = min((row["density"] for row in rows if row["density"] > 0), default=1e-3)
-    columns = min(3, len(labels))
+    columns = 2 if len(labels) in (2, 4) else min(3, len(labels))
     lines = -(-len(labels) // columns)
     size = (0.9 + 2.2 * columns if columns > 1 else COLUMN[0], 1.2 + 2.1 * lines)
     with panels(size, lines, columns, sharex=True, sharey=True) as (figure, grid):
@@ -105,14 +105,17 @@ def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
             axes.set_yticks(ticks, [f"{100 * tick:g}" for tick in ticks])
             axes.minorticks_off()
             axes.set_title(_name(label), fontsize=11)
-        for axes in list(grid.flat)[len(labels) :]:
-            axes.set_axis_off()
+        for place, axes in enumerate(grid.flat):
+            if place >= len(labels):
+                axes.set_axis_off()
+            elif place >= len(labels) - columns:
+                axes.tick_params(labelbottom=True)
+                axes.set_xlabel("layer, from input to output", fontsize=10)
         handles, names = grid.flat[0].get_legend_handles_labels()
         figure.legend(
             handles, names, title="density of the model", fontsize=9, title_fontsize=9,
             loc="outside lower center", ncols=min(5, len(names)),
         )  # fmt: skip
-        figure.supxlabel("layer, from input to output", fontsize=11)
         figure.supylabel("density of the layer, %", fontsize=11)
         figure.suptitle(title, fontsize=11)
         return save(figure, rows, path)
@@ -145,12 +148,14 @@ def _dense_line(axes: Any, rows: Sequence[Row], value: Any) -> None:
     axes.axhspan(middle - spread, middle + spread, color="#444444", alpha=0.12, linewidth=0)
 
 
-def _legend_and_title(figure: Any, axes: Any, rows: Sequence[Row], title: str) -> None:
+def _legend_and_title(
+    figure: Any, axes: Any, rows: Sequence[Row], title: str, what: str = "mean"
+) -> None:
     handles, names = axes.get_legend_handles_labels()
-    columns = min(4, len(names))
+    columns = -(-len(names) // -(-len(names) // 4))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=10)
     seeds = max(row["seeds"] for row in rows)
-    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    spread = f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
     figure.suptitle(f"{title}\n{spread}", fontsize=11)
 
 

@@ -7,6 +7,8 @@ against each other on recorded metrics before it moves the alias.
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,8 @@ def _register(
         mlflow.log_artifact(str(path), artifact_path="tickets" if name != AUTOS else AUTOS)
     if before == "RUNNING":
         found.update_run(run, status="RUNNING")
-    made = mlflow.register_model(info.model_uri, name, tags=tags)
+    with redirect_stderr(io.StringIO()):  # It says there what we print ourselves.
+        made = mlflow.register_model(info.model_uri, name, tags=tags)
     found.update_model_version(name, made.version, description=text)
     if not found.get_registered_model(name).description:
         found.update_registered_model(name, _about(name))
