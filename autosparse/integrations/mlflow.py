@@ -37,6 +37,8 @@ for chatty in ("mlflow", "alembic"):
 EXPERIMENT = "autosparse"
 PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow show the experiment as one of training, not of language models."""
 
 
 def tracking_uri(folder: Path | None = None) -> str:
@@ -53,11 +55,14 @@ def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
     found = MlflowClient()
     experiment = found.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
+        for key, value in KIND.items():
+            if key not in experiment.tags:
+                found.set_experiment_tag(experiment.experiment_id, key, value)
         return found, experiment.experiment_id
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return found, found.create_experiment(EXPERIMENT, artifact_location=location)
+    return found, found.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
 
 
 class Tracker:

@@ -104,17 +104,15 @@ def register_ticket(
     recipe, card = ticket.card["model"], ticket.card
     size = recipe["image_size"]
     example = torch.randn(2, recipe["in_chans"], size, size)
-    numbers = ("test_accuracy", "validation_accuracy", "test_loss", "checkpoint_bytes",
-               "parameters")  # fmt: skip
     tags = {
         "sparsity": f"{result['sparsity']:g}",
         "criterion": result["criterion"],
-        "seed": str(result["seed"]),
-        "ticket": ticket.fingerprint,
-        "fingerprint": ticket.content_hash,
+        "test_accuracy": f"{result['test_accuracy']:.6g}",
+        "validation_accuracy": f"{result['validation_accuracy']:.6g}",
         "data": card["data"]["name"],
         "data_fingerprint": card.get("data_fingerprint", ""),
-        **{name: f"{result[name]:.6g}" for name in numbers if name in result},
+        "ticket": ticket.fingerprint,
+        "fingerprint": ticket.content_hash,
     }
     if "autos" in card:
         autos_version = autos_version or _autos_version(card["autos"])
@@ -195,27 +193,48 @@ def _register(
     with redirect_stderr(io.StringIO()):  # It says there what we print ourselves.
         made = mlflow.register_model(info.model_uri, name, tags=tags)
     found.update_model_version(name, made.version, description=text)
-    if not found.get_registered_model(name).description:
-        found.update_registered_model(name, _about(name))
     return int(made.version)
 
 
-def _about(name: str) -> str:
-    if name == AUTOS:
-        return (
-            "Predicts from what is known at initialization how long a weight survives iterative "
-            "rewind pruning. `@champion` is the one to prune with."
-        )
-    return (
-        "Checkpoints of tickets: pruned at initialization, then trained. `@champion` is the one to "
-        "use; `@sparsity-95` is the best at 95 % sparsity by validation accuracy, and so on. "
-        "Tags say sparsity, criterion, accuracy and where a version came from."
-    )
+def describe(name: str) -> None:
+    """Write a registered model's page: what it is, and where every alias leads, with numbers."""
+    found = MlflowClient()
+    aliases = found.get_registered_model(name).aliases
+    rows = []
+    for alias, number in sorted(aliases.items(), key=lambda each: _order(each[0])):
+        tags = found.get_model_version(name, str(number)).tags
+        cells = [f"`@{alias}`", version_link(name, number)]
+        cells += [tags.get(key, "") for key in _SHOWN[name == AUTOS]]
+        rows.append("| " + " | ".join(cells) + " |")
+    head = ["alias", "version", *(key.replace("_", " ") for key in _SHOWN[name == AUTOS])]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]
+    text = _ABOUT[name == AUTOS] + "\n\n" + "\n".join(lines) + "\n"
+    found.update_registered_model(name, text)
+
+
+_SHOWN = {
+    True: ("validation_mse", "validation_rank_correlation", "corpus"),
+    False: ("sparsity", "criterion", "test_accuracy", "data"),
+}
+_ABOUT = {
+    True: "Predicts from what is known at initialization how long a weight survives iterative "
+    "rewind pruning. `@champion` is the one to prune with.",
+    False: "Checkpoints of tickets: pruned at initialization, then trained. `@champion` is the "
+    "one to use; `@sparsity-95` the best of the last sweep at 95 % sparsity, by validation "
+    "accuracy, and so on.",
+}
+"""For AutoS, and for checkpoints."""
+
+
+def _order(alias: str) -> tuple[int, str]:
+    first = (CHAMPION, CHALLENGER, FORMER)
+    return (first.index(alias) if alias in first else len(first), alias)
 
 
 def set_alias(name: str, alias: str, version: int) -> None:
-    """Point an alias of a registered model at a version."""
+    """Point an alias of a registered model at a version; the model's page says so."""
     MlflowClient().set_registered_model_alias(name, alias, str(version))
+    describe(name)
 
 
 def alias_of(name: str, alias: str) -> int | None:
@@ -319,7 +338,7 @@ def _contend(name: str, version: int) -> str:
 def _row(name: str, version: int, alias: str) -> dict[str, Any]:
     """Return what is printed of a version."""
     found = MlflowClient().get_model_version(name, str(version))
-    aliases = sorted({*found.aliases, *([alias] if alias else [])})
+    aliases = sorted({str(each) for each in found.aliases} | ({alias} if alias else set()))
     tags = found.tags
     return {
         "model": name,
@@ -370,6 +389,7 @@ def promote(name: str, version: int, metric: str | None = None, force: bool = Fa
     set_alias(name, CHAMPION, version)
     if alias_of(name, CHALLENGER) == version:
         MlflowClient().delete_registered_model_alias(name, CHALLENGER)
+        describe(name)
     return f"{name} version {version} is champion: {said}"
 
 
@@ -383,11 +403,7 @@ def _compared(challenger: Any, champion: Any, metric: str) -> str:
                 f"{name} versions {new} and {old} cannot be compared: their {what} differs "
                 f"({mine or 'none'}, {theirs or 'none'}); --force true promotes all the same"
             )
-    values = []
-    for each in (challenger, champion):
-        if metric not in each.tags:
-            raise UsageError(f"{name} version {each.version} has no {metric}: {_metrics(each)}")
-        values.append(float(each.tags[metric]))
+    values = [_recorded(each, metric) for each in (challenger, champion)]
     mine, theirs = values
     better = mine < theirs if metric in LOWER_IS_BETTER else mine > theirs
     if not better:
@@ -398,17 +414,19 @@ def _compared(challenger: Any, champion: Any, metric: str) -> str:
     return f"{metric} {mine:g} against {theirs:g} of version {old}"
 
 
-def _metrics(version: Any) -> str:
-    known = [str(key) for key, value in version.tags.items() if _is_number(value)]
-    return f"it has {', '.join(sorted(known))}"
-
-
-def _is_number(text: str) -> bool:
+def _recorded(version: Any, metric: str) -> float:
+    """Return a number from a version's tags, or from the metrics of the run that trained it."""
+    metrics = MlflowClient().get_run(version.run_id).data.metrics if version.run_id else {}
+    known: dict[str, float] = {str(k).removeprefix("final/"): v for k, v in metrics.items()}
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return float(version.tags[metric])
+    except (KeyError, ValueError):
+        if metric in known:
+            return known[metric]
+    raise UsageError(
+        f"{version.name} version {version.version} has no {metric}. Known: test_accuracy, "
+        f"{', '.join(sorted(known))}"
+    )
 
 
 def _version(name: str, version: int) -> Any:

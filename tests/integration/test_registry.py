@@ -124,6 +124,16 @@ def test_the_champion_has_the_recorded_accuracy_in_a_fresh_process(
     assert reached == pytest.approx(float(version(2).tags["test_accuracy"]), abs=1e-5)
 
 
+def test_the_models_page_leads_to_every_alias(added: list[dict]):
+    text = registry.MlflowClient().get_registered_model(NAME).description
+    accuracy = version(2).tags["test_accuracy"]
+    assert (
+        f"| `@champion` | [{NAME} version 2](#/models/{NAME}/versions/2) | 0.8 | autos | "
+        f"{accuracy} | digits |"
+    ) in text
+    assert "`@sparsity-50`" in text
+
+
 def challenger(folder: Path, accuracy: str, **tags: str) -> int:
     """A version that claims what it is told to, made from the champion's files."""
     found = registry.MlflowClient()
