@@ -336,6 +336,21 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def best_cells(report: dict[str, Any]) -> list[tuple[str, float, dict[str, Any]]]:
+    """Return (model, sparsity, result) of the best ticket of each, by validation accuracy.
+
+    `report` is the content of sweep.json; dense networks and twins do not compete.
+    """
+    best: dict[tuple[str, float], dict[str, Any]] = {}
+    for result in report["results"]:
+        if result["twin"] == TICKET and result["label"] != DENSE:
+            key = (result["model"], result["sparsity"])
+            before = best.get(key)
+            if not before or result["validation_accuracy"] > before["validation_accuracy"]:
+                best[key] = result
+    return [(model, sparsity, result) for (model, sparsity), result in sorted(best.items())]
+
+
 def shown(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the table's rows as they are printed; columns that say nothing are left out."""
     several = {key: len({row[key] for row in rows}) > 1 for key in ("model", "training")}

@@ -37,8 +37,12 @@ for chatty in ("mlflow", "alembic"):
 EXPERIMENT = "autosparse"
 PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow show the experiment as one of training, not of language models."""
+KIND = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "A run for each sweep, comparison and corpus, with its cells nested in "
+    "it; the page of a sweep's run says what is best. Checkpoints to use are under Models.",
+}
+"""Tags: shown as an experiment of training (not of language models), with a description."""
 
 
 def tracking_uri(folder: Path | None = None) -> str:

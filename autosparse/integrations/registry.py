@@ -203,8 +203,8 @@ def describe(name: str) -> None:
     rows = []
     for alias, number in sorted(aliases.items(), key=lambda each: _order(each[0])):
         tags = found.get_model_version(name, str(number)).tags
-        cells = [f"`@{alias}`", version_link(name, number)]
-        cells += [tags.get(key, "") for key in _SHOWN[name == AUTOS]]
+        cells = [f"`@{alias}`", f"[version {number}](#/models/{name}/versions/{number})"]
+        cells += [_shown(key, tags.get(key, "")) for key in _SHOWN[name == AUTOS]]
         rows.append("| " + " | ".join(cells) + " |")
     head = ["alias", "version", *(key.replace("_", " ") for key in _SHOWN[name == AUTOS])]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]
@@ -224,6 +224,13 @@ _ABOUT = {
     "accuracy, and so on.",
 }
 """For AutoS, and for checkpoints."""
+
+
+def _shown(key: str, text: str) -> str:
+    """Return accuracies and sparsities in per cent."""
+    if key in ("test_accuracy", "sparsity") and text:
+        return f"{100 * float(text):.4g} %"
+    return text
 
 
 def _order(alias: str) -> tuple[int, str]:
@@ -290,7 +297,7 @@ def _add_sweep(folder: Path) -> list[dict[str, Any]]:
     found, experiment = client(folder)
     parent = read_json(folder / RUN_FILE)["run_id"]
     rows = []
-    for model, sparsity, result in _best_cells(read_json(folder / sweep.REPORT)):
+    for model, sparsity, result in sweep.best_cells(read_json(folder / sweep.REPORT)):
         cell = folder / "cells" / result["cell"]
         wanted = f"tags.cell = '{result['cell']}' and tags.`mlflow.parentRunId` = '{parent}'"
         runs = found.search_runs([experiment], wanted, max_results=1)
@@ -302,27 +309,12 @@ def _add_sweep(folder: Path) -> list[dict[str, Any]]:
         set_alias(name, f"sparsity-{100 * sparsity:g}".replace(".", "_"), version)
         rows.append((name, sparsity, version))
     highest = {name: max(s for n, s, _ in rows if n == name) for name, _, _ in rows}
+    if not rows:
+        raise UsageError(f"{folder} has no finished ticket to register")
     return [
         _row(name, version, _contend(name, version) if sparsity == highest[name] else "")
         for name, sparsity, version in rows
     ]
-
-
-def _best_cells(report: dict[str, Any]) -> list[tuple[str, float, dict[str, Any]]]:
-    """Return (model, sparsity, result) of the best ticket of each, from dense to sparse."""
-    best: dict[tuple[str, float], dict[str, Any]] = {}
-    for result in report["results"]:
-        if result["twin"] == "ticket" and result["label"] != "dense":
-            key = (result["model"], result["sparsity"])
-            if key not in best or _rank(result) > _rank(best[key]):
-                best[key] = result
-    if not best:
-        raise UsageError("the sweep has no finished ticket to register")
-    return [(model, sparsity, result) for (model, sparsity), result in sorted(best.items())]
-
-
-def _rank(result: dict[str, Any]) -> float:
-    return result["validation_accuracy"]
 
 
 def _contend(name: str, version: int) -> str:

@@ -15,6 +15,7 @@ from autosparse import data as data_module
 from autosparse.config import SweepConfig, plain
 from autosparse.files import read_card, read_json
 from autosparse.integrations.mlflow import (
+    RUN_FILE,
     client,
     flattened,
     log_data,
@@ -147,11 +148,31 @@ def sweep_tracker(config: SweepConfig, folder: Path) -> Iterator[SweepTracker]:
 
 
 def log_sweep(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Log the table, figures and report of a sweep to its run."""
-    found, _ = client(folder)
-    run = read_json(folder / "mlflow.json")["run_id"]
+    """Log the table, figures and page of a sweep to its run, and say there what is best."""
+    found, experiment = client(folder)
+    run = read_json(folder / RUN_FILE)["run_id"]
     figures = sorted((folder / "figures").glob("*.png"))
     log_report(run, list(sweep.shown(list(rows))), figures)
-    report = folder / "report.html"
-    if report.is_file():
-        found.log_artifact(run, str(report))
+    page = folder / "report.html"
+    if page.is_file():
+        found.log_artifact(run, str(page))
+    found.set_tag(run, "mlflow.note.content", _note(found, experiment, run, folder))
+
+
+def _note(found: Any, experiment: str, run: str, folder: Path) -> str:
+    """Return what the sweep's page says: the best ticket at each sparsity, with links."""
+    where = f"#/experiments/{experiment}/runs"
+    lines = ["The best ticket of each sparsity, by validation accuracy:", "",
+             "| model | sparsity | criterion | seed | test accuracy | run |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for model, sparsity, best in sweep.best_cells(read_json(folder / sweep.REPORT)):
+        wanted = f"tags.cell = '{best['cell']}' and tags.`mlflow.parentRunId` = '{run}'"
+        runs = found.search_runs([experiment], wanted, max_results=1)
+        link = f"[{best['name']}]({where}/{runs[0].info.run_id})" if runs else best["name"]
+        lines.append(
+            f"| {model} | {100 * sparsity:g} % | {best['label']} | {best['seed']} | "
+            f"{100 * best['test_accuracy']:.1f} % | {link} |"
+        )
+    lines += ["", f"All of it on one page: [report.html]({where}/{run}/artifacts/report.html), "
+              f"[accuracy.png]({where}/{run}/artifacts/figures/accuracy.png)"]  # fmt: skip
+    return "\n".join(lines)

@@ -126,10 +126,10 @@ def test_the_champion_has_the_recorded_accuracy_in_a_fresh_process(
 
 def test_the_models_page_leads_to_every_alias(added: list[dict]):
     text = registry.MlflowClient().get_registered_model(NAME).description
-    accuracy = version(2).tags["test_accuracy"]
+    accuracy = 100 * float(version(2).tags["test_accuracy"])
     assert (
-        f"| `@champion` | [{NAME} version 2](#/models/{NAME}/versions/2) | 0.8 | autos | "
-        f"{accuracy} | digits |"
+        f"| `@champion` | [version 2](#/models/{NAME}/versions/2) | 80 % | autos | "
+        f"{accuracy:.4g} % | digits |"
     ) in text
     assert "`@sparsity-50`" in text
 
