@@ -11,12 +11,15 @@ import pytest
 
 from autosparse import compare, drawing, report, sweep, verbs, verdicts
 from autosparse.cli import guarded
-from autosparse.config import ModelConfig, SweepConfig
+from autosparse.config import ModelConfig, SparseTrainConfig, SweepConfig
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.files import read_json, write_json
 from autosparse.irp import run_irp
-from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
+from autosparse.pruning import prune
+from autosparse.sparse_training import cells, train_cell
+from autosparse.training import PlainStepper
+from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +30,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory, digits: DataSource) -> Path:
         models=[ModelConfig("test_byobnet")], data=SMALL_DIGITS, criteria=["magnitude"],
         sparsities=[0.5, 0.8], seeds=[0], twins=["shuffled"], training=QUICK, out=str(out),
     )  # fmt: skip
-    cells = sweep.cells(config)
-    for cell in cells[:-1]:
+    planned = sweep.cells(config)
+    for cell in planned[:-1]:
         compare.run_trial(cell.config, cell.trial, digits)
-    write_json(cells[-1].folder / sweep.FAILED, {"error": "a <b>strange</b> & bad loss"})
-    rows = sweep.table(config, cells, digits)
-    sweep.write_report(config, rows, cells)
+    write_json(planned[-1].folder / sweep.FAILED, {"error": "a <b>strange</b> & bad loss"})
+    rows = sweep.table(config, planned, digits)
+    sweep.write_report(config, rows, planned)
     return out
 
 
@@ -100,6 +103,24 @@ def test_a_corpus_has_its_page_too(tmp_path: Path):
     page = Page(report.write(tmp_path).read_text())
     assert page.tags.count("img") == 3
     assert "1 finished IRP runs" in page.text and "test_byobnet" in page.text
+
+
+def test_figures_of_a_quickstart_are_drawn_from_what_it_trained(tmp_path: Path, digits: DataSource):
+    for criterion, sparsity in (("dense", 0.0), ("random", 0.8)):
+        ticket = prune(make_model(), digits, criterion, sparsity)
+        ticket.save(tmp_path / "tickets" / f"{criterion}.safetensors")
+    settings = SparseTrainConfig(
+        str(tmp_path / "tickets" / "*"), training=QUICK, out=str(tmp_path / "trained")
+    )
+    for cell in cells(settings):
+        train_cell(
+            cell, settings, digits, lambda model, steps: PlainStepper(model, QUICK, steps),
+            device="cpu",
+        )  # fmt: skip
+    names = [str(path.relative_to(tmp_path)) for path in drawing.draw(tmp_path)]
+    assert names == [
+        "accuracy.png", "figures/accuracy.png", "figures/cost.png", "figures/layers.png",
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_drawn_is_named_in_a_line(tmp_path: Path, swept: Path, capsys):

@@ -104,6 +104,7 @@ def test_links_lead_to_what_a_checkpoint_came_from(added: list[dict]):
     assert f"{float(found.tags['test_accuracy']):.2%}" in found.description
 
 
+@pytest.mark.slow
 def test_the_champion_has_the_recorded_accuracy_in_a_fresh_process(
     added: list[dict], digits: DataSource, tmp_path: Path
 ):
