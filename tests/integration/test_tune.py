@@ -79,6 +79,7 @@ def test_every_cell_has_one_run_nested_in_the_sweeps(swept: tune.Swept):
             assert run.data.metrics["train_loss"] == full["history"][-1]["train_loss"]
 
 
+@pytest.mark.slow
 def test_started_again_it_does_only_what_failed_and_logs_nothing_twice(swept: tune.Swept):
     from autosparse.integrations.mlflow import client
 
