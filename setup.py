@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxscript"],
+        "optuna": ["optuna>=3"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "pyright>=1.1.390"],
     },

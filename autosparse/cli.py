@@ -30,6 +30,9 @@ VERBS: dict[str, tuple[str | None, str]] = {
     "export": ("ExportConfig", "write a trained ticket as a dense state dict, ONNX or ticket"),
     "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
     "shards": (None, "pack images into shards; verify them; index tars that others wrote"),
+    "figures": (None, "draw all that applies to a sweep, comparison, corpus or AutoS file"),
+    "report": (None, "one page of HTML of a sweep, comparison or corpus"),
+    "registry": (None, "models in MLflow: ls, add the best of a sweep, promote"),
     "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
 }
 """Verb -> its config class in config.py, and what it does."""
@@ -38,11 +41,18 @@ USAGE = {
     "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
                          | export-parquet DIR FILE""",
     "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR",
+    "figures": "DIR … | AUTOS.safetensors CORPUS",
+    "report": "DIR …",
+    "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
+                         [--force true]""",
 }
 """What follows a verb that takes paths."""
 
 SETTINGS = {("shards", "pack"): "PackConfig"}
 """Actions that take settings after their paths, and the config class."""
+
+WITH_OPTIONS = ("registry",)
+"""Verbs that read options of their own after what USAGE says."""
 
 Config = TypeVar("Config")
 
@@ -123,7 +133,7 @@ def _paths(verb: str, arguments: list[str]) -> list[str]:
             raise UsageError(f"autosparse {verb} needs a path")
         sys.exit(0)
     option = next((each for each in arguments if each.startswith("-")), None)
-    if option:
+    if option and verb not in WITH_OPTIONS:
         raise UsageError(f"autosparse {verb} takes paths only, not {option}")
     return arguments
 

@@ -474,6 +474,64 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Train tickets of many models, criteria, sparsities, seeds and options with Ray Tune."""
+
+    models: list[ModelConfig] = field(default_factory=lambda: [ModelConfig()])
+    """The models."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    criteria: list[str] | str = "snip,synflow,magnitude"
+    """Criteria, `irp`, or labels that `options` explains; a list, or with commas."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Label -> options; {fast: {criterion: synflow, rounds: 10}} makes a label of your own."""
+    sparsities: list[float] | float | str = "0.8,0.9,0.95"
+    """Sparsities; a list, or with commas."""
+    seeds: list[int] | int | str = "0,1"
+    """Seeds; a list, or with commas."""
+    twins: list[str] = field(default_factory=list)
+    """Controls to train too: shuffled, reinitialised, inverted, erk, uniform (see compare)."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How everything is trained."""
+    variations: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    """Grid: what differs from `training`, each tried, e.g. [{}, {learning_rate: 0.01}]."""
+    search: str = "grid"
+    """grid: every cell; or optuna: `samples` cells of each model and sparsity, chosen by TPE."""
+    samples: int = 20
+    """Optuna: how many cells of each model and sparsity."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Optuna: training option -> list of choices, or {low: 0.001, high: 0.03, log: true}."""
+    asha: bool = False
+    """Stop the worst early; only cells of one model, sparsity and seed are held against another."""
+    asha_epochs: int = 1
+    """ASHA: no cell is stopped before so many epochs."""
+    asha_factor: int = 3
+    """ASHA: one in so many goes on from rung to rung."""
+    scope: str = "global"
+    """Over what scores are compared: global or layer."""
+    allocation: str | None = None
+    """Whose layer densities to use: uniform, or another criterion's name; by default its own."""
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that other criterion."""
+    guard: str = "layer"
+    """Keep at least one weight in every layer, in every output channel (channel), or none."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What scores are computed on."""
+    cpus_per_trial: float = 1.0
+    """Ray CPUs of one cell; also its number of threads."""
+    gpus_per_trial: float = 0.0
+    """Ray GPUs of one cell; may be a fraction, so that several small models share one."""
+    memory_gb_per_trial: float = 0.0
+    """Memory of one cell that Ray keeps free for it, in GB; 0: not looked at."""
+    tracking: bool = True
+    """Log to MLflow: a run for the sweep, and one nested in it for every cell."""
+    dry_run: bool = False
+    """Print the cells, which are finished, and about what the rest costs; then stop."""
+    out: str = "sweep"
+    """Folder for tickets, results, table, figures and report; shared by the nodes of a cluster."""
+
+
+@dataclass(frozen=True)
 class QuickstartConfig:
     """The whole path on scikit-learn's digits."""
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from autosparse import masks
 from autosparse.corpus import IRPRun
 from autosparse.errors import UsageError
-from autosparse.figures import STYLE, _save
+from autosparse.style import OKABE_ITO, STYLE, density_ticks, save
 
 COLUMNS = ("run_id", "model", "data", "seed", "label", "level", "density", "accuracy")
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, POINTS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "X", "P", "*")
 BINS = 20
 MOST_RUNS, MOST_LAYERS, MOST_LEVELS, LONGEST = 24, 40, 20, 48
@@ -43,12 +42,12 @@ def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path
     with _canvas(size, title, grid=True) as (figure, axes):
         (_draw_named if named else _draw_many)(axes, list(runs.values()))
         axes.set_xscale("log")
-        axes.set_xticks(**_density_ticks(min(row["density"] for row in rows)))
+        axes.set_xticks(**density_ticks(min(row["density"] for row in rows)))
         axes.minorticks_off()
         axes.invert_xaxis()
         axes.set(xlabel="density (share of prunable weights left)", ylabel="validation accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 def survival_map(runs: Iterable[tuple[IRPRun, dict[str, Tensor]]], path: Path, title: str) -> Path:
@@ -83,7 +82,7 @@ def survival_map(runs: Iterable[tuple[IRPRun, dict[str, Tensor]]], path: Path, t
         axes.set_aspect("equal")
         axes.set_xlabel("rank of |initial weight| in its layer (1: largest)")
         axes.set_ylabel("rank of |gradient at init| in its layer")
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
@@ -111,7 +110,7 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
         shown = np.ma.masked_equal(density, 0)
         image = axes.imshow(shown, "viridis", "log", vmin=lowest, vmax=1, aspect="auto")
         bar = figure.colorbar(image, ax=axes, label="density of the layer (white: empty)")
-        bar.set_ticks(**_density_ticks(lowest))
+        bar.set_ticks(**density_ticks(lowest))
         bar.minorticks_off()
         names = [name.removesuffix(".weight")[-LONGEST:] for name in run.survival]
         every = -(-layers // MOST_LAYERS)
@@ -120,7 +119,7 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
         every = -(-levels // MOST_LEVELS)
         axes.set_yticks(range(0, levels, every), names[::every], fontsize=9)
         axes.set_ylabel("level: density of the model")
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 @contextmanager
@@ -187,13 +186,3 @@ def _bins(run: IRPRun, tensors: dict[str, Tensor], name: str) -> Tensor:
         found.detach().cpu().flatten().abs().unique(return_inverse=True, return_counts=True)
     )
     return ((2 * count.cumsum(0) - count) * BINS // (2 * found.numel()))[place]
-
-
-def _density_ticks(lowest: float) -> dict[str, list]:
-    """Return about 3 to 10 places from `lowest` to 1 for a log axis, round ones if possible."""
-    powers = [10.0**power for power in range(int(np.floor(np.log10(lowest))), 1)]
-    ticks = [step * p for p in powers for step in (1, 2, 5) if 0.99 * lowest <= step * p <= 1]
-    if len(ticks) > 10:
-        ticks = [tick for tick in ticks if tick in powers]
-    ticks = ticks if len(ticks) > 2 else [lowest, (lowest + 1) / 2, 1.0]
-    return {"ticks": ticks, "labels": [f"{100 * tick:.3g} %" for tick in ticks]}

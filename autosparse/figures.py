@@ -1,36 +1,12 @@
-"""The pictures: one style, colour-blind safe (Okabe-Ito), the data as CSV beside every PNG."""
+"""Criteria and twins beside each other at each sparsity: the pictures of quickstart and compare."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from autosparse.files import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-COLOURS = {
-    "autos": "#D55E00",
-    "magnitude": "#0072B2",
-    "snip": "#009E73",
-    "synflow": "#CC79A7",
-    "erk": "#E69F00",
-    "random": "#56B4E9",
-}
-MARKERS = {"autos": "o", "magnitude": "s", "snip": "^", "synflow": "D", "erk": "v", "random": "X"}
-LABELS = {"autos": "AutoS", "snip": "SNIP", "synflow": "SynFlow", "erk": "ERK"}
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.hashsalt": "autosparse",
-}
+from autosparse.style import COLOURS, LABELS, MARKERS, STYLE, order_of, save
 
 
 def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
@@ -50,7 +26,7 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
         figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
         sparse = [row for row in rows if row["criterion"] != "dense"]
         places = sorted({row["sparsity"] for row in sparse})
-        criteria = sorted({row["criterion"] for row in sparse}, key=_order)
+        criteria = sorted({row["criterion"] for row in sparse}, key=order_of)
         for number, criterion in enumerate(criteria):
             _draw_criterion(axes, sparse, places, criterion, (number, len(criteria)))
         for row in rows:
@@ -62,7 +38,7 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
         axes.set_ylabel("test accuracy, %")
         axes.set_title(title, loc="left", fontsize=11)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 TWIN_STYLE = {
@@ -86,7 +62,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     """Draw a panel per criterion: the ticket and its twins at each sparsity, spread over seeds.
 
     Args:
-        rows: from `compare.table`; the dense row becomes the reference line.
+        rows: from `verdicts.table`; the dense row becomes the reference line.
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
@@ -126,7 +102,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         flat = [
             {**{k: v for k, v in row.items() if k != "twins"}, **_flat_twins(row)} for row in rows
         ]
-        return _save(figure, flat, path)
+        return save(figure, flat, path)
 
 
 def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> None:
@@ -181,21 +157,3 @@ def _draw_dense(axes: Any, row: dict[str, Any]) -> None:
     mean, spread = 100 * row["accuracy"], 100 * row["spread"]
     axes.axhline(mean, color="#444444", linestyle="--", linewidth=1.2, label="dense")
     axes.axhspan(mean - spread, mean + spread, color="#444444", alpha=0.12, linewidth=0)
-
-
-def _order(criterion: str) -> tuple[int, str]:
-    known = list(COLOURS)
-    return (known.index(criterion) if criterion in known else len(known), criterion)
-
-
-def _save(figure: Figure, rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    from matplotlib import pyplot
-
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, format="png")
-    pyplot.close(figure)
-    with replacing(path.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autosparse import corpus, irp, models
 from autosparse import data as data_module
-from autosparse.config import CorpusConfig, IRPConfig, ModelConfig
+from autosparse.config import CorpusConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import UserError
 from autosparse.files import place, read_card
@@ -160,20 +160,31 @@ def _probed(
     run: IRPConfig, model: nn.Module, source: DataSource, config: CorpusConfig
 ) -> tuple[float]:
     """Time a few training steps of the dense model; return seconds per image."""
+    return (probed(model, source, run.training, run.device, config.cpus_per_run, run.seed),)
+
+
+def probed(
+    model: nn.Module,
+    source: DataSource,
+    training: TrainingConfig,
+    device: str,
+    cpus: float,
+    seed: int = 0,
+) -> float:
+    """Time a few training steps of a copy of `model`; return seconds per image."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(config.cpus_per_run)))
-    device = models.choose_device(run.device)
-    model = copy.deepcopy(model).to(device)
-    stepper = PlainStepper(model, run.training, 1)
-    size = min(run.training.batch_size, len(source.train))
+    torch.set_num_threads(max(1, int(cpus)))
+    where = models.choose_device(device)
+    stepper = PlainStepper(copy.deepcopy(model).to(where), training, 1)
+    size = min(training.batch_size, len(source.train))
     try:
-        batches = iter(source.to(device).training_batches(size, run.seed))
+        batches = iter(source.to(where).training_batches(size, seed))
         for number in range(PROBED_STEPS + 1):
             if number == 1:  # The first is warm-up.
                 started = time.perf_counter()
             loss = stepper.step(*next(batches))
         float(loss)
-        return ((time.perf_counter() - started) / PROBED_STEPS / size,)
+        return (time.perf_counter() - started) / PROBED_STEPS / size
     finally:
         torch.set_num_threads(threads)
 

@@ -203,26 +203,26 @@ def _register(out: Path, scorer: Path, trained: list[Cell], figure: Path) -> lis
 
     Best is by validation accuracy; the test split has no say.
     """
-    from autosparse.integrations import mlflow
+    from autosparse.integrations import mlflow, registry
 
     _heading("5  registry")
     name = f"{TARGET.name}-sparse"
     chosen = {f"sparsity-{sparsity * 100:.0f}": _best(trained, sparsity) for sparsity in SPARSITIES}
-    chosen[mlflow.AUTOS] = _best(trained, SPARSITIES[-1], mlflow.AUTOS)
-    chosen[mlflow.CHAMPION] = chosen[f"sparsity-{SPARSITIES[-1] * 100:.0f}"]
+    chosen[registry.AUTOS] = _best(trained, SPARSITIES[-1], registry.AUTOS)
+    chosen[registry.CHAMPION] = chosen[f"sparsity-{SPARSITIES[-1] * 100:.0f}"]
     with mlflow.parent_run("quickstart", out) as run:
-        autos_version = mlflow.register_autos(scorer, run)
-        mlflow.set_alias(mlflow.AUTOS, mlflow.CHAMPION, autos_version)
-        rows = [{"model": mlflow.AUTOS, "version": autos_version, "alias": mlflow.CHAMPION,
+        autos_version = registry.register_autos(scorer, run)
+        registry.set_alias(registry.AUTOS, registry.CHAMPION, autos_version)
+        rows = [{"model": registry.AUTOS, "version": autos_version, "alias": registry.CHAMPION,
                  "what": "features at initialization → predicted survival"}]  # fmt: skip
         for alias, cell in chosen.items():
             result = cell.result()
-            version = mlflow.register_ticket(cell.folder / TRAINED, result, run, autos_version)
-            mlflow.set_alias(name, alias, version)
+            version = registry.register_ticket(cell.folder / TRAINED, result, run, autos_version)
+            registry.set_alias(name, alias, version)
             what = f"{result['sparsity']:.0%} by {result['criterion']}, test accuracy "
             what += f"{result['test_accuracy']:.1%}"
             rows.append({"model": name, "version": version, "alias": alias, "what": what})
-        mlflow.log_report(run, results.summary(cell.result() for cell in trained), figure)
+        mlflow.log_report(run, results.summary(cell.result() for cell in trained), [figure])
     print_table(rows)
     return [f"models:/{row['model']}@{row['alias']}" for row in rows]
 

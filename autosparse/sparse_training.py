@@ -45,7 +45,7 @@ from autosparse.training import (
 )
 
 RESULT, TRAINED = "result.json", "trained.safetensors"
-CHECKPOINTS, TICKET = "deepspeed", "ticket.safetensors"
+CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
 ONE_PROCESS = Ranks()
@@ -69,6 +69,11 @@ class Cell:
     def result(self) -> dict[str, Any]:
         """Return the result of a finished cell."""
         return read_json(self.folder / RESULT)
+
+
+def unsent(cell: Cell) -> bool:
+    """Whether some of what an Observer was told has not been sent yet."""
+    return (cell.folder / UNSENT).is_file()
 
 
 class Observer(Protocol):

@@ -104,7 +104,7 @@ def compare(config: CompareConfig) -> None:
     """Train tickets and twins, print the table with verdicts, and draw it."""
     from contextlib import nullcontext
 
-    from autosparse import compare
+    from autosparse import compare, verdicts
     from autosparse.figures import comparison
 
     planned = compare.trials(config)
@@ -126,21 +126,21 @@ def compare(config: CompareConfig) -> None:
                 compare.run_trial(config, trial, source, observer=observer)
                 bar.advance()
         results = [compare.run_trial(config, trial, source) for trial in planned]
-        rows = compare.table(config, results, compare.training_passes(config, source))
-        path = compare.write_report(config, rows, results)
+        rows = verdicts.table(config, results, verdicts.training_passes(config, source))
+        path = verdicts.write_report(config, rows, results)
         figure = comparison(
             rows, out / "comparison.png", f"{config.model.name} on {config.data.name}"
         )
         if run is not None:
-            mlflow.log_report(run, list(compare.shown(rows)), figure)
-    print_table(list(compare.shown(rows)), "per cent; passes: of one image; cost: of one training")
+            mlflow.log_report(run, list(verdicts.shown(rows)), [figure])
+    print_table(list(verdicts.shown(rows)), "per cent; passes: of one image; cost: of one training")
     print(f"figure: {figure}\nall figures and intervals: {path}")
 
 
 def train(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse import data, models, results
-    from autosparse.sparse_training import cells, train_cell
+    from autosparse.sparse_training import cells, train_cell, unsent
     from autosparse.training import PlainStepper, check
     from autosparse.watching import StepWatch, told_to_stop
 
@@ -148,7 +148,8 @@ def train(config: SparseTrainConfig) -> None:
     check(config.training)
     planned = list(cells(fetched(config), device=str(device)))
     found = []
-    with tracking(config.tracking) as observer, Progress() as progress, told_to_stop() as stop:
+    wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)
+    with tracking(wanted) as observer, Progress() as progress, told_to_stop() as stop:
         for cell in planned:
             result = train_cell(
                 cell,
@@ -182,9 +183,107 @@ def _local_ticket(name: str) -> Path:
     """Return a ticket's path; one of the registry is fetched."""
     if not name.startswith("models:/"):
         return Path(name)
-    from autosparse.integrations.mlflow import fetch_ticket
+    from autosparse.integrations.registry import fetch_ticket
 
     return fetch_ticket(name)
+
+
+def figures(paths: list[str]) -> None:
+    """Draw every figure that applies to what folders or files hold."""
+    from autosparse import drawing
+
+    if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
+        file = place(paths[0])
+        found = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
+    else:
+        found = [figure for path in paths for figure in drawing.draw(path)]
+    for figure in found:
+        print(figure)
+
+
+def report(paths: list[str]) -> None:
+    """Write one page of HTML for every folder."""
+    from autosparse import report
+
+    for path in paths:
+        print(report.write(path))
+
+
+def registry(arguments: list[str]) -> None:
+    """List the registry, add to it, or promote a version."""
+    action, rest = arguments[0], arguments[1:]
+    if action not in REGISTRY_ACTIONS:
+        raise unknown("registry action", action, REGISTRY_ACTIONS)
+    REGISTRY_ACTIONS[action](rest)
+
+
+def _registry_ls(arguments: list[str]) -> None:
+    from autosparse.integrations import mlflow, registry
+
+    _options(arguments, 0, {})
+    rows = registry.listing()
+    if not rows:
+        print(f"nothing is registered in {mlflow.tracking_uri()}")
+        return
+    empty = {key for key in rows[0] if not any(row[key] for row in rows)}
+    print_table([{k: v for k, v in row.items() if k not in empty} for row in rows])
+
+
+def _registry_add(arguments: list[str]) -> None:
+    from autosparse.integrations import registry
+
+    (path,), _ = _options(arguments, 1, {})
+    rows = registry.add(place(path))
+    empty = {key for key in rows[0] if not any(row[key] for row in rows)}
+    print_table([{k: v for k, v in row.items() if k not in empty} for row in rows])
+
+
+def _registry_promote(arguments: list[str]) -> None:
+    from autosparse.integrations import registry
+
+    (name,), given = _options(arguments, 1, {"version": int, "metric": str, "force": _truth})
+    if "version" not in given:
+        raise UsageError("autosparse registry promote needs --version N")
+    force = given.get("force", False)
+    print(registry.promote(name, given["version"], given.get("metric"), force))
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+def _options(
+    arguments: list[str], names: int, known: dict[str, Callable[[str], Any]]
+) -> tuple[list[str], dict[str, Any]]:
+    """Split arguments into so many names and `--key value` options."""
+    plain, given, rest = [], {}, list(arguments)
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        if not word.startswith("--"):
+            plain.append(word)
+            continue
+        key = word.removeprefix("--")
+        if key not in known:
+            raise unknown("option", key, known)
+        if not equals and not rest:
+            raise UsageError(f"--{key} needs a value")
+        value = value if equals else rest.pop(0)
+        try:
+            given[key] = known[key](value)
+        except ValueError:
+            raise UsageError(f"--{key} cannot be {value!r}") from None
+    if len(plain) != names:
+        raise UsageError(f"expected {names} name{'s' * (names != 1)}, got {plain}")
+    return plain, given
+
+
+REGISTRY_ACTIONS: dict[str, Callable[[list[str]], None]] = {
+    "ls": _registry_ls,
+    "add": _registry_add,
+    "promote": _registry_promote,
+}
 
 
 def _tracker() -> Any:

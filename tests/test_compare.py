@@ -10,12 +10,13 @@ import pytest
 
 from autosparse import compare, controls, pruning
 from autosparse.cli import guarded, parse
-from autosparse.compare import Trial, paired, verdict
+from autosparse.compare import Trial
 from autosparse.config import CompareConfig, ModelConfig
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.files import read_json
 from autosparse.verbs import compare as compare_verb
+from autosparse.verdicts import paired, verdict
 from tests.conftest import QUICK, SMALL_DIGITS
 
 

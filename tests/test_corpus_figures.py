@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autosparse import corpus_figures
+from autosparse import corpus_figures, style
 from autosparse.corpus import IRPRun
 from autosparse.errors import UsageError
 
@@ -165,14 +165,14 @@ def test_density_of_each_layer_at_each_level(tmp_path: Path) -> None:
 
 
 def test_ticks_are_round() -> None:
-    assert corpus_figures._density_ticks(0.01) == {
+    assert style.density_ticks(0.01) == {
         "ticks": pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]),
         "labels": ["1 %", "2 %", "5 %", "10 %", "20 %", "50 %", "100 %"],
     }
-    assert corpus_figures._density_ticks(1e-4)["labels"] == [
+    assert style.density_ticks(1e-4)["labels"] == [
         "0.01 %", "0.1 %", "1 %", "10 %", "100 %"
     ]  # fmt: skip
-    assert corpus_figures._density_ticks(0.6)["labels"] == ["60 %", "80 %", "100 %"]
+    assert style.density_ticks(0.6)["labels"] == ["60 %", "80 %", "100 %"]
 
 
 def test_nothing_to_draw_is_said_in_a_line(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""MLflow: runs with their config and metrics, and the registry of AutoS models and checkpoints.
+"""MLflow: runs with their config, inputs and metrics.
 
-Tracking goes to MLFLOW_TRACKING_URI, or to `mlflow.db` (SQLite) in the current folder. Registered
-models are saved as exported programs, so they load while pickle deserialization is forbidden.
+Tracking goes to MLFLOW_TRACKING_URI, or to `mlflow.db` (SQLite) in the current folder.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,22 +21,14 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-import mlflow.pytorch
-import torch
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
-from torch import nn
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
-from autosparse import features, models
-from autosparse.compaction import load_state
+from autosparse import data
 from autosparse.config import IRPConfig, SparseTrainConfig, plain
-from autosparse.errors import UsageError
-from autosparse.files import is_local, read_json, write_bytes, write_json
-from autosparse.scorer import AutoS
+from autosparse.data import DataSource
+from autosparse.files import is_local, read_json, write_json
 from autosparse.sparse_training import RESULT, TRAINED, Cell
-from autosparse.ticket import Ticket
 from autosparse.training import Epoch
 
 for chatty in ("mlflow", "alembic"):
@@ -46,9 +37,12 @@ for chatty in ("mlflow", "alembic"):
 EXPERIMENT = "autosparse"
 PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
-AUTOS = "autos"
-CHAMPION = "champion"
-CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
+KIND = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "A run for each sweep, comparison and corpus, with its cells nested in "
+    "it; the page of a sweep's run says what is best. Checkpoints to use are under Models.",
+}
+"""Tags: shown as an experiment of training (not of language models), with a description."""
 
 
 def tracking_uri(folder: Path | None = None) -> str:
@@ -65,11 +59,14 @@ def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
     found = MlflowClient()
     experiment = found.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
+        for key, value in KIND.items():
+            if key not in experiment.tags:
+                found.set_experiment_tag(experiment.experiment_id, key, value)
         return found, experiment.experiment_id
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return found, found.create_experiment(EXPERIMENT, artifact_location=location)
+    return found, found.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
 
 
 class Tracker:
@@ -88,11 +85,6 @@ class Tracker:
 
     def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
-        path = cell.folder / RUN_FILE
-        if path.is_file():
-            self.runs[cell.folder] = read_json(path)["run_id"]
-            self.client.update_run(self.runs[cell.folder], status="RUNNING")
-            return
         card = cell.ticket.card
         tags = {
             "criterion": str(card.get("criterion")),
@@ -102,8 +94,11 @@ class Tracker:
         }
         if PARENT_VARIABLE in os.environ:
             tags["mlflow.parentRunId"] = os.environ[PARENT_VARIABLE]
-        run = self.client.create_run(client()[1], tags=tags, run_name=cell.name)
-        self.runs[cell.folder] = run.info.run_id
+        run, made = found_or_made(self.client, client()[1], cell.folder, cell.name, tags)
+        self.runs[cell.folder] = run
+        if not made:
+            self.client.update_run(run, status="RUNNING")
+            return
         settings = {
             "model": card["model"],
             "data": plain(cell.data),
@@ -112,8 +107,10 @@ class Tracker:
             "seed": cell.seed,
         }
         parameters = [Param(key, value) for key, value in flattened(settings).items()]
-        self.client.log_batch(run.info.run_id, params=parameters)
-        write_json(path, {"run_id": run.info.run_id})
+        self.client.log_batch(run, params=parameters)
+        log_data(self.client, run, data.load(cell.data))
+        if "corpus" in card:
+            log_corpus(self.client, run, "corpus", card["corpus"])
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None:
         """Log an epoch's metrics."""
@@ -214,16 +211,36 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def found_or_made(
+    found: MlflowClient, experiment: str, folder: Path, name: str, tags: dict[str, str]
+) -> tuple[str, bool]:
+    """Return the run that belongs to a folder, and whether it was made now.
+
+    A key is written to the folder first and then to the run's tags, so a kill in between does
+    not lead to a second run.
+    """
+    path = folder / RUN_FILE
+    known = read_json(path) if path.is_file() else {"key": secrets.token_hex(8)}
+    if "run_id" in known:
+        return known["run_id"], False
+    write_json(path, known)
+    runs = found.search_runs([experiment], f"tags.folder_key = '{known['key']}'", max_results=1)
+    made = not runs
+    if made:
+        run = found.create_run(experiment, tags={**tags, "folder_key": known["key"]}, run_name=name)
+    else:
+        run = runs[0]
+    write_json(path, {**known, "run_id": run.info.run_id})
+    return run.info.run_id, made
+
+
 @contextmanager
 def parent_run(name: str, folder: Path) -> Iterator[str]:
     """Open a run that others nest under (through the environment); the same one every time."""
     found, experiment = client(folder)
-    path = folder / RUN_FILE
-    if path.is_file():
-        run = read_json(path)["run_id"]
-    else:
-        run = found.create_run(experiment, run_name=name).info.run_id
-        write_json(path, {"run_id": run})
+    run, made = found_or_made(found, experiment, folder, name, {})
+    if not made:
+        found.update_run(run, status="RUNNING")
     before = os.environ.get(PARENT_VARIABLE)
     os.environ[PARENT_VARIABLE] = run
     status = "FAILED"
@@ -238,132 +255,32 @@ def parent_run(name: str, folder: Path) -> Iterator[str]:
             os.environ[PARENT_VARIABLE] = before
 
 
-def register_autos(path: Path, run: str) -> int:
-    """Register an AutoS file as a version of `autos`; return the version.
+def log_data(found: MlflowClient, run: str, source: DataSource) -> None:
+    """Say which data a run is about, as an input in MLflow's sense: name and fingerprint."""
+    where = {"uri": source.config.root or source.name}
+    profile = {"classes": source.num_classes, "train": len(source.train),
+               "validation": len(source.validation), "test": len(source.test)}  # fmt: skip
+    dataset = Dataset(
+        name=source.name, digest=source.fingerprint[:36], source_type="local",
+        source=json.dumps(where), profile=json.dumps(profile),
+    )  # fmt: skip
+    found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    A version of the same fingerprint is found and not made again.
-    """
-    network = AutoS.load(path)
-    example = torch.randn(4, len(features.names_of(network.kind)))
-    tags = {"fingerprint": network.fingerprint, "corpus": network.card["corpus"],
-            "features": network.kind}  # fmt: skip
-    best = network.card["best"]
-    text = (
-        f"**AutoS** ({network.kind} features): features at initialization → predicted survival.\n\n"
-        f"| | |\n|---|---|\n| inputs | {', '.join(features.names_of(network.kind))} |\n"
-        f"| fitted on | {len(network.card['trained_on'])} IRP runs, corpus "
-        f"`{network.card['corpus']}` |\n| validation MSE | {best['validation_mse']:.4f} (a "
-        f"constant: {network.card['baseline_mse']:.4f}) |\n"
-        f"| rank correlation | {best['validation_rank_correlation']:.3f} |\n"
+
+def log_corpus(found: MlflowClient, run: str, name: str, fingerprint: str) -> None:
+    """Say which corpus a run rests on, as an input in MLflow's sense."""
+    dataset = Dataset(
+        name=name, digest=fingerprint[:36], source_type="local", source=json.dumps({"uri": name})
     )
-    return _register(AUTOS, network, example, run, tags, text, path)
+    found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "corpus")])])
 
 
-def register_ticket(path: Path, result: dict[str, Any], run: str, autos_version: int | None) -> int:
-    """Register a trained ticket as a version of `<model>-sparse`; return the version.
-
-    The version holds the dense model (zero where pruned) and, beside it, the ticket file.
-    """
-    ticket = Ticket.load(path)
-    model = models.from_recipe(ticket.card["model"])
-    load_state(model, ticket)
-    recipe = ticket.card["model"]
-    size = recipe["image_size"]
-    example = torch.randn(2, recipe["in_chans"], size, size)
-    tags = {
-        "sparsity": f"{result['sparsity']:g}",
-        "criterion": result["criterion"],
-        "ticket": ticket.fingerprint,
-        "fingerprint": ticket.content_hash,
-        "test_accuracy": f"{result['test_accuracy']:.4f}",
-        "validation_accuracy": f"{result['validation_accuracy']:.4f}",
-        "data": ticket.card["data"]["name"],
-    }
-    if result["criterion"] == AUTOS:
-        tags["corpus"] = ticket.card["corpus"]
-        tags["autos_version"] = str(autos_version)
-    text = (
-        f"**{recipe['name']}** at {result['sparsity']:.0%} sparsity by {result['criterion']}, "
-        f"trained on {ticket.card['data']['name']}.\n\n| | |\n|---|---|\n"
-        f"| test accuracy | {result['test_accuracy']:.2%} |\n"
-        f"| parameters | {result['parameters']:,} |\n"
-        f"| checkpoint | {result['checkpoint_bytes']:,} bytes |\n| seed | {result['seed']} |\n\n"
-        "Takes normalised images [batch, channels, height, width]; returns logits. "
-        f"The compact form is the artifact `{path.name}` of the source run.\n"
-    )
-    return _register(f"{recipe['name']}-sparse", model, example, run, tags, text, path)
-
-
-def _register(
-    name: str,
-    model: nn.Module,
-    example: torch.Tensor,
-    run: str,
-    tags: dict[str, str],
-    text: str,
-    path: Path,
-) -> int:
-    found = MlflowClient()
-    for version in found.search_model_versions(f"name = '{name}'"):
-        if version.tags.get("fingerprint") == tags["fingerprint"]:
-            return int(version.version)
-    model = model.eval().cpu()
-    with torch.no_grad():
-        signature = infer_signature(example.numpy(), model(example).numpy())
-    with mlflow.start_run(run_id=run):
-        info = mlflow.pytorch.log_model(
-            model,
-            name=name,
-            input_example=example.numpy(),
-            signature=signature,
-            registered_model_name=name,
-            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
-        )
-        mlflow.log_artifact(str(path), artifact_path="tickets" if name != AUTOS else AUTOS)
-    version = str(info.registered_model_version)
-    for key, value in tags.items():
-        found.set_model_version_tag(name, version, key, value)
-    found.update_model_version(name, version, description=text)
-    return int(version)
-
-
-def set_alias(name: str, alias: str, version: int) -> None:
-    """Point an alias of a registered model at a version."""
-    MlflowClient().set_registered_model_alias(name, alias, str(version))
-
-
-def log_report(run: str, table: list[dict[str, Any]], figure: Path) -> None:
-    """Log the final table and figure to a run; the same table is logged once."""
+def log_report(run: str, table: list[dict[str, Any]], figures: Sequence[Path]) -> None:
+    """Log the final table and figures to a run; the same table is logged once."""
     found = MlflowClient()
     content = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:8]
     name = f"results-{content}.json"
     if name not in [each.path for each in found.list_artifacts(run)]:
         found.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
-    found.log_artifact(run, str(figure))
-
-
-def fetch_ticket(uri: str) -> Path:
-    """Fetch the ticket behind a registered version, `models:/NAME@ALIAS` or `models:/NAME/N`.
-
-    It goes into the cache folder, once for each version; raises UsageError if there is none.
-    """
-    found, _ = client()
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    try:
-        if at:
-            version = found.get_model_version_by_alias(name, alias)
-        else:
-            name, _, number = name.partition("/")
-            version = found.get_model_version(name, number)
-    except MlflowException as error:
-        raise UsageError(f"{uri}: {error.message}") from None
-    target = CACHE / f"{name}-{version.version}-{version.tags.get('ticket', 'ticket')}"
-    if not list(target.glob("*.safetensors")):
-        listed = found.list_artifacts(version.run_id, "tickets") if version.run_id else []
-        paths = [each.path for each in listed if each.path.endswith(".safetensors")]
-        if not paths:
-            raise UsageError(f"{uri}: version {version.version} has no ticket beside it")
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(found.download_artifacts(version.run_id, paths[0], folder))
-            write_bytes(target / local.name, local.read_bytes())
-    return next(target.glob("*.safetensors"))
+    for figure in figures:
+        found.log_artifact(run, str(figure), "figures")

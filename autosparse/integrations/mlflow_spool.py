@@ -16,10 +16,9 @@ from typing import Any
 
 from autosparse.config import SparseTrainConfig
 from autosparse.files import read_json, write_json
-from autosparse.sparse_training import Cell, Observer
+from autosparse.sparse_training import UNSENT, Cell, Observer, unsent
 from autosparse.training import Epoch
 
-UNSENT = "mlflow_unsent.json"
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before the second try, the third …; the last for all that follow."""
 
@@ -51,13 +50,13 @@ class Spooled:
     def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
         self._put(_Event("begin", cell, [config]))
         path = cell.folder / UNSENT
-        if path.is_file():
+        if unsent(cell):
             for method, arguments in read_json(path):
                 self._put(_Event(method, cell, arguments))
             path.unlink()
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
-        if (cell.folder / UNSENT).is_file():
+        if unsent(cell):
             self.begin(cell, config)
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None:

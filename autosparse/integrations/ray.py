@@ -106,15 +106,20 @@ def _check_fits(config: CorpusConfig) -> None:
         "GPU": config.gpus_per_run,
         "memory": config.memory_gb_per_run * 1e9,
     }
+    check_fits(wanted, "run", "per_run")
+
+
+def check_fits(wanted: dict[str, float], what: str, setting: str) -> None:
+    """Raise UsageError if no node could ever hold `wanted`, naming the setting to lower."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, amount in wanted.items():
         most = max((node.get(name, 0.0) for node in nodes), default=0.0)
         if amount > most and not _may_grow():
             shown = f"{most / 1e9:.1f} GB" if name == "memory" else f"{most:g}"
             raise UsageError(
-                f"a run asks for {amount / 1e9 if name == 'memory' else amount:g} {name}, but no "
-                f"node has more than {shown}; lower {name.lower()}s_per_run "
-                "(memory_gb_per_run for memory)"
+                f"a {what} asks for {amount / 1e9 if name == 'memory' else amount:g} {name}, but "
+                f"no node has more than {shown}; lower {name.lower()}s_{setting} "
+                f"(memory_gb_{setting} for memory)"
             )
 
 

@@ -114,16 +114,16 @@ def test_champions_load_without_pickle_and_compute_the_same(
 ) -> None:
     from autosparse import models
     from autosparse.compaction import load_state
-    from autosparse.integrations import mlflow
+    from autosparse.integrations import mlflow, registry
     from autosparse.ticket import Ticket
 
     path = trained.folder / TRAINED
     with mlflow.parent_run("parent", folder) as run:
-        autos = mlflow.register_autos(folder / "autos.safetensors", run)
-        sparse = mlflow.register_ticket(path, trained.result(), run, autos)
-        assert mlflow.register_ticket(path, trained.result(), run, autos) == sparse
-    mlflow.set_alias("autos", mlflow.CHAMPION, autos)
-    mlflow.set_alias("test_byobnet-sparse", mlflow.CHAMPION, sparse)
+        autos = registry.register_autos(folder / "autos.safetensors", run)
+        sparse = registry.register_ticket(path, trained.result(), run, autos)
+        assert registry.register_ticket(path, trained.result(), run, autos) == sparse
+    registry.set_alias("autos", registry.CHAMPION, autos)
+    registry.set_alias("test_byobnet-sparse", registry.CHAMPION, sparse)
 
     network = AutoS.load(folder / "autos.safetensors")
     rows = torch.randn(7, 14)

@@ -1,0 +1,178 @@
+"""A sweep in MLflow: one run for the sweep, one nested in it for every cell, each found again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param
+
+from autosparse import compare, sweep
+from autosparse import data as data_module
+from autosparse.config import SweepConfig, plain
+from autosparse.files import read_card, read_json
+from autosparse.integrations.mlflow import (
+    RUN_FILE,
+    client,
+    flattened,
+    log_data,
+    log_report,
+    parent_run,
+)
+from autosparse.sparse_training import RESULT, TRAINED
+from autosparse.sweep import SweepCell
+
+CELL = "cell"
+"""Tag that names the cell of a run."""
+FINAL = ("test_accuracy", "test_loss", "validation_accuracy", "parameters", "kept",
+         "checkpoint_bytes", "seconds", "image_passes")  # fmt: skip
+
+
+class SweepTracker:
+    """Logs cells; what MLflow holds already is looked up, so nothing is logged twice."""
+
+    def __init__(self, parent: str, config: SweepConfig, folder: Path) -> None:
+        self.parent, self.config = parent, config
+        self.client, self.experiment = client(folder)
+        self.runs: dict[str, str] = {}
+        self.ended: set[str] = set()
+        self.logged: dict[str, set[int]] = {}
+        self._source: Any = None
+        self._find()
+
+    def _find(self) -> None:
+        """Look up the runs of this sweep."""
+        wanted, token = f"tags.`mlflow.parentRunId` = '{self.parent}'", None
+        while True:
+            page = self.client.search_runs([self.experiment], wanted, page_token=token)
+            for run in page:
+                self.runs.setdefault(run.data.tags.get(CELL, run.info.run_id), run.info.run_id)
+                if run.info.status == "FINISHED":
+                    self.ended.add(run.data.tags.get(CELL, ""))
+            token = page.token
+            if not token:
+                return
+
+    def catch_up(self, cells: Sequence[SweepCell]) -> None:
+        """Log cells that were over before, as far as MLflow does not know of it."""
+        for cell in cells:
+            if cell.key not in self.ended:
+                self.end(cell)
+
+    def epochs(self, cell: SweepCell, entries: Sequence[dict[str, Any]]) -> None:
+        """Log epochs that are new."""
+        run = self._run(cell)
+        if cell.key not in self.logged:
+            before = self.client.get_metric_history(run, "train_loss")
+            self.logged[cell.key] = {metric.step for metric in before}
+        new = [entry for entry in entries if entry["epoch"] not in self.logged[cell.key]]
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, float(value), now, entry["epoch"])
+            for entry in new
+            for name, value in entry.items()
+            if name != "epoch"
+        ]
+        if metrics:
+            self.client.log_batch(run, metrics=metrics)
+        self.logged[cell.key] |= {entry["epoch"] for entry in new}
+
+    def end(self, cell: SweepCell) -> None:
+        """Close the run of a cell that is over, or has failed."""
+        run = self._run(cell)
+        if cell.state == "failed":
+            self.client.set_tag(run, "error", sweep.failures([cell])[cell.key][:5000])
+            self.client.set_terminated(run, "FAILED")
+            return
+        self.epochs(cell, cell.history())
+        self.client.set_tag(run, "state", cell.state)
+        if cell.state == "finished":
+            result = cell.result()
+            now = int(time.time() * 1000)
+            metrics = [Metric(f"final/{name}", float(result[name]), now, 0) for name in FINAL]
+            self.client.log_batch(run, metrics=metrics)
+            for key, value in _lineage(cell).items():
+                self.client.set_tag(run, key, value)
+            for name in (RESULT, TRAINED):
+                self.client.log_artifact(run, str(cell.folder / name))
+        self.client.set_terminated(run)
+        self.ended.add(cell.key)
+
+    def _run(self, cell: SweepCell) -> str:
+        """Return the run of a cell; made if need be, opened again if it had failed."""
+        if cell.key in self.runs:
+            if cell.key not in self.logged:
+                self.client.update_run(self.runs[cell.key], status="RUNNING")
+            return self.runs[cell.key]
+        trial, settings = cell.trial, cell.config
+        tags = {
+            "mlflow.parentRunId": self.parent, CELL: cell.key, "model": settings.model.name,
+            "criterion": trial.label, "twin": trial.twin, "sparsity": f"{trial.sparsity:g}",
+            "seed": str(trial.seed), "training": sweep.shown_variation(cell.variation) or "-",
+        }  # fmt: skip
+        name = trial.name if len(self.config.models) == 1 else f"{settings.model.name} {trial.name}"
+        made = self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+        self.runs[cell.key] = made
+        found = {"model": plain(settings.model), "data": plain(settings.data),
+                 "training": plain(settings.training), "seed": trial.seed}  # fmt: skip
+        _, options = compare.criterion_of(settings, trial.label)
+        parameters = {**flattened(found), **flattened({"options": options})}
+        self.client.log_batch(made, params=[Param(key, value) for key, value in parameters.items()])
+        log_data(self.client, made, self.source())
+        return made
+
+    def source(self) -> Any:
+        """Return the sweep's data; loaded once."""
+        if self._source is None:
+            self._source = data_module.load(self.config.data)
+        return self._source
+
+
+def _lineage(cell: SweepCell) -> dict[str, str]:
+    """Return what a finished cell's ticket came from."""
+    card = read_card(cell.folder / TRAINED)
+    origin = {key: card["card"][key] for key in ("autos", "corpus") if key in card["card"]}
+    return {"ticket": card["fingerprint"], **origin}
+
+
+@contextmanager
+def sweep_tracker(config: SweepConfig, folder: Path) -> Iterator[SweepTracker]:
+    """Open the sweep's run, the same one every time, and give a tracker of its cells."""
+    with parent_run(f"sweep {folder.name}", folder) as parent:
+        tracker = SweepTracker(parent, config, folder)
+        log_data(tracker.client, parent, tracker.source())
+        yield tracker
+
+
+def log_sweep(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Log the table, figures and page of a sweep to its run, and say there what is best."""
+    found, experiment = client(folder)
+    run = read_json(folder / RUN_FILE)["run_id"]
+    figures = sorted((folder / "figures").glob("*.png"))
+    log_report(run, list(sweep.shown(list(rows))), figures)
+    page = folder / "report.html"
+    if page.is_file():
+        found.log_artifact(run, str(page))
+    found.set_tag(run, "mlflow.note.content", _note(found, experiment, run, folder))
+
+
+def _note(found: Any, experiment: str, run: str, folder: Path) -> str:
+    """Return what the sweep's page says: the best ticket at each sparsity, with links."""
+    where = f"#/experiments/{experiment}/runs"
+    lines = ["The best ticket of each sparsity, by validation accuracy:", "",
+             "| model | sparsity | criterion | seed | test accuracy | run |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for model, sparsity, best in sweep.best_cells(read_json(folder / sweep.REPORT)):
+        wanted = f"tags.cell = '{best['cell']}' and tags.`mlflow.parentRunId` = '{run}'"
+        runs = found.search_runs([experiment], wanted, max_results=1)
+        link = f"[{best['name']}]({where}/{runs[0].info.run_id})" if runs else best["name"]
+        lines.append(
+            f"| {model} | {100 * sparsity:g} % | {best['label']} | {best['seed']} | "
+            f"{100 * best['test_accuracy']:.1f} % | {link} |"
+        )
+    lines += ["", f"All of it on one page: [report.html]({where}/{run}/artifacts/report.html), "
+              f"[accuracy.png]({where}/{run}/artifacts/figures/accuracy.png)"]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""The registry: what is added, how it is promoted, where its links lead."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autosparse import compare, sweep
+from autosparse.cli import _main, guarded
+from autosparse.config import FitConfig, ModelConfig, SweepConfig
+from autosparse.data import DataSource
+from autosparse.errors import RunFailed, UsageError
+from autosparse.fit_scorer import fit
+from autosparse.integrations import registry
+from autosparse.integrations.mlflow import client
+from autosparse.integrations.tracking import sweep_tracker
+from autosparse.irp import run_irp
+from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
+
+NAME = "test_byobnet-sparse"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("registry")
+    before = os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    yield folder
+    del os.environ["MLFLOW_TRACKING_URI"]
+    if before:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Path:
+    for seed in (0, 1):
+        run_irp(quick_irp(str(folder / "corpus"), seed=seed))
+    settings = FitConfig(str(folder / "corpus"), hidden=[4], rows_per_run=500, epochs=1)
+    path = folder / "autos.safetensors"
+    fit(settings).save(path)
+    return path
+
+
+def swept(folder: Path, out: str, digits: DataSource, **changes) -> SweepConfig:
+    """Train a sweep's cells in this process, and track them as the driver does."""
+    settings = SweepConfig(
+        models=[ModelConfig("test_byobnet")], data=SMALL_DIGITS, criteria=["autos"], seeds=[0],
+        options={"autos": {"scorer": str(folder / "autos.safetensors")}},
+        sparsities=[0.5, 0.8], training=QUICK, out=str(folder / out),
+    )  # fmt: skip
+    settings = replace(settings, **changes)
+    cells = sweep.cells(settings)
+    with sweep_tracker(settings, folder / out) as tracker:
+        for cell in cells:
+            compare.run_trial(cell.config, cell.trial, digits)
+            tracker.end(cell)
+    sweep.write_report(settings, sweep.table(settings, cells, digits), cells)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def added(folder: Path, scorer: Path, digits: DataSource) -> list[dict]:
+    rows = registry.add(scorer)
+    swept(folder, "first", digits)
+    return rows + registry.add(folder / "first")
+
+
+def version(number: int):
+    return registry.MlflowClient().get_model_version(NAME, str(number))
+
+
+def test_the_best_of_every_sparsity_is_registered_once(added: list[dict], folder: Path):
+    assert [(row["model"], row["version"], row["aliases"]) for row in added] == [
+        ("autos", 1, "champion"),
+        (NAME, 1, "sparsity-50"),
+        (NAME, 2, "champion, sparsity-80"),
+    ]
+    again = registry.add(folder / "first")
+    assert [row["version"] for row in again] == [1, 2]
+    assert registry.add(folder / "autos.safetensors")[0]["version"] == 1
+    assert len(registry.listing()) == 3
+
+
+def test_links_lead_to_what_a_checkpoint_came_from(added: list[dict]):
+    found = version(2)
+    links = dict(re.findall(r"\[([^]]+)\]\((#[^)]+)\)", found.description))
+    known, experiment = client()
+    runs = {
+        f"#/experiments/{experiment}/runs/{run.info.run_id}": run
+        for run in known.search_runs([experiment])
+    }
+    trained = runs[links["autos-80-seed0"]]
+    assert trained.info.run_id == found.run_id
+    assert links["sweep first"] in runs
+    assert links["autos version 1"] == "#/models/autos/versions/1"
+    assert trained.data.tags["autos"] == found.tags["autos"]
+    assert f"{float(found.tags['test_accuracy']):.2%}" in found.description
+
+
+@pytest.mark.slow
+def test_the_champion_has_the_recorded_accuracy_in_a_fresh_process(
+    added: list[dict], digits: DataSource, tmp_path: Path
+):
+    images = digits.prepare(digits.test.images)
+    torch.save((images, digits.test.labels), tmp_path / "test.pt")
+    program = (
+        "import sys, mlflow, torch\n"
+        f"model = mlflow.pytorch.load_model('models:/{NAME}@champion')\n"
+        "images, labels = torch.load(sys.argv[1])\n"
+        "print((model(images).argmax(1) == labels).float().mean().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "test.pt")],
+        env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    reached = float(done.stdout.strip().splitlines()[-1])
+    assert reached == pytest.approx(float(version(2).tags["test_accuracy"]), abs=1e-5)
+
+
+def test_the_models_page_leads_to_every_alias(added: list[dict]):
+    text = registry.MlflowClient().get_registered_model(NAME).description
+    accuracy = 100 * float(version(2).tags["test_accuracy"])
+    assert (
+        f"| `@champion` | [version 2](#/models/{NAME}/versions/2) | 80 % | autos | "
+        f"{accuracy:.4g} % | digits |"
+    ) in text
+    assert "`@sparsity-50`" in text
+
+
+def challenger(folder: Path, accuracy: str, **tags: str) -> int:
+    """A version that claims what it is told to, made from the champion's files."""
+    found = registry.MlflowClient()
+    champion = version(2)
+    claims = {**champion.tags, "test_accuracy": accuracy, "fingerprint": accuracy, **tags}
+    return int(found.create_model_version(NAME, champion.source, tags=claims).version)
+
+
+def test_only_a_better_version_of_the_same_kind_is_promoted(added: list[dict], folder: Path):
+    worse = challenger(folder, "0.01")
+    with pytest.raises(RunFailed, match="not better than the champion, version 2"):
+        registry.promote(NAME, worse)
+    other = challenger(folder, "0.98", sparsity="0.5")
+    with pytest.raises(UsageError, match="their sparsity differs"):
+        registry.promote(NAME, other)
+    elsewhere = challenger(folder, "0.97", data_fingerprint="other")
+    with pytest.raises(UsageError, match="their data differs"):
+        registry.promote(NAME, elsewhere)
+    with pytest.raises(UsageError, match="has no speed"):
+        registry.promote(NAME, worse, metric="speed")
+    assert registry.alias_of(NAME, "champion") == 2
+    better = challenger(folder, "0.99")
+    registry.set_alias(NAME, "challenger", better)
+    assert "0.99 against" in registry.promote(NAME, better)
+    assert registry.alias_of(NAME, "champion") == better
+    assert registry.alias_of(NAME, "challenger") is None
+    assert registry.alias_of(NAME, "former-champion") == 2
+    assert "forced" in registry.promote(NAME, worse, force=True)
+    assert registry.alias_of(NAME, "champion") == worse
+    registry.promote(NAME, 2, force=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["lst"], "unknown registry action 'lst'"),
+        (["promote", NAME], "--version"),
+        (["promote", "nobody", "--version", "1"], "unknown registered model 'nobody'"),
+        (["promote", NAME, "--version", "99"], "no version 99"),
+        (["promote", NAME, "--version", "x"], "--version cannot be 'x'"),
+        (["promote", NAME, "--versoin", "1"], "'versoin'"),
+        (["add", "nowhere"], "no such file"),
+    ],
+)
+def test_mistakes_are_one_line(added: list[dict], arguments, named, capsys):
+    assert guarded(_main, ["registry", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line

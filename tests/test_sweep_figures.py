@@ -1,0 +1,105 @@
+"""Pictures of sweeps: what is drawn where, read back from the axes and the CSVs."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from autosparse import style, sweep_figures
+from autosparse.errors import UsageError
+
+
+def row(label: str, sparsity: float, accuracy: float, **changes) -> dict:
+    found = {
+        "label": label, "sparsity": sparsity, "seeds": 2, "accuracy": accuracy, "spread": 0.05,
+        "checkpoint_bytes": round(1000 * (1 - sparsity)), "step_seconds": 0.01,
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+ROWS = [row("dense", 0.0, 0.9), row("snip", 0.9, 0.7), row("snip", 0.5, 0.8), row("irp", 0.9, 0.85)]
+
+
+@pytest.fixture()
+def drawn(monkeypatch):
+    """The figures, kept open for a look at their axes."""
+    kept: list = []
+    save = style.save
+
+    def keep(figure, rows, path):
+        kept.append(figure)
+        return save(figure, rows, path)
+
+    monkeypatch.setattr(sweep_figures, "save", keep)
+    return kept
+
+
+def written(path: Path) -> list[dict[str, str]]:
+    with Image.open(path) as image:
+        assert 500 < image.size[0] < 1700
+    assert path.stat().st_size < 150_000
+    with path.with_suffix(".csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def lines_of(axes) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        line.get_label(): (list(line.get_xdata()), [round(v, 6) for v in line.get_ydata()])
+        for line in axes.get_lines()
+    }
+
+
+def test_accuracy_is_drawn_over_density_on_a_log_axis_dense_left(tmp_path: Path, drawn):
+    path = sweep_figures.accuracy_against_density(ROWS, tmp_path / "a.png", "t")
+    (axes,) = drawn[0].axes
+    found = lines_of(axes)
+    assert found["SNIP"] == ([0.5, pytest.approx(0.1)], [80, 70])
+    assert found["IRP"][1] == [85]
+    assert found["dense"][1] == [90, 90], "a line across"
+    assert axes.get_xscale() == "log"
+    left, right = axes.get_xlim()
+    assert left > 0.5 and right < 0.1
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (round(band.min(), 6), round(band.max(), 6)) == (65, 85), "± the spread"
+    assert [each["accuracy"] for each in written(path)] == ["0.9", "0.7", "0.8", "0.85"]
+
+
+def test_bytes_and_time_have_a_panel_each(tmp_path: Path, drawn):
+    path = sweep_figures.cost_against_density(ROWS, tmp_path / "c.png", "t")
+    size, time = drawn[0].axes
+    assert lines_of(size)["SNIP"][1] == [0.5, 0.1], "kilobytes"
+    assert lines_of(time)["SNIP"][1] == [10, 10], "milliseconds"
+    assert lines_of(size)["dense"][1] == [1, 1]
+    assert len(written(path)) == 4
+
+
+def test_layers_are_in_order_and_seeds_taken_together(tmp_path: Path, drawn):
+    tickets = [
+        {"label": "snip", "sparsity": 0.5, "seed": 0, "layers": {"stem": 0.8, "head": 0.2}},
+        {"label": "snip", "sparsity": 0.5, "seed": 1, "layers": {"stem": 0.6, "head": 0.4}},
+        {"label": "erk", "sparsity": 0.5, "seed": 0, "layers": {"stem": 1.0, "head": 0.1}},
+    ]
+    path = sweep_figures.layer_densities(tickets, tmp_path / "l.png", "t")
+    panels = {axes.get_title(): lines_of(axes)["50 %"] for axes in drawn[0].axes}
+    assert panels["SNIP"] == ([1, 2], [0.7, 0.3])
+    assert panels["ERK"] == ([1, 2], [1.0, 0.1])
+    rows = written(path)
+    assert [r["layer"] for r in rows if r["label"] == "snip"] == ["stem", "head"]
+
+
+def test_every_label_looks_different_and_known_ones_the_same():
+    names = ["snip", "autos", "grasp", "lamp", "mine", "another", "third", "px", "force"]
+    found = style.looks(names)
+    seen = {(look["color"], look["marker"], look["linestyle"]) for look in found.values()}
+    assert len(seen) == len(names)
+    assert found["snip"] == style.looks(["snip"])["snip"]
+
+
+def test_nothing_sparse_is_said(tmp_path: Path):
+    with pytest.raises(UsageError, match="nothing sparse"):
+        sweep_figures.accuracy_against_density([ROWS[0]], tmp_path / "a.png", "t")
+    with pytest.raises(UsageError, match="no tickets"):
+        sweep_figures.layer_densities([], tmp_path / "l.png", "t")
