@@ -14,7 +14,7 @@ from autosparse.files import read_json
 from tests.integration.ranks import ROOT, SCRIPT, free_port, launcher
 from tests.integration.test_training_kills import SETTINGS, trained
 
-LIMIT = 240
+LIMIT = 400
 """Seconds after which it is taken to hang."""
 
 
