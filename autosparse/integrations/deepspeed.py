@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ class DeepSpeedStepper:
         tag = self.found.tag
         if self.convert:
             tag = checkpoints.universal(self.found, self.ranks).name
-        path, client = self.engine.load_checkpoint(str(parent), tag=tag)
+        with own_settings(self.optimizer):
+            path, client = self.engine.load_checkpoint(str(parent), tag=tag)
         if path is None or client is None:
             raise RunFailed(f"{self.found.folder} cannot be loaded; remove it to start anew")
         if self.ema is not None:
@@ -170,6 +172,22 @@ class DeepSpeedStepper:
     def close(self) -> None:
         """Let go of the engine's memory and hooks."""
         self.engine.destroy()
+
+
+@contextmanager
+def own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo what loading a universal checkpoint shares under ZeRO 3.
+
+    DeepSpeed gives all groups the settings of the first, its weight decay too, and all parameters
+    one counter of steps, which then counts each step once for every group.
+    """
+    settings = [{k: v for k, v in each.items() if k != "params"} for each in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def _buffers_file(rank: int) -> str:

@@ -20,7 +20,7 @@ from tests.conftest import flip
 from tests.integration.ranks import ROOT, SCRIPT, ended, launcher, started
 from tests.integration.test_training_kills import SETTINGS, newest_step, said, trained, wait_for
 
-LIMIT = 240
+LIMIT = 400
 """Seconds after which it is taken to hang."""
 STEPS = 42
 IMAGES = 20
