@@ -67,8 +67,7 @@ def short_irp(
     fell = {name: torch.zeros(each.shape) for name, each in parameters.items()}
     trained: Scores = {}
     for level, count in enumerate(counts(masks.total(parameters), sparsity, levels)):
-        torch.manual_seed(seed)
-        trained = _trained(model, alive, config, batches, steps_per_level, loss_fn)
+        trained = _trained(model, alive, config, batches, steps_per_level, loss_fn, seed)
         smaller = masks.keep(trained, count, within=alive)
         for name, mask in smaller.items():
             fell[name][alive[name] & ~mask] = level - levels
@@ -80,12 +79,19 @@ def short_irp(
 
 
 def _trained(
-    model: nn.Module, alive: masks.Masks, config: TrainingConfig, batches, steps: int, loss_fn
+    model: nn.Module,
+    alive: masks.Masks,
+    config: TrainingConfig,
+    batches,
+    steps: int,
+    loss_fn,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Return the magnitudes, on the CPU, after `steps` steps of the subnetwork."""
     network = compact(copy.deepcopy(model), Ticket.from_model(model, alive, {}))
     stepper, device = PlainStepper(network, config, steps), device_of(network)
-    stepper.loss_fn = loss_fn
+    stepper.recipe.hard = stepper.recipe.soft = loss_fn
+    stepper.seed = seed
     loss = torch.zeros(())
     for images, labels in islice(_endless(batches), steps):
         loss = stepper.step(images.to(device), labels.to(device))
