@@ -37,17 +37,48 @@ def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path
     runs: dict[str, list[dict[str, Any]]] = {row["run_id"]: [] for row in rows}
     for row in sorted(rows, key=lambda row: row["level"]):
         runs[row["run_id"]].append(row)
+    groups = _by_label(list(runs.values()))
     named = len(runs) <= MOST_RUNS
-    size = (8, max(4.2, 1.2 + 0.21 * len(runs)) if named else 4.2)
-    with _canvas(size, title, grid=True) as (figure, axes):
-        (_draw_named if named else _draw_many)(axes, list(runs.values()))
-        axes.set_xscale("log")
-        axes.set_xticks(**density_ticks(min(row["density"] for row in rows)))
-        axes.minorticks_off()
-        axes.invert_xaxis()
-        axes.set(xlabel="density (share of prunable weights left)", ylabel="validation accuracy, %")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    most = max(len(group) for group in groups.values())
+    size = (4 * len(groups) + 4, max(4.2, 1.2 + 0.21 * most) if named else 4.2)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    with _panels(size, title, len(groups)) as (figure, panels):
+        for axes, (label, group) in zip(panels, groups.items(), strict=True):
+            _draw_named(axes, group, models) if named else _draw_many(axes, group)
+            if len(groups) > 1:
+                axes.set_title(f"labels by {label}", fontsize=10)
+            axes.set_xscale("log")
+            axes.set_xticks(**density_ticks(min(row["density"] for row in rows)))
+            axes.minorticks_off()
+            axes.invert_xaxis()
+            axes.set(xlabel="density (share of prunable weights left)")
+        panels[0].set(ylabel="validation accuracy, %")
+        _legend(figure, panels)
         return save(figure, rows, path)
+
+
+def _by_label(runs: list[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Group runs by label criterion, where there are two or three of them; a panel for each."""
+    labels = sorted({run[0]["label"] for run in runs})
+    if len(labels) not in (2, 3):
+        return {"": runs}
+    return {label: [run for run in runs if run[0]["label"] == label] for label in labels}
+
+
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
+    """Draw one legend, at the right, in which nothing is twice."""
+    found = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        found |= {
+            name: each for name, each in zip(names, handles, strict=True) if name not in found
+        }
+    figure.legend(
+        [found[name] for name in sorted(found)],
+        sorted(found),
+        loc="outside right center",
+        fontsize=9,
+    )
 
 
 def survival_map(runs: Iterable[tuple[IRPRun, dict[str, Tensor]]], path: Path, title: str) -> Path:
@@ -135,10 +166,22 @@ def _canvas(size: tuple[float, float], title: str, grid: bool = False) -> Iterat
         yield figure, axes
 
 
-def _draw_named(axes: Any, runs: list[list[dict[str, Any]]]) -> None:
+@contextmanager
+def _panels(size: tuple[float, float], title: str, count: int) -> Iterator[tuple[Any, Any]]:
+    """Give a figure of panels side by side that share their axes."""
+    with _canvas(size, "", grid=True) as (figure, axes):
+        axes.remove()
+        panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        yield figure, panels
+
+
+def _draw_named(
+    axes: Any, runs: list[list[dict[str, Any]]], models: Sequence[str] | None = None
+) -> None:
     """Colour and line style tell models apart, markers also the runs of one model."""
     heads = [run[0] for run in runs]
-    models = list(dict.fromkeys(head["model"] for head in heads))
+    models = list(models or dict.fromkeys(head["model"] for head in heads))
     for number, run in enumerate(runs):
         model = models.index(run[0]["model"])
         twin = sum(head["model"] == run[0]["model"] for head in heads[:number])
