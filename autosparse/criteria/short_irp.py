@@ -74,7 +74,8 @@ def short_irp(
         return scores, masks.keep(scores, count, within=alive)
 
     horizon = Horizon(sparsity, levels, steps_per_level, config, seed)
-    return short_levels(model, parameters, batches, loss_fn, horizon, ranked)
+    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
+    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,21 @@ Ranked = Callable[[Scores, masks.Masks, int], tuple[Scores, masks.Masks]]
 """(trained weights, masks, count) -> (scores above -1, masks inside those that keep `count`)."""
 
 
-def short_levels(model, parameters, batches, loss_fn, horizon: Horizon, ranked: Ranked) -> Scores:
-    """Go down the levels; return the last scores, and for what fell before, below those, when."""
+def short_levels(
+    model, parameters, batches, loss_fn, horizon: Horizon, ranked: Ranked, alive: masks.Masks
+) -> Scores:
+    """Go down the levels; return the last scores, and for what fell before, below those, when.
+
+    `alive` are the masks to begin with.
+    """
     levels, steps = horizon.levels, horizon.steps
     if levels < 1 or steps < 1:
         raise UsageError("short levels: levels and steps_per_level must be at least 1")
     if iter(batches) is batches:
         batches = list(islice(batches, steps))
-    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
-    fell = {name: torch.zeros(each.shape) for name, each in parameters.items()}
+    fell = {name: torch.full(mask.shape, -levels - 1.0) for name, mask in alive.items()}
     scores: Scores = {}
-    for level, count in enumerate(counts(masks.total(parameters), horizon.sparsity, levels)):
+    for level, count in enumerate(_counts(alive, horizon)):
         torch.manual_seed(horizon.seed)
         trained = _trained(model, alive, horizon.training, batches, steps, loss_fn)
         scores, smaller = ranked(trained, alive, count)
@@ -113,6 +118,17 @@ def short_levels(model, parameters, batches, loss_fn, horizon: Horizon, ranked: 
     return {
         name: torch.where(alive[name], scores[name], fell[name]).to(device) for name in parameters
     }
+
+
+def _counts(alive: masks.Masks, horizon: Horizon) -> list[int]:
+    """Return what each level keeps: the density falls exponentially from that of the masks."""
+    total, inside = masks.total(alive), masks.kept(alive)
+    found = list(counts(total, horizon.sparsity, horizon.levels))
+    if inside == total:
+        return found
+    ratio = found[-1] / inside
+    falling = [round(inside * ratio ** (k / horizon.levels)) for k in range(1, horizon.levels)]
+    return [*falling, found[-1]]
 
 
 def _trained(
