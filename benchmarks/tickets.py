@@ -2,10 +2,10 @@
 
     python -m benchmarks.tickets --json FILE --small [--data data/cifar10] [--out tickets]
 
-`--small`: 95 % sparsity, CIFAR-10 at 16 px, 5,000 images, 6 epochs; without it 90, 95, 98 and 99 %,
-32 px, 10,000 images and 30 epochs. Without --data, scikit-learn's digits. Every training is a cell of
-`autosparse compare`, found again if it is there: the command may be killed and repeated. No ratio of
-speeds: the figures are test accuracies in per cent, a run per seed.
+`--small`: 95 % sparsity, CIFAR-10 at 16 px, 5,000 images, 6 epochs; without it 90, 95, 98 and
+99 %, 32 px, 10,000 images and 30 epochs. Without --data, scikit-learn's digits. Every training is a
+cell of `autosparse compare`, found again if it is there: the command may be killed and repeated.
+The figures are no ratios of speeds but test accuracies in per cent, a run per seed.
 """
 
 from __future__ import annotations
