@@ -14,7 +14,7 @@ from torch import Tensor
 from autosparse import masks
 from autosparse.corpus import IRPRun
 from autosparse.errors import UsageError
-from autosparse.figures import STYLE, _save
+from autosparse.figures import STYLE, save
 
 COLUMNS = ("run_id", "model", "data", "seed", "label", "level", "density", "accuracy")
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -48,7 +48,7 @@ def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path
         axes.invert_xaxis()
         axes.set(xlabel="density (share of prunable weights left)", ylabel="validation accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 def survival_map(runs: Iterable[tuple[IRPRun, dict[str, Tensor]]], path: Path, title: str) -> Path:
@@ -83,7 +83,7 @@ def survival_map(runs: Iterable[tuple[IRPRun, dict[str, Tensor]]], path: Path, t
         axes.set_aspect("equal")
         axes.set_xlabel("rank of |initial weight| in its layer (1: largest)")
         axes.set_ylabel("rank of |gradient at init| in its layer")
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
@@ -120,7 +120,7 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
         every = -(-levels // MOST_LEVELS)
         axes.set_yticks(range(0, levels, every), names[::every], fontsize=9)
         axes.set_ylabel("level: density of the model")
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
         axes.set_ylabel("test accuracy, %")
         axes.set_title(title, loc="left", fontsize=11)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _save(figure, rows, path)
+        return save(figure, rows, path)
 
 
 TWIN_STYLE = {
@@ -126,7 +126,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         flat = [
             {**{k: v for k, v in row.items() if k != "twins"}, **_flat_twins(row)} for row in rows
         ]
-        return _save(figure, flat, path)
+        return save(figure, flat, path)
 
 
 def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> None:
@@ -188,7 +188,8 @@ def _order(criterion: str) -> tuple[int, str]:
     return (known.index(criterion) if criterion in known else len(known), criterion)
 
 
-def _save(figure: Figure, rows: Sequence[dict[str, Any]], path: Path) -> Path:
+def save(figure: Figure, rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Write the figure, and its rows as CSV beside it; return the path."""
     from matplotlib import pyplot
 
     with replacing(path) as temporary:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from autosparse import compare
+from autosparse.autos_figures import frontier
 from autosparse.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
 from autosparse.controls import SHUFFLED
 from autosparse.pruning import DENSE
@@ -104,6 +105,17 @@ def wanted(config: CompareConfig) -> list[compare.Trial]:
     ]
 
 
+def shown(rows: list[dict]) -> list[dict]:
+    """Return the points of the frontier, at the lowest sparsity that was asked for."""
+    first = min(row["sparsity"] for row in rows if row["label"] != DENSE)
+    keys = ("label", "accuracy", "spread", "seeds", "cost_share")
+    return [
+        {key: row[key] for key in keys}
+        for row in rows
+        if row["label"] == DENSE or row["sparsity"] == first
+    ]
+
+
 def main() -> None:
     """Train what is not there yet, and publish accuracies."""
     arguments = parser().parse_args()
@@ -113,13 +125,18 @@ def main() -> None:
         config = config_of(arguments, name)
         source = compare.load(config)
         found: dict[str, list[float]] = {}
+        results = []
         for trial in wanted(config):
             result = compare.run_trial(config, trial, source)
+            results.append(result)
             accuracy = 100 * result["test_accuracy"]
             print(f"{name} {trial.name}: {accuracy:.1f}", flush=True)
             row = trial.label if trial.twin == compare.TICKET else f"{trial.label}_{trial.twin}"
             at = "" if trial.label == DENSE else f"_{trial.sparsity * 100:g}"
             found.setdefault(f"{name}_{row}{at}", []).append(accuracy)
+        rows = compare.table(config, results, compare.training_passes(config, source))
+        drawn = frontier(shown(rows), arguments.out / f"{name}.png", f"{name}, {config.data.name}")
+        print(f"figure: {drawn}")
         figures |= {
             key: figure(runs, "% test accuracy", "none", "the other rows")
             for key, runs in found.items()

@@ -45,18 +45,20 @@ def autos(
     *,
     sparsity: float,
     scorer: str | None = None,
-    choice: str = "top",
+    choice: str = "random",
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Scores:
     """Return predicted survival; with two heads, scores whose global threshold is their choice.
 
+    `choice` and `temperature` are for two heads; a single one has its highest scores chosen.
+
     Args:
         sparsity: fraction of weights to remove.
         scorer: an AutoS file; by default the environment's AUTOSPARSE_SCORER, then the one that
             comes with the package.
-        choice: inside a layer, with two heads: the highest log-odds (top), drawn in proportion to
-            the odds without replacement (sampled), or any (random).
+        choice: inside a layer, with two heads: any weights (random), the highest log-odds (top),
+            or drawn in proportion to the odds without replacement (sampled).
         temperature: what log-odds are divided by before drawing.
         seed: of what is drawn.
     """
@@ -68,8 +70,6 @@ def autos(
     device = next(iter(parameters.values())).device
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     if network.head == "mean":
-        if choice != "top":
-            raise UsageError(f"autos: choice {choice} needs an AutoS with the head survival")
         return network.to(device).score(parameters, gradients)
     scores, densities = network.to(device).rate(parameters, gradients, 1 - sparsity)
     generator = torch.Generator().manual_seed(seed)
