@@ -69,8 +69,8 @@ def test_runs_are_left_out_by_pattern(corpus: Path) -> None:
 def test_calibration_by_hand() -> None:
     # A head that says nothing, in one layer whose ERK log-odds are 0: P = 1/2 at the one level.
     network = AutoS("context", [3], head="survival")
-    torch.nn.init.zeros_(network.heads.selection[-1].weight)
-    torch.nn.init.zeros_(network.heads.selection[-1].bias)
+    for parameter in network.heads.selection.parameters():
+        torch.nn.init.zeros_(parameter)
     layers = fit_survival.Layers(
         torch.zeros(1, 7), torch.zeros(1, 1), torch.tensor([[0.25]]), torch.tensor([4.0]),
         torch.eye(8)[:1], torch.tensor([0.25]),
