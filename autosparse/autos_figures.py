@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from autosparse.corpus import Corpus
 from autosparse.errors import UsageError
 from autosparse.fit_scorer import Rows, sample_rows
 from autosparse.scorer import AutoS
-from autosparse.style import COLUMN, OKABE_ITO, panels, save
+from autosparse.style import COLOURS, COLUMN, OKABE_ITO, panels, save
 
 STEPS, GROUPS = 41, 20
 REACH = 3.0
 """So many standard deviations, or times the layer's rms, are shown."""
+FEWEST = 1e-4
+"""Costs below this share of a training are drawn there: a logarithm has no zero."""
 
 
 def surface(network: AutoS, path: Path) -> Path:
@@ -151,3 +153,70 @@ def predictions(network: AutoS, corpus: Corpus) -> list[tuple[str, Tensor, Tenso
             guess = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
         groups.append((f"{model}, held out", guess, rows.targets))
     return groups
+
+
+def odds_calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+    """Draw the share of weights alive against the predicted probability, both as log-odds.
+
+    Args:
+        rows: `predicted`, `alive` and `weights` per bin, as on an AutoS file's card.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was predicted for whom.
+    """
+    with panels((5.4, 4.6)) as (figure, grid):
+        axes = grid[0, 0]
+        axes.plot(
+            [1e-4, 1 - 1e-4], [1e-4, 1 - 1e-4], color="#444444", linestyle="--", label="exact"
+        )
+        axes.plot(
+            [min(max(row["predicted"], 1e-4), 1 - 1e-4) for row in rows],
+            [min(max(row["alive"], 1e-4), 1 - 1e-4) for row in rows],
+            color=COLOURS["autos"],
+            marker="o",
+            label="AutoS",
+        )
+        axes.set_xscale("logit")
+        axes.set_yscale("logit")
+        axes.minorticks_off()
+        ticks = [0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999]
+        axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+        axes.set_yticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+        axes.set_xlabel("predicted probability that a weight is alive")
+        axes.set_ylabel("share of weights alive")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.legend()
+        return save(figure, rows, path)
+
+
+def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+    """Draw accuracy against the cost of finding the ticket, a point per label.
+
+    Args:
+        rows: `label`, `accuracy`, `spread` (0 to 1) and `cost_share` (of the training).
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    with panels((8, 4.6)) as (figure, grid):
+        axes = grid[0, 0]
+        for number, row in enumerate(sorted(rows, key=lambda each: -each["accuracy"])):
+            if row["label"] == "dense":
+                axes.axhline(100 * row["accuracy"], color="#444444", linestyle="--")
+                continue
+            ours = row["label"].startswith("autos") and row["label"] != "autos_paper"
+            axes.errorbar(
+                max(100 * row["cost_share"], 100 * FEWEST),
+                100 * row["accuracy"],
+                yerr=100 * row["spread"],
+                marker="osD^vXP*"[number % 8],
+                linestyle="none",
+                color=COLOURS["autos"] if ours else COLOURS["magnitude"],
+                markersize=8,
+                capsize=3,
+                label=f"{row['label']}: {100 * row['accuracy']:.1f}",
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(f"cost of the ticket, % of its training ({100 * FEWEST:g}: none)")
+        axes.set_ylabel("test accuracy, % (dashed: dense)")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return save(figure, rows, path)

@@ -319,8 +319,14 @@ class FitConfig:
     """paper (initial weight and gradient) or context (scale-free inputs and layer context)."""
     hidden: list[int] = field(default_factory=lambda: [32, 32])
     """Widths of the hidden layers."""
+    head: str = "mean"
+    """mean (one number, squared error) or survival (layers and weights apart)."""
+    backbone: str = "mlp"
+    """mlp, or resnet18 (features paper, head mean: the paper's larger network, slow to fit)."""
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    """Runs of the corpus to leave out, e.g. [{model: test_nfnet, label: magnitude}]."""
     holdout: float = 0.25
-    """Share of the runs held out whole for validation (at least one)."""
+    """Share of the runs held out whole for validation (at least one); 0: none, for good."""
     rows_per_run: int = 200_000
     """Weights sampled from each run."""
     epochs: int = 20

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +18,15 @@ from torch import Tensor, nn
 from autosparse import data as data_module
 from autosparse import features, models
 from autosparse.config import DataConfig, FitConfig, from_plain, plain
-from autosparse.corpus import Corpus, IRPRun
+from autosparse.corpus import Corpus, IRPRun, marker_of
 from autosparse.data import DataSource
-from autosparse.errors import RunFailed, UsageError
+from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import mean_gradients, untouched
 from autosparse.scorer import AutoS
 from autosparse.versions import library_versions
+
+EXCLUDABLE = ("run_id", "model", "data", "seed", "label", "levels")
+"""What an entry of `exclude` may name."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +61,23 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     Whole runs are held out for validation; no weight of theirs is trained on. Raises UsageError
     for a corpus with fewer than two finished runs, RunFailed if the loss is not finite.
     """
-    features.names_of(config.features)
+    if config.head == "survival":
+        raise UsageError("the head survival is fitted by fit_survival.fit")
     corpus = Corpus(config.corpus)
-    train_ids, held_out_ids = _split_runs(corpus, config)
+    train_ids, held_out_ids = split_runs(corpus, config)
     train = Rows.join([sample_rows(corpus.read(each), config, each) for each in train_ids])
-    held_out = Rows.join([sample_rows(corpus.read(each), config, each) for each in held_out_ids])
+    checked = held_out_ids or train_ids
+    held_out = Rows.join([sample_rows(corpus.read(each), config, each) for each in checked])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = AutoS(config.features, config.hidden)
+        network = AutoS(config.features, config.hidden, backbone=config.backbone)
     network.mean.copy_(train.inputs.mean(0))
     network.std.copy_(train.inputs.std(0).clamp(min=1e-6))
     history = _optimise(network, train, held_out, config, on_epoch)
     best = min(history, key=lambda epoch: epoch.validation_mse)
     network.card = {
         "config": {**plain(config), "corpus": "", "out": ""},
-        "corpus": corpus.fingerprint,
+        "corpus": corpus_of(corpus, [*train_ids, *held_out_ids]),
         "trained_on": train_ids,
         "held_out": held_out_ids,
         "rows": {"train": len(train), "validation": len(held_out)},
@@ -78,11 +86,42 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
         "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
         "versions": library_versions(),
     }
-    return network.eval()
+    network.eval()
+    if config.features == "paper":
+        network.tabulate(torch.cat([train.inputs, held_out.inputs]))
+    return network
 
 
-def _split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]:
-    ids = [folder.name for folder in corpus.folders()]
+def corpus_of(corpus: Corpus, used: list[str]) -> str:
+    """Return the fingerprint of the runs that were used: of a whole corpus, its own."""
+    entries = [(name, marker_of(corpus.path / name)["sha256"]) for name in sorted(used)]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def _left_in(corpus: Corpus, config: FitConfig) -> list[str]:
+    """Return the runs that no entry of `exclude` matches."""
+    rows = {row["run_id"]: row for row in corpus.table()}
+    for entry in config.exclude:
+        for key in entry:
+            if key not in EXCLUDABLE:
+                raise unknown("key in exclude", key, EXCLUDABLE)
+        left = {
+            run: row
+            for run, row in rows.items()
+            if not all(fnmatchcase(str(row[key]), str(value)) for key, value in entry.items())
+        }
+        if len(left) == len(rows):
+            raise UsageError(f"exclude {entry} matches no run of {corpus.path}")
+        rows = left
+    return sorted(rows)
+
+
+def split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]:
+    """Return the runs to fit on and those held out."""
+    corpus.folders()
+    ids = _left_in(corpus, config)
+    if ids and not config.holdout:
+        return ids, []
     if len(ids) < 2:
         raise UsageError(
             f"the corpus {corpus.path} has one finished run; fitting needs two, one of them to "
@@ -148,7 +187,10 @@ def _optimise(
     config: FitConfig,
     on_epoch: Callable[[FitEpoch], None] | None,
 ) -> list[FitEpoch]:
-    """Minimise the squared error with Adam; leave the network at its best epoch."""
+    """Minimise the squared error with Adam; leave the network at its best epoch.
+
+    With nothing held out that is measured on the training rows.
+    """
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -190,11 +232,11 @@ def validate(network: AutoS, rows: Rows) -> tuple[float, float]:
     network.eval()
     predicted = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
     error = float((predicted - rows.targets).square().mean())
-    pair = torch.stack([_ranks(predicted), _ranks(rows.targets)])
+    pair = torch.stack([ranks(predicted), ranks(rows.targets)])
     return error, float(torch.nan_to_num(torch.corrcoef(pair)[0, 1]))
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
     """Return ranks, equal values sharing their mean rank."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()

@@ -58,8 +58,9 @@ def irp(config: IRPConfig) -> None:
 
 def fit(config: FitConfig) -> None:
     """Fit AutoS, save it, and print how well it predicts runs it has not seen."""
-    from autosparse.fit_scorer import fit as fit_autos
+    from autosparse import fit_scorer, fit_survival
 
+    fit_autos = (fit_survival if config.head == "survival" else fit_scorer).fit
     with Progress() as progress:
         bar = progress.bar("fitting AutoS", total=config.epochs, unit="epochs")
         network = fit_autos(config, on_epoch=lambda _: bar.advance())

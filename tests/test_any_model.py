@@ -146,12 +146,14 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("scorer") / "autos.safetensors"
     AutoS("context").save(path)
+    AutoS("context", [4], head="survival").save(path.with_name("heads.safetensors"))
     return str(path)
 
 
 def scores_of(name: str, criterion: str, scorer: str) -> dict[str, Tensor]:
     found = criteria.get(criterion)
-    options = {"scorer": scorer, "sparsity": SPARSITY, **FEW}
+    file = scorer.replace("autos.", "heads.") if criterion == "autos_irp" else scorer
+    options = {"scorer": file, "sparsity": SPARSITY, **FEW}
     options = {key: value for key, value in options.items() if key in found.options}
     return found(model_of(name), [batch()], cross_entropy, **options)
 

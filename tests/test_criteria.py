@@ -69,13 +69,19 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
     autos = AutoS("context")
     autos.card = {"corpus": "0123456789abcdef"}
     autos.save(path)
+    AutoS("context", [4], head="survival").save(path.with_name("heads.safetensors"))
     return str(path)
+
+
+SHORT_LEVELS = {"steps_per_level": 2, "levels": 2}
 
 
 def needed(name: str, scorer: str) -> dict[str, Any]:
     """Return the options that a criterion cannot do without."""
+    if name == "autos_irp":
+        return {"scorer": scorer.replace("autos.", "heads."), **SHORT_LEVELS, "sparsity": 0.7}
     if name == "autos":
-        return {"scorer": scorer}
+        return {"scorer": scorer, "sparsity": 0.7}
     few = {"rounds": 2, "steps_per_level": 2, "levels": 2, "draws": 2}
     known = criteria.get(name).options
     return {key: value for key, value in {"sparsity": 0.7, **few}.items() if key in known}
@@ -502,7 +508,9 @@ def test_autos_scores_weight_and_initial_gradient(kind: str, tmp_path: Path) -> 
     gradients = {name: trained.get_parameter(name).grad for name in weights}
     contexts = features.contexts(weights, gradients)
     path = str(tmp_path / "autos.safetensors")
-    scores = criteria.get("autos")(model.eval(), [(pixels, labels)], cross_entropy, scorer=path)
+    scores = criteria.get("autos")(
+        model.eval(), [(pixels, labels)], cross_entropy, scorer=path, sparsity=0.5
+    )
     for name, weight in weights.items():
         pieces = features.layer_features(kind, weight, gradients[name], contexts[name])
         expected = network(torch.cat(list(pieces), dim=1).t()).view_as(weight)
@@ -511,9 +519,9 @@ def test_autos_scores_weight_and_initial_gradient(kind: str, tmp_path: Path) -> 
 
 def test_autos_takes_the_environments_scorer(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = mlp(5, 7, 3), batches_of(8, shape=(5,), classes=3)
-    named = criteria.get("autos")(model, batches, cross_entropy, scorer=scorer)
+    named = criteria.get("autos")(model, batches, cross_entropy, scorer=scorer, sparsity=0.5)
     monkeypatch.setenv("AUTOSPARSE_SCORER", scorer)
-    found = criteria.get("autos")(model, batches, cross_entropy)
+    found = criteria.get("autos")(model, batches, cross_entropy, sparsity=0.5)
     assert all(torch.equal(found[name], named[name]) for name in named)
 
 
@@ -521,7 +529,7 @@ def test_autos_without_a_file(tmp_path: Path) -> None:
     batches = batches_of(8, shape=(5,), classes=3)
     missing = str(tmp_path / "nothing.safetensors")
     with pytest.raises(UsageError, match=r"no AutoS file at .*nothing\.safetensors"):
-        criteria.get("autos")(mlp(5, 7, 3), batches, cross_entropy, scorer=missing)
+        criteria.get("autos")(mlp(5, 7, 3), batches, cross_entropy, scorer=missing, sparsity=0.5)
 
 
 def test_autos_says_what_its_scores_depend_on(scorer: str) -> None:

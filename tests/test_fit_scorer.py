@@ -85,7 +85,7 @@ def test_rank_correlation_is_spearmans() -> None:
     generator = torch.Generator().manual_seed(0)
     one = torch.randint(0, 5, (200,), generator=generator).float()
     two = one + torch.randn(200, generator=generator)
-    pair = torch.stack([fit_scorer._ranks(one), fit_scorer._ranks(two)])
+    pair = torch.stack([fit_scorer.ranks(one), fit_scorer.ranks(two)])
     assert float(torch.corrcoef(pair)[0, 1]) == pytest.approx(spearmanr(one, two).statistic)
 
 

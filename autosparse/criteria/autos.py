@@ -5,43 +5,109 @@ pruning, arXiv 2408.14757: a network maps the initial weight and its initial gra
 survival that iterative rewind pruning would give it; the lowest scores are pruned.
 
 Departures: with `features: context` the network sees more than those two (see features.py), and
-it is a small MLP, not a ResNet-18.
+it is a small MLP. With `head: survival` (see survival.py) it says how many weights each layer keeps
+at the asked sparsity, and apart from that which ones.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from autosparse import masks
+from autosparse.config import keep_count
 from autosparse.criteria import Scores, register
-from autosparse.errors import UsageError
+from autosparse.errors import UsageError, unknown
 from autosparse.gradients import mean_gradients
 from autosparse.scorer import AutoS
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "autos.safetensors"
+CHOICES = ("top", "sampled", "random")
 
 
 def fingerprints(scorer: str | None = None, **_) -> dict[str, str]:
     """Return the fingerprints of the AutoS file and of the corpus that it was fitted on."""
-    network = _found(scorer)
+    network = found(scorer)
     return {"autos": network.fingerprint, "corpus": network.card.get("corpus", "unknown")}
 
 
 @register("autos", needs_data=True, provenance=fingerprints)
-def autos(model, parameters, batches, loss_fn, *, scorer: str | None = None) -> Scores:
-    """Return predicted survival.
+def autos(
+    model,
+    parameters,
+    batches,
+    loss_fn,
+    *,
+    sparsity: float,
+    scorer: str | None = None,
+    choice: str = "random",
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Scores:
+    """Return predicted survival; with two heads, scores whose global threshold is their choice.
+
+    `choice` and `temperature` are for two heads; a single one has its highest scores chosen.
 
     Args:
+        sparsity: fraction of weights to remove.
         scorer: an AutoS file; by default the environment's AUTOSPARSE_SCORER, then the one that
             comes with the package.
+        choice: inside a layer, with two heads: any weights (random), the highest log-odds (top),
+            or drawn in proportion to the odds without replacement (sampled).
+        temperature: what log-odds are divided by before drawing.
+        seed: of what is drawn.
     """
-    network = _found(scorer)
+    if choice not in CHOICES:
+        raise unknown("choice", choice, CHOICES)
+    if temperature <= 0:
+        raise UsageError(f"autos: temperature must be above 0, got {temperature}")
+    network = found(scorer)
+    device = next(iter(parameters.values())).device
     gradients = mean_gradients(model, parameters, batches, loss_fn)
-    return network.to(next(iter(parameters.values())).device).score(parameters, gradients)
+    if network.head == "mean":
+        return network.to(device).score(parameters, gradients)
+    scores, densities = network.to(device).rate(parameters, gradients, 1 - sparsity)
+    generator = torch.Generator().manual_seed(seed)
+    for name in scores:
+        scores[name] = _drawn(scores[name], choice, temperature, generator)
+    return settled(scores, counts(densities, parameters, sparsity))
 
 
-def _found(scorer: str | None) -> AutoS:
+def counts(
+    densities: Mapping[str, float], parameters: Mapping[str, Tensor], sparsity: float
+) -> dict[str, int]:
+    """Return the weights that layers keep: in proportion to their densities, exactly the budget."""
+    sizes = {name: weight.numel() for name, weight in parameters.items()}
+    return masks.allocate(densities, sizes, keep_count(sum(sizes.values()), sparsity))
+
+
+def settled(scores: Mapping[str, Tensor], kept: Mapping[str, int]) -> Scores:
+    """Shift scores so that each layer's highest `kept` are positive, and all others negative."""
+    moved = {}
+    for name, mask in masks.keep_counts(scores, kept).items():
+        score = scores[name]
+        edge = score[mask].min() if kept[name] else score.max()
+        moved[name] = (score - edge).add_(mask, alpha=2.0).sub_(1.0)
+    return moved
+
+
+def _drawn(score: Tensor, choice: str, temperature: float, generator: torch.Generator) -> Tensor:
+    """Return scores of which the highest are the choice: Gumbel's trick draws in proportion."""
+    if choice == "top":
+        return score
+    uniform = torch.rand(score.shape, generator=generator).to(score.device)
+    if choice == "random":
+        return uniform
+    return score / temperature - torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
+
+
+def found(scorer: str | None) -> AutoS:
+    """Return the network of an AutoS file, by default the package's."""
     path = Path(scorer or os.environ.get("AUTOSPARSE_SCORER") or PRETRAINED)
     if not path.is_file():
         raise UsageError(

@@ -2,15 +2,16 @@
 
 Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp.py) with
 its costly part cut short: every level trains the subnetwork from its initial weights for
-`steps_per_level` steps at a constant rate, ranks what is left by magnitude, prunes, and rewinds
-weights, optimizer and the order of batches. It is no paper's method; what was measured is in
-docs/research.md.
+`steps_per_level` steps at a constant rate, ranks what is left by magnitude (or LAMP, which
+compares layers better), prunes, and rewinds weights, optimizer and the order of batches. It is no
+paper's method; what was measured is in docs/research.md.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -20,12 +21,16 @@ from autosparse import masks
 from autosparse.compaction import compact, densify
 from autosparse.config import TrainingConfig
 from autosparse.criteria import Scores, register
-from autosparse.errors import RunFailed, UsageError
+from autosparse.criteria.lamp import layer_scores
+from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import Batch, Batches, spend
 from autosparse.models import device_of
 from autosparse.rounds import counts
 from autosparse.ticket import Ticket
 from autosparse.training import PlainStepper
+
+LABELS = {"magnitude": torch.abs, "lamp": layer_scores}
+"""Label -> function of a layer's trained weights."""
 
 
 @register("short_irp", needs_data=True, trains=True)
@@ -42,9 +47,10 @@ def short_irp(
     optimizer: str = "adamw",
     learning_rate: float = 3e-3,
     weight_decay: float = 0.05,
+    label: str = "magnitude",
     seed: int = 0,
 ) -> Scores:
-    """Return the trained magnitude at the last level; weights that fell before score below zero.
+    """Return the trained label at the last level; weights that fell before score below zero.
 
     Args:
         sparsity: fraction of weights to remove in the end.
@@ -54,28 +60,74 @@ def short_irp(
         optimizer: any of timm's factory.
         learning_rate: constant.
         weight_decay: as in training: not on biases and norms.
+        label: what ranks the trained weights: magnitude or lamp.
         seed: fixes dropout.
     """
-    if levels < 1 or steps_per_level < 1:
-        raise UsageError("short_irp: levels and steps_per_level must be at least 1")
-    if iter(batches) is batches:
-        batches = list(islice(batches, steps_per_level))
+    if label not in LABELS:
+        raise unknown("label", label, LABELS)
     config = TrainingConfig(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
     )
+
+    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
+        scores = {name: LABELS[label](weight) for name, weight in trained.items()}
+        return scores, masks.keep(scores, count, within=alive)
+
+    horizon = Horizon(sparsity, levels, steps_per_level, config, seed)
     alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
-    fell = {name: torch.zeros(each.shape) for name, each in parameters.items()}
-    trained: Scores = {}
-    for level, count in enumerate(counts(masks.total(parameters), sparsity, levels)):
-        trained = _trained(model, alive, config, batches, steps_per_level, loss_fn, seed)
-        smaller = masks.keep(trained, count, within=alive)
+    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far short levels look: the arguments of `short_irp` that are no matter of ranking."""
+
+    sparsity: float
+    levels: int
+    steps: int
+    training: TrainingConfig
+    seed: int
+
+
+Ranked = Callable[[Scores, masks.Masks, int], tuple[Scores, masks.Masks]]
+"""(trained weights, masks, count) -> (scores above -1, masks inside those that keep `count`)."""
+
+
+def short_levels(
+    model, parameters, batches, loss_fn, horizon: Horizon, ranked: Ranked, alive: masks.Masks
+) -> Scores:
+    """Go down the levels; return the last scores, and for what fell before, below those, when.
+
+    `alive` are the masks to begin with.
+    """
+    levels, steps = horizon.levels, horizon.steps
+    if levels < 1 or steps < 1:
+        raise UsageError("short levels: levels and steps_per_level must be at least 1")
+    if iter(batches) is batches:
+        batches = list(islice(batches, steps))
+    fell = {name: torch.full(mask.shape, -levels - 1.0) for name, mask in alive.items()}
+    scores: Scores = {}
+    for level, count in enumerate(_counts(alive, horizon)):
+        trained = _trained(model, alive, horizon.training, batches, steps, loss_fn, horizon.seed)
+        scores, smaller = ranked(trained, alive, count)
         for name, mask in smaller.items():
             fell[name][alive[name] & ~mask] = level - levels
         alive = smaller
     device = next(iter(parameters.values())).device
     return {
-        name: torch.where(alive[name], trained[name], fell[name]).to(device) for name in parameters
+        name: torch.where(alive[name], scores[name], fell[name]).to(device) for name in parameters
     }
+
+
+def _counts(alive: masks.Masks, horizon: Horizon) -> list[int]:
+    """Return what each level keeps: the density falls exponentially from that of the masks."""
+    total, inside = masks.total(alive), masks.kept(alive)
+    found = list(counts(total, horizon.sparsity, horizon.levels))
+    if inside == total:
+        return found
+    ratio = found[-1] / inside
+    falling = [round(inside * ratio ** (k / horizon.levels)) for k in range(1, horizon.levels)]
+    return [*falling, found[-1]]
 
 
 def _trained(
@@ -87,7 +139,7 @@ def _trained(
     loss_fn,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Return the magnitudes, on the CPU, after `steps` steps of the subnetwork."""
+    """Return the weights, on the CPU, after `steps` steps of the subnetwork."""
     network = compact(copy.deepcopy(model), Ticket.from_model(model, alive, {}))
     stepper, device = PlainStepper(network, config, steps), device_of(network)
     stepper.recipe.hard = stepper.recipe.soft = loss_fn
@@ -97,9 +149,9 @@ def _trained(
         loss = stepper.step(images.to(device), labels.to(device))
         spend(len(labels))
     if not torch.isfinite(loss):
-        raise RunFailed("short_irp: the loss is not finite; lower options.learning_rate")
+        raise RunFailed("short levels: the loss is not finite; lower options.learning_rate")
     dense = densify(network)
-    return {name: dense.get_parameter(name).detach().abs().cpu() for name in alive}
+    return {name: dense.get_parameter(name).detach().cpu() for name in alive}
 
 
 def _endless(batches: Batches) -> Iterator[Batch]:
@@ -110,4 +162,4 @@ def _endless(batches: Batches) -> Iterator[Batch]:
             empty = False
             yield batch
         if empty:
-            raise UsageError("criterion short_irp needs data, and there is no batch")
+            raise UsageError("short_irp needs data, and there is no batch")

@@ -1,0 +1,102 @@
+"""AutoS with short levels: a few rewound steps say which weights, AutoS how many per layer.
+
+As short_irp.py: every level trains the subnetwork from its initial weights for `steps_per_level`
+steps and keeps the largest weights. But what each layer keeps comes from AutoS's allocation head
+(see survival.py), which has seen what iterative pruning with full-length levels leaves of a layer;
+and the first levels, in which a few steps say no more than the initial weights, are left to AutoS
+altogether. It is no paper's method; what was measured is in docs/research.md.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+
+from autosparse import masks
+from autosparse.config import TrainingConfig
+from autosparse.criteria import Scores, autos, register
+from autosparse.criteria.short_irp import Horizon, short_levels
+from autosparse.errors import UsageError
+from autosparse.gradients import mean_gradients
+
+BATCHES = 2
+"""Training batches that the initial gradient, an input of AutoS, is taken on."""
+
+
+@register("autos_irp", needs_data=True, trains=True, provenance=autos.fingerprints)
+def autos_irp(
+    model,
+    parameters,
+    batches,
+    loss_fn,
+    *,
+    sparsity: float,
+    scorer: str | None = None,
+    levels: int = 4,
+    steps_per_level: int = 140,
+    start: float = 0.25,
+    movement: float = 1.0,
+    batch_size: int = 64,
+    optimizer: str = "adamw",
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+) -> Scores:
+    """Return scores that are positive for exactly the weights that are left at the last level.
+
+    Args:
+        sparsity: fraction of weights to remove in the end.
+        scorer: an AutoS file with the head survival; by default as for `autos`.
+        levels: how often the network is pruned after that; the density falls exponentially.
+        steps_per_level: of training, from the initial weights.
+        start: density that AutoS prunes to before any step; 1: not at all.
+        movement: how much of a weight's movement counts: |initial weight + movement * change|.
+        batch_size: images per step, where the training data are named (see `prune`).
+        optimizer: any of timm's factory.
+        learning_rate: constant.
+        weight_decay: as in training: not on biases and norms.
+        seed: fixes dropout.
+    """
+    network = autos.found(scorer)
+    if network.head != "survival":
+        raise UsageError("autos_irp needs an AutoS with the head survival")
+    if not 0 < start <= 1:
+        raise UsageError(f"autos_irp: start must be above 0 and at most 1, got {start}")
+    if iter(batches) is batches:
+        batches = list(islice(batches, max(steps_per_level, BATCHES)))
+    first = list(islice(batches, BATCHES))
+    if not first:
+        raise UsageError("criterion autos_irp needs data, and there is no batch")
+    gradients = mean_gradients(model, parameters, first, loss_fn)
+    device, total = next(iter(parameters.values())).device, masks.total(parameters)
+
+    def chosen(scores: Scores, alive: masks.Masks, count: int) -> masks.Masks:
+        densities = network.to(device).layer_densities(parameters, gradients, count / total)
+        kept = masks.allocate(
+            densities,
+            {name: mask.numel() for name, mask in alive.items()},
+            count,
+            most={name: int(mask.count_nonzero()) for name, mask in alive.items()},
+        )
+        return masks.keep_counts(scores, kept, within=alive)
+
+    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
+        scores = {
+            name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
+        }
+        return scores, chosen(scores, alive, count)
+
+    initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
+    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in initial.items()}
+    start = max(start, 1 - sparsity)
+    if start < 1:
+        scores, _ = network.to(device).rate(parameters, gradients, start)
+        scores = {name: score.cpu() for name, score in scores.items()}
+        alive = chosen(scores, alive, round(total * start))
+
+    training = TrainingConfig(
+        optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
+    )
+    horizon = Horizon(sparsity, levels, steps_per_level, training, seed)
+    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)

@@ -1,0 +1,148 @@
+"""Do AutoS's tickets beat the known ones? Held-out models, three seeds, every row of docs/autos.md.
+
+    python -m benchmarks.tickets --json FILE --small [--data data/cifar10] [--out tickets]
+
+`--small`: 95 % sparsity, CIFAR-10 at 16 px, 5,000 images, 6 epochs; without it 90, 95, 98 and
+99 %, 32 px, 10,000 images and 30 epochs. Without --data, scikit-learn's digits. Every training is a
+cell of `autosparse compare`, found again if it is there: the command may be killed and repeated.
+The figures are no ratios of speeds but test accuracies in per cent, a run per seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from autosparse import compare
+from autosparse.autos_figures import frontier
+from autosparse.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
+from autosparse.controls import SHUFFLED
+from autosparse.pruning import DENSE
+from benchmarks.report import figure, options, publish
+
+HELD_OUT = {
+    "narrow": ModelConfig(
+        "resnet10t", {"channels": [16, 32, 48, 64], "stem_width": 16}, small_stem=False
+    ),
+    "layer_norm": ModelConfig("test_efficientnet_ln"),
+}
+LABELS = {
+    "uniform": {},
+    "erk": {},
+    "magnitude": {},
+    "lamp": {},
+    "snip": {},
+    "synflow": {},
+    "autos_top": {"criterion": "autos", "choice": "top"},
+    "autos_sampled": {"criterion": "autos", "choice": "sampled"},
+    "autos_random": {"criterion": "autos", "choice": "random"},
+    "short_magnitude": {"criterion": "short_irp", "steps_per_level": 80},
+    "short_lamp": {"criterion": "short_irp", "steps_per_level": 80, "label": "lamp"},
+    "autos_irp": {},
+}
+TWINS = ("short_lamp", "autos_irp")
+"""Rows whose shuffled twins are trained too; that of AutoS is autos_random."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = options(__doc__)
+    found.add_argument("--small", action="store_true", help="the reduced form")
+    found.add_argument("--data", type=Path, help="folder with train/CLASS and test/CLASS")
+    found.add_argument("--out", type=Path, default=Path("tickets"), help="folder for the cells")
+    found.add_argument("--paper", type=Path, help="AutoS file with the paper's features: a row")
+    found.add_argument("--scorer", type=Path, help="AutoS file; by default the package's")
+    found.add_argument("--models", default=",".join(HELD_OUT), help="which held-out models")
+    found.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    found.add_argument("--sparsities", help="with commas; by default as the form has it")
+    return found
+
+
+def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
+    """Return the comparison of one held-out model."""
+    small = arguments.small
+    labels = dict(LABELS)
+    if arguments.paper:
+        labels["autos_paper"] = {"criterion": "autos", "scorer": str(arguments.paper)}
+    if arguments.scorer:
+        for label, row in labels.items():
+            if label.startswith("autos") and label != "autos_paper":
+                labels[label] = {**row, "scorer": str(arguments.scorer)}
+    data = DataConfig("digits")
+    training = TrainingConfig(epochs=8, batch_size=64, checkpoint_epochs=0)
+    if arguments.data:
+        data = DataConfig(
+            "folder",
+            root=str(arguments.data),
+            image_size=16 if small else 32,
+            train_limit=5_000 if small else 10_000,
+            validation_fraction=0.05,
+        )
+        training = TrainingConfig(epochs=6 if small else 30, checkpoint_epochs=0)
+    return CompareConfig(
+        model=HELD_OUT[name],
+        data=data,
+        criteria=list(labels),
+        options={label: row for label, row in labels.items() if row},
+        sparsities=arguments.sparsities or ("0.95" if small else "0.9,0.95,0.98,0.99"),
+        seeds=list(range(arguments.seeds)),
+        twins=[SHUFFLED],
+        training=training,
+        tracking=False,
+        device="cpu" if small else "auto",
+        out=str(arguments.out / name),
+    )
+
+
+def wanted(config: CompareConfig) -> list[compare.Trial]:
+    """Return the trainings, seed by seed, with the twins that are wanted."""
+    return [
+        trial
+        for trial in compare.trials(config)
+        if trial.twin == compare.TICKET or trial.label in TWINS
+    ]
+
+
+def shown(rows: list[dict]) -> list[dict]:
+    """Return the points of the frontier, at the lowest sparsity that was asked for."""
+    first = min(row["sparsity"] for row in rows if row["label"] != DENSE)
+    keys = ("label", "accuracy", "spread", "seeds", "cost_share")
+    return [
+        {key: row[key] for key in keys}
+        for row in rows
+        if row["label"] == DENSE or row["sparsity"] == first
+    ]
+
+
+def main() -> None:
+    """Train what is not there yet, and publish accuracies."""
+    arguments = parser().parse_args()
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    figures = {}
+    for name in arguments.models.split(","):
+        config = config_of(arguments, name)
+        source = compare.load(config)
+        found: dict[str, list[float]] = {}
+        results = []
+        for trial in wanted(config):
+            result = compare.run_trial(config, trial, source)
+            results.append(result)
+            accuracy = 100 * result["test_accuracy"]
+            print(f"{name} {trial.name}: {accuracy:.1f}", flush=True)
+            row = trial.label if trial.twin == compare.TICKET else f"{trial.label}_{trial.twin}"
+            at = "" if trial.label == DENSE else f"_{trial.sparsity * 100:g}"
+            found.setdefault(f"{name}_{row}{at}", []).append(accuracy)
+        rows = compare.table(config, results, compare.training_passes(config, source))
+        drawn = frontier(shown(rows), arguments.out / f"{name}.png", f"{name}, {config.data.name}")
+        print(f"figure: {drawn}")
+        figures |= {
+            key: figure(runs, "% test accuracy", "none", "the other rows")
+            for key, runs in found.items()
+        }
+    publish(figures, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    main()

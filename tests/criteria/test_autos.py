@@ -1,0 +1,138 @@
+"""AutoS with two heads: layer counts from one, the choice inside layers by option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from autosparse import criteria, masks
+from autosparse.criteria.autos import PRETRAINED, counts, settled
+from autosparse.errors import UsageError
+from autosparse.gradients import mean_gradients
+from autosparse.models import prunable
+from autosparse.scorer import AutoS
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3)
+    )
+
+
+def data(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator))
+        for _ in range(batches)
+    ]
+
+
+@pytest.fixture
+def scorer(tmp_path: Path) -> AutoS:
+    torch.manual_seed(3)
+    network = AutoS("context", [4], head="survival")
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    network.save(tmp_path / "autos.safetensors")
+    return network
+
+
+def test_settled_scores_give_the_counts_even_with_ties() -> None:
+    scores = {"a": torch.tensor([[1.0, 1.0], [1.0, 0.0]]), "b": torch.tensor([[-5.0, -7.0, -6.0]])}
+    found = settled(scores, {"a": 2, "b": 1})
+    assert (found["a"] > 0).tolist() == [[True, True], [False, False]]
+    assert (found["b"] > 0).tolist() == [[True, False, False]]
+    whole = masks.from_scores(found, 4 / 7)
+    assert all(torch.equal(whole[name], found[name] > 0) for name in found)
+
+
+@pytest.mark.parametrize("choice", ["random", "top", "sampled"])
+def test_layers_keep_what_is_expected(choice: str, scorer: AutoS, tmp_path: Path) -> None:
+    model, options = net(), {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
+    autos = criteria.get("autos")
+    found = autos(model, data(), cross_entropy, choice=choice, **options)
+    weights = prunable(model)
+    gradients = mean_gradients(model.train(), weights, data(), cross_entropy)
+    scores, densities = scorer.rate(weights, gradients, 0.1)
+    kept = counts(densities, weights, 0.9)
+    assert sum(kept.values()) == 153
+    chosen = masks.from_scores(found, 0.9)
+    assert {name: int(mask.sum()) for name, mask in chosen.items()} == kept
+    top = masks.keep_counts(scores, kept)
+    assert all(torch.equal(chosen[n], top[n]) for n in top) == (choice == "top")
+    again = autos(model, data(), cross_entropy, choice=choice, seed=1, **options)
+    assert all(torch.equal(found[n], again[n]) for n in found) == (choice == "top")
+
+
+def test_sampling_draws_in_proportion(scorer: AutoS, tmp_path: Path) -> None:
+    """Cold: nearly the top. Of weights that differ only in odds, the likelier is drawn oftener."""
+    options = {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
+    autos = criteria.get("autos")
+    top = masks.from_scores(autos(net(), data(), cross_entropy, choice="top", **options), 0.9)
+    shared = {}
+    for temperature in (1e-3, 1.0, 1e3):
+        scores = autos(
+            net(), data(), cross_entropy, choice="sampled", temperature=temperature, **options
+        )
+        chosen = masks.from_scores(scores, 0.9)
+        shared[temperature] = masks.kept({n: mask & top[n] for n, mask in chosen.items()})
+    assert shared[1e-3] >= 150
+    assert shared[1e-3] > shared[1.0] > shared[1e3]
+
+
+def test_refusals(scorer: AutoS, tmp_path: Path) -> None:
+    path = str(tmp_path / "autos.safetensors")
+    autos = criteria.get("autos")
+    with pytest.raises(UsageError, match=r"'tpo'.*'top'"):
+        autos(net(), data(), cross_entropy, scorer=path, sparsity=0.9, choice="tpo")
+    with pytest.raises(UsageError, match="temperature"):
+        autos(net(), data(), cross_entropy, scorer=path, sparsity=0.9, temperature=0.0)
+    AutoS("paper", [3]).save(path)
+    with pytest.raises(UsageError, match="head survival"):
+        criteria.get("autos_irp")(net(), data(), cross_entropy, scorer=path, sparsity=0.9)
+
+
+def test_the_packages_own_file_is_used_and_small() -> None:
+    assert PRETRAINED.stat().st_size < 1_000_000
+    assert AutoS.load(PRETRAINED).head == "survival"
+    found = criteria.get("autos")(net(), data(), cross_entropy, sparsity=0.9)
+    assert sum(int((score > 0).sum()) for score in found.values()) == 153
+
+
+# AutoS with short levels
+
+
+def test_levels_end_at_autos_counts(scorer: AutoS, tmp_path: Path) -> None:
+    options = {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
+    model = net()
+    found = criteria.get("autos_irp")(
+        model, data(), cross_entropy, levels=2, steps_per_level=3, start=0.5, **options
+    )
+    weights = prunable(model)
+    gradients = mean_gradients(model.train(), weights, data(), cross_entropy)
+    kept = counts(scorer.layer_densities(weights, gradients, 0.1), weights, 0.9)
+    assert {name: int((score >= 0).sum()) for name, score in found.items()} == kept
+    values = torch.cat([score.flatten() for score in found.values()])
+    # 1,530 weights: 765 fall at the start, 342 at the square root of 0.1 / 0.5 of what is left.
+    assert int((values == -3).sum()) == 765
+    assert int((values == -2).sum()) == 765 - round(765 * 0.2**0.5)
+    assert int((values >= 0).sum()) == 153
+
+
+def test_without_movement_the_initial_weights_rank(scorer: AutoS, tmp_path: Path) -> None:
+    model, path = net(), str(tmp_path / "autos.safetensors")
+    found = criteria.get("autos_irp")(
+        model, data(), cross_entropy, scorer=path, sparsity=0.5, levels=1, steps_per_level=2,
+        start=1.0, movement=0.0,
+    )  # fmt: skip
+    assert sum(int((score >= 0).sum()) for score in found.values()) == 765
+    for name, weight in prunable(model).items():
+        alive = found[name] >= 0
+        lowest = weight.abs()[alive].min()
+        assert not (weight.abs()[~alive] > lowest).any()
+        torch.testing.assert_close(found[name][alive], weight.detach().abs()[alive])
