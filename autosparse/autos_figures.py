@@ -15,16 +15,21 @@ from autosparse.errors import UsageError
 from autosparse.fit_scorer import Rows, sample_rows
 from autosparse.scorer import AutoS
 from autosparse.style import COLOURS, COLUMN, OKABE_ITO, panels, save
+from autosparse.survival import interpolation
 
 STEPS, GROUPS = 41, 20
 REACH = 3.0
 """So many standard deviations, or times the layer's rms, are shown."""
+AT = 0.05
+"""The density at which the surface of a survival head is shown."""
 FEWEST = 1e-4
 """Costs below this share of a training are drawn there: a logarithm has no zero."""
 
 
 def surface(network: AutoS, path: Path) -> Path:
-    """Draw predicted survival over initial weight and gradient, the other inputs at their mean.
+    """Draw what AutoS says over initial weight and gradient, the other inputs at their mean.
+
+    Predicted survival; of a survival head, the log-odds inside a layer at density AT.
 
     Args:
         network: a fitted AutoS. One that reads `paper` features gets one panel; `context` two,
@@ -48,7 +53,10 @@ def surface(network: AutoS, path: Path) -> Path:
                 axes.set_title(names[sign], fontsize=11)
         grid[0, 0].set_ylabel("|gradient| / rms of its layer" if context else "gradient at init")
         mesh.set_clim(low, high)
-        figure.colorbar(mesh, ax=list(grid[0]), label="predicted survival")
+        label = (
+            f"log-odds at density {AT:g}" if network.head == "survival" else "predicted survival"
+        )
+        figure.colorbar(mesh, ax=list(grid[0]), label=label)
         runs = len(network.card.get("trained_on", []))
         figure.suptitle(f"AutoS {network.fingerprint[:8]}, fitted on {runs} IRP runs", fontsize=11)
         rows = [
@@ -63,19 +71,23 @@ def surface(network: AutoS, path: Path) -> Path:
 @torch.no_grad()
 def _surface(network: AutoS, sign: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights [STEPS], gradients [STEPS] and predictions [STEPS, STEPS]."""
+    scale = network.heads if network.head == "survival" else network
     if network.kind == "context":
         x = y = torch.linspace(0, REACH, STEPS)
     else:
-        spread = REACH * network.std
-        x = network.mean[0] + torch.linspace(-1, 1, STEPS) * spread[0]
-        y = network.mean[1] + torch.linspace(-1, 1, STEPS) * spread[1]
+        spread = REACH * scale.std
+        x = scale.mean[0] + torch.linspace(-1, 1, STEPS) * spread[0]
+        y = scale.mean[1] + torch.linspace(-1, 1, STEPS) * spread[1]
     weights, gradients = torch.meshgrid(x, y, indexing="ij")
-    inputs = network.mean.repeat(STEPS * STEPS, 1)
+    inputs = scale.mean.repeat(STEPS * STEPS, 1)
     inputs[:, 0] = weights.flatten()
     inputs[:, 1] = gradients.flatten()
     if network.kind == "context":
         inputs[:, 1] = gradients.flatten().asinh()
         inputs[:, 2] = (sign * weights * gradients).flatten().asinh()
+    if network.head == "survival":
+        mix = torch.tensor(interpolation(AT, network.densities))
+        return x, y, (network.heads.weights_say(inputs) @ mix).view(STEPS, STEPS)
     return x, y, network.eval()(inputs).view(STEPS, STEPS)
 
 

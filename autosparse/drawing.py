@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse import corpus_report, results, sweep
-from autosparse.autos_figures import calibration, predictions, surface
+from autosparse.autos_figures import calibration, odds_calibration, predictions, surface
 from autosparse.corpus import Corpus, is_finished
 from autosparse.errors import UsageError
 from autosparse.figures import accuracy_against_sparsity, comparison
@@ -181,6 +181,11 @@ def draw_autos(path: Path, corpus: Path | None, out: Path) -> list[Path]:
     """Draw an AutoS file's surface, and its calibration where its corpus is there."""
     network = AutoS.load(path)
     figures = [surface(network, out / f"{path.stem}-surface.png")]
+    if network.head == "survival":
+        rows = network.card.get("calibration")
+        title = f"AutoS {network.fingerprint[:8]}: calibration on its card"
+        target = out / f"{path.stem}-calibration.png"
+        return [*figures, odds_calibration(rows, target, title)] if rows else figures
     if corpus is None:
         return figures
     try:
