@@ -219,7 +219,7 @@ def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
                 max(100 * row["cost_share"], 100 * FEWEST),
                 100 * row["accuracy"],
                 yerr=100 * row["spread"],
-                marker="osD^vXP*"[number % 8],
+                marker="osD^vXP*<>hp8d"[number % 14],
                 linestyle="none",
                 color=COLOURS["autos"] if ours else COLOURS["magnitude"],
                 markersize=8,
