@@ -153,6 +153,7 @@ def test_bad_settings_are_named(tmp_path: Path, changes: dict, named: str) -> No
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_in_level_three_of_six_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     command = [
         sys.executable, "-c", "from autosparse.cli import main; main()", "irp",

@@ -78,6 +78,7 @@ class Spooled:
                 self.changed.wait(0.1)
             left = list(self.waiting)
             self.waiting.clear()
+        self.thread.join(1.0)
         self._keep(left)
 
     def _keep(self, left: list[_Event]) -> None:
@@ -103,6 +104,8 @@ class Spooled:
         while True:
             with self.changed:
                 while not self.waiting:
+                    if self.closing:
+                        return
                     self.changed.wait()
                 event = self.waiting[0]
             try:
