@@ -117,7 +117,9 @@ def register_ticket(
         "ticket": ticket.fingerprint,
         "fingerprint": ticket.content_hash,
     }
-    if "autos" in card:
+    if "autos" not in card:
+        autos_version = None
+    else:
         autos_version = autos_version or _autos_version(card["autos"])
         tags |= {"corpus": card["corpus"], "autos": card["autos"]}
         tags |= {"autos_version": str(autos_version)} if autos_version else {}
