@@ -117,12 +117,12 @@ def density_axis(axes: Any, densities: Sequence[float]) -> None:
     axes.set_xlabel("density: prunable weights kept, %")
 
 
-def save(figure: Figure, rows: Sequence[dict[str, Any]], path: Path) -> Path:
+def save(figure: Figure, rows: Sequence[dict[str, Any]], path: Path, dpi: int = 160) -> Path:
     """Write the PNG, and the data as CSV beside it; close the figure."""
     from matplotlib import pyplot
 
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
     pyplot.close(figure)
     with replacing(path.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-from autosparse.figures import STYLE
-from autosparse.files import replacing
+from autosparse.style import STYLE, save
 from benchmarks.cost_model import memory_bytes
 from benchmarks.scale_predictions import GIGABITS, GPUS, Case, cases, cluster, predict
 
@@ -16,6 +14,7 @@ TITLES = {
     "vit_large_patch16_224": "ViT-L/16, 64 images per GPU",
     "gpt_2.7b": "2.7 B transformer, 4 x 2048 tokens per GPU",
 }
+DPI = 110
 COLOURS = {10: "#D55E00", 100: "#0072B2", 400: "#009E73"}
 PARTS = {"states": "#0072B2", "indices": "#E69F00", "scratch": "#CC79A7"}
 BARS = ((0.0, True, "dense"), (0.9, True, "90 %"), (0.98, True, "98 %"), (0.98, False, "98 %*"))
@@ -69,7 +68,7 @@ def draw_speed(path: Path) -> Path:
         panels[0].set_ylabel("times as fast as dense")
         panels[0].legend(fontsize=8, loc="upper left")
         figure.suptitle("Predicted step at 95 % sparsity against dense, ZeRO 1", fontsize=11)
-        return _save(figure, rows, path)
+        return save(figure, rows, path, DPI)
 
 
 def _draw_network(axes: Any, rows: list[dict[str, Any]], gigabits: int) -> None:
@@ -124,17 +123,4 @@ def draw_memory(path: Path) -> Path:
             "(* scattered again in backward)",
             fontsize=11,
         )
-        return _save(figure, rows, path)
-
-
-def _save(figure: Any, rows: list[dict[str, Any]], path: Path) -> Path:
-    from matplotlib import pyplot
-
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
-    with replacing(path.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+        return save(figure, rows, path, DPI)
