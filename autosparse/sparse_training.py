@@ -43,9 +43,12 @@ from autosparse.training import (
     seeded,
     steps_per_epoch,
 )
+from autosparse.versions import environment
 
 RESULT, TRAINED = "result.json", "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
+SETTINGS = "settings.json"
+"""What the last start of a training was told, and where it ran."""
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
 ONE_PROCESS = Ranks()
@@ -86,6 +89,8 @@ class Observer(Protocol):
     def epoch(self, cell: Cell, epoch: Epoch) -> None: ...
 
     def stopped(self, cell: Cell) -> None: ...
+
+    def failed(self, cell: Cell, reason: str) -> None: ...
 
     def end(self, cell: Cell, result: dict[str, Any]) -> None: ...
 
@@ -192,6 +197,8 @@ def train_cell(
     model = build(cell.ticket, source).to(models.choose_device(device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stepper = make_stepper(model, steps_per_epoch(source.train, config.training, ranks.world_size))
+    if ranks.rank == 0:
+        write_json(cell.folder / SETTINGS, _settings(cell, config, stepper))
     if observer:
         observer.begin(cell, config)
 
@@ -227,13 +234,26 @@ def train_cell(
 
 @contextmanager
 def _told(observer: Observer | None, cell: Cell) -> Iterator[None]:
-    """Tell the observer of a training that was told to stop."""
+    """Tell the observer of a training that was told to stop, or that fails."""
     try:
         yield
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         if observer:
             observer.stopped(cell)
         raise
+    except Exception as error:
+        if observer:
+            observer.failed(cell, str(error))
+        raise
+
+
+def _settings(cell: Cell, config: SparseTrainConfig, stepper: Stepper) -> dict[str, Any]:
+    return {
+        "config": {**plain(config), "data": plain(cell.data), "seed": cell.seed},
+        "deepspeed": stepper.settings,
+        "ranks": stepper.ranks.world_size,
+        "environment": environment(),
+    }
 
 
 def build(ticket: Ticket, source: DataSource) -> nn.Module:

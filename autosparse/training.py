@@ -98,6 +98,8 @@ class Stepper(Protocol):
     """Steps made so far."""
     seed: int
     """Of what a step draws, such as mixing."""
+    settings: dict[str, Any]
+    """What the library underneath was told, beyond the training config."""
 
     @property
     def model(self) -> nn.Module:
@@ -140,7 +142,7 @@ class PlainStepper:
         set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
         self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
-        self.updates = 0
+        self.updates, self.settings = 0, {}
         self.network = torch.compile(model) if config.compile else model
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,16 +1,37 @@
-"""Versions of what a result depends on, for cards."""
+"""Versions of what a result depends on, and the machine it was made on."""
 
 from __future__ import annotations
 
+import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+MAIN = ("autosparse", "torch", "timm")
+AROUND = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of autosparse, torch and timm, where installed."""
+def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
+    """Return the versions of autosparse, torch and timm (or of others), where installed."""
     found = {}
-    for name in ("autosparse", "torch", "timm"):
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def environment() -> dict[str, Any]:
+    """Return what a training runs on: machine, GPUs, Python, and the versions of libraries."""
+    import torch
+
+    gpus = range(torch.cuda.device_count())
+    return {
+        "host": platform.node(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+        "python": platform.python_version(),
+        "versions": library_versions((*MAIN, *AROUND)),
+    }

@@ -12,8 +12,9 @@ from autosparse import prune
 from autosparse.compaction import load_state
 from autosparse.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.data import DataSource
-from autosparse.errors import Stopped, UsageError
-from autosparse.sparse_training import TRAINED, Cell, cells, train_cell
+from autosparse.errors import RunFailed, Stopped, UsageError
+from autosparse.files import read_json
+from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, Cell, cells, train_cell
 from autosparse.ticket import Ticket
 from autosparse.training import PlainStepper, evaluate
 from tests.conftest import QUICK, SMALL_DIGITS, make_model
@@ -175,11 +176,11 @@ def test_a_cell_told_to_stop_goes_on(config, digits: DataSource, tmp_path: Path)
     with pytest.raises(Stopped, match="after step 4"):
         _train(cell, rich, digits, observer=told, stop=lambda: next(asked))
     assert told.seen == ["begin", "epoch 1", "stopped"]
-    assert [path.name for path in cell.folder.iterdir()] == ["checkpoint.pt"]
+    assert sorted(path.name for path in cell.folder.iterdir()) == ["checkpoint.pt", SETTINGS]
     (cell.folder / ".result.json.123.tmp").write_text("cut")
     result = _train(cell, rich, digits, observer=told)
     assert told.seen[3:] == ["begin", "epoch 2", "end"]
-    assert sorted(path.name for path in cell.folder.iterdir()) == ["result.json", TRAINED]
+    assert sorted(path.name for path in cell.folder.iterdir()) == [RESULT, SETTINGS, TRAINED]
     found, wanted = (Ticket.load(each.folder / TRAINED) for each in (cell, whole))
     assert found.content_hash == wanted.content_hash
     assert result["test_accuracy"] == expected["test_accuracy"]
@@ -200,8 +201,22 @@ class Told:
     def stopped(self, cell) -> None:
         self.seen.append("stopped")
 
+    def failed(self, cell, reason: str) -> None:
+        self.seen.append(reason)
+
     def end(self, cell, result) -> None:
         self.seen.append("end")
+
+
+def test_a_training_that_fails_is_told_of(config, digits: DataSource) -> None:
+    broken = replace(config, training=replace(QUICK, learning_rate=1e38))
+    (cell,) = cells(broken)
+    told = Told()
+    with pytest.raises(RunFailed, match="loss is"):
+        _train(cell, broken, digits, observer=told)
+    assert told.seen[0] == "begin"
+    assert "loss is" in told.seen[-1]
+    assert read_json(cell.folder / SETTINGS)["config"]["training"]["learning_rate"] == 1e38
 
 
 def test_the_average_is_what_is_kept_and_evaluated(config, digits: DataSource) -> None:

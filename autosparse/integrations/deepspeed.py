@@ -65,6 +65,7 @@ class DeepSpeedStepper:
         self.convert = self.found is not None and needs_conversion(config, self.found, ranks)
         if self.convert:
             settings["checkpoint"] = {"load_universal": True}
+        self.settings = settings
         set_up(model, training)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, training, steps_per_epoch)
         self.recipe, self.ema = Recipe(training, model), make_ema(model, training)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,16 +24,19 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from autosparse import data
 from autosparse.config import IRPConfig, SparseTrainConfig, plain
 from autosparse.data import DataSource
 from autosparse.files import is_local, read_json, write_json
-from autosparse.sparse_training import RESULT, TRAINED, Cell
+from autosparse.pruning import DENSE
+from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, Cell
 from autosparse.training import Epoch
 
 for chatty in ("mlflow", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
+logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # Spooled warns, once.
 
 EXPERIMENT = "autosparse"
 PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
@@ -74,6 +78,7 @@ class Tracker:
 
     def __init__(self) -> None:
         self.runs: dict[Path, str] = {}
+        self.monitors: dict[Path, SystemMetricsMonitor] = {}
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -98,6 +103,10 @@ class Tracker:
         self.runs[cell.folder] = run
         if not made:
             self.client.update_run(run, status="RUNNING")
+        self._watch(cell, resumed=not made)
+        if (cell.folder / SETTINGS).is_file():
+            self.client.log_artifact(run, str(cell.folder / SETTINGS))
+        if not made:
             return
         settings = {
             "model": card["model"],
@@ -111,6 +120,23 @@ class Tracker:
         log_data(self.client, run, data.load(cell.data))
         if "corpus" in card:
             log_corpus(self.client, run, "corpus", card["corpus"])
+        if card.get("criterion") != DENSE:
+            with tempfile.TemporaryDirectory() as folder:
+                cell.ticket.save(Path(folder, "ticket.safetensors"))
+                self.client.log_artifacts(run, folder)
+
+    def _watch(self, cell: Cell, *, resumed: bool) -> None:
+        """Let MLflow measure CPU, memory, network, disk and GPU, unless it is told not to."""
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() == "false":
+            return
+        monitor = SystemMetricsMonitor(self.runs[cell.folder], resume_logging=resumed)
+        self.monitors[cell.folder] = monitor
+        monitor.start()
+
+    def _close(self, cell: Cell, status: str) -> None:
+        if cell.folder in self.monitors:
+            self.monitors.pop(cell.folder).finish()
+        self.client.set_terminated(self.runs[cell.folder], status)
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None:
         """Log an epoch's metrics."""
@@ -119,7 +145,12 @@ class Tracker:
 
     def stopped(self, cell: Cell) -> None:
         """The run was told to stop; it goes on when the training does."""
-        self.client.set_terminated(self.runs[cell.folder], "KILLED")
+        self._close(cell, "KILLED")
+
+    def failed(self, cell: Cell, reason: str) -> None:
+        """The training failed; the same run goes on if it is started again."""
+        self.client.set_tag(self.runs[cell.folder], "error", reason[:5000])
+        self._close(cell, "FAILED")
 
     def end(self, cell: Cell, result: dict[str, Any]) -> None:
         """Log the final metrics and files; the run is finished."""
@@ -128,7 +159,7 @@ class Tracker:
         run = self.runs[cell.folder]
         for name in (RESULT, TRAINED):
             self.client.log_artifact(run, str(cell.folder / name))
-        self.client.set_terminated(run)
+        self._close(cell, "FINISHED")
 
     def _log(self, cell: Cell, values: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)

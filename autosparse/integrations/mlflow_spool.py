@@ -65,6 +65,9 @@ class Spooled:
     def stopped(self, cell: Cell) -> None:
         self._put(_Event("stopped", cell))
 
+    def failed(self, cell: Cell, reason: str) -> None:
+        self._put(_Event("failed", cell, [reason]))
+
     def end(self, cell: Cell, result: dict[str, Any]) -> None:
         self._put(_Event("end", cell, [result]))
 

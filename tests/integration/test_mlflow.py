@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from autosparse import prune
 from autosparse.config import SparseTrainConfig
 from autosparse.data import DataSource
+from autosparse.errors import RunFailed
+from autosparse.files import read_json
 from autosparse.scorer import AutoS
-from autosparse.sparse_training import TRAINED, Cell, cells, train_cell
+from autosparse.sparse_training import SETTINGS, TRAINED, Cell, cells, train_cell
 from autosparse.training import PlainStepper
 from tests.conftest import QUICK, make_model
 
@@ -24,8 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("tracked")
     before = os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    os.environ["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.05"
     yield folder
-    del os.environ["MLFLOW_TRACKING_URI"]
+    del os.environ["MLFLOW_TRACKING_URI"], os.environ["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"]
     if before:
         os.environ["MLFLOW_TRACKING_URI"] = before
 
@@ -85,7 +89,31 @@ def test_a_resumed_cell_goes_on_in_the_same_run(trained: Cell, folder: Path) -> 
     assert run.data.params["training.optimizer"] == "adamw"
     assert run.data.metrics["final/test_accuracy"] == trained.result()["test_accuracy"]
     assert run.data.metrics["validation_accuracy"] == trained.result()["validation_accuracy"]
-    assert TRAINED in [each.path for each in found.list_artifacts(run.info.run_id)]
+    files = {each.path for each in found.list_artifacts(run.info.run_id)}
+    assert {TRAINED, SETTINGS, "ticket.safetensors"} <= files
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
+
+
+def test_settings_say_what_was_asked_and_where_it_ran(trained: Cell) -> None:
+    settings = read_json(trained.folder / SETTINGS)
+    assert settings["config"]["training"]["optimizer"] == "adamw"
+    assert settings["config"]["data"]["train_limit"] == trained.data.train_limit
+    assert settings["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert (settings["ranks"], settings["deepspeed"]) == (1, {})
+
+
+def test_a_run_that_fails_says_why(
+    config: SparseTrainConfig, trained: Cell, tmp_path: Path, digits: DataSource
+) -> None:
+    from autosparse.integrations.mlflow import Tracker, client
+
+    broken = replace(config, training=replace(QUICK, learning_rate=1e38), out=str(tmp_path))
+    (cell,) = cells(broken)
+    with pytest.raises(RunFailed):
+        _train(cell, broken, digits, Tracker())
+    found, experiment = client()
+    (run,) = found.search_runs([experiment], "attributes.status = 'FAILED'")
+    assert "loss is" in run.data.tags["error"]
 
 
 LOAD = """
