@@ -454,11 +454,12 @@ def fetch_ticket(uri: str) -> Path:
         raise UsageError(f"{uri}: {error.message}") from None
     target = CACHE / f"{name}-{version.version}-{version.tags.get('ticket', 'ticket')}"
     if not list(target.glob("*.safetensors")):
-        listed = found.list_artifacts(version.run_id, "tickets") if version.run_id else []
+        run = version.run_id or ""
+        listed = found.list_artifacts(run, "tickets") if run else []
         paths = [each.path for each in listed if each.path.endswith(".safetensors")]
         if not paths:
             raise UsageError(f"{uri}: version {version.version} has no ticket beside it")
         with tempfile.TemporaryDirectory() as folder:
-            local = Path(found.download_artifacts(version.run_id, paths[0], folder))
+            local = Path(found.download_artifacts(run, paths[0], folder))
             write_bytes(target / local.name, local.read_bytes())
     return next(target.glob("*.safetensors"))
