@@ -3,7 +3,8 @@
     python -m benchmarks.shards --json shards.json
 
 Photo-like images are made on the fly: CIFAR-10's, enlarged, where its folder is at hand
-(AUTOSPARSE_CIFAR or data/cifar10), otherwise smooth noise; with fine noise on top. Peers, in turn
+(AUTOSPARSE_CIFAR or data/cifar10), otherwise smooth noise; with fine noise on top, each four times,
+so that an epoch takes seconds and starting the processes little of it. Peers, in turn
 with ours, with the same number of processes: decoding alone (the same decoder on images in memory,
 nothing collected), timm's reader of WebDataset with its loader, torchvision's ImageFolder with a
 DataLoader; the last two as they come, centre crop, without augmentation. Ours begins anew in every
@@ -32,7 +33,8 @@ from autosparse.data.decode import decode
 from autosparse.data.pack import pack
 from benchmarks.report import figure, publish, seconds_in_turn
 
-IMAGES, CLASSES, SIZE, BATCH = 960, 10, 224, 64
+PICTURES, COPIES, CLASSES, SIZE, BATCH = 960, 4, 10, 224, 64
+IMAGES = PICTURES * COPIES
 SIDES = ((500, 375), (375, 500), (500, 333), (400, 300), (300, 400))
 HELD: list[bytes] = []
 """The encoded images, for the processes that only decode."""
@@ -44,7 +46,7 @@ def pictures() -> Iterator[Image.Image]:
     folder = Path(os.environ.get("AUTOSPARSE_CIFAR", "data/cifar10")) / "test"
     small = sorted(folder.glob("*/*.jpg"))
     random.Random(0).shuffle(small)
-    for number in range(IMAGES):
+    for number in range(PICTURES):
         width, height = SIDES[number % len(SIDES)]
         if small:
             start = Image.open(small[number % len(small)]).convert("RGB")
@@ -60,11 +62,12 @@ def write_images(root: Path) -> None:
     for number, picture in enumerate(pictures()):
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=90)
-        HELD.append(stream.getvalue())
+        HELD.extend([stream.getvalue()] * COPIES)
         for split in ("train", "validation", "test") if number < CLASSES else ("train",):
-            path = root / split / f"{number % CLASSES}" / f"{number:06d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(HELD[-1])
+            folder = root / split / f"{number % CLASSES}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for copy in range(COPIES):
+                (folder / f"{number:06d}-{copy}.jpg").write_bytes(HELD[-1])
 
 
 def decode_part(part: tuple[int, int]) -> int:

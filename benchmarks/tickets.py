@@ -34,6 +34,8 @@ LABELS = {
     "magnitude": {},
     "lamp": {},
     "snip": {},
+    "iter_snip": {},
+    "grasp": {},
     "synflow": {},
     "autos_top": {"criterion": "autos", "choice": "top"},
     "autos_sampled": {"criterion": "autos", "choice": "sampled"},
@@ -41,7 +43,9 @@ LABELS = {
     "short_magnitude": {"criterion": "short_irp", "steps_per_level": 80},
     "short_lamp": {"criterion": "short_irp", "steps_per_level": 80, "label": "lamp"},
     "autos_irp": {},
+    "irp": {"criterion": "irp", "label": "lamp", "levels": 8},
 }
+"""Row -> its options; the last is the ceiling: a full training at every level."""
 TWINS = ("short_lamp", "autos_irp")
 """Rows whose shuffled twins are trained too; that of AutoS is autos_random."""
 
