@@ -48,7 +48,7 @@ from autosparse.versions import environment
 RESULT, TRAINED = "result.json", "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
 SETTINGS = "settings.json"
-"""What the last start of a training was told, and where it ran."""
+"""What a training was told, and where it ran, at its last start."""
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
 ONE_PROCESS = Ranks()
@@ -84,7 +84,7 @@ class Observer(Protocol):
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None: ...
 
-    def begin(self, cell: Cell, config: SparseTrainConfig) -> None: ...
+    def begin(self, cell: Cell, config: SparseTrainConfig, settings: dict[str, Any]) -> None: ...
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None: ...
 
@@ -197,10 +197,9 @@ def train_cell(
     model = build(cell.ticket, source).to(models.choose_device(device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stepper = make_stepper(model, steps_per_epoch(source.train, config.training, ranks.world_size))
-    if ranks.rank == 0:
-        write_json(cell.folder / SETTINGS, _settings(cell, config, stepper))
+    settings = _settings(cell, config, stepper)
     if observer:
-        observer.begin(cell, config)
+        observer.begin(cell, config, settings)
 
     def note(epoch: Epoch) -> None:
         if observer:
@@ -226,6 +225,7 @@ def train_cell(
     steps = steps_per_epoch(source.train, config.training, ranks.world_size)
     result["training_passes"] = steps * config.training.epochs * config.training.batch_size
     if ranks.rank == 0:
+        write_json(cell.folder / SETTINGS, settings)
         _finish(cell, config, model, state, result)
         if observer:
             observer.end(cell, result)

@@ -51,7 +51,7 @@ RUNS_GROWN, PAIRS = 8, 2
 EIGHT_RUNS = CorpusConfig(
     models=[ModelConfig("test_byobnet")],
     seeds=list(range(RUNS_GROWN)),
-    training=TrainingConfig(epochs=4, checkpoint_epochs=0),
+    training=TrainingConfig(epochs=8, checkpoint_epochs=0),
     levels=4,
     final_density=DENSITY,
 )

@@ -88,7 +88,7 @@ class Tracker:
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
         """A finished cell was found: it was tracked when it was trained."""
 
-    def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
+    def begin(self, cell: Cell, config: SparseTrainConfig, settings: dict[str, Any]) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
         card = cell.ticket.card
         tags = {
@@ -103,20 +103,14 @@ class Tracker:
         self.runs[cell.folder] = run
         if not made:
             self.client.update_run(run, status="RUNNING")
+        self.client.log_dict(run, settings, SETTINGS)
+        if not self.client.get_run(run).data.params:  # They come last: it was begun to the end.
+            self._describe(cell, config, run)
         self._watch(cell, resumed=not made)
-        if (cell.folder / SETTINGS).is_file():
-            self.client.log_artifact(run, str(cell.folder / SETTINGS))
-        if not made:
-            return
-        settings = {
-            "model": card["model"],
-            "data": plain(cell.data),
-            "training": plain(config.training),
-            "deepspeed": plain(config.deepspeed),
-            "seed": cell.seed,
-        }
-        parameters = [Param(key, value) for key, value in flattened(settings).items()]
-        self.client.log_batch(run, params=parameters)
+
+    def _describe(self, cell: Cell, config: SparseTrainConfig, run: str) -> None:
+        """Log what stays the same however often a cell is resumed."""
+        card = cell.ticket.card
         log_data(self.client, run, data.load(cell.data))
         if "corpus" in card:
             log_corpus(self.client, run, "corpus", card["corpus"])
@@ -124,6 +118,15 @@ class Tracker:
             with tempfile.TemporaryDirectory() as folder:
                 cell.ticket.save(Path(folder, "ticket.safetensors"))
                 self.client.log_artifacts(run, folder)
+        known = {
+            "model": card["model"],
+            "data": plain(cell.data),
+            "training": plain(config.training),
+            "deepspeed": plain(config.deepspeed),
+            "seed": cell.seed,
+        }
+        parameters = [Param(key, value) for key, value in flattened(known).items()]
+        self.client.log_batch(run, params=parameters)
 
     def _watch(self, cell: Cell, *, resumed: bool) -> None:
         """Let MLflow measure CPU, memory, network, disk and GPU, unless it is told not to."""

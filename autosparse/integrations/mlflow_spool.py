@@ -16,7 +16,7 @@ from typing import Any
 
 from autosparse.config import SparseTrainConfig
 from autosparse.files import read_json, write_json
-from autosparse.sparse_training import UNSENT, Cell, Observer, unsent
+from autosparse.sparse_training import SETTINGS, UNSENT, Cell, Observer, unsent
 from autosparse.training import Epoch
 
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -47,8 +47,8 @@ class Spooled:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def begin(self, cell: Cell, config: SparseTrainConfig) -> None:
-        self._put(_Event("begin", cell, [config]))
+    def begin(self, cell: Cell, config: SparseTrainConfig, settings: dict[str, Any]) -> None:
+        self._put(_Event("begin", cell, [config, settings]))
         path = cell.folder / UNSENT
         if unsent(cell):
             for method, arguments in read_json(path):
@@ -57,7 +57,8 @@ class Spooled:
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
         if unsent(cell):
-            self.begin(cell, config)
+            path = cell.folder / SETTINGS
+            self.begin(cell, config, read_json(path) if path.is_file() else {})
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None:
         self._put(_Event("epoch", cell, [vars(epoch)]))

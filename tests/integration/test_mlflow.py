@@ -72,7 +72,7 @@ def _train(cell: Cell, config: SparseTrainConfig, digits: DataSource, observer) 
 
 def _interrupted(cell: Cell, config: SparseTrainConfig, digits: DataSource, tracker) -> None:
     """Begin the cell's run as a process would that is killed in its first epoch."""
-    tracker.begin(cell, config)
+    tracker.begin(cell, config, {})
 
 
 def test_a_resumed_cell_goes_on_in_the_same_run(trained: Cell, folder: Path) -> None:

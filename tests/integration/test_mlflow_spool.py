@@ -47,12 +47,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(spool: Spooled, cell: Any) -> None:
-    spool.begin(cell, CONFIG)
+    spool.begin(cell, CONFIG, {})
     spool.epoch(cell, EPOCH)
     spool.end(cell, {"test_accuracy": 0.9})
 
 
-EVERYTHING = [("begin", CONFIG), ("epoch", EPOCH), ("end", {"test_accuracy": 0.9})]
+EVERYTHING = [("begin", CONFIG, {}), ("epoch", EPOCH), ("end", {"test_accuracy": 0.9})]
 
 
 def test_failures_are_tried_again_in_order_with_one_warning(tmp_path: Path, capsys) -> None:
