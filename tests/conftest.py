@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +24,29 @@ from autosparse import corpus, data, models
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
 from autosparse.files import place, remove_tree
+
+STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave once Python's exit functions have run, without tearing down C++ libraries.
+
+    Native threads go on after what started them was closed (Ray's opencensus harvester does, after
+    `ray.shutdown()`); two whole runs of six, all tests passed, ended in a segmentation fault of
+    such a thread, while C++ destructors ran.
+    """
+    if STATUS not in config.stash:
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(config.stash[STATUS])
+
 
 QUICK = TrainingConfig(epochs=1, batch_size=100, checkpoint_epochs=0)
 SMALL_DIGITS = DataConfig(train_limit=300)
