@@ -18,7 +18,7 @@ def faults():
 
 if sys.argv[1] == "keep":
     keep_freed_blocks()
-for turn in range(4):
+for turn in range(8):
     before = faults()
     blocks = [torch.ones(1 << 22) for _ in range(4)]  # 16 MiB each.
     del blocks
