@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,18 @@ from autosparse.data import augment
 from autosparse.data.decode import decode
 from autosparse.data.source import Batch, MemorySplit, first_cause
 from autosparse.errors import RunFailed, UsageError
+from autosparse.memory import keep_freed_blocks
 
 Task = tuple[list[int], tuple[int, int] | None]
 """The samples of a batch, and (seed, epoch) where they are augmented."""
 BadImages = dict[str, str]
 """Sample -> what is wrong with its image."""
+Place = tuple[int, int, int]
+"""Where a batch lies: worker, room, images."""
+Found = tuple[Tensor | Place, list[int], list[tuple[str, str]]]
+"""A batch's images (or where they lie), labels, and bad images with what is wrong."""
+PREFETCH = 2
+"""Batches that a worker process is asked for in advance."""
 
 
 class Samples(Protocol):
@@ -116,22 +123,32 @@ class Stream:
                 workers = 0
 
     def _loaded(self, tasks: list[Task], workers: int, replaced: bool) -> Iterator[Batch]:
+        if self.device.type == "cpu":
+            keep_freed_blocks()
+        largest = max(len(numbers) for numbers, _ in tasks)
+        decoded = _Decoded(self, replaced, _rooms(workers, largest, self.size))
         loader = DataLoader(
-            _Decoded(self, replaced),
+            decoded,
             batch_size=None,
             sampler=tasks,
             num_workers=workers,
-            pin_memory=self.device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
         try:
             for images, labels, bad in loader:
                 self._count(bad)
-                yield (
-                    images.to(self.device, non_blocking=True),
-                    labels.to(self.device, non_blocking=True),
-                )
+                yield self._own(decoded.found(images)), self._own(torch.tensor(labels))
         except UsageError as error:
             raise first_cause(error) from error
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Return a copy on the device, as the workers write the next batch where this one is."""
+        if self.device.type == "cpu":
+            return tensor.clone()
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         for name, problem in bad:
@@ -166,27 +183,54 @@ def too_many(name: str, problem: str, limit: int) -> UsageError:
     return UsageError(f"{name}: {problem}; data.max_bad_images allows {limit} bad images")
 
 
-class _Decoded(Dataset):
-    """Whole batches, made in a worker process: images, labels, bad images."""
+def _rooms(workers: int, images: int, size: int) -> Tensor:
+    """Return memory that all processes share: for each worker, one room per batch under way.
 
-    def __init__(self, stream: Stream, replaced: bool) -> None:
+    Rooms are used again and again, as the pages of new ones take long to come by. A worker is
+    asked for one batch more when the main process takes one of its own, so it comes back to a
+    room after that one's batch, and the next, have been taken.
+    """
+    shape = (workers, PREFETCH + 1, images, 3, size, size)
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+
+def _as_it_is(found: Found) -> Found:
+    """Leave it to the main process to make tensors: each would come in shared memory of its own."""
+    return found
+
+
+class _Decoded(Dataset):
+    """Whole batches, made in a worker process."""
+
+    def __init__(self, stream: Stream, replaced: bool, rooms: Tensor) -> None:
         self.samples, self.size, self.limit = stream.samples, stream.size, stream.max_bad_images
         self.wanted = augment.parse(stream.augment)
-        self.replaced = replaced
+        self.replaced, self.rooms, self.made = replaced, rooms, 0
 
-    def __getitem__(self, task: Task) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def found(self, images: Tensor | Place) -> Tensor:
+        """Return the images of a batch, which may lie where a worker has put them."""
+        if isinstance(images, Tensor):
+            return images
+        worker, room, count = images
+        return self.rooms[worker, room, :count]
+
+    def __getitem__(self, task: Task) -> Found:
         numbers, epoch = task
         self.samples.prepare(numbers)
-        images, labels = _room(len(numbers), self.size), torch.zeros(len(numbers)).long()
+        worker, room = get_worker_info(), self.made % (PREFETCH + 1)
+        self.made += 1
+        shape = (len(numbers), 3, self.size, self.size)
+        images = self.rooms[worker.id, room] if worker else torch.empty(shape, dtype=torch.uint8)
+        labels: list[int] = []
         bad: dict[str, str] = {}
-        made = 0
         with augment.python_rng() as seed:
             for number in numbers:
                 found = self._sample(number, partial(seed, *epoch) if epoch else None, bad)
                 if found is not None:
-                    images[made], labels[made] = found
-                    made += 1
-        return images[:made], labels[:made], list(bad.items())
+                    images[len(labels)] = found[0]
+                    labels.append(found[1])
+        place = (worker.id, room, len(labels)) if worker else images[: len(labels)]
+        return place, labels, list(bad.items())
 
     def _sample(
         self, number: int, seed: Callable[[int], None] | None, bad: dict[str, str]
@@ -218,13 +262,3 @@ class _Decoded(Dataset):
         if self.wanted.rand:
             image = augment.rand_augmented(image, self.wanted.rand)
         return image
-
-
-def _room(count: int, size: int) -> Tensor:
-    """Return an uninitialised batch; in a worker process in memory that the main one sees too."""
-    shape = (count, 3, size, size)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage: Any = torch.UntypedStorage._new_shared(count * 3 * size * size)
-    strides = (3 * size * size, size * size, size, 1)
-    return torch.tensor([], dtype=torch.uint8).set_(storage, 0, shape, strides)
