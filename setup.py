@@ -40,7 +40,7 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxscript"],
         "optuna": ["optuna>=3"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "pyright>=1.1.390"],
     },
     entry_points={"console_scripts": ["autosparse = autosparse.cli:main"]},
