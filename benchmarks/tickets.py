@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from autosparse import compare
+from autosparse import compare, verdicts
 from autosparse.autos_figures import frontier
 from autosparse.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
 from autosparse.controls import SHUFFLED
@@ -138,7 +138,7 @@ def main() -> None:
             row = trial.label if trial.twin == compare.TICKET else f"{trial.label}_{trial.twin}"
             at = "" if trial.label == DENSE else f"_{trial.sparsity * 100:g}"
             found.setdefault(f"{name}_{row}{at}", []).append(accuracy)
-        rows = compare.table(config, results, compare.training_passes(config, source))
+        rows = verdicts.table(config, results, verdicts.training_passes(config, source))
         drawn = frontier(shown(rows), arguments.out / f"{name}.png", f"{name}, {config.data.name}")
         print(f"figure: {drawn}")
         figures |= {
