@@ -109,14 +109,13 @@ def wanted(config: CompareConfig) -> list[compare.Trial]:
     ]
 
 
-def shown(rows: list[dict]) -> list[dict]:
-    """Return the points of the frontier, at the lowest sparsity that was asked for."""
-    first = min(row["sparsity"] for row in rows if row["label"] != DENSE)
+def shown(rows: list[dict], sparsity: float) -> list[dict]:
+    """Return the points of the frontier at one sparsity."""
     keys = ("label", "accuracy", "spread", "seeds", "cost_share")
     return [
         {key: row[key] for key in keys}
         for row in rows
-        if row["label"] == DENSE or row["sparsity"] == first
+        if row["label"] == DENSE or row["sparsity"] == sparsity
     ]
 
 
@@ -139,7 +138,9 @@ def main() -> None:
             at = "" if trial.label == DENSE else f"_{trial.sparsity * 100:g}"
             found.setdefault(f"{name}_{row}{at}", []).append(accuracy)
         rows = verdicts.table(config, results, verdicts.training_passes(config, source))
-        drawn = frontier(shown(rows), arguments.out / f"{name}.png", f"{name}, {config.data.name}")
+        lowest = min(row["sparsity"] for row in rows if row["label"] != DENSE)
+        title = f"{name}, {config.data.name}, {100 * lowest:g} % pruned"
+        drawn = frontier(shown(rows, lowest), arguments.out / f"{name}.png", title)
         print(f"figure: {drawn}")
         figures |= {
             key: figure(runs, "% test accuracy", "none", "the other rows")
