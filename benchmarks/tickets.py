@@ -139,7 +139,8 @@ def main() -> None:
             found.setdefault(f"{name}_{row}{at}", []).append(accuracy)
         rows = verdicts.table(config, results, verdicts.training_passes(config, source))
         lowest = min(row["sparsity"] for row in rows if row["label"] != DENSE)
-        title = f"{name}, {config.data.name}, {100 * lowest:g} % pruned"
+        images = arguments.data.name if arguments.data else config.data.name
+        title = f"{name}, {images}, {100 * lowest:g} % pruned"
         drawn = frontier(shown(rows, lowest), arguments.out / f"{name}.png", title)
         print(f"figure: {drawn}")
         figures |= {
