@@ -478,8 +478,11 @@ def with_bad(root: Path, *greys: int) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_first_bad_image_stops_unless_some_are_allowed(tmp_path, workers):
     split = data.load(config(with_bad(tmp_path, 9), workers=workers)).train
+    others = multiprocessing.active_children()
     with pytest.raises(UsageError) as caught:
         pairs(split.shuffled(5, seed=0, epoch=0))
+    left = [each for each in multiprocessing.active_children() if each not in others]
+    assert not left, "the error, which is at hand, keeps no worker alive"
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for part in ("train-000002.tar", "train000002_000001", "data.max_bad_images allows 0"):

@@ -135,12 +135,15 @@ class Stream:
             prefetch_factor=PREFETCH if workers else None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
+        batches = iter(loader)
         try:
-            for images, labels, bad in loader:
+            for images, labels, bad in batches:
                 self._count(bad)
                 yield self._own(decoded.found(images)), self._own(torch.tensor(labels))
         except UsageError as error:
             raise first_cause(error) from error
+        finally:
+            _end(batches)
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Return a copy on the device, as the workers write the next batch where this one is."""
@@ -192,6 +195,17 @@ def _rooms(workers: int, images: int, size: int) -> Tensor:
     """
     shape = (workers, PREFETCH + 1, images, 3, size, size)
     return torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+
+def _end(batches: Iterator) -> None:
+    """End the worker processes now.
+
+    Left to the garbage collector, an iterator whose loop was broken off by an error may be
+    collected in a process forked later, which then waits for workers that are not its children.
+    """
+    shutdown = getattr(batches, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
 
 
 def _as_it_is(found: Found) -> Found:
