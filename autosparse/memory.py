@@ -17,7 +17,7 @@ def keep_freed_blocks() -> None:
     """Let glibc keep the large blocks that are freed, for whoever asks next in this process.
 
     By default it hands them back to the system, and every step waits for fresh pages to be zeroed:
-    10 to 20 % of a step of resnet18 at batch 32. The peak of memory stays as it is. Other
+    up to a fifth of a step of resnet18 at batch 32. The peak of memory stays as it is. Other
     C libraries are left alone, and so is one that the environment has set up.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
