@@ -29,7 +29,7 @@ from autosparse.files import write_bytes
 from autosparse.memory import keep_freed_blocks
 from autosparse.models import device_of
 from autosparse.optimizers import advance, optimizer_and_schedule
-from autosparse.recipe import Recipe, make_ema, step_seed
+from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 
 EVALUATION_BATCH = 256
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -150,7 +150,7 @@ class PlainStepper:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         drawn = step_seed(self.seed, self.updates)
-        torch.manual_seed(drawn)  # Dropout is a function of the step, whatever came before.
+        seed_step(drawn, images.device)
         images, targets = self.recipe.mix(images, labels, drawn)
         with autocast(self.config, images.device), rescattering(self.config.rescatter):
             outputs = self.network(images).float()

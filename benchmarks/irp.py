@@ -44,10 +44,10 @@ from autosparse.ticket import Ticket
 from benchmarks.report import figure, publish, seconds_in_turn
 
 THREADS, WORKERS, SEED = 2, 2, 0
-IMAGES, SIDE, CLASSES, DENSITY = 1500, 32, 10, 0.1
+IMAGES, SIDE, CLASSES, DENSITY = 3000, 32, 10, 0.1
 TRAINING = TrainingConfig(epochs=1, warmup_epochs=0.0, checkpoint_epochs=0)
 CONV, VIT = ModelConfig("test_resnet"), ModelConfig("test_vit", {"patch_size": 8})
-RUNS_GROWN, PAIRS, RUNS = 8, 1, 9
+RUNS_GROWN, PAIRS, RUNS = 8, 3, 9
 EIGHT_RUNS = CorpusConfig(
     models=[ModelConfig("test_byobnet")],
     seeds=list(range(RUNS_GROWN)),

@@ -25,7 +25,7 @@ from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
 from autosparse.optimizers import advance, optimizer_and_schedule
 from autosparse.progress import Progress
-from autosparse.recipe import Recipe, make_ema, step_seed
+from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.sparse_training import CHECKPOINTS, Cell, Observer, cells, train_cell
 from autosparse.training import History, Ranks, check, set_up
 from autosparse.watching import StepWatch
@@ -81,7 +81,7 @@ class DeepSpeedStepper:
         if self.config.training.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         drawn = step_seed(self.seed, self.updates, self.ranks.rank)
-        torch.manual_seed(drawn)  # Dropout is a function of the step, whatever came before.
+        seed_step(drawn, images.device)
         images, targets = self.recipe.mix(images, labels, drawn)
         total = torch.zeros((), device=images.device)
         parts = self.config.deepspeed.gradient_accumulation
