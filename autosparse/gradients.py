@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -145,20 +146,25 @@ class _Mean:
             for like, sum_ in zip(self.like.values(), self.sums, strict=True)
         ]
         self.sums.clear()
-        samples = _over_ranks(whole, self.samples) if shared else self.samples
-        if not samples:
-            raise UsageError("no batch to compute gradients on")
-        spend(samples, passes)
+        samples = settle(whole, self.samples, shared, passes)
         return {name: sum_.div_(samples) for name, sum_ in zip(self.like, whole, strict=True)}
 
 
-def _over_ranks(sums: list[Tensor], samples: int) -> int:
-    """Add up over the ranks, in place; return the samples of all of them."""
-    count = torch.tensor([samples], device=sums[0].device)
-    dist.all_reduce(count)
-    for sum_ in sums:
-        dist.all_reduce(sum_)
-    return int(count)
+def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) -> int:
+    """Add up over the ranks if `shared`, in place; return the samples and count their passes.
+
+    Raises UsageError if there is no sample.
+    """
+    if shared:
+        count = torch.tensor([samples], device=sums[0].device)
+        dist.all_reduce(count)
+        for sum_ in sums:
+            dist.all_reduce(sum_)
+        samples = int(count)
+    if not samples:
+        raise UsageError("no batch to compute gradients on")
+    spend(samples, passes)
+    return samples
 
 
 def gathered(batches: Batches) -> list[Batch]:
@@ -225,6 +231,58 @@ def mean_over_gradients(
     return mean.finished(isinstance(batches, Shared), 1.0)
 
 
+def mean_hessian_times(
+    vectors: Sequence[Tensor],
+    model: nn.Module | Network,
+    parameters: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+) -> dict[str, Tensor]:
+    """Return H v, the mean over all samples, H the Hessian of the loss by `parameters`.
+
+    Args:
+        vectors: v, a tensor per parameter.
+        model: as for `mean_gradients`, and the rest too.
+    """
+    mean, tensors = _Mean(parameters), list(parameters.values())
+    for images, labels in batches:
+
+        def take(place: int, product: Tensor, count: int = len(labels)) -> None:
+            mean.add(place, product.mul_(count))
+
+        found = torch.autograd.grad(
+            loss_fn(model(images), labels), tensors, create_graph=True, allow_unused=True
+        )
+        edges = with_edges(found, vectors)
+        del found
+        differentiate_again(edges, tensors, take)
+        mean.samples += len(labels)
+    return mean.finished(isinstance(batches, Shared), 2.0)
+
+
+def sum_gradients(
+    model: nn.Module | Network,
+    parameters: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+    take: Callable[[int, Tensor], None],
+) -> int:
+    """Hand over dL/dθ, summed over samples, batch by batch and one by one; return the samples.
+
+    `take` gets the place in `parameters` and a gradient to use up, as many times as there are
+    batches.
+    """
+    samples, tensors = 0, list(parameters.values())
+    for images, labels in batches:
+
+        def take_sum(place: int, gradient: Tensor, count: int = len(labels)) -> None:
+            take(place, gradient.mul_(count))
+
+        backward_one_by_one(loss_fn(model(images), labels), tensors, take_sum)
+        samples += len(labels)
+    return samples
+
+
 def backward_one_by_one(
     total: Tensor, tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]
 ) -> None:
@@ -232,6 +290,45 @@ def backward_one_by_one(
 
     Their gradients are never held all at once. `take` gets the place in `tensors` and the gradient.
     """
+    with _handed_over(tensors, take):
+        total.backward(inputs=list(tensors))
+
+
+def with_edges(
+    gradients: Iterable[Tensor | None], vectors: Iterable[Tensor]
+) -> list[tuple[GradientEdge, Tensor]]:
+    """Pair gradients, which have a graph, with vectors, without holding the gradients' values.
+
+    None, and what depends on nothing, is left out.
+    """
+    return [
+        (get_gradient_edge(gradient), vector)
+        for gradient, vector in zip(gradients, vectors, strict=True)
+        if gradient is not None and gradient.requires_grad
+    ]
+
+
+def differentiate_again(
+    products: Sequence[tuple[GradientEdge, Tensor]],
+    tensors: Sequence[Tensor],
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Hand over d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
+
+    Args:
+        products: see `with_edges`.
+        tensors: θ, leaves.
+        take: gets the place in `tensors` and the gradient, to use up.
+    """
+    if products:
+        edges, vectors = zip(*products, strict=True)
+        with _handed_over(tensors, take):
+            torch.autograd.backward(edges, vectors, inputs=list(tensors))
+
+
+@contextmanager
+def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Give every gradient that comes to one of the leaf `tensors` to `take`, and forget it."""
 
     def hand_over(place: int, tensor: Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None
@@ -246,17 +343,11 @@ def backward_one_by_one(
         for place, tensor in enumerate(tensors)
     ]
     try:
-        total.backward(inputs=list(tensors))
+        yield
     finally:
         for handle, tensor, gradient in zip(handles, tensors, before, strict=True):
             handle.remove()
             tensor.grad = gradient
-
-
-def inner_product(first: Iterable[Tensor | None], second: Iterable[Tensor]) -> Tensor:
-    """Return the sum of products of two lists of tensors; None counts as zero."""
-    products = [(a * b).sum() for a, b in zip(first, second, strict=True) if a is not None]
-    return torch.stack(products).sum()
 
 
 def warm_up(model: nn.Module, batches: Batches) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -143,27 +143,34 @@ def _keep_global(
         raise UsageError(
             f"{count} weights are too few for {len(scores)} layers of {least}; lower the sparsity"
         )
-    sizes = [score.numel() for score in scores.values()]
-    flat = torch.cat([score.detach().flatten() for score in scores.values()])
-    if within is not None:
-        inside = torch.cat([within[name].flatten().to(flat.device) for name in scores])
-        flat.masked_fill_(~inside, -torch.inf)
-    if per_channel:
-        for part, score in zip(flat.split(sizes), scores.values(), strict=True):
+    parts = []
+    for name, score in scores.items():
+        part = score.detach().flatten()
+        if within is not None:
+            part = part.masked_fill(~within[name].flatten().to(part.device), -torch.inf)
+        if per_channel:
+            part = part.clone()
             _raise_channels(part.view(score.shape))
-    parts = top_guarded(flat, sizes, count, min_per_layer).split(sizes)
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+        parts.append(part)
+    chosen = top_guarded(parts, count, min_per_layer)
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, chosen, strict=True)}
 
 
-def top_guarded(flat: Tensor, sizes: list[int], count: int, min_per_layer: int) -> Tensor:
-    """Mark the `count` highest of layers laid end to end; each keeps its best `min_per_layer`.
+def top_guarded(layers: Sequence[Tensor], count: int, min_per_layer: int) -> list[Tensor]:
+    """Mark the `count` highest of 1-D layers; each keeps its best `min_per_layer`, if it has them.
 
-    `flat` may be changed.
+    If a layer would keep too few, the best of every layer are raised above all.
     """
-    chosen = top(flat, count)
-    if _guard(flat, chosen, sizes, min_per_layer):
-        chosen = top(flat, count)
-    return chosen
+    chosen = top_of(layers, count)
+    least = [min(min_per_layer, len(layer)) for layer in layers]
+    if all(int(now.count_nonzero()) >= few for now, few in zip(chosen, least, strict=True)):
+        return chosen
+    best = [top(layer, few) for layer, few in zip(layers, least, strict=True)]
+    raised = [
+        torch.where(first & (layer > -torch.inf), torch.inf, layer)
+        for first, layer in zip(best, layers, strict=True)
+    ]
+    return top_of(raised, count)
 
 
 def _raise_channels(scores: Tensor) -> None:
@@ -174,55 +181,51 @@ def _raise_channels(scores: Tensor) -> None:
     rows.scatter_(1, first, torch.where(best.values > -torch.inf, torch.inf, -torch.inf))
 
 
-def _guard(flat: Tensor, chosen: Tensor, sizes: list[int], min_per_layer: int) -> bool:
-    """If a layer keeps too few, raise the best of every layer above all; return whether it did."""
-    least = [min(min_per_layer, size) for size in sizes]
-    kept_now = [int(part.count_nonzero()) for part in chosen.split(sizes)]
-    if all(now >= wanted for now, wanted in zip(kept_now, least, strict=True)):
-        return False
-    for layer, wanted in zip(flat.split(sizes), least, strict=True):
-        best = top(layer, wanted)
-        layer[best & (layer > -torch.inf)] = torch.inf
-    return True
-
-
 def top(flat: Tensor, count: int) -> Tensor:
     """Return a bool tensor that marks the `count` highest of a 1-D tensor; ties: first ones."""
-    if count <= 0:
-        return torch.zeros_like(flat, dtype=torch.bool)
-    if count >= flat.numel():
-        return torch.ones_like(flat, dtype=torch.bool)
-    threshold = _highest(flat, count)
-    at_least = flat >= threshold
-    if int(at_least.count_nonzero()) == count:
-        return at_least
-    above = flat > threshold
-    missing = count - int(above.count_nonzero())
-    level = (flat == threshold).nonzero().squeeze(1)
-    above[level[:missing]] = True
-    return above
+    return top_of([flat], count)[0]
 
 
-def _highest(flat: Tensor, count: int) -> Tensor:
-    """Return the `count`-th highest value, exactly, without sorting."""
-    low, high = bounds(flat, count)
-    above = flat > high
-    between = (flat >= low).logical_and_(above.logical_not())
-    rank = count - int(above.count_nonzero())
-    if 0 < rank <= int(between.count_nonzero()):
-        flat, count = flat[between], rank
-    return _select(flat, count)
+def top_of(layers: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Mark the `count` highest of 1-D layers taken together; ties: the first layers' first ones."""
+    size = sum(len(layer) for layer in layers)
+    if count <= 0 or count >= size:
+        return [torch.full_like(layer, count > 0, dtype=torch.bool) for layer in layers]
+    threshold = _highest(layers, count)
+    chosen = [layer >= threshold for layer in layers]
+    excess = sum(int(each.count_nonzero()) for each in chosen) - count
+    for layer, each in zip(reversed(layers), reversed(chosen), strict=True):
+        if not excess:
+            break
+        level = (layer == threshold).nonzero().squeeze(1)
+        gone = level[max(len(level) - excess, 0) :]
+        each[gone] = False
+        excess -= len(gone)
+    return chosen
 
 
-def bounds(flat: Tensor, count: int) -> tuple[float, float]:
+def _highest(layers: Sequence[Tensor], count: int) -> Tensor:
+    """Return the `count`-th highest value, exactly, without sorting and without a copy of all."""
+    low, high = bounds(layers, count)
+    rank, between = count, []
+    for layer in layers:
+        above = layer > high
+        between.append(layer[(layer >= low).logical_and_(above.logical_not())])
+        rank -= int(above.count_nonzero())
+    near = torch.cat(between)
+    return _select(near, rank) if 0 < rank <= len(near) else _select(torch.cat([*layers]), count)
+
+
+def bounds(layers: Sequence[Tensor], count: int) -> tuple[float, float]:
     """Guess two values between which the `count`-th highest lies, from every n-th value.
 
-    A wrong guess must cost time only. A short tensor is not worth guessing.
+    A wrong guess must cost time only. A few values are not worth guessing.
     """
-    if flat.numel() <= 64 * SAMPLE:
+    size = sum(len(layer) for layer in layers)
+    if size <= 64 * SAMPLE:
         return -torch.inf, torch.inf
-    sample = flat[:: flat.numel() // SAMPLE].float().cpu().numpy()
-    place, margin = len(sample) - 1 - count * len(sample) // flat.numel(), 4 * int(SAMPLE**0.5)
+    sample = torch.cat([layer[:: size // SAMPLE] for layer in layers]).float().cpu().numpy()
+    place, margin = len(sample) - 1 - count * len(sample) // size, 4 * int(SAMPLE**0.5)
     first, last = max(place - margin, 0), min(place + margin, len(sample) - 1)
     found = np.partition(sample, (first, last))
     return float(found[first]), float(found[last])

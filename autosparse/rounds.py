@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from autosparse import masks
 from autosparse.config import keep_count
 from autosparse.errors import UsageError
+from autosparse.gradients import settle
 
 Scores = dict[str, Tensor]
 Take = Callable[[int, Tensor], None]
-Gradient = Callable[[Take], None]
+Gradient = Callable[[Take], int | None]
 STEP = 997
 """Every so-manieth weight is looked at first to guess a round's threshold."""
+CHUNK = 1 << 18
+"""How many scores a thread looks at in one go: what is worked out between stays in its cache."""
 
 
 def counts(total: int, sparsity: float, rounds: int) -> Iterator[int]:
@@ -35,6 +39,8 @@ def shrink(
     rounds: int,
     *,
     min_per_layer: int = 1,
+    shared: bool = False,
+    passes: float = 1.0,
 ) -> Scores:
     """Prune by |weight * gradient| again and again; what is pruned is zero and stays so.
 
@@ -42,86 +48,103 @@ def shrink(
         weights: what `gradient` is taken by, a tensor per prunable parameter; set to zero in place.
         gradient: called with `take`; it calls take(place, gradient) for each of the weights as
             they are now (place: in their order; one that is left out counts as zero). Each may
-            be handed over as soon as it is there, and is used up.
+            be handed over as soon as it is there, and is used up; if a place comes again, its
+            gradients are added up. Returns the samples that they are a sum over, or None.
         sparsity: fraction to remove in the end.
         rounds: n, over which the density falls exponentially.
         min_per_layer: every layer keeps its best so many in every round.
+        shared: the sums of all ranks count.
+        passes: forward-backward passes per sample.
 
     Returns the last round's scores; a weight that fell in round k has k - n - 1 (below zero, the
     earlier the lower).
     """
-    left = _Left(weights)
-    for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
-        left.forget_the_dead()
-        left.score(gradient)
-        left.remove(left.worst(count, min_per_layer), number)
-    return {name: left.restored(place, rounds) for place, name in enumerate(weights)}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        left = _Left(weights, rounds, pool)
+        for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
+            left.forget_the_dead()
+            samples = left.score(gradient)
+            if samples is not None:
+                left.scores.div_(settle([left.scores], samples, shared, passes))
+            left.remove(left.worst(count, min_per_layer), number)
+        return {name: left.restored(place, rounds) for place, name in enumerate(weights)}
 
 
 class _Left:
-    """Which weights are left. Layers lie end to end, each in the order it lies in in memory."""
+    """Which weights are left. Layers lie end to end, each in the order it lies in in memory.
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = list(weights.values())
+    Beside the weights and one block of scores it holds two bytes a weight.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], rounds: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self.weights, self.pool = list(weights.values()), pool
         for name, weight in weights.items():
             if not _lie_alike(weight, torch.empty_like(weight)):
                 raise UsageError(f"{name} lies in memory with gaps; clone it first")
-        self.fell = [
-            torch.zeros(weight.numel(), dtype=torch.int16, device=weight.device)
-            for weight in self.weights
-        ]
-        """In which round; 0: not yet."""
-        self.places: list[Tensor] = []
-        """Where in the layers the entries lie that are still looked at; empty: all are."""
-        self.values: list[Tensor] = []
+        self.all_sizes = [weight.numel() for weight in self.weights]
+        kind = torch.uint8 if rounds < 256 else torch.int16
+        self.fell = torch.zeros(sum(self.all_sizes), dtype=kind, device=self.weights[0].device)
+        """In which round each weight fell; 0: not yet."""
+        self.places: Tensor | None = None
+        """Where in its layer each entry lies that is still looked at; None: all are."""
+        self.values = self.fell[:0]
         """The weights there."""
-        self._lay_out([weight.numel() for weight in self.weights])
+        self._lay_out(self.all_sizes)
 
     def _lay_out(self, sizes: list[int]) -> None:
-        device = self.weights[0].device
-        self.sizes = sizes
-        self.per_layer = torch.tensor(sizes, device=device)
+        device = self.fell.device
+        self.sizes, self.per_layer = sizes, torch.tensor(sizes, device=device)
+        """How many entries of each layer are looked at, and how many of those are left."""
         self.ends = self.per_layer.cumsum(0)
         self.alive = torch.ones(sum(sizes), dtype=torch.bool, device=device)
-        self.low = torch.empty_like(self.alive)
-        self.scores = [
-            torch.zeros(size, dtype=_float_of(weight), device=device)
-            for weight, size in zip(self.weights, sizes, strict=True)
-        ]
-        """|weight * gradient| of every layer, 1-D; one block of memory, as fresh ones are slow."""
+        self._make_scores(_float_of(self.weights[0]))
+
+    def _make_scores(self, dtype: torch.dtype) -> None:
+        """Make room for weight * gradient; one block of memory, as fresh ones are slow."""
+        self.scores = torch.zeros(len(self.alive), dtype=dtype, device=self.fell.device)
+        self.layers = self.scores.split(self.sizes)
 
     def forget_the_dead(self) -> None:
-        """Look only at what is alive from now on, once three of four are dead."""
-        if 2 * int(self.per_layer.sum()) > len(self.alive):
+        """Look only at what is alive from now on, once half of what was looked at is dead."""
+        if 4 * int(self.per_layer.sum()) > len(self.alive):
             return
-        alive = [_nonzero(part) for part in self.alive.split(self.sizes)]
-        if self.places:
-            alive = [all_[mine] for all_, mine in zip(self.places, alive, strict=True)]
-        self.places = [mine.int() for mine in alive]
-        self.values = [
-            flattened(weight).index_select(0, mine)
-            for weight, mine in zip(self.weights, self.places, strict=True)
-        ]
-        self._lay_out([len(mine) for mine in self.places])
+        sizes, alive = self.per_layer.tolist(), _nonzero(self.alive)
+        if self.places is None:
+            self.places = self._inside(alive)
+            self.values = torch.cat([
+                flattened(weight).index_select(0, mine)
+                for weight, mine in zip(self.weights, self.places.split(sizes), strict=True)
+            ])  # fmt: skip
+        else:
+            self.places, self.values = self.places[alive], self.values[alive]
+        self._lay_out(sizes)
 
-    def score(self, gradient: Gradient) -> None:
-        """Set the scores to |weight * gradient|."""
+    def score(self, gradient: Gradient) -> int | None:
+        """Set the scores to weight * gradient, whose signs do not matter; return the samples."""
         missing = set(range(len(self.weights)))
+        places = None if self.places is None else self.places.split(self.sizes)
+        values = self.values.split(self.sizes) if places is not None else self.weights
 
         def take(place: int, found: Tensor) -> None:
-            missing.discard(place)
             flat = flattened(found, self.weights[place])
-            score = self.scores[place] = self.scores[place].to(flat.dtype)
-            if self.places:
-                torch.index_select(flat, 0, self.places[place], out=score)
-                score.mul_(self.values[place])
+            if flat.dtype != self.scores.dtype:
+                self._make_scores(flat.dtype)
+            layer, weight = self.layers[place], flattened(values[place])
+            if place not in missing:
+                flat = flat if places is None else flat.index_select(0, places[place])
+                layer.add_(flat.mul_(weight))
+            elif places is None:
+                torch.mul(flat, weight, out=layer)
             else:
-                torch.mul(flat, flattened(self.weights[place]), out=score)
-            score.abs_()
+                torch.index_select(flat, 0, places[place], out=layer).mul_(weight)
+            missing.discard(place)
 
-        gradient(take)
+        samples = gradient(take)
         for place in missing:
-            self.scores[place].zero_()
+            self.layers[place].zero_()
+        return samples
 
     def worst(self, count: int, min_per_layer: int) -> Tensor:
         """Return the places of those alive that must go for `count` to stay, ascending.
@@ -129,77 +152,111 @@ class _Left:
         Of equal ones the last go. A guess says below which score they lie, so that only those
         are looked at closely; a wrong guess costs time only.
         """
-        left = int(self.per_layer.sum())
-        excess = left - count
-        bound = self._guess(excess / left)
-        for layer, low in zip(self.scores, self.low.split(self.sizes), strict=True):
-            _up_to(layer, bound, low)
-        places = _nonzero(self.low.logical_and_(self.alive))
-        if len(places) < excess:
-            places = _nonzero(self.alive)
-        near = places.split(self._count(places).tolist())
-        values = torch.cat([
-            layer.index_select(0, mine - start)
-            for layer, mine, start in zip(self.scores, near, self._starts(), strict=True)
-        ])  # fmt: skip
-        lost = places[_lowest(values, excess)]
+        excess = int(self.per_layer.sum()) - count
+        lost = self._lowest_of_all(excess)
         if count < min_per_layer * len(self.weights):
             raise UsageError(
                 f"{count} weights are too few for {len(self.weights)} layers of at "
                 f"least {min_per_layer} each; lower the sparsity or set min_per_layer to 0"
             )
         if min_per_layer and int((self.per_layer - self._count(lost)).min()) < min_per_layer:
-            flat = torch.cat(self.scores).masked_fill_(~self.alive, -1)
-            chosen = masks.top_guarded(flat, self.sizes, count, min_per_layer)
-            lost = _nonzero(chosen.logical_not_().logical_and_(self.alive))
+            best = self._best_of_each(min_per_layer)
+            self.alive.index_fill_(0, best, False)
+            lost = self._lowest_of_all(excess)
+            self.alive.index_fill_(0, best, True)
         return lost
+
+    def _lowest_of_all(self, excess: int) -> Tensor:
+        near, values = self._up_to(self._guess(excess / max(int(self.per_layer.sum()), 1)))
+        if len(near) < excess:
+            near, values = self._up_to(float("inf"))
+        return near[_lowest(values, excess)]
+
+    def _best_of_each(self, count: int) -> Tensor:
+        """Return the places of the `count` best of those alive in every layer."""
+        best = []
+        for layer, alive in zip(self.layers, self.alive.split(self.sizes), strict=True):
+            sizes = layer.abs().masked_fill_(~alive, -1)
+            best.append(masks.top(sizes, count).logical_and_(alive))
+        return _nonzero(torch.cat(best))
 
     def remove(self, lost: Tensor, number: int) -> None:
         """Set to zero what is at these places."""
         gone = self._count(lost)
-        rows = zip(self.weights, lost.split(gone.tolist()), self._starts(), strict=True)
-        for place, (weight, mine, start) in enumerate(rows):
-            mine = mine - start
-            if self.places:
-                self.values[place].index_fill_(0, mine, 0)
-                mine = self.places[place][mine].long()
-            flattened(weight).index_fill_(0, mine, 0)
-            self.fell[place].index_fill_(0, mine, number)
         self.alive.index_fill_(0, lost, False)
         self.per_layer -= gone
+        if self.places is None:
+            inside = self._inside(lost)
+        else:
+            self.values.index_fill_(0, lost, 0)
+            inside = self.places.index_select(0, lost)
+        inside = inside.long()
+        for weight, mine in zip(self.weights, inside.split(gone.tolist()), strict=True):
+            if len(mine):
+                flattened(weight).index_fill_(0, mine, 0)
+        whole = torch.tensor(self.all_sizes, device=lost.device)
+        starts = (whole.cumsum(0) - whole).repeat_interleave(gone)
+        self.fell.index_fill_(0, inside.add_(starts), number)
 
     def restored(self, place: int, rounds: int) -> Tensor:
-        """Return one layer's scores in its shape: the last ones, used up, or when a weight fell."""
-        last, self.scores[place] = self.scores[place], torch.empty(0)
-        fell = self.fell[place]
-        scores = fell.to(last.dtype) - (rounds + 1)
-        if self.places:
-            mine = self.places[place].long()
-            scores[mine] = torch.where(fell[mine] == 0, last, scores[mine])
-        else:
-            scores = torch.where(fell == 0, last, scores)
-        return _in_shape(scores, self.weights[place])
+        """Return one layer's scores in its shape: the last ones, or when a weight fell.
+
+        They lie where the last scores lay, if those of all weights are there still.
+        """
+        last, fell = self.layers[place].abs_(), self.fell.split(self.all_sizes)[place]
+        room = last
+        if self.places is not None:
+            mine = self.places.split(self.sizes)[place].long()
+            last = room = last.new_zeros(len(fell)).index_copy_(0, mine, last)
+        scores = torch.where(fell == 0, last, fell.to(last.dtype) - (rounds + 1))
+        weight = self.weights[place]
+        return room.view(weight.shape).copy_(scores.as_strided(weight.shape, weight.stride()))
 
     def _guess(self, share: float) -> float:
         """Return a score below which surely about `share` of those alive lie."""
         if len(self.alive) < 1000 * STEP:
             return float("inf")
-        starts = [-start % STEP for start in self._starts()]
-        pairs = zip(self.scores, starts, strict=True)
-        sample = torch.cat([layer[first::STEP] for layer, first in pairs])
-        sample = sample[self.alive[::STEP]]
+        sample = self.scores[::STEP].abs()[self.alive[::STEP]]
         if not len(sample):
             return float("inf")
         margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 2 / len(sample)
         return float(sample.float().quantile(min(share + margin, 1.0)))
+
+    def _up_to(self, bound: float) -> tuple[Tensor, Tensor]:
+        """Return the places of those alive whose |score| is not above the bound, and |score|."""
+        if not _numpy_is_quicker(self.scores):
+            places = _nonzero((self.scores.abs() <= bound).logical_and_(self.alive))
+            return places, self.scores[places].abs_()
+        scores, alive = self.scores.numpy(), self.alive.numpy()
+
+        def look(start: int) -> tuple[np.ndarray, np.ndarray]:
+            """NumPy alone: torch would give this thread helpers that keep the cores busy."""
+            part = slice(start, start + CHUNK)
+            sizes = np.abs(scores[part])
+            low = sizes <= bound
+            np.logical_and(low, alive[part], out=low)
+            places = np.flatnonzero(low)
+            return places + start, sizes[places]
+
+        places, values = zip(*self.pool.map(look, range(0, len(scores), CHUNK)), strict=True)
+        return torch.from_numpy(np.concatenate(places)), torch.from_numpy(np.concatenate(values))
 
     def _count(self, places: Tensor) -> Tensor:
         """Return how many of the (ascending) places lie in each layer."""
         cuts = torch.searchsorted(places, self.ends)
         return cuts.diff(prepend=cuts.new_zeros(1))
 
-    def _starts(self) -> list[int]:
-        return [0, *self.ends[:-1].tolist()]
+    def _inside(self, places: Tensor) -> Tensor:
+        """Return where in their layers the (ascending) places lie, int32 if that is enough."""
+        wide = max(self.all_sizes) > torch.iinfo(torch.int32).max
+        inside = torch.empty_like(places, dtype=torch.int64 if wide else torch.int32)
+        counts = self._count(places).tolist()
+        starts = [0, *self.ends[:-1].tolist()]
+        for mine, start, found in zip(
+            places.split(counts), starts, inside.split(counts), strict=True
+        ):
+            torch.sub(mine, start, out=found)
+        return inside
 
 
 def _float_of(weight: Tensor) -> torch.dtype:
@@ -209,14 +266,6 @@ def _float_of(weight: Tensor) -> torch.dtype:
 def _numpy_is_quicker(values: Tensor) -> bool:
     """Whether torch's own comparison and selection take twice as long."""
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
-
-
-def _up_to(values: Tensor, bound: float, out: Tensor) -> None:
-    """Write into `out` which values are not above the bound."""
-    if _numpy_is_quicker(values):
-        np.less_equal(values.numpy(), bound, out=out.numpy())
-    else:
-        torch.le(values, bound, out=out)
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
@@ -250,8 +299,3 @@ def flattened(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 def _lie_alike(tensor: Tensor, other: Tensor) -> bool:
     rows = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     return all(mine == theirs for size, mine, theirs in rows if size > 1)
-
-
-def _in_shape(flat: Tensor, like: Tensor) -> Tensor:
-    """Undo `flattened`."""
-    return flat.as_strided(like.shape, like.stride()).contiguous()

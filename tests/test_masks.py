@@ -405,7 +405,7 @@ def test_top_of_a_large_tensor_agrees_with_a_stable_sort(name: str) -> None:
 
 def test_a_short_tensor_has_no_bounds() -> None:
     flat = torch.rand(64 * masks.SAMPLE)
-    assert masks.bounds(flat, 5) == (-float("inf"), float("inf"))
+    assert masks.bounds([flat], 5) == (-float("inf"), float("inf"))
 
 
 @pytest.mark.parametrize("name", ["normal", "many ties", "sorted", "half gone"])
@@ -414,7 +414,7 @@ def test_bounds_are_close_around_the_threshold(name: str, share: float) -> None:
     flat = LARGE_ONES[name]()
     count = int(LARGE * share)
     threshold = flat.sort(descending=True).values[count - 1]
-    low, high = masks.bounds(flat, count)
+    low, high = masks.bounds([flat], count)
     assert low <= threshold <= high
     if name != "many ties" and threshold > -torch.inf:
         between = int(((flat >= max(low, -1e30)) & (flat <= high)).sum())

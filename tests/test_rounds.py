@@ -374,7 +374,7 @@ def test_a_wrong_guess_changes_nothing(
 
 def test_large_ones_that_are_all_equal(guesses: list[float]) -> None:
     check(ones(), [ones()], 0.7)
-    assert guesses == [1.0]
+    assert set(guesses) == {1.0}
 
 
 def test_large_ones_without_sparsity(guesses: list[float]) -> None:

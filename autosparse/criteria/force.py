@@ -42,6 +42,7 @@ def force(
     scores: dict[str, Tensor] = {}
     chosen: masks.Masks = {}
     for count in counts(masks.total(pruned), sparsity, rounds):
+        scores.clear()
         scores = mean_gradients(network, pruned, batches, loss_fn)
         with torch.no_grad():
             for name, weight in parameters.items():
@@ -50,9 +51,11 @@ def force(
             for name, weight in parameters.items():
                 pruned[name].copy_(weight).mul_(chosen[name])
     largest = max(float(score.amax()) for score in scores.values()) or 1.0
-    return {name: _below_zero(each, chosen[name], largest) for name, each in scores.items()}
+    for name, score in scores.items():
+        _put_below_zero(score, chosen[name], largest)
+    return scores
 
 
-def _below_zero(score: Tensor, kept: Tensor, largest: float) -> Tensor:
-    """Put what is not kept below zero, in its order: into [-1, -1/2]."""
-    return torch.where(kept, score, score / largest / 2 - 1)
+def _put_below_zero(score: Tensor, kept: Tensor, largest: float) -> None:
+    """Put what is not kept below zero, in its order, in place: into [-1, -1/2]."""
+    score.copy_(torch.where(kept, score, score / largest / 2 - 1))

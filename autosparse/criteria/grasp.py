@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import inner_product, mean_gradients, mean_of, twice_differentiable
+from autosparse.gradients import mean_gradients, mean_hessian_times, twice_differentiable
 
 
 @register("grasp", needs_data=True)
@@ -26,7 +26,6 @@ def grasp(model, parameters, batches, loss_fn, *, temperature: float = 200.0) ->
     Args:
         temperature: what the outputs are divided by.
     """
-    tensors = list(parameters.values())
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         return loss_fn(outputs / temperature, labels)
@@ -34,12 +33,6 @@ def grasp(model, parameters, batches, loss_fn, *, temperature: float = 200.0) ->
     with twice_differentiable():
         g = list(mean_gradients(model, parameters, batches, loss).values())
 
-        def hessian_times_g(images: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
-            found = torch.autograd.grad(
-                loss(model(images), labels), tensors, create_graph=True, allow_unused=True
-            )
-            return torch.autograd.grad(inner_product(found, g), tensors, allow_unused=True)
-
-        scores = mean_of(batches, hessian_times_g, parameters, passes=2)
+        scores = mean_hessian_times(g, model, parameters, batches, loss)
     with torch.no_grad():
         return {name: scores[name].mul_(weight) for name, weight in parameters.items()}

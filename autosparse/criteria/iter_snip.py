@@ -11,7 +11,7 @@ Departure: every round looks at the same batches; the authors' code draws new on
 from __future__ import annotations
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import mean_gradients, with_weights
+from autosparse.gradients import Shared, sum_gradients, with_weights
 from autosparse.rounds import Take, shrink
 
 
@@ -36,9 +36,14 @@ def iter_snip(
     weights = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
     network = with_weights(model, weights)
 
-    def gradient(take: Take) -> None:
-        found = mean_gradients(network, weights, batches, loss_fn)
-        for place, name in enumerate(weights):
-            take(place, found.pop(name))
+    def gradient(take: Take) -> int:
+        return sum_gradients(network, weights, batches, loss_fn, take)
 
-    return shrink(weights, gradient, sparsity, rounds, min_per_layer=min_per_layer)
+    return shrink(
+        weights,
+        gradient,
+        sparsity,
+        rounds,
+        min_per_layer=min_per_layer,
+        shared=isinstance(batches, Shared),
+    )

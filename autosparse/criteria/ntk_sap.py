@@ -13,12 +13,14 @@ shapes are looked at. Departure: the square is a mean over samples, which ranks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from autosparse.criteria import Scores, register
 from autosparse.errors import UsageError
-from autosparse.gradients import Shared, mean_of, with_weights
+from autosparse.gradients import Shared, backward_one_by_one, with_weights
 from autosparse.rounds import Take, shrink
 
 
@@ -52,42 +54,57 @@ def ntk_sap(
         )
     torch.manual_seed(seed)
     kept = {name: torch.ones_like(each, dtype=torch.uint8) for name, each in parameters.items()}
-    repeated = list(batches) * draws
-    repeated = Shared(repeated) if isinstance(batches, Shared) else repeated
 
-    def part(images: Tensor, labels: Tensor) -> list[Tensor | None]:
-        here = {name: _drawn(weight) for name, weight in parameters.items()}
-        there = {name: each + epsilon * torch.randn_like(each) for name, each in here.items()}
-        for weights in (here, there):
-            for name, weight in weights.items():
-                weight.mul_(kept[name]).requires_grad_()
-        return mask_gradients(model, here, there, torch.randn_like(images))
+    def gradient(take: Take) -> int:
+        samples = 0
+        for images, labels in list(batches) * draws:
+            _one_draw(model, parameters, kept, epsilon, images, take)
+            samples += len(labels)
+        return samples
 
-    def gradient(take: Take) -> None:
-        found = mean_of(repeated, part, parameters, passes=2 + 1 / 3)
-        for place, name in enumerate(parameters):
-            take(place, found.pop(name))
+    return shrink(
+        kept,
+        gradient,
+        sparsity,
+        rounds,
+        min_per_layer=min_per_layer,
+        shared=isinstance(batches, Shared),
+        passes=2 + 1 / 3,
+    )
 
-    return shrink(kept, gradient, sparsity, rounds, min_per_layer=min_per_layer)
+
+def _one_draw(model, parameters, kept, epsilon: float, images: Tensor, take: Take) -> None:
+    """Draw weights, perturbations and images; hand over the gradients, summed over the images."""
+    here = {name: _drawn(weight) for name, weight in parameters.items()}
+    there = {name: each + epsilon * torch.randn_like(each) for name, each in here.items()}
+    for weights in (here, there):
+        for name, weight in weights.items():
+            weight.mul_(kept[name]).requires_grad_()
+    noise = torch.randn_like(images)
+    mask_gradients(model, here, there, noise, lambda place, g: take(place, g.mul_(len(images))))
 
 
 def mask_gradients(
-    model: nn.Module, here: dict[str, Tensor], there: dict[str, Tensor], images: Tensor
-) -> list[Tensor | None]:
-    """Return d/dm of the mean of ||f(x; m * here) - f(x; m * there)||^2 at the masks as they are.
+    model: nn.Module,
+    here: Mapping[str, Tensor],
+    there: Mapping[str, Tensor],
+    images: Tensor,
+    take: Take,
+) -> None:
+    """Hand over d/dm of the mean of ||f(x; m * here) - f(x; m * there)||^2 at the present masks.
 
     `here` and `there` are masked already, so the gradient is right where the mask is one, and
-    zero where it is zero.
+    zero where it is zero. Its two parts, by `here` and by `there`, come one after the other.
     """
     _set_statistics(model, here, images)
     first, second = with_weights(model, here)(images), with_weights(model, there)(images)
     square = (first - second).square().sum() / len(images)
-    tensors = [*here.values(), *there.values()]
-    found = torch.autograd.grad(square, tensors, allow_unused=True)
-    half = len(here)
-    rows = zip(found[:half], found[half:], here.values(), there.values(), strict=True)
-    with torch.no_grad():
-        return [None if g is None else g.mul_(w) + h.mul_(v) for g, h, w, v in rows]
+    weights = [*here.values(), *there.values()]
+
+    def take_part(place: int, gradient: Tensor) -> None:
+        take(place % len(here), gradient.mul_(weights[place].detach()))
+
+    backward_one_by_one(square, weights, take_part)
 
 
 def _drawn(weight: Tensor) -> Tensor:
@@ -95,7 +112,7 @@ def _drawn(weight: Tensor) -> Tensor:
     return nn.init.kaiming_normal_(torch.empty_like(weight, requires_grad=False))
 
 
-def _set_statistics(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> None:
+def _set_statistics(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> None:
     """Set batch norm's statistics to those of the images, and leave the model in eval mode."""
     norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -18,10 +18,11 @@ from torch import Tensor
 from autosparse.criteria import Scores, register
 from autosparse.errors import UsageError
 from autosparse.gradients import (
+    differentiate_again,
     gathered,
-    inner_product,
     spend,
     twice_differentiable,
+    with_edges,
     with_weights,
 )
 
@@ -67,18 +68,24 @@ def prospr(
             with torch.no_grad():
                 for weight, gradient in zip(weights.values(), found, strict=True):
                     weight.sub_(gradient, alpha=learning_rate)
+            del found, gradient
         return weights
 
     with twice_differentiable():
         weights = after(steps)
         meta = _gradients(loss(weights, steps), weights)
         for number in reversed(range(steps if second_order else 0)):
-            weights = after(number)
+            weights.clear()
+            weights.update(after(number))
             found = _gradients(loss(weights, number), weights, create_graph=True)
+            products = with_edges(found, meta)
+            del found
             spend(len(batches[number % len(batches)][1]))
-            bent = _gradients(inner_product(found, meta), weights)
-            for vector, gradient in zip(meta, bent, strict=True):
-                vector.sub_(gradient, alpha=learning_rate)
+            bent: dict[int, Tensor] = {}
+            differentiate_again(products, list(weights.values()), bent.__setitem__)
+            for place, gradient in bent.items():
+                meta[place].sub_(gradient, alpha=learning_rate)
+            del products, bent
     by_name = dict(zip(start, meta, strict=True))
     with torch.no_grad():
         return {name: by_name[name].mul_(each).abs_() for name, each in parameters.items()}

@@ -16,6 +16,8 @@ what the formula gives.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,7 @@ def px(
     network = without_shifts(model, parameters)
     gates = only_paths(network)
     squares = {name: network.get_parameter(name) for name in parameters}
-    with torch.no_grad():
-        for each in squares.values():
-            each.square_()
+    _raise_to(2, squares, parameters)
     like = next(iter(squares.values()))
     ones = torch.ones((1, *image_shape(model, batches)), dtype=like.dtype, device=like.device)
     rescaling = rescale_between_blocks(network, ones)
@@ -71,26 +71,37 @@ def px(
 
 
 def open_paths(model, network, parameters, squares, batches, gates, rescaling, ones) -> Tensor:
-    """Return z1, its mean over all samples, [1, classes], up to a common factor."""
+    """Return z1, its mean over all samples, [1, classes], up to a common factor.
 
-    def all_ones() -> dict[str, Tensor]:
-        return {name: (each != 0).to(ones.dtype) for name, each in squares.items()}
-
-    reference = _scaled(rescaling, with_weights(network, all_ones()), ones)[1]
+    The squares are other powers for a while: the memory of no further set of weights is needed.
+    """
+    _raise_to(0, squares, parameters)
+    reference = _scaled(rescaling, network, ones)[1]
 
     def part(images: Tensor, labels: Tensor) -> list[Tensor]:
+        _raise_to(1, squares, parameters)
         patterns = _patterns(model, parameters, squares, gates, images)
+        _raise_to(0, squares, parameters)
         for name, gate in gates.items():
             gate.patterns = patterns[name]
-        pixels = images.to(ones.dtype).square()
-        sums, power = _scaled(rescaling, with_weights(network, all_ones()), pixels)
+        sums, power = _scaled(rescaling, network, images.to(ones.dtype).square())
         for gate in gates.values():
             gate.patterns = None
         return [sums.double().mean(0, keepdim=True) * 2.0 ** (power - reference)]
 
     like = {"z1": ones.new_zeros((), dtype=torch.float64)}
     mean = mean_of(batches, part, like, passes=2 / 3)["z1"]
+    _raise_to(2, squares, parameters)
     return (mean / mean.abs().amax().clamp(min=1e-300)).to(ones.dtype)
+
+
+@torch.no_grad()
+def _raise_to(power: int, squares: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Set to that power of its parameter, in place, what is not zero."""
+    for name, each in squares.items():
+        each.copy_(each != 0)
+        for _ in range(power):
+            each.mul_(parameters[name])
 
 
 def _scaled(rescaling: Rescaling | None, network: Network, images: Tensor) -> tuple[Tensor, int]:
@@ -104,7 +115,7 @@ def _scaled(rescaling: Rescaling | None, network: Network, images: Tensor) -> tu
 
 def _patterns(model, parameters, squares, gates, images) -> dict[str, list[Tensor]]:
     """Return where the real network's units are open, under the present masks."""
-    masked = {name: each.detach() * (squares[name] != 0) for name, each in parameters.items()}
+    masked = {name: squares[name].to(each.dtype) for name, each in parameters.items()}
 
     def run() -> None:
         with torch.no_grad():

@@ -105,17 +105,22 @@ def short_levels(
         raise UsageError("short levels: levels and steps_per_level must be at least 1")
     if iter(batches) is batches:
         batches = list(islice(batches, steps))
-    fell = {name: torch.full(mask.shape, -levels - 1.0) for name, mask in alive.items()}
+    fell = {name: torch.zeros(mask.shape, dtype=torch.int16) for name, mask in alive.items()}
     scores: Scores = {}
-    for level, count in enumerate(_counts(alive, horizon)):
-        trained = _trained(model, alive, horizon.training, batches, steps, loss_fn, horizon.seed)
-        scores, smaller = ranked(trained, alive, count)
+    for level, count in enumerate(_counts(alive, horizon), start=1):
+        scores.clear()
+        scores, smaller = ranked(
+            _trained(model, alive, horizon.training, batches, steps, loss_fn, horizon.seed),
+            alive,
+            count,
+        )
         for name, mask in smaller.items():
-            fell[name][alive[name] & ~mask] = level - levels
+            fell[name][alive[name] & ~mask] = level
         alive = smaller
     device = next(iter(parameters.values())).device
     return {
-        name: torch.where(alive[name], scores[name], fell[name]).to(device) for name in parameters
+        name: torch.where(alive[name], scores[name], fell[name].float() - levels - 1).to(device)
+        for name in parameters
     }
 
 

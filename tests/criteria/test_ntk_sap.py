@@ -25,13 +25,20 @@ def leaf(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, requires_grad=True)
 
 
+def gathered(model: nn.Module, here: Weights, there: Weights, inputs: Tensor) -> list[Tensor]:
+    """Both parts of the gradients, added up."""
+    sums = {place: torch.zeros_like(each) for place, each in enumerate(here.values())}
+    mask_gradients(model, here, there, inputs, lambda place, part: sums[place].add_(part))
+    return list(sums.values())
+
+
 def test_mask_gradients_by_hand() -> None:
     # f = m1 w1 x1 + m2 w2 x2; the difference is -m1 x1 + 2 m2 x2.
     # x = (1, 2): difference 3, gradient 2 * 3 * (-1, 4) = (-6, 24).
     # x = (0, 1): difference 2, gradient 2 * 2 * (0, 2) = (0, 8). Mean (-3, 16).
     here, there = {"0.weight": leaf([[2, 1]])}, {"0.weight": leaf([[3, -1]])}
     inputs = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double()
-    (found,) = mask_gradients(chain([[0.0, 0.0]]), here, there, inputs)
+    (found,) = gathered(chain([[0.0, 0.0]]), here, there, inputs)
     assert found.tolist() == [[-3.0, 16.0]]
 
 
@@ -84,7 +91,7 @@ def test_mask_gradients_against_finite_differences() -> None:
         second = functional_call(model, under(at, there), (inputs,))
         return (first - second).square().sum(1).mean()
 
-    found = mask_gradients(model, under(mask, here), under(mask, there), inputs)
+    found = gathered(model, under(mask, here), under(mask, there), inputs)
     for ours, expected in zip(found, by_finite_differences(distance, mask), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
         assert expected.abs().max() > 0.01
@@ -94,7 +101,7 @@ def test_batch_norm_takes_the_statistics_of_the_unperturbed_network() -> None:
     model, names = convnet(), ("0.weight", "4.weight")
     mask, here, there = drawn(model, names)
     inputs = images(6)[0][0]
-    found = mask_gradients(model, under(mask, here), under(mask, there), inputs)
+    found = gathered(model, under(mask, here), under(mask, there), inputs)
     # The same by hand: statistics of the first network's convolution, fixed, for both.
     fixed = copy.deepcopy(convnet()).eval()
     with torch.no_grad():
