@@ -38,6 +38,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """Kind -> names of its inputs. A scorer's card holds them, so that a change is noticed."""
 
+VARYING = 7
+"""The first so many of the `context` features differ from weight to weight."""
 CHUNK = 1 << 16
 TINY = 1e-12
 
@@ -86,7 +88,7 @@ def contexts(
 
 
 def layer_features(
-    kind: str, weight: Tensor, gradient: Tensor, context: LayerContext
+    kind: str, weight: Tensor, gradient: Tensor, context: LayerContext | None
 ) -> Iterator[Tensor]:
     """Yield the features of one layer in pieces of shape [F, n], weights in row-major order.
 
@@ -94,7 +96,8 @@ def layer_features(
         kind: a key of KINDS; F is the number of its inputs.
         weight: initial weight [out, in, *kernel].
         gradient: initial gradient, of the same shape.
-        context: of this layer, from `contexts`.
+        context: of this layer, from `contexts`; None leaves its constants, the last of `context`,
+            out.
     """
     weight, gradient = weight.detach().float(), gradient.detach().float()
     if names_of(kind) == KINDS["paper"]:
@@ -125,19 +128,20 @@ def _context_piece(
     part: slice,
     scales: tuple[Tensor, Tensor, Tensor],
     channels: tuple[Tensor, Tensor, Tensor, Tensor],
-    context: LayerContext,
+    context: LayerContext | None,
 ) -> Tensor:
     """Fill [F, n] for some output channels; w and g are [rows, in, kernel]."""
     scale_w, scale_g, scale_wg = scales
     out_w, out_g, in_w, in_g = channels
-    piece = torch.empty(len(KINDS["context"]), *w.shape, device=w.device)
+    constants = context.constants if context else ()
+    piece = torch.empty(VARYING + len(constants), *w.shape, device=w.device)
     torch.div(w.abs(), scale_w, out=piece[0])
     torch.asinh(g.abs() / scale_g, out=piece[1])
     torch.asinh((w * g) / scale_wg, out=piece[2])
     piece[3], piece[4] = out_w[part], out_g[part]
     piece[5], piece[6] = in_w, in_g
-    for place, constant in enumerate(context.constants):
-        piece[7 + place] = constant
+    for place, constant in enumerate(constants, start=VARYING):
+        piece[place] = constant
     return piece.view(len(piece), -1)
 
 

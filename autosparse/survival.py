@@ -134,8 +134,8 @@ class Heads(nn.Module):
         first, biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
         mean, std = self.mean[:-CONSTANTS, None], self.std[:-CONSTANTS, None]
         found = []
-        for piece in features.layer_features("context", weight, gradient, context):
-            part = piece[:-CONSTANTS].sub_(mean).div_(std).clamp_(-LIMIT, LIMIT)
+        for piece in features.layer_features("context", weight, gradient, None):
+            part = piece.sub_(mean).div_(std).clamp_(-LIMIT, LIMIT)
             for number, bias in enumerate(biases):
                 matrix = first if number == 0 else matrices[number]
                 part = torch.addmm(bias, matrix, part)
