@@ -19,6 +19,7 @@ from autosparse.criteria import Scores, autos, register
 from autosparse.criteria.short_irp import Horizon, short_levels
 from autosparse.errors import UsageError
 from autosparse.gradients import mean_gradients
+from autosparse.scorer import AutoS
 
 BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
@@ -68,11 +69,39 @@ def autos_irp(
     first = list(islice(batches, BATCHES))
     if not first:
         raise UsageError("criterion autos_irp needs data, and there is no batch")
-    gradients = mean_gradients(model, parameters, first, loss_fn)
-    device, total = next(iter(parameters.values())).device, masks.total(parameters)
+    layers = _Layers(
+        network.to(next(iter(parameters.values())).device),
+        parameters,
+        mean_gradients(model, parameters, first, loss_fn),
+    )
+    initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
 
-    def chosen(scores: Scores, alive: masks.Masks, count: int) -> masks.Masks:
-        densities = network.to(device).layer_densities(parameters, gradients, count / total)
+    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
+        scores = {
+            name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
+        }
+        return scores, layers.best(scores, alive, count)
+
+    training = TrainingConfig(
+        optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
+    )
+    horizon = Horizon(sparsity, levels, steps_per_level, training, seed)
+    alive = layers.first(max(start, 1 - sparsity))
+    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
+
+
+class _Layers:
+    """What AutoS says of the layers, from the initial weights and gradients."""
+
+    def __init__(self, network: AutoS, parameters: Scores, gradients: Scores) -> None:
+        self.network, self.parameters, self.gradients = network, parameters, gradients
+        self.total = masks.total(parameters)
+
+    def best(self, scores: Scores, alive: masks.Masks, count: int) -> masks.Masks:
+        """Keep the best of what is alive, in each layer as many as AutoS allots it."""
+        densities = self.network.layer_densities(
+            self.parameters, self.gradients, count / self.total
+        )
         kept = masks.allocate(
             densities,
             {name: mask.numel() for name, mask in alive.items()},
@@ -81,22 +110,14 @@ def autos_irp(
         )
         return masks.keep_counts(scores, kept, within=alive)
 
-    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
-        scores = {
-            name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
+    def first(self, density: float) -> masks.Masks:
+        """Return the masks that AutoS alone prunes to, before any step."""
+        alive = {
+            name: torch.ones(weight.shape, dtype=torch.bool)
+            for name, weight in self.parameters.items()
         }
-        return scores, chosen(scores, alive, count)
-
-    initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
-    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in initial.items()}
-    start = max(start, 1 - sparsity)
-    if start < 1:
-        scores, _ = network.to(device).rate(parameters, gradients, start)
+        if density == 1:
+            return alive
+        scores, _ = self.network.rate(self.parameters, self.gradients, density)
         scores = {name: score.cpu() for name, score in scores.items()}
-        alive = chosen(scores, alive, round(total * start))
-
-    training = TrainingConfig(
-        optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
-    )
-    horizon = Horizon(sparsity, levels, steps_per_level, training, seed)
-    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
+        return self.best(scores, alive, round(self.total * density))
