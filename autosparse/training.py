@@ -229,6 +229,11 @@ def check(config: TrainingConfig) -> None:
     for name in ("checkpoint_epochs", "checkpoint_steps"):
         if getattr(config, name) < 0:
             raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
+    if config.rescatter and config.compile:
+        raise UsageError(
+            "training.rescatter breaks what training.compile compiles into single layers; "
+            "leave one of them out"
+        )
     recipe.check(config)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.shards --json shards.json
 
 Photo-like images are made on the fly: CIFAR-10's, enlarged, where its folder is at hand
-(AUTOSPARSE_CIFAR or data/cifar10), otherwise smooth noise; with fine noise on top, each six times,
+(AUTOSPARSE_CIFAR or data/cifar10), otherwise smooth noise; with fine noise on top, each 16 times,
 so that an epoch takes seconds and starting the processes little of it. Peers, in turn
 with ours, with the same number of processes: decoding alone (the same decoder on images in memory,
 nothing collected), timm's reader of WebDataset with its loader, torchvision's ImageFolder with a
@@ -34,7 +34,7 @@ from autosparse.data.decode import decode
 from autosparse.data.pack import pack
 from benchmarks.report import figure, publish, seconds_in_turn
 
-PICTURES, COPIES, CLASSES, SIZE, BATCH = 960, 6, 10, 224, 64
+PICTURES, COPIES, CLASSES, SIZE, BATCH = 960, 16, 10, 224, 64
 IMAGES = PICTURES * COPIES
 SIDES = ((500, 375), (375, 500), (500, 333), (400, 300), (300, 400))
 HELD: list[bytes] = []

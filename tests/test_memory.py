@@ -18,11 +18,13 @@ def faults():
 
 if sys.argv[1] == "keep":
     keep_freed_blocks()
+found = []
 for turn in range(8):
     before = faults()
     block = torch.ones(1 << 24)  # 64 MiB: more than glibc ever learns to keep by itself.
     del block
-print(faults() - before)
+    found.append(faults() - before)
+print(sorted(found)[4])
 """
 
 

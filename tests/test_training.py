@@ -272,6 +272,7 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
         ({"optimizer_options": {"bets": 1}}, "bets"),
         ({"batch_size": 10_000}, "batch_size"),
         ({"precision": "fp8"}, "precision"),
+        ({"rescatter": True, "compile": True}, "rescatter breaks what training.compile"),
         ({"precision": "fp16"}, "fp16 works under DeepSpeed only; use bf16"),
         ({"batch_size": 0}, "training.batch_size must be at least 1, got 0"),
         ({"batch_size": 75, "mixup": 0.2}, "need an even number .* training.batch_size gives 75"),
