@@ -19,12 +19,12 @@ def faults():
 if sys.argv[1] == "keep":
     keep_freed_blocks()
 found = []
-for turn in range(8):
+for turn in range(24):  # glibc takes up to seven blocks before it comes back to the first.
     before = faults()
     block = torch.ones(1 << 24)  # 64 MiB: more than glibc ever learns to keep by itself.
     del block
     found.append(faults() - before)
-print(sorted(found)[4])
+print(sorted(found[-8:])[4])
 """
 
 
