@@ -17,8 +17,8 @@ def keep_freed_blocks() -> None:
     """Let glibc keep the large blocks that are freed, for whoever asks next in this process.
 
     By default it hands them back to the system, and every step waits for fresh pages to be zeroed:
-    up to a fifth of a step of resnet18 at batch 32, whose peak of memory stayed as it was. (Asked for
-    one size only, glibc takes up to seven blocks before it comes back to the first.) Other C
+    up to a fifth of a step of resnet18 at batch 32, whose peak of memory stayed as it was. (Asked
+    for one size only, glibc takes up to seven blocks before it comes back to the first.) Other C
     libraries are left alone, and so is one that the environment has set up.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
