@@ -143,6 +143,7 @@ def parse(
 ) -> Config:
     """Build a config from `--config` files and `--key value` overrides, later ones winning.
 
+    `--dry-run` is `--dry_run`, and a setting that is true or false is true when no value follows.
     Raises UsageError that names a wrong key, with the nearest right one, or a wrong value.
     `--help` and `--print_config` print and exit.
     """
@@ -154,6 +155,7 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="YAML file; several may be given")
     parser.add_class_arguments(kind)
+    arguments = _spelt_out(arguments, parser)
     _check_files(arguments)
     import argparse
 
@@ -164,6 +166,20 @@ def parse(
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(_explain(str(error), parser, kind)) from error
     return kind(**vars(values))
+
+
+def _spelt_out(arguments: list[str], parser: Any) -> list[str]:
+    """Write options with underscores, and `true` after those that are true or false and bare."""
+    flags = {f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool}
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            argument = f"--{name.replace('-', '_')}{equals}{value}"
+        found.append(argument)
+        if argument in flags and following.startswith("--"):
+            found.append("true")
+    return found
 
 
 def _check_files(arguments: list[str]) -> None:

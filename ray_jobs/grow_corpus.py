@@ -4,7 +4,7 @@ On a cluster:
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python ray_jobs/grow_corpus.py --config configs/corpus/digits.yaml
 Add --runtime-env configs/ray_env.yaml to leave data and outputs out of what is uploaded.
-By itself (starts a local Ray; --dry_run true prints the plan and what it costs):
+By itself (starts a local Ray; --dry-run prints the plan and what it costs):
     python ray_jobs/grow_corpus.py --config configs/corpus/digits.yaml
 """
 

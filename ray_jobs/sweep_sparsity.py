@@ -4,7 +4,7 @@ On a cluster:
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python ray_jobs/sweep_sparsity.py --config configs/sweep/digits.yaml
 Add --runtime-env configs/ray_env.yaml to leave data and outputs out of what is uploaded.
-By itself (starts a local Ray; --dry_run true prints the cells and what they cost):
+By itself (starts a local Ray; --dry-run prints the cells and what they cost):
     python ray_jobs/sweep_sparsity.py --config configs/sweep/digits.yaml
 """
 

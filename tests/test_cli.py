@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from autosparse import cli, config, irp, verbs
 from autosparse import corpus as corpora
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, PruneConfig, SparseTrainConfig
+from autosparse.errors import UsageError
 from autosparse.files import read_json
 from tests.conftest import flip, quick_irp, tiny_run
 
@@ -251,6 +252,31 @@ def test_later_config_wins_key_by_key(folder):
     assert parsed(PruneConfig, "--config", "a.yaml", "--config", "b.yaml") == expected
     backwards = parsed(PruneConfig, "--config", "b.yaml", "--config", "a.yaml")
     assert (backwards.sparsity, backwards.model.name) == (0.5, "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--dry-run"], (True, 1)),
+        (["--dry_run"], (True, 1)),
+        (["--dry-run", "--cpus-per-run", "2"], (True, 2)),
+        (["--dry-run=false", "--cpus-per-run=0.5"], (False, 0.5)),
+        (["--cpus_per_run", "3", "--dry-run", "false"], (False, 3)),
+    ],
+)
+def test_options_as_people_write_them(given, expected):
+    found = parsed(config.CorpusConfig, *given)
+    assert (found.dry_run, found.cpus_per_run) == expected
+
+
+def test_bare_options_of_inner_settings():
+    found = parsed(config.SparseTrainConfig, "--training.channels-last", "--training.ema", "0.9")
+    assert (found.training.channels_last, found.training.ema) == (True, 0.9)
+
+
+def test_a_setting_that_is_no_yes_or_no_needs_a_value():
+    with pytest.raises(UsageError):
+        parsed(PruneConfig, "--sparsity", "--seed", "1")
 
 
 def test_flags_and_configs_are_taken_in_their_order(folder):

@@ -214,7 +214,7 @@ def test_rows_are_shortened_for_the_terminal() -> None:
     }  # fmt: skip
 
 
-# grow_corpus.py --dry_run
+# grow_corpus.py --dry-run
 
 
 def test_a_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -231,7 +231,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path, monkeypatch,
         "seeds: [0, 1]\ntraining: {epochs: 1, batch_size: 100}\nlevels: 1\n"
         "exclude: [{model: test_res*, seed: 1}]\nout: grown\n"
     )
-    command = ["--config", "plan.yaml", "--dry_run", "true"]
+    command = ["--dry-run", "--config", "plan.yaml"]
     assert cli.guarded(grow.main, command) == 0
     said = capsys.readouterr()
     assert said.err == ""
