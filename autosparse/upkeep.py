@@ -77,6 +77,7 @@ def _of_finished(folder: Path) -> Iterator[Problem]:
     found = {key: corpus.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
     if whole:
         yield from _of_marker(name, marker, found, corpus.row_of(card))
+        yield from _of_first_card(folder / CARD, card)
         return
     digests = marker.get("tensors", {})
     wrong = [key for key, digest in digests.items() if found.get(key) != digest]
@@ -86,6 +87,22 @@ def _of_finished(folder: Path) -> Iterator[Problem]:
     if not wrong:
         what = f"its header (or the SHA-256 in {FINISHED})" if digests else "it"
         yield Problem(name, RUN, f"{what} is not what was written (the SHA-256 differs)")
+
+
+def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
+    """Compare the card that the run began with, if it is there, with that of the whole run."""
+    if not path.is_file():
+        return
+    try:
+        first = read_json(path)
+    except UsageError as error:
+        yield Problem(path.parent.name, CARD, str(error))
+        return
+    entries = first.items() if isinstance(first, dict) else [(None, first)]
+    for key, value in entries:
+        # A later version that took the run up may know more settings.
+        if key not in ("config", "versions") and card.get(key) != value:
+            yield Problem(path.parent.name, CARD, f"its entry {key!r} is not that of {RUN}")
 
 
 def _of_marker(

@@ -43,6 +43,28 @@ def test_all_is_well(folder: Path) -> None:
     assert list(verify(folder)) == [("run1", []), ("run2", [])]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("garbage", "is not valid JSON"),
+        ('{"run_id": "run2"}', "its entry 'run_id' is not that of run.safetensors"),
+        ("[]", "its entry None is not that of run.safetensors"),
+    ],
+)
+def test_another_card_than_the_run_began_with_is_named(
+    folder: Path, content: str, said: str
+) -> None:
+    (folder / "run1" / "card.json").write_text(content)
+    (found,) = problems(folder)
+    assert found.startswith("run run1: card.json: ")
+    assert said in found
+
+
+def test_a_card_may_lack_settings_that_came_later(folder: Path) -> None:
+    write_json(folder / "run1" / "card.json", {"run_id": "run1", "config": {}, "versions": {}})
+    assert problems(folder) == []
+
+
 def test_what_else_lies_in_a_corpus_is_no_run(folder: Path) -> None:
     Corpus(folder).write_index()
     (folder / "report").mkdir()
