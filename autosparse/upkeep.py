@@ -98,8 +98,10 @@ def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
     except UsageError as error:
         yield Problem(path.parent.name, CARD, str(error))
         return
-    entries = first.items() if isinstance(first, dict) else [(None, first)]
-    for key, value in entries:
+    if not isinstance(first, dict):
+        yield Problem(path.parent.name, CARD, "is no card")
+        return
+    for key, value in first.items():
         # A later version that took the run up may know more settings.
         if key not in ("config", "versions") and card.get(key) != value:
             yield Problem(path.parent.name, CARD, f"its entry {key!r} is not that of {RUN}")

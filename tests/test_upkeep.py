@@ -48,7 +48,7 @@ def test_all_is_well(folder: Path) -> None:
     [
         ("garbage", "is not valid JSON"),
         ('{"run_id": "run2"}', "its entry 'run_id' is not that of run.safetensors"),
-        ("[]", "its entry None is not that of run.safetensors"),
+        ("[]", "is no card"),
     ],
 )
 def test_another_card_than_the_run_began_with_is_named(
