@@ -99,12 +99,12 @@ class _Left:
         """How many entries of each layer are looked at, and how many of those are left."""
         self.ends = self.per_layer.cumsum(0)
         self.alive = torch.ones(sum(sizes), dtype=torch.bool, device=device)
-        self._make_scores(_float_of(self.weights[0]))
+        kept = torch.zeros(sum(sizes), dtype=_float_of(self.weights[0]), device=device)
+        self._keep_scores(kept)
 
-    def _make_scores(self, dtype: torch.dtype) -> None:
-        """Make room for weight * gradient; one block of memory, as fresh ones are slow."""
-        self.scores = torch.zeros(len(self.alive), dtype=dtype, device=self.fell.device)
-        self.layers = self.scores.split(self.sizes)
+    def _keep_scores(self, scores: Tensor) -> None:
+        """Take that for weight * gradient; one block of memory, as fresh ones are slow."""
+        self.scores, self.layers = scores, scores.split(self.sizes)
 
     def forget_the_dead(self) -> None:
         """Look only at what is alive from now on, once half of what was looked at is dead."""
@@ -130,7 +130,9 @@ class _Left:
         def take(place: int, found: Tensor) -> None:
             flat = flattened(found, self.weights[place])
             if flat.dtype != self.scores.dtype:
-                self._make_scores(flat.dtype)
+                wide = torch.promote_types(flat.dtype, self.scores.dtype)
+                flat = flat.to(wide)
+                self._keep_scores(self.scores.to(wide))
             layer, weight = self.layers[place], flattened(values[place])
             if place not in missing:
                 flat = flat if places is None else flat.index_select(0, places[place])

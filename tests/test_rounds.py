@@ -392,6 +392,16 @@ def test_scores_beyond_float32(guesses: list[float]) -> None:
     check(weights, [large(scores * 1e-60)], 0.6)
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_layers_of_unequal_width(first: torch.dtype) -> None:
+    second = torch.float64 if first == torch.float32 else torch.float32
+    weights = {"a": torch.ones(4, dtype=first), "b": torch.ones(4, dtype=second)}
+    rows = [torch.tensor([1, 2, 7, 8.0], dtype=first), torch.tensor([3, 4, 5, 6.0], dtype=second)]
+    found = shrink(weights, handing(lambda: [row.clone() for row in rows]), 0.5, 1)
+    assert found["a"].tolist() == [-1, -1, 7, 8]
+    assert found["b"].tolist() == [-1, -1, 5, 6]
+
+
 def test_small_ones_are_all_looked_at(guesses: list[float]) -> None:
     shrink(
         {"a": torch.ones(1000 * STEP - 1)}, handing(lambda: [torch.ones(1000 * STEP - 1)]), 0.5, 1
