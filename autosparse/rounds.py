@@ -107,7 +107,7 @@ class _Left:
         self.scores, self.layers = scores, scores.split(self.sizes)
 
     def forget_the_dead(self) -> None:
-        """Look only at what is alive from now on, once half of what was looked at is dead."""
+        """Look only at what is alive from now on, once three of four are dead."""
         if 4 * int(self.per_layer.sum()) > len(self.alive):
             return
         sizes, alive = self.per_layer.tolist(), _nonzero(self.alive)
@@ -171,7 +171,8 @@ class _Left:
     def _lowest_of_all(self, excess: int) -> Tensor:
         near, values = self._up_to(self._guess(excess / max(int(self.per_layer.sum()), 1)))
         if len(near) < excess:
-            near, values = self._up_to(float("inf"))
+            near = _nonzero(self.alive)
+            values = self.scores[near].abs_()
         return near[_lowest(values, excess)]
 
     def _best_of_each(self, count: int) -> Tensor:

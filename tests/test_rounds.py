@@ -392,6 +392,12 @@ def test_scores_beyond_float32(guesses: list[float]) -> None:
     check(weights, [large(scores * 1e-60)], 0.6)
 
 
+def test_what_is_no_number_stays_for_the_caller_to_see() -> None:
+    gradient = torch.tensor([1, float("nan"), 3, float("nan"), float("nan")])
+    found = shrink({"a": torch.ones(5)}, handing(lambda: [gradient.clone()]), 0.6, 2)["a"]
+    assert found.isnan().any()
+
+
 @pytest.mark.parametrize("first", [torch.float32, torch.float64])
 def test_layers_of_unequal_width(first: torch.dtype) -> None:
     second = torch.float64 if first == torch.float32 else torch.float32
