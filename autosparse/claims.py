@@ -83,7 +83,12 @@ class Claim:
             raise RunFailed(f"{self.path.parent} was taken over by another process; stopped here")
 
     def _beat(self) -> None:
-        while not self._stop.wait(BEAT):
+        while not self.lost and not self._stop.wait(BEAT):
+            self._renew()
+
+    def _renew(self) -> None:
+        """Count a heartbeat if the claim is still ours, with nobody taking it over meanwhile."""
+        with _alone_in(self.path):
             if not self._is_ours():
                 self.lost = True
                 return
@@ -152,7 +157,7 @@ def _remove_dead(path: Path, content: str, token: str) -> None:
                 path.unlink()
         return
     aside = path.with_name(f".{CLAIM}.dead.{token}")
-    with _alone_in(path.parent), suppress(FileNotFoundError):
+    with _alone_in(path), suppress(FileNotFoundError):
         if _read(path) != content:
             return
         path.rename(aside)
@@ -163,15 +168,18 @@ def _remove_dead(path: Path, content: str, token: str) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let one process at a time remove a dead claim, where the file system has locks."""
-    handle = os.open(folder, os.O_RDONLY)
+def _alone_in(path: Path) -> Iterator[None]:
+    """Let one process at a time renew or remove a claim, where the file system has locks."""
+    handle = None
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):  # No locks here, or the folder is gone: who comes next sees it.
+            if is_local(path):
+                handle = os.open(path.parent, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _read(path: Path) -> str | None:

@@ -230,11 +230,36 @@ def test_an_owner_that_had_stalled_notices_and_leaves_the_new_claim(
 ) -> None:
     with claimed(tmp_path) as claim:
         assert claim is not None
-        write_json(tmp_path / CLAIM, ELSEWHERE)
+        with claims._alone_in(tmp_path / CLAIM):
+            write_json(tmp_path / CLAIM, ELSEWHERE)
         wait_until(lambda: claim.lost)
         with pytest.raises(RunFailed, match=f"{tmp_path} was taken over by another process"):
             claim.check()
     assert content(tmp_path) == ELSEWHERE
+
+
+def test_a_claim_is_not_taken_over_in_the_middle_of_a_heartbeat(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner that stalls there, for longer than claims live, has found its claim in place."""
+    stalled, others, written = threading.Event(), threading.Event(), []
+
+    def slow_write(path: Path, found: dict) -> None:
+        stalled.set()
+        others.wait(3 * claims.EXPIRY)
+        write_json(path, found)
+        written.append(found["token"])
+
+    with claimed(tmp_path) as claim:
+        assert claim is not None
+        monkeypatch.setattr(claims, "write_json", slow_write)
+        assert stalled.wait(20)
+        claims._remove_dead(tmp_path / CLAIM, (tmp_path / CLAIM).read_text(), "0" * 16)
+        others.set()
+        assert written, "removed while the owner was writing"
+        assert content(tmp_path)["token"] == claim.token
+        claim.check()
+    assert names(tmp_path) == []
 
 
 # Races
@@ -305,7 +330,7 @@ def test_a_remote_claim_expires(remote: Path, quick: None) -> None:
 def test_of_several_who_want_a_remote_folder_one_gets_it(
     remote: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "SETTLE", 0.5)
+    monkeypatch.setattr(claims, "SETTLE", 1.5)
     for number in range(2):
         write_json(remote / str(number) / CLAIM, dead_claim())
         assert race(remote / str(number)) == 1
