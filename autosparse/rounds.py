@@ -17,8 +17,11 @@ from autosparse.gradients import settle
 Scores = dict[str, Tensor]
 Take = Callable[[int, Tensor], None]
 Gradient = Callable[[Take], int | None]
+Narrow = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 STEP = 997
 """Every so-manieth weight is looked at first to guess a round's threshold."""
+FIRST, LATER = 0.25, 0.5
+"""The dead are left behind when so many of those looked at are left, at first and later."""
 CHUNK = 1 << 18
 """How many scores a thread looks at in one go: what is worked out between stays in its cache."""
 
@@ -41,6 +44,7 @@ def shrink(
     min_per_layer: int = 1,
     shared: bool = False,
     passes: float = 1.0,
+    narrow: Narrow | None = None,
 ) -> Scores:
     """Prune by |weight * gradient| again and again; what is pruned is zero and stays so.
 
@@ -55,6 +59,9 @@ def shrink(
         min_per_layer: every layer keeps its best so many in every round.
         shared: the sums of all ranks count.
         passes: forward-backward passes per sample.
+        narrow: called when the dead are left behind, with the positions of the living in each of
+            the weights (flattened as it lies in memory, ascending) and their values. Returns what
+            `gradient` is taken by from then on, and where the living lie in that.
 
     Returns the last round's scores; a weight that fell in round k has k - n - 1 (below zero, the
     earlier the lower).
@@ -62,7 +69,7 @@ def shrink(
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         left = _Left(weights, rounds, pool)
         for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
-            left.forget_the_dead()
+            left.forget_the_dead(narrow)
             samples = left.score(gradient)
             if samples is not None:
                 left.scores.div_(settle([left.scores], samples, shared, passes))
@@ -84,11 +91,14 @@ class _Left:
             if not _lie_alike(weight, torch.empty_like(weight)):
                 raise UsageError(f"{name} lies in memory with gaps; clone it first")
         self.all_sizes = [weight.numel() for weight in self.weights]
+        self.layouts = [(weight.shape, weight.stride()) for weight in self.weights]
         kind = torch.uint8 if rounds < 256 else torch.int16
         self.fell = torch.zeros(sum(self.all_sizes), dtype=kind, device=self.weights[0].device)
         """In which round each weight fell; 0: not yet."""
         self.places: Tensor | None = None
         """Where in its layer each entry lies that is still looked at; None: all are."""
+        self.spots = self.places
+        """Where it lies in what stands for the layer since it was narrowed."""
         self.values = self.fell[:0]
         """The weights there."""
         self._lay_out(self.all_sizes)
@@ -106,11 +116,12 @@ class _Left:
         """Take that for weight * gradient; one block of memory, as fresh ones are slow."""
         self.scores, self.layers = scores, scores.split(self.sizes)
 
-    def forget_the_dead(self) -> None:
-        """Look only at what is alive from now on, once three of four are dead."""
-        if 4 * int(self.per_layer.sum()) > len(self.alive):
+    def forget_the_dead(self, narrow: Narrow | None) -> None:
+        """Look only at what is alive from now on, once most are dead."""
+        most = FIRST if self.places is None else LATER
+        if int(self.per_layer.sum()) > most * len(self.alive):
             return
-        sizes, alive = self.per_layer.tolist(), _nonzero(self.alive)
+        sizes, alive = self.per_layer.tolist(), nonzero(self.alive)
         if self.places is None:
             self.places = self._inside(alive)
             self.values = torch.cat([
@@ -120,11 +131,17 @@ class _Left:
         else:
             self.places, self.values = self.places[alive], self.values[alive]
         self._lay_out(sizes)
+        self.spots = self.places
+        if narrow is not None:
+            self.weights, spots = narrow(
+                list(self.places.split(sizes)), list(self.values.split(sizes))
+            )
+            self.spots = torch.cat(spots)
 
     def score(self, gradient: Gradient) -> int | None:
         """Set the scores to weight * gradient, whose signs do not matter; return the samples."""
         missing = set(range(len(self.weights)))
-        places = None if self.places is None else self.places.split(self.sizes)
+        places = None if self.spots is None else self.spots.split(self.sizes)
         values = self.values.split(self.sizes) if places is not None else self.weights
 
         def take(place: int, found: Tensor) -> None:
@@ -171,7 +188,7 @@ class _Left:
     def _lowest_of_all(self, excess: int) -> Tensor:
         near, values = self._up_to(self._guess(excess / max(int(self.per_layer.sum()), 1)))
         if len(near) < excess:
-            near = _nonzero(self.alive)
+            near = nonzero(self.alive)
             values = self.scores[near].abs_()
         return near[_lowest(values, excess)]
 
@@ -181,20 +198,20 @@ class _Left:
         for layer, alive in zip(self.layers, self.alive.split(self.sizes), strict=True):
             sizes = layer.abs().masked_fill_(~alive, -1)
             best.append(masks.top(sizes, count).logical_and_(alive))
-        return _nonzero(torch.cat(best))
+        return nonzero(torch.cat(best))
 
     def remove(self, lost: Tensor, number: int) -> None:
         """Set to zero what is at these places."""
         gone = self._count(lost)
         self.alive.index_fill_(0, lost, False)
         self.per_layer -= gone
-        if self.places is None:
-            inside = self._inside(lost)
+        if self.places is None or self.spots is None:
+            spots = inside = self._inside(lost).long()
         else:
             self.values.index_fill_(0, lost, 0)
-            inside = self.places.index_select(0, lost)
-        inside = inside.long()
-        for weight, mine in zip(self.weights, inside.split(gone.tolist()), strict=True):
+            inside = self.places.index_select(0, lost).long()
+            spots = self.spots.index_select(0, lost).long()
+        for weight, mine in zip(self.weights, spots.split(gone.tolist()), strict=True):
             if len(mine):
                 flattened(weight).index_fill_(0, mine, 0)
         whole = torch.tensor(self.all_sizes, device=lost.device)
@@ -212,8 +229,8 @@ class _Left:
             mine = self.places.split(self.sizes)[place].long()
             last = room = last.new_zeros(len(fell)).index_copy_(0, mine, last)
         scores = torch.where(fell == 0, last, fell.to(last.dtype) - (rounds + 1))
-        weight = self.weights[place]
-        return room.view(weight.shape).copy_(scores.as_strided(weight.shape, weight.stride()))
+        shape, stride = self.layouts[place]
+        return room.view(shape).copy_(scores.as_strided(shape, stride))
 
     def _guess(self, share: float) -> float:
         """Return a score below which surely about `share` of those alive lie."""
@@ -228,7 +245,7 @@ class _Left:
     def _up_to(self, bound: float) -> tuple[Tensor, Tensor]:
         """Return the places of those alive whose |score| is not above the bound, and |score|."""
         if not _numpy_is_quicker(self.scores):
-            places = _nonzero((self.scores.abs() <= bound).logical_and_(self.alive))
+            places = nonzero((self.scores.abs() <= bound).logical_and_(self.alive))
             return places, self.scores[places].abs_()
         scores, alive = self.scores.numpy(), self.alive.numpy()
 
@@ -283,11 +300,18 @@ def _lowest(values: Tensor, count: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
-def _nonzero(marks: Tensor) -> Tensor:
+def nonzero(marks: Tensor) -> Tensor:
     """Return the places of the True; NumPy is quicker than torch on a CPU."""
     if marks.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(marks.numpy()))
     return marks.nonzero().squeeze(1)
+
+
+def any_along(marks: Tensor, dimensions: tuple[int, ...]) -> Tensor:
+    """Return whether anything is marked along some dimensions; NumPy is quicker on a CPU."""
+    if marks.device.type == "cpu":
+        return torch.from_numpy(marks.numpy().any(dimensions))
+    return marks.any(dimensions)
 
 
 def flattened(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -18,13 +18,17 @@ every score is scaled alike. Elsewhere everything is computed in float64.
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
 from autosparse.criteria import Scores, register
 from autosparse.gradients import backward_one_by_one, spend
+from autosparse.models import owner
 from autosparse.paths import image_shape, rescale_between_blocks, without_shifts
-from autosparse.rounds import Take, shrink
+from autosparse.rounds import Take, any_along, nonzero, shrink
 
 
 @register("synflow", needs_data=False)
@@ -40,6 +44,7 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
     linear = without_shifts(model, parameters)
     _simplify(linear)
     _channels_last(linear)
+    channels = _Channels(linear, list(parameters))
     weights: dict[str, Tensor] = {name: linear.get_parameter(name) for name in parameters}
     like = next(iter(weights.values()))
     ones = torch.ones((1, *image_shape(model, batches)), dtype=like.dtype, device=like.device)
@@ -50,9 +55,95 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
 
     def gradient(take: Take) -> None:
         spend(len(ones))
-        backward_one_by_one(linear(ones).sum(), list(weights.values()), take)
+        backward_one_by_one(linear(ones).sum(), channels.weights(), take)
 
-    return shrink(weights, gradient, sparsity, rounds, min_per_layer=0)
+    return shrink(weights, gradient, sparsity, rounds, min_per_layer=0, narrow=channels.narrow)
+
+
+class _Channels:
+    """Computes, of every layer, only the channels that a living weight reads or writes.
+
+    A weight that several modules share stays whole, and so does that of a grouped convolution.
+    """
+
+    def __init__(self, linear: nn.Module, names: list[str]) -> None:
+        self.linear, self.names = linear, names
+        modules = linear.modules()
+        held = Counter(id(each) for one in modules for each in one.parameters(recurse=False))
+        self.layers: dict[str, _Layer] = {}
+        for name in names:
+            module, _ = owner(linear, name)
+            if _maps_channels(module) and held[id(linear.get_parameter(name))] == 1:
+                self.layers[name] = _Layer(module)
+
+    def weights(self) -> list[Tensor]:
+        """Return what the gradient is by now."""
+        return [self.linear.get_parameter(name) for name in self.names]
+
+    def narrow(
+        self, places: list[Tensor], values: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Leave the other channels out; see rounds.shrink."""
+        spots = [
+            self.layers[name].narrow(living, value) if name in self.layers else living
+            for name, living, value in zip(self.names, places, values, strict=True)
+        ]
+        return self.weights(), spots
+
+
+def _maps_channels(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+class _Layer:
+    """A layer of which only some channels are computed; the others are zero, and stay so."""
+
+    def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
+        weight = module.weight
+        self.module, self.shape = module, weight.shape
+        self.order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
+        """Its dimensions as they lie in memory."""
+        self.dimension = 1 if isinstance(module, nn.Conv2d) else -1
+        self.outputs, self.inputs = (torch.arange(n, device=weight.device) for n in self.shape[:2])
+        self.hooked = False
+
+    def narrow(self, living: Tensor, values: Tensor) -> Tensor:
+        """Leave out what no living weight reads or writes; return where those lie then.
+
+        Args:
+            living: positions in the whole weight as it lies in memory.
+            values: what lies there.
+        """
+        weight, rows, columns = self.module.weight, self.order.index(0), self.order.index(1)
+        alive = torch.zeros(self.shape.numel(), dtype=torch.bool, device=weight.device)
+        alive = alive.index_fill_(0, living.long(), True)
+        alive = alive.view([self.shape[dimension] for dimension in self.order])
+        self.outputs, self.inputs = _marked(alive, rows), _marked(alive, columns)
+        alive = alive.index_select(rows, self.outputs).index_select(columns, self.inputs)
+        spots = nonzero(alive.flatten())
+        narrow = weight.new_zeros(alive.numel()).index_copy_(0, spots, values)
+        back = [self.order.index(dimension) for dimension in range(weight.ndim)]
+        self.module.weight = nn.Parameter(narrow.view(alive.shape).permute(back))
+        if not self.hooked:
+            self.module.register_forward_pre_hook(self._select)
+            self.module.register_forward_hook(self._spread)
+            self.module.bias, self.hooked = None, True  # It is zero.
+        return spots
+
+    def _select(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0].index_select(self.dimension, self.inputs),)
+
+    def _spread(self, module: nn.Module, given: object, made: Tensor) -> Tensor:
+        shape = list(made.shape)
+        shape[self.dimension] = self.shape[0]
+        return made.new_zeros(shape).index_copy(self.dimension, self.outputs, made)
+
+
+def _marked(marks: Tensor, dimension: int) -> Tensor:
+    """Return where along a dimension anything is marked; the first if nothing is."""
+    others = tuple(each for each in range(marks.ndim) if each != dimension)
+    found = nonzero(any_along(marks, others))
+    return found if len(found) else found.new_zeros(1)
 
 
 def _without_relu(linear: nn.Module) -> None:

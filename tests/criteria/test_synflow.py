@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria, masks, models, prune
+from autosparse.config import ModelConfig
+from autosparse.criteria import synflow as module
 from autosparse.errors import UsageError
 from autosparse.gradients import counting
 from autosparse.paths import rescale_between_blocks, without_shifts
@@ -237,3 +239,29 @@ def test_relu6_is_scored_as_relu() -> None:
     assert (expected > 0).all()
     assert (found > 0).all()
     torch.testing.assert_close(found / found.sum(), expected / expected.sum(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["test_byobnet", "test_vit", "test_convnext", "test_mambaout"])
+def test_leaving_out_dead_channels_changes_nothing(name: str, monkeypatch) -> None:
+    """Down to 2 % in 30 rounds, so that channels are left out three times."""
+    config, narrowed = ModelConfig(name), []
+    model = models.create(config, num_classes=10, in_chans=1, image_size=32, seed=0)
+    narrow = module._Channels.narrow
+
+    def noted(channels: module._Channels, *found: list[Tensor]) -> tuple[list, list]:
+        weights, spots = narrow(channels, *found)
+        narrowed.append(sum(weight.numel() for weight in weights))
+        return weights, spots
+
+    monkeypatch.setattr(module._Channels, "narrow", noted)
+    arguments = (model, a_batch(1, 32, 32), cross_entropy)
+    scores = synflow(*arguments, sparsity=0.98, rounds=30)
+    whole = sum(weight.numel() for weight in models.prunable(model).values())
+    assert narrowed == sorted(narrowed, reverse=True)
+    assert len(narrowed) == 4
+    assert narrowed[-1] < 0.6 * whole
+    monkeypatch.setattr(module, "_maps_channels", lambda layer: False)
+    expected = synflow(*arguments, sparsity=0.98, rounds=30)
+    assert narrowed[4:] == [whole] * 4
+    for layer, wanted in expected.items():
+        torch.testing.assert_close(scores[layer], wanted, rtol=1e-4, atol=0.0)
