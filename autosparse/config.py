@@ -153,6 +153,8 @@ class TrainingConfig:
     """Put the network through torch.compile: worth it on a GPU and for long trainings."""
     grad_checkpointing: bool = False
     """Compute activations again in backward, to save memory, where timm's model knows how."""
+    sparse_products: bool = True
+    """Multiply with survivors only where that is quicker: on a CPU, wide layers with few left."""
     rescatter: bool = False
     """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
     checkpoint_epochs: int = _local(5)

@@ -20,7 +20,7 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from autosparse import recipe
-from autosparse.compaction import rescattering
+from autosparse.compaction import multiply_sparse, rescattering
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource, Split
 from autosparse.data.source import Batch
@@ -201,8 +201,13 @@ class PlainStepper:
         return History.of_state(state["history"])
 
 
-def set_up(model: nn.Module, config: TrainingConfig) -> None:
-    """Lay out and prepare a model for training, in place."""
+def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> None:
+    """Lay out and prepare a model for training, in place.
+
+    `sharded`: parameters are only there while their own module is at work (ZeRO 3), so that no
+    layer can multiply with survivors.
+    """
+    multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.grad_checkpointing:

@@ -60,7 +60,7 @@ def _mask(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def engine_for(sparsity: float, stage: int, ranks: Ranks) -> Any:
-    """Return DeepSpeed's engine around the model, set up as launch/train_sparse.py does it."""
+    """Return DeepSpeed's engine around the model, with dense products, as on a GPU."""
     model = model_at(sparsity)
     config = SparseTrainConfig(
         training=TrainingConfig(batch_size=BATCH * ranks.world_size),

@@ -66,7 +66,7 @@ class DeepSpeedStepper:
         if self.convert:
             settings["checkpoint"] = {"load_universal": True}
         self.settings = settings
-        set_up(model, training)
+        set_up(model, training, sharded=config.deepspeed.zero_stage == 3)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, training, steps_per_epoch)
         self.recipe, self.ema = Recipe(training, model), make_ema(model, training)
         self.engine, *_ = deepspeed.initialize(

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from autosparse import compact, data, prune
+from autosparse import compact, compaction, data, prune, sparse_products
 from autosparse.compaction import densify
 from autosparse.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.files import write_tensors
@@ -21,7 +21,8 @@ def main(out: Path) -> None:
     source = data.load(SMALL_DIGITS)
     losses = {}
     for name, case in CASES.items():
-        for stage in (0, 1, 2, 3):
+        for stage, products in ((0, ""), (1, ""), (2, ""), (3, ""), (1, " sparse")):
+            compaction.pays = (lambda kept, shape: kept > 0) if products else sparse_products.pays
             model = make_model(name, **case.options)
             compact(model, prune(model, source, "erk", case.sparsity))
             settings = replace(case.settings(), ema=0.0) if stage == 3 else case.settings()
@@ -32,13 +33,13 @@ def main(out: Path) -> None:
             stepper.model.train()
             half = BATCH // ranks.world_size
             mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
-            losses[f"{name} {stage}"] = [
+            losses[f"{name} {stage}{products}"] = [
                 float(stepper.step(images[mine], labels[mine]))
                 for images, labels in batches(source)
             ]
             if stepper.ema and ranks.rank == 0:
                 average = dict(densify(stepper.ema.module).named_parameters())
-                write_tensors(out / f"{name} {stage}.safetensors", average, {})
+                write_tensors(out / f"{name} {stage}{products}.safetensors", average, {})
             stepper.close()
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(losses))
 

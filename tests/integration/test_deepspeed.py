@@ -48,11 +48,11 @@ def test_compact_training_equals_masked_dense_training(
     expected = torch.tensor(by_hand)
     losses = [json.loads((compact_trainings / f"rank{r}.json").read_text()) for r in range(2)]
     assert float(expected[0].mean() - expected[-5:].mean()) > 0.2, "nothing was learned"
-    for stage in (0, 1, 2, 3):
+    for stage in ("0", "1", "2", "3", "1 sparse"):
         found = torch.tensor([losses[rank][f"{name} {stage}"] for rank in range(2)]).T
         assert found.shape == (STEPS, 2)
         assert float((found - expected).abs().max()) < 1e-5, f"ZeRO {stage}"
-        if stage < 3:
+        if stage != "3":
             weights, _ = read_tensors(compact_trainings / f"{name} {stage}.safetensors")
             assert weights.keys() == average.keys()
             for parameter, wanted in average.items():
