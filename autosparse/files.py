@@ -154,31 +154,24 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], card: dict[str, 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raises UsageError that names a missing or damaged file."""
     card = read_card(path)
-    from safetensors import SafetensorError
     from safetensors.torch import load, load_file
 
-    try:
+    with _reading(path):
         if not is_local(path):
             return load(place(path).read_bytes()), card
         return load_file(place(path)), card
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
     """Read only the card in the header of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    if not place(path).is_file():
-        raise UsageError(f"no such file: {path}")
-    try:
+    with _reading(path):
         if is_local(path):
             with safe_open(place(path), framework="pt") as handle:
                 metadata = handle.metadata() or {}
         else:
             metadata = _remote_metadata(place(path))
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from None
     if "card" not in metadata:
         raise UsageError(f"{path} holds no card: it was not written by autosparse")
     try:
@@ -190,8 +183,25 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return card
 
 
-def _damaged(path: str | Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} is damaged or no safetensors file ({error})")
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raise UsageError that names the file when it is missing, damaged or cannot be read.
+
+    Files of a run that is just being finished go away while they are read, at any moment; torch,
+    which maps them, tells of it by a RuntimeError.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        if not place(path).is_file():
+            raise FileNotFoundError
+        yield
+    except (SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} is damaged or no safetensors file ({error})") from None
+    except FileNotFoundError:
+        raise UsageError(f"no such file: {path}") from None
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
 
 
 def _remote_metadata(path: Path) -> dict[str, str]:

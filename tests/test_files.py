@@ -270,6 +270,28 @@ def test_missing_and_foreign_tensors_are_named(tmp_path):
             read_tensors(tmp_path / name)
 
 
+def test_a_file_that_comes_and_goes_is_read_or_named(tmp_path):
+    kept, path = tmp_path / "kept", tmp_path / "t.safetensors"
+    write_tensors(kept, TENSORS, CARD)
+    comes_and_goes = (
+        f"import os\nwhile True: os.link({str(kept)!r}, {str(path)!r}), os.unlink({str(path)!r})"
+    )
+    other = subprocess.Popen([sys.executable, "-c", comes_and_goes])
+    read, named = 0, 0
+    try:
+        while other.poll() is None and (read < 100 or named < 10_000):
+            try:
+                assert read_tensors(path)[1] == CARD
+                read += 1
+            except UsageError as error:
+                assert str(path) in str(error)
+                named += 1
+    finally:
+        other.kill()
+        other.wait()
+    assert read >= 100 and named >= 10_000
+
+
 def test_sha256_of_file_reads_all_of_it(tmp_path):
     content = bytes(range(256)) * 5000  # More than one block of 1 MiB.
     (tmp_path / "file").write_bytes(content)
