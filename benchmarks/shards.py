@@ -6,10 +6,11 @@ Photo-like images are made on the fly: CIFAR-10's, enlarged, where its folder is
 (AUTOSPARSE_CIFAR or data/cifar10), otherwise smooth noise; with fine noise on top, each 16 times,
 so that an epoch takes seconds and starting the processes little of it. Peers, in turn
 with ours, with the same number of processes: decoding alone (the same decoder on images in memory,
-nothing collected), timm's reader of WebDataset with its loader, torchvision's ImageFolder with a
-DataLoader; the last two as they come, centre crop, without augmentation. All loaders are made once
-and start their processes anew in every run, an epoch; the SHA-256 of the shards is checked in the
-one before the clock starts, as in a training's first epoch.
+each copy by itself and in random order, as a reader meets them; nothing collected), timm's reader
+of WebDataset with its loader, torchvision's ImageFolder with a DataLoader; the last two as they
+come, centre crop, without augmentation. All loaders are made once and start their processes anew
+in every run, an epoch; the SHA-256 of the shards is checked in the one before the clock starts, as
+in a training's first epoch.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ def write_images(root: Path) -> None:
     for number, picture in enumerate(pictures()):
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=90)
-        HELD.extend([stream.getvalue()] * COPIES)
+        content = stream.getvalue()
+        HELD.extend(bytes(bytearray(content)) for _ in range(COPIES))
         for split in ("train", "validation", "test") if number < CLASSES else ("train",):
             folder = root / split / f"{number % CLASSES}"
             folder.mkdir(parents=True, exist_ok=True)
             for copy in range(COPIES):
-                (folder / f"{number:06d}-{copy}.jpg").write_bytes(HELD[-1])
+                (folder / f"{number:06d}-{copy}.jpg").write_bytes(content)
+    random.Random(0).shuffle(HELD)
 
 
 def decode_part(part: tuple[int, int]) -> int:

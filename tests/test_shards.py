@@ -24,7 +24,7 @@ from autosparse.data.pack import write_shards
 from autosparse.data.remote import Folder
 from autosparse.data.shards import ShardSamples
 from autosparse.data.source import MemorySplit
-from autosparse.data.stream import Stream
+from autosparse.data.stream import Stream, _Rooms
 from autosparse.data.tars import INDEX, MANIFEST, Shard
 from autosparse.errors import UsageError
 from tests.conftest import flip
@@ -197,6 +197,33 @@ def test_order_comes_from_seed_and_epoch(root):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_order_does_not_depend_on_the_workers(root, workers):
     assert shuffled(root, 1, 0, workers=workers) == shuffled(root, 1, 0)
+
+
+@pytest.mark.parametrize("kept", ["batches", "parts"])
+def test_batches_that_are_kept_do_not_change(root, kept):
+    """Worker processes write the next batches where the last ones were, once nothing holds them."""
+    found = []
+    for images, _ in data.load(config(root, workers=2)).train.shuffled(2, seed=1, epoch=0):
+        found.append(images[1:] if kept == "parts" else images)
+    batches = data.load(config(root)).train.shuffled(2, seed=1, epoch=0)
+    again = [images[1:] if kept == "parts" else images for images, _ in batches]
+    assert len(found) > 10 and all(map(torch.equal, found, again))
+
+
+def test_rooms_are_free_again_once_nothing_holds_their_batch():
+    rooms = _Rooms(1, images=3, size=4)
+    places = len(rooms.memory)
+    part = rooms.batch(rooms.take(), 3)[1:, 0]
+    second = rooms.batch(rooms.take(), 2)
+    assert second.shape == (2, 3, 4, 4) and len(rooms.lent) == 2
+    taken = rooms.take()
+    copy = rooms.batch(taken, 1)
+    rooms.memory[taken].fill_(9)
+    assert len(rooms.lent) == 2 and len(rooms.free) == places - 2 and not (copy == 9).any()
+    del second
+    assert len(rooms.free) == places - 1
+    del part
+    assert sorted(rooms.free) == list(range(places)) and not rooms.lent
 
 
 def test_the_number_of_workers_is_no_part_of_a_runs_identity(root):

@@ -29,6 +29,8 @@ SIZES = (0xC0, 0xC1, 0xC2)
 """Markers that give the size of a baseline, extended or progressive JPEG."""
 APP1, ORIENTATION = 0xE1, 0x0112
 MOST_PIXELS = 1 << 26
+_resize = torch.ops.aten._upsample_bilinear2d_aa.out
+"""What interpolate(mode="bilinear", antialias=True) calls, which takes no room to write into."""
 
 
 def centred(height: int, width: int) -> Box:
@@ -38,7 +40,10 @@ def centred(height: int, width: int) -> Box:
 
 
 def decode(
-    source: str | Path | bytes, size: int, crop: Callable[[int, int], Box] = centred
+    source: str | Path | bytes,
+    size: int,
+    crop: Callable[[int, int], Box] = centred,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Return uint8 [3, size, size]: the part that `crop` chooses, resized (antialiased bilinear).
 
@@ -49,25 +54,28 @@ def decode(
         source: a file, or its content.
         size: side of the result.
         crop: takes height and width of the upright image; by default the middle square.
+        into: uint8 [3, size, size] that the result is written into and returned as.
     """
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        return _decoded(content, size, crop)
+        return _decoded(content, size, crop, into)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         where = "an image" if isinstance(source, bytes) else str(source)
         raise UsageError(f"{where} cannot be decoded ({error})") from error
 
 
-def _decoded(content: bytes, size: int, crop: Callable[[int, int], Box]) -> Tensor:
+def _decoded(
+    content: bytes, size: int, crop: Callable[[int, int], Box], into: Tensor | None
+) -> Tensor:
     plain = plain_jpeg(content) if simplejpeg else None
     if plain is None:
-        return _by_pillow(content, size, crop)
+        return _by_pillow(content, size, crop, into)
     box = crop(*plain)
     scale = _scale(box, size)
     pixels = _by_simplejpeg(content, *plain, scale)
     if pixels is None:
-        return _by_pillow(content, size, lambda height, width: box)
-    return _fitted(pixels, box, scale, size)
+        return _by_pillow(content, size, lambda height, width: box, into)
+    return _fitted(pixels, box, scale, size, into)
 
 
 def _scale(box: Box, size: int) -> int:
@@ -87,7 +95,9 @@ def _by_simplejpeg(content: bytes, height: int, width: int, scale: int) -> np.nd
     return pixels if pixels.shape[:2] == wanted else None
 
 
-def _by_pillow(content: bytes, size: int, crop: Callable[[int, int], Box]) -> Tensor:
+def _by_pillow(
+    content: bytes, size: int, crop: Callable[[int, int], Box], into: Tensor | None
+) -> Tensor:
     with Image.open(io.BytesIO(content)) as opened:
         turned = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         height, width = opened.size if turned else opened.size[::-1]
@@ -97,19 +107,20 @@ def _by_pillow(content: bytes, size: int, crop: Callable[[int, int], Box]) -> Te
         opened.draft("RGB", (before[0] // scale, before[1] // scale))
         scale = scale if opened.size != before else 1
         image = eight_bit(ImageOps.exif_transpose(opened)).convert("RGB")
-    return _fitted(np.array(image), box, scale, size)
+    return _fitted(np.array(image), box, scale, size, into)
 
 
-def _fitted(pixels: np.ndarray, box: Box, scale: int, size: int) -> Tensor:
+def _fitted(pixels: np.ndarray, box: Box, scale: int, size: int, into: Tensor | None) -> Tensor:
     """Cut the box out of pixels that were made smaller by `scale`, and resize it."""
     top, left = box[0] // scale, box[1] // scale
     tall, wide = max(box[2] // scale, 1), max(box[3] // scale, 1)
     part = torch.from_numpy(pixels).permute(2, 0, 1)[:, top : top + tall, left : left + wide]
     if part.shape[1:] == (size, size):
-        return part.contiguous()
-    return torch.nn.functional.interpolate(
-        part[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )[0]
+        return part.contiguous() if into is None else into.copy_(part)
+    if into is None:
+        into = torch.empty((3, size, size), dtype=torch.uint8)
+    _resize(part[None], [size, size], align_corners=False, out=into[None])
+    return into
 
 
 def eight_bit(image: Image.Image) -> Image.Image:

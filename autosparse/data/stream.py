@@ -7,6 +7,7 @@ number of workers nor, for the same global batch, on the number of ranks.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from autosparse.data import augment
 from autosparse.data.decode import decode
@@ -24,14 +25,16 @@ from autosparse.memory import keep_freed_blocks
 
 Task = tuple[list[int], tuple[int, int] | None]
 """The samples of a batch, and (seed, epoch) where they are augmented."""
+Order = tuple[list[int], tuple[int, int] | None, int | None]
+"""A task, and the room that a worker process puts its images into."""
 BadImages = dict[str, str]
 """Sample -> what is wrong with its image."""
-Place = tuple[int, int, int]
-"""Where a batch lies: worker, room, images."""
-Found = tuple[Tensor | Place, list[int], list[tuple[str, str]]]
-"""A batch's images (or where they lie), labels, and bad images with what is wrong."""
+Found = tuple[Tensor | int, list[int], list[tuple[str, str]]]
+"""A batch's images (or the room they are in), labels, and bad images with what is wrong."""
 PREFETCH = 2
 """Batches that a worker process is asked for in advance."""
+LENT = 2
+"""Rooms that batches keep to themselves: the one in use, and the one before, not yet let go."""
 
 
 class Samples(Protocol):
@@ -126,11 +129,11 @@ class Stream:
         if self.device.type == "cpu":
             keep_freed_blocks()
         largest = max(len(numbers) for numbers, _ in tasks)
-        decoded = _Decoded(self, replaced, _rooms(workers, largest, self.size))
+        rooms = _Rooms(workers, largest, self.size)
         loader = DataLoader(
-            decoded,
+            _Decoded(self, replaced, rooms.memory),
             batch_size=None,
-            sampler=tasks,
+            sampler=((*task, rooms.take()) for task in tasks),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
@@ -139,16 +142,17 @@ class Stream:
         try:
             for images, labels, bad in batches:
                 self._count(bad)
-                yield self._own(decoded.found(images)), self._own(torch.tensor(labels))
+                if isinstance(images, int):
+                    images = rooms.batch(images, len(labels))
+                yield self._here(images), self._here(torch.tensor(labels))
+                del images
         except UsageError as error:
             raise first_cause(error) from error
         finally:
             _end(batches)
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """Return a copy on the device, as the workers write the next batch where this one is."""
-        if self.device.type == "cpu":
-            return tensor.clone()
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the device."""
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
@@ -186,15 +190,39 @@ def too_many(name: str, problem: str, limit: int) -> UsageError:
     return UsageError(f"{name}: {problem}; data.max_bad_images allows {limit} bad images")
 
 
-def _rooms(workers: int, images: int, size: int) -> Tensor:
-    """Return memory that all processes share: for each worker, one room per batch under way.
+class _Rooms:
+    """Memory that all processes share, cut into rooms for a batch each, used again and again.
 
-    Rooms are used again and again, as the pages of new ones take long to come by. A worker is
-    asked for one batch more when the main process takes one of its own, so it comes back to a
-    room after that one's batch, and the next, have been taken.
+    (The pages of new shared memory take long to come by.) A batch is its room, without a copy,
+    and the room is free once nothing holds the batch's memory any more. Where batches are kept,
+    the next ones are copied out, so that there is a free room for each batch that is asked for.
     """
-    shape = (workers, PREFETCH + 1, images, 3, size, size)
-    return torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+    def __init__(self, workers: int, images: int, size: int) -> None:
+        # One more: the next batch is asked for before the last one received is handed out.
+        count = workers * PREFETCH + LENT + 1 if workers else 0
+        shape = (count, images, 3, size, size)
+        self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self.free, self.lent = list(range(count)), set[int]()
+
+    def take(self) -> int | None:
+        """Return a free room; None where there are no worker processes."""
+        return self.free.pop() if len(self.memory) else None
+
+    def batch(self, room: int, count: int) -> Tensor:
+        """Return the images in a room."""
+        images = self.memory[room, :count]
+        if len(self.lent) >= LENT:
+            self.free.append(room)
+            return images.clone()
+        self.lent.add(room)
+        array = images.numpy()  # What torch makes of it, and all views of that, keep it alive.
+        weakref.finalize(array, self._back, room).atexit = False
+        return torch.from_numpy(array)
+
+    def _back(self, room: int) -> None:
+        self.lent.discard(room)
+        self.free.append(room)
 
 
 def _end(batches: Iterator) -> None:
@@ -219,45 +247,41 @@ class _Decoded(Dataset):
     def __init__(self, stream: Stream, replaced: bool, rooms: Tensor) -> None:
         self.samples, self.size, self.limit = stream.samples, stream.size, stream.max_bad_images
         self.wanted = augment.parse(stream.augment)
-        self.replaced, self.rooms, self.made = replaced, rooms, 0
+        self.replaced, self.rooms = replaced, rooms
 
-    def found(self, images: Tensor | Place) -> Tensor:
-        """Return the images of a batch, which may lie where a worker has put them."""
-        if isinstance(images, Tensor):
-            return images
-        worker, room, count = images
-        return self.rooms[worker, room, :count]
-
-    def __getitem__(self, task: Task) -> Found:
-        numbers, epoch = task
+    def __getitem__(self, order: Order) -> Found:
+        numbers, epoch, own = order
         self.samples.prepare(numbers)
-        worker, room = get_worker_info(), self.made % (PREFETCH + 1)
-        self.made += 1
         shape = (len(numbers), 3, self.size, self.size)
-        images = self.rooms[worker.id, room] if worker else torch.empty(shape, dtype=torch.uint8)
+        images = torch.empty(shape, dtype=torch.uint8) if own is None else self.rooms[own]
         labels: list[int] = []
         bad: dict[str, str] = {}
         with augment.python_rng() as seed:
             for number in numbers:
-                found = self._sample(number, partial(seed, *epoch) if epoch else None, bad)
-                if found is not None:
-                    images[len(labels)] = found[0]
-                    labels.append(found[1])
-        place = (worker.id, room, len(labels)) if worker else images[: len(labels)]
-        return place, labels, list(bad.items())
+                room, drawn = images[len(labels)], partial(seed, *epoch) if epoch else None
+                label = self._sample(number, room, drawn, bad)
+                if label is not None:
+                    labels.append(label)
+        found = images[: len(labels)] if own is None else own
+        return found, labels, list(bad.items())
 
     def _sample(
-        self, number: int, seed: Callable[[int], None] | None, bad: dict[str, str]
-    ) -> tuple[Tensor, int] | None:
-        """Return a sample or, where its image is bad, its neighbour or None; seed: augment it."""
+        self, number: int, room: Tensor, seed: Callable[[int], None] | None, bad: dict[str, str]
+    ) -> int | None:
+        """Put a sample into its room, and return its label; seed: augment it.
+
+        Where its image is bad, its neighbour is taken, or None returned.
+        """
         asked = number
         while True:
             content, label = self.samples.read(number)
             try:
                 if seed and self.wanted.crop:
                     seed(number)
-                    return self._augmented(content), label
-                return decode(content, self.size), label
+                    room.copy_(self._augmented(content))
+                else:
+                    decode(content, self.size, into=room)
+                return label
             except UsageError as error:
                 name, problem = self.samples.name(number), " ".join(str(error).split())
             bad[name] = problem
