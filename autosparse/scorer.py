@@ -86,7 +86,12 @@ class AutoS(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(inputs, 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return predicted survival [N] for features [N, F] (mean head)."""
+        """Return predicted survival [N] for features [N, F].
+
+        With the survival head log-odds inside the layers instead, [N, D] at its D densities.
+        """
+        if self.head == "survival":
+            return self.heads.weights_say(inputs)
         if self.layers is None:
             assert self.table is not None
             return self.table(inputs[:, 0], inputs[:, 1])

@@ -67,10 +67,14 @@ def register_autos(path: Path, run: str) -> int:
     best = network.card["best"]
     numbers = {name: f"{value:.6g}" for name, value in best.items() if name != "epoch"}
     tags = {"fingerprint": network.fingerprint, "corpus": network.card["corpus"],
-            "features": network.kind, **numbers}  # fmt: skip
+            "features": network.kind, "head": network.head, **numbers}  # fmt: skip
+    says = "predicted survival"
+    if network.head == "survival":
+        densities = ", ".join(f"{100 * each:g}" for each in network.densities)
+        says = f"log-odds inside the layers of being alive at {densities} % density"
     found = MlflowClient()
     text = (
-        f"**AutoS** ({network.kind} features): features at initialization → predicted survival.\n\n"
+        f"**AutoS** ({network.kind} features): features at initialization → {says}.\n\n"
         f"| | |\n|---|---|\n| inputs | {', '.join(features.names_of(network.kind))} |\n"
         f"| fitted on | {len(network.card['trained_on'])} IRP runs, corpus "
         f"`{network.card['corpus']}` |\n| validation MSE | {best['validation_mse']:.4f} (a "

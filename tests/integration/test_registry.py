@@ -9,12 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 
-from autosparse import compare, sweep
+from autosparse import compare, features, sweep
 from autosparse.cli import _main, guarded
 from autosparse.config import FitConfig, ModelConfig, SweepConfig
+from autosparse.criteria.autos import PRETRAINED
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError
 from autosparse.fit_scorer import fit
@@ -22,6 +24,7 @@ from autosparse.integrations import registry
 from autosparse.integrations.mlflow import client
 from autosparse.integrations.tracking import sweep_tracker
 from autosparse.irp import run_irp
+from autosparse.scorer import AutoS
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 
 NAME = "test_byobnet-sparse"
@@ -102,6 +105,20 @@ def test_links_lead_to_what_a_checkpoint_came_from(added: list[dict]):
     assert links["autos version 1"] == "#/models/autos/versions/1"
     assert trained.data.tags["autos"] == found.tags["autos"]
     assert f"{float(found.tags['test_accuracy']):.2%}" in found.description
+
+
+def test_an_autos_with_two_heads_is_registered_and_says_the_same(added: list[dict]):
+    network = AutoS.load(PRETRAINED)
+    made = registry.add(PRETRAINED)[0]["version"]
+    version = registry.MlflowClient().get_model_version("autos", str(made))
+    assert version.tags["head"] == "survival"
+    assert "alive at 60, 37, 23" in version.description
+    inputs = torch.randn(5, len(features.names_of("context")))
+    loaded = mlflow.pytorch.load_model(f"models:/autos/{made}")
+    expected = network.heads.selection(network.heads.normalised(inputs))
+    assert expected.shape == (5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), expected)
 
 
 @pytest.mark.slow
