@@ -380,7 +380,8 @@ class PruneConfig:
     allocation_options: dict[str, Any] = field(default_factory=dict)
     """Options of that other criterion."""
     guard: str = "layer"
-    """Keep at least one weight in every layer, in every output channel (channel), or none."""
+    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
+    in every layer and as few as can be off all paths from input to output (live)."""
     pattern: str | None = None
     """n:m, such as 2:4: keep n of every m neighbouring inputs; the sparsity follows from it."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -470,7 +471,8 @@ class CompareConfig:
     allocation_options: dict[str, Any] = field(default_factory=dict)
     """Options of that other criterion."""
     guard: str = "layer"
-    """Keep at least one weight in every layer, in every output channel (channel), or none."""
+    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
+    in every layer and as few as can be off all paths from input to output (live)."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
     device: str = _local("auto")
@@ -522,7 +524,8 @@ class SweepConfig:
     allocation_options: dict[str, Any] = field(default_factory=dict)
     """Options of that other criterion."""
     guard: str = "layer"
-    """Keep at least one weight in every layer, in every output channel (channel), or none."""
+    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
+    in every layer and as few as can be off all paths from input to output (live)."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
     cpus_per_trial: float = 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import UsageError
-from autosparse.masks import Masks
+from autosparse.masks import Masks, keep_counts
 from autosparse.models import CONV_OR_LINEAR
 from autosparse.standardised import as_plain
 
@@ -228,9 +228,42 @@ def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) 
         masks: per prunable parameter, True = kept.
         shape: [C, H, W] of an image; a 3x3 kernel on one pixel has eight weights that see padding
             only.
+    """
+    found = within_reach(model, masks, shape)
+    return {name: mask & found[name] for name, mask in masks.items()}
+
+
+def onto_paths(
+    model: nn.Module, masks: Masks, scores: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Masks:
+    """Return masks whose dead weights are exchanged for live ones of the same layer.
+
+    What is dead (see `live`) makes room for the highest scores among the weights that would lie
+    on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
+    layer keeps as many weights as before.
+    """
+    alive = live(model, masks, shape)
+    reach = within_reach(model, alive, shape)
+    found = {}
+    for name, mask in masks.items():
+        score, count = {name: scores[name]}, int(mask.count_nonzero())
+        room = count - int(alive[name].count_nonzero())
+        free = reach[name] & ~alive[name]
+        new = min(room, int(free.count_nonzero()))
+        found[name] = alive[name] | keep_counts(score, {name: new}, within={name: free})[name]
+        dead = mask & ~found[name]
+        rest = count - int(found[name].count_nonzero())
+        found[name] |= keep_counts(score, {name: rest}, within={name: dead})[name]
+    return found
+
+
+def within_reach(
+    model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Return which weights lie on a path, or would if they were kept too.
 
     Every kept weight gets a random positive value, all other parameters are one, and norms,
-    activations and biases are left out. A weight is live if the gradient of the output by it
+    activations and biases are left out. A weight is in reach if the gradient of the output by it
     depends on the image. Signals are rescaled after every module, so that no gate saturates.
     """
     copied = without_shifts(model, masks).double()
@@ -253,7 +286,7 @@ def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) 
             total = copied(image).sum()
             found.append(torch.autograd.grad(total, list(weights.values()), materialize_grads=True))
     return {
-        name: mask & (first != second).to(mask.device)
+        name: (first != second).to(mask.device)
         for (name, mask), first, second in zip(masks.items(), *found, strict=True)
     }
 

@@ -35,7 +35,7 @@ from autosparse.versions import library_versions
 
 Data = str | DataConfig | DataSource | Iterable[tuple[Tensor, Tensor]]
 DENSE, UNIFORM = "dense", "uniform"
-GUARDS = ("layer", "channel", "none")
+GUARDS = ("layer", "channel", "live", "none")
 MODES = ("train", "eval")
 
 
@@ -68,6 +68,8 @@ class Selection:
                 raise UsageError(
                     "a pattern n:m settles how much layers keep; leave out scope and allocation"
                 )
+            if self.guard == "live":
+                raise UsageError("a pattern n:m settles where weights may be; leave out guard live")
 
     def n_of_m(self) -> tuple[int, int]:
         """Return n and m of the pattern."""
@@ -221,6 +223,8 @@ def choose(
 ) -> Ticket:
     """Do the second half of `prune`: from scores to the ticket."""
     chosen = select(scored, card["sparsity"])
+    if scored.selection.guard == "live":
+        chosen = _onto_paths(model, chosen, scored)
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
         _same_everywhere(ticket.fingerprint, "chose other weights", ranks)
@@ -242,6 +246,18 @@ def select(scored: Scored, sparsity: float) -> Masks:
         min_per_layer=0 if selection.guard == "none" else 1,
         per_channel=per_channel,
     )
+
+
+def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
+    if scored.shape is None:
+        raise UsageError("guard live needs to know the images' shape: prune with named data")
+    try:
+        return paths.onto_paths(model, chosen, scored.scores, scored.shape)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "
+            "use guard layer"
+        ) from error
 
 
 def finish_card(

@@ -68,6 +68,56 @@ def test_a_chain_with_cut_paths(bias: bool) -> None:
     assert found["3.weight"].int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
 
 
+def test_dead_weights_are_exchanged_by_hand() -> None:
+    """The weight into unit 1 and the one out of unit 2 make room for what meets unit 0.
+
+    The highest scores, of the weight into unit 2 and of that out of unit 1, would have met the two
+    that go.
+    """
+    model = chain(2, 3, 2)
+    chosen = {
+        "1.weight": torch.tensor([[1, 0], [0, 1], [0, 0]]).bool(),
+        "3.weight": torch.tensor([[1, 0, 0], [0, 0, 1]]).bool(),
+    }
+    scores = {
+        "1.weight": torch.tensor([[5, 1], [0, 4], [9, 9]]).float(),
+        "3.weight": torch.tensor([[5, 9, 0], [2, 9, 4]]).float(),
+    }
+    found = paths.onto_paths(model, chosen, scores, (2, 1, 1))
+    assert found["1.weight"].int().tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert found["3.weight"].int().tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_where_nothing_is_in_reach_the_best_dead_weights_stay() -> None:
+    """One input, one output, three units: unit 0 carries and has no more weights to offer."""
+    model = chain(1, 3, 1)
+    chosen = {"1.weight": torch.tensor([[1], [1], [0]]).bool(),
+              "3.weight": torch.tensor([[1, 0, 1]]).bool()}  # fmt: skip
+    scores = {name: torch.rand(mask.shape) for name, mask in chosen.items()}
+    found = paths.onto_paths(model, chosen, scores, (1, 1, 1))
+    assert all(torch.equal(found[name], mask) for name, mask in chosen.items())
+    cut = {**chosen, "3.weight": torch.zeros(1, 3).bool()}
+    found = paths.onto_paths(model, cut, scores, (1, 1, 1))
+    assert all(torch.equal(found[name], mask) for name, mask in cut.items())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_mambaout"])
+def test_exchanged_weights_are_live_and_no_layer_changes_its_count(name: str) -> None:
+    model = make_model(name)
+    generator = torch.Generator().manual_seed(1)
+    weights = models.prunable(model)
+    scores = {name: torch.rand(each.shape, generator=generator) for name, each in weights.items()}
+    chosen = masks.keep_counts(scores, {name: each.numel() // 10 for name, each in scores.items()})
+    shape = paths.image_shape(model)
+    found = paths.onto_paths(model, chosen, scores, shape)
+    before, after = (paths.live(model, each, shape) for each in (chosen, found))
+    for name, mask in found.items():
+        assert mask.count_nonzero() == chosen[name].count_nonzero()
+        assert not (mask & ~chosen[name] & ~after[name]).any()
+        assert not (before[name] & ~after[name]).any()
+    assert masks.kept(after) > masks.kept(before)
+
+
 def test_everything_is_live_in_a_dense_chain() -> None:
     model = chain(3, 5, 4, 2, bias=True)
     chosen = ones_for(model)

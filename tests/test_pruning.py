@@ -187,6 +187,27 @@ def test_too_many_channels_for_the_sparsity(digits: DataSource) -> None:
         prune(make_model(), digits, "snip", 0.999, selection=Selection(guard="channel"))
 
 
+def test_the_guard_of_paths(digits: DataSource) -> None:
+    """Nothing but what lies on no path is exchanged, in its own layer."""
+    tickets = [
+        prune(make_model(), digits, "erk", 0.98, selection=Selection(guard=guard))
+        for guard in ("layer", "live", "live")
+    ]
+    free, guarded, again = tickets
+    assert guarded.fingerprint == again.fingerprint != free.fingerprint
+    assert layer_counts(guarded) == layer_counts(free)
+    assert guarded.card["effective_density"] > 1.2 * free.card["effective_density"]
+    shape = (digits.in_chans, digits.image_size, digits.image_size)
+    live = paths.live(make_model(), free.masks, shape)
+    assert not any((live[name] & ~guarded.masks[name]).any() for name in live)
+
+
+def test_the_guard_of_paths_needs_an_image() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(UsageError, match="guard live needs to know the images' shape"):
+        prune(model, [], "magnitude", 0.5, selection=Selection(guard="live"))
+
+
 def test_without_a_guard_a_layer_may_be_emptied(digits: DataSource) -> None:
     model = make_model()
     free = prune(model, digits, "magnitude", 0.995, selection=Selection(guard="none"))
@@ -257,6 +278,7 @@ def test_bad_patterns(pattern: str) -> None:
         (Selection(scope="layer", allocation="uniform"), "allocation uniform; give one"),
         (Selection(scope="layer", pattern="2:4"), "leave out scope"),
         (Selection(allocation="erk", pattern="2:4"), "leave out scope and allocation"),
+        (Selection(guard="live", pattern="2:4"), "leave out guard live"),
         (Selection(guard="chanel"), r"guard 'chanel'.*'channel'"),
         (Selection(scope="globl"), r"scope 'globl'.*'global'"),
         (Selection(allocation="ekr"), r"'ekr'.*'erk'"),
