@@ -40,7 +40,7 @@ def autos_irp(
     movement: float = 1.0,
     batch_size: int = 64,
     optimizer: str = "adamw",
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     weight_decay: float = 0.05,
     seed: int = 0,
 ) -> Scores:

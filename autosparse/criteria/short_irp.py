@@ -45,7 +45,7 @@ def short_irp(
     steps_per_level: int = 200,
     batch_size: int = 64,
     optimizer: str = "adamw",
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     weight_decay: float = 0.05,
     label: str = "magnitude",
     seed: int = 0,
