@@ -2,8 +2,10 @@
 
     python -m benchmarks.tickets --json FILE --small [--data data/cifar10] [--out tickets]
 
-`--small`: 95 % sparsity, CIFAR-10 at 16 px, 5,000 images, 6 epochs; without it 90, 95, 98 and
-99 %, 32 px, 10,000 images and 30 epochs. Without --data, scikit-learn's digits. Every training is a
+`--small`: 95 % sparsity, CIFAR-10 at 16 px, 5,000 images, 6 epochs. `--long`: 95 %, 16 px, all
+images, 14 epochs, so that 100 steps are 1 % of a training; the rows that need no more, some with
+560 steps beside them, and IRP of 5 levels. Without either 90, 95, 98 and 99 %, 32 px, 10,000 images
+and 30 epochs. Without --data, scikit-learn's digits. Every training is a
 cell of `autosparse compare`, found again if it is there: the command may be killed and repeated.
 The figures are no ratios of speeds but test accuracies in per cent, a run per seed.
 """
@@ -28,6 +30,12 @@ HELD_OUT = {
     ),
     "layer_norm": ModelConfig("test_efficientnet_ln"),
 }
+RATE = 0.01
+"""Peak learning rate: of 0.003, 0.01 and 0.03 the best for dense development models."""
+SHORT = {"criterion": "short_irp", "levels": 7, "label": "lamp", "learning_rate": RATE}
+AUTOS_100 = {
+    "criterion": "autos_irp", "levels": 1, "steps_per_level": 100, "learning_rate": RATE,
+}  # fmt: skip
 LABELS = {
     "uniform": {},
     "erk": {},
@@ -40,25 +48,42 @@ LABELS = {
     "autos_top": {"criterion": "autos", "choice": "top"},
     "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
-    "short_magnitude": {"criterion": "short_irp", "steps_per_level": 80},
-    "short_lamp": {"criterion": "short_irp", "steps_per_level": 80, "label": "lamp"},
-    "autos_irp": {},
+    "short_magnitude": {**SHORT, "steps_per_level": 80, "label": "magnitude"},
+    "short_lamp": {**SHORT, "steps_per_level": 80},
+    "short_lamp_100": {**SHORT, "steps_per_level": 14},
+    "autos_irp": {"learning_rate": RATE},
+    "autos_irp_100": AUTOS_100,
     "irp": {"criterion": "irp", "label": "lamp", "levels": 8},
 }
 """Row -> its options; the last is the ceiling: a full training at every level."""
-TWINS = ("short_lamp", "autos_irp")
+LONG = {
+    "erk": {},
+    "snip": {},
+    "grasp": {},
+    "synflow": {},
+    "autos_random": {"criterion": "autos", "choice": "random"},
+    "short_lamp_100": LABELS["short_lamp_100"],
+    "autos_irp": LABELS["autos_irp"],
+    "autos_irp_100": AUTOS_100,
+    "irp": {"criterion": "irp", "label": "lamp", "levels": 5},
+}
+"""The rows of the long form, without twins (AutoS's counts at random are a row)."""
+TWINS = ("short_lamp", "autos_irp", "autos_irp_100")
 """Rows whose shuffled twins are trained too; that of AutoS is autos_random."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = options(__doc__)
-    found.add_argument("--small", action="store_true", help="the reduced form")
+    form = found.add_mutually_exclusive_group()
+    form.add_argument("--small", action="store_true", help="the reduced form")
+    form.add_argument("--long", action="store_true", help="trainings of 10,000 steps")
     found.add_argument("--data", type=Path, help="folder with train/CLASS and test/CLASS")
     found.add_argument("--out", type=Path, default=Path("tickets"), help="folder for the cells")
     found.add_argument("--paper", type=Path, help="AutoS file with the paper's features: a row")
     found.add_argument("--scorer", type=Path, help="AutoS file; by default the package's")
     found.add_argument("--models", default=",".join(HELD_OUT), help="which held-out models")
+    found.add_argument("--rows", help="with commas; by default all of the form")
     found.add_argument("--seeds", type=int, default=3, help="how many seeds")
     found.add_argument("--sparsities", help="with commas; by default as the form has it")
     return found
@@ -66,25 +91,30 @@ def parser() -> argparse.ArgumentParser:
 
 def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
     """Return the comparison of one held-out model."""
-    small = arguments.small
-    labels = dict(LABELS)
+    small = arguments.small or arguments.long
+    labels = dict(LONG if arguments.long else LABELS)
     if arguments.paper:
         labels["autos_paper"] = {"criterion": "autos", "scorer": str(arguments.paper)}
+    if arguments.rows:
+        unknown = [row for row in arguments.rows.split(",") if row not in labels]
+        if unknown:
+            raise SystemExit(f"no such row: {unknown[0]}; there are {', '.join(labels)}")
+        labels = {row: labels[row] for row in arguments.rows.split(",")}
     if arguments.scorer:
         for label, row in labels.items():
             if label.startswith("autos") and label != "autos_paper":
                 labels[label] = {**row, "scorer": str(arguments.scorer)}
     data = DataConfig("digits")
-    training = TrainingConfig(epochs=8, batch_size=64, checkpoint_epochs=0)
+    epochs = 8
     if arguments.data:
         data = DataConfig(
             "folder",
             root=str(arguments.data),
             image_size=16 if small else 32,
-            train_limit=5_000 if small else 10_000,
+            train_limit=None if arguments.long else 5_000 if small else 10_000,
             validation_fraction=0.05,
         )
-        training = TrainingConfig(epochs=6 if small else 30, checkpoint_epochs=0)
+        epochs = 14 if arguments.long else 6 if small else 30
     return CompareConfig(
         model=HELD_OUT[name],
         data=data,
@@ -93,19 +123,19 @@ def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
         sparsities=arguments.sparsities or ("0.95" if small else "0.9,0.95,0.98,0.99"),
         seeds=list(range(arguments.seeds)),
         twins=[SHUFFLED],
-        training=training,
+        training=TrainingConfig(epochs=epochs, learning_rate=RATE, checkpoint_epochs=0),
         tracking=False,
         device="cpu" if small else "auto",
         out=str(arguments.out / name),
     )
 
 
-def wanted(config: CompareConfig) -> list[compare.Trial]:
-    """Return the trainings, seed by seed, with the twins that are wanted."""
+def wanted(config: CompareConfig, twins: tuple[str, ...] = TWINS) -> list[compare.Trial]:
+    """Return the trainings, seed by seed; twins: the rows whose shuffled ones are trained too."""
     return [
         trial
         for trial in compare.trials(config)
-        if trial.twin == compare.TICKET or trial.label in TWINS
+        if trial.twin == compare.TICKET or trial.label in twins
     ]
 
 
@@ -129,7 +159,7 @@ def main() -> None:
         source = compare.load(config)
         found: dict[str, list[float]] = {}
         results = []
-        for trial in wanted(config):
+        for trial in wanted(config, () if arguments.long else TWINS):
             result = compare.run_trial(config, trial, source)
             results.append(result)
             accuracy = 100 * result["test_accuracy"]

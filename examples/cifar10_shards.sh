@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CIFAR-10 from a folder of JPEGs to a sparse model that plain timm loads: packed into shards, pruned at 95 %,
-# trained on two ranks, killed in the middle, resumed, exported, evaluated. About ten minutes on two cores.
+# trained on two ranks, killed in the middle, resumed, exported, evaluated. Two to ten minutes on two cores.
 #
 #     examples/cifar10_shards.sh [OUT]        # data/cifar10 holds train/CLASS/*.jpg and test/CLASS/*.jpg
 set -euo pipefail
