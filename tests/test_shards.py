@@ -5,7 +5,9 @@ import http.server
 import io
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import tarfile
 import threading
 from dataclasses import replace
@@ -26,7 +28,7 @@ from autosparse.data.shards import ShardSamples
 from autosparse.data.source import MemorySplit
 from autosparse.data.stream import Stream, _Rooms
 from autosparse.data.tars import INDEX, MANIFEST, Shard
-from autosparse.errors import UsageError
+from autosparse.errors import RunFailed, UsageError
 from tests.conftest import flip
 
 CLASSES = ("ant", "bee", "cat")
@@ -747,14 +749,34 @@ def test_limit_is_refused_where_it_cannot_be_kept(root):
         data.load(config(root, train_limit=9))
 
 
-def test_terminated_workers_are_done_without(root):
+def workers_of(batches) -> list[multiprocessing.Process]:
+    """Take the first batch; return the two processes that were started for it."""
+    others = multiprocessing.active_children()
+    next(batches)
+    workers = [each for each in multiprocessing.active_children() if each not in others]
+    assert len(workers) == 2
+    return workers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_what_tells_a_training_to_stop(root, number):
     stream = data.load(config(root, workers=2)).train
     expected = pairs(stream.shuffled(1, seed=0, epoch=0))
     batches = stream.shuffled(1, seed=0, epoch=0)
-    others = multiprocessing.active_children()
-    before = [next(batches)]
-    workers = [each for each in multiprocessing.active_children() if each not in others]
-    assert len(workers) == 2
+    workers = workers_of(batches)
     for worker in workers:
-        worker.terminate()
-    assert pairs(before + list(batches)) == expected
+        os.kill(worker.pid, number)
+    assert pairs(batches) == expected[1:]
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(root):
+    """torch would raise an error in whatever line is being run."""
+    batches = data.load(config(root, workers=2)).train.shuffled(1, seed=0, epoch=0)
+    workers = workers_of(batches)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    with pytest.raises(RunFailed, match=r"images died: killed by SIGKILL \(out of memory"):
+        list(batches)
+    assert not any(worker.is_alive() for worker in workers)

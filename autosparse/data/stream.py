@@ -6,9 +6,12 @@ number of workers nor, for the same global batch, on the number of ranks.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -33,6 +36,8 @@ Found = tuple[Tensor | int, list[int], list[tuple[str, str]]]
 """A batch's images (or the room they are in), labels, and bad images with what is wrong."""
 PREFETCH = 2
 """Batches that a worker process is asked for in advance."""
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""What launchers send to all processes of a training that is to save and end."""
 LENT = 2
 """Rooms that batches keep to themselves: the one in use, and the one before, not yet let go."""
 
@@ -106,29 +111,11 @@ class Stream:
         yield from self._batches([(part, None) for part in parts], replaced=False)
 
     def _batches(self, tasks: list[Task], *, replaced: bool) -> Iterator[Batch]:
-        """Yield a batch for each task; where workers are terminated, go on without them.
-
-        Launchers send SIGTERM to all processes; the one that trains then has to save first.
-        """
-        done, workers = 0, min(self.workers, len(tasks))
-        while done < len(tasks):
-            try:
-                for batch in self._loaded(tasks[done:], workers, replaced):
-                    done += 1
-                    if len(batch[1]):
-                        yield batch
-            except (RuntimeError, EOFError, ConnectionError) as error:
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                    raise
-                if "Killed" in str(error):
-                    cause = first_cause(error)
-                    raise RunFailed(f"a process that decodes images died: {cause}") from error
-                workers = 0
-
-    def _loaded(self, tasks: list[Task], workers: int, replaced: bool) -> Iterator[Batch]:
+        """Yield a batch for each task, but for those of bad images only."""
         if self.device.type == "cpu":
             keep_freed_blocks()
-        largest = max(len(numbers) for numbers, _ in tasks)
+        workers = min(self.workers, len(tasks))
+        largest = max((len(numbers) for numbers, _ in tasks), default=0)
         rooms = _Rooms(workers, largest, self.size)
         loader = DataLoader(
             _Decoded(self, replaced, rooms.memory),
@@ -137,17 +124,26 @@ class Stream:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
+            worker_init_fn=_outlive_stops,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
-        batches = iter(loader)
+        with _undisturbed():
+            batches = iter(loader)
         try:
             for images, labels, bad in batches:
                 self._count(bad)
                 if isinstance(images, int):
                     images = rooms.batch(images, len(labels))
-                yield self._here(images), self._here(torch.tensor(labels))
+                if labels:
+                    yield self._here(images), self._here(torch.tensor(labels))
                 del images
         except UsageError as error:
             raise first_cause(error) from error
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            dead = _deaths(batches)
+            if not dead:
+                raise
+            raise RunFailed(f"a process that decodes images died: {dead}") from error
         finally:
             _end(batches)
 
@@ -225,6 +221,40 @@ class _Rooms:
         self.free.append(room)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Start worker processes that no signal reaches before they are ready for it.
+
+    Of a worker that dies the loop is told when it next waits for it: torch's handler of SIGCHLD
+    would raise an error in whatever this process is doing, writing a checkpoint, say.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_stops(worker: int) -> None:
+    """Leave it to the process that trains to save, and then to end this one."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def _deaths(batches: Iterator) -> str:
+    """Say how worker processes ended that should not have; nothing where none did."""
+    codes = [worker.exitcode for worker in getattr(batches, "_workers", [])]
+    return ", ".join(
+        f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+        if code < 0 else f"exit code {code}"
+        for code in codes if code
+    )  # fmt: skip
+
+
 def _end(batches: Iterator) -> None:
     """End the worker processes now.
 
@@ -233,6 +263,8 @@ def _end(batches: Iterator) -> None:
     """
     shutdown = getattr(batches, "_shutdown_workers", None)
     if shutdown is not None:
+        for worker in batches._workers:  # type: ignore[attr-defined]
+            worker.terminate = worker.kill  # They do not hear what torch resorts to.
         shutdown()
 
 

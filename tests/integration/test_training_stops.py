@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
+from torch import Tensor
 
 from autosparse import data
 from autosparse.config import DataConfig
+from autosparse.data.pack import write_shards
 from autosparse.ticket import Ticket
 from tests.conftest import flip
 from tests.integration.ranks import ROOT, SCRIPT, ended, launcher, started
@@ -44,11 +48,18 @@ def finish(arguments: list[str], log: Path, ranks: int = 2, script: Path = SCRIP
     return said(log)
 
 
-def stop_one(arguments: list[str], out: Path, log: Path, ranks: int = 2) -> int:
-    """Tell the last rank to stop after two checkpoints; return the step at which all did."""
+def stop_one(arguments: list[str], out: Path, log: Path, ranks: int = 2, workers: int = 0) -> int:
+    """Tell the last rank to stop after two checkpoints; return the step at which all did.
+
+    `workers`: how many processes it has that decode images; they are told too.
+    """
     processes = started(arguments, log, ranks)
     assert wait_for(out, processes, 2), said(log)
-    processes[-1].terminate()
+    rank = psutil.Process(processes[-1].pid)
+    while len(found := rank.children()) < workers:  # It is between two epochs.
+        assert rank.is_running()
+    for each in (*(found if workers else []), rank):
+        each.terminate()
     assert ended(processes, LIMIT), "it hangs"
     assert [process.exitcode for process in processes] == [75] * ranks, said(log)
     step = newest_step(out)
@@ -73,6 +84,39 @@ def test_told_to_stop_both_ranks_save_and_go_on(unbroken, tmp_path: Path) -> Non
     stop_one(settings(out, stage), out, log)
     finish(settings(out, stage), log)
     assert trained(out) == expected
+
+
+def digits_in_shards(folder: Path) -> Path:
+    splits = data.load(DataConfig(train_limit=280))
+    images = (
+        (split, png(image), int(label))
+        for split in ("train", "validation", "test")
+        for image, label in zip(*next(getattr(splits, split).once(2000)), strict=True)
+    )
+    write_shards(images, folder, [str(digit) for digit in range(10)], per_shard=50)
+    return folder
+
+
+def png(image: Tensor) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image[0].numpy()).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_told_to_stop_with_all_their_processes_ranks_save_and_go_on(tmp_path: Path) -> None:
+    """Slurm, systemd and ctrl-C tell those that decode images, too."""
+    root = digits_in_shards(tmp_path / "shards")
+    shards = ["--data.memory_limit_gb", "0", "--data.workers", "2", "--data.train_limit", "0"]
+    for place in ("data", "prune.data"):
+        shards += [f"--{place}.name", "shards", f"--{place}.root", str(root)]
+        shards += [f"--{place}.image_size", "16"]
+    whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    stop_one(settings(out, 1, *shards), out, log, ranks=1, workers=2)
+    finish(settings(out, 1, *shards), log, ranks=1)
+    finish(settings(whole, 1, *shards), log, ranks=1)
+    assert trained(out) == trained(whole)
 
 
 @pytest.mark.slow
