@@ -1,5 +1,6 @@
 """Shards: written and read whole, shared out exactly once, and every damage named."""
 
+import gc
 import hashlib
 import http.server
 import io
@@ -214,6 +215,7 @@ def test_batches_that_are_kept_do_not_change(root, kept):
 
 def test_rooms_are_free_again_once_nothing_holds_their_batch():
     rooms = _Rooms(1, images=3, size=4)
+    rooms.memory.zero_()
     places = len(rooms.memory)
     part = rooms.batch(rooms.take(), 3)[1:, 0]
     second = rooms.batch(rooms.take(), 2)
@@ -760,14 +762,87 @@ def workers_of(batches) -> list[multiprocessing.Process]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_workers_outlive_what_tells_a_training_to_stop(root, number):
+    expected = shuffled(root, 0, 0)
     stream = data.load(config(root, workers=2)).train
-    expected = pairs(stream.shuffled(1, seed=0, epoch=0))
-    batches = stream.shuffled(1, seed=0, epoch=0)
+    batches = stream.shuffled(5, seed=0, epoch=0)
     workers = workers_of(batches)
     for worker in workers:
         os.kill(worker.pid, number)
-    assert pairs(batches) == expected[1:]
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert pairs(batches) == expected[5:]
+    assert all(worker.is_alive() for worker in workers)
+
+
+def test_workers_are_kept_from_one_epoch_to_the_next(root):
+    split = data.load(config(root, workers=2)).train
+    others = multiprocessing.active_children()
+    first = pairs(split.shuffled(1, seed=0, epoch=0))
+    kept = {each.pid for each in multiprocessing.active_children() if each not in others}
+    assert len(kept) == 2
+    again = [pairs(split.to(torch.device("cpu")).shuffled(1, seed=0, epoch=e)) for e in (1, 0)]
+    assert again[1] == first and sorted(again[0]) == sorted(first) != again[0]
+    assert {each.pid for each in multiprocessing.active_children() if each not in others} == kept
+
+
+@pytest.mark.parametrize("end", ["other size", "broken off", "dropped", "error in the caller"])
+def test_workers_end_when_they_are_not_needed_any_more(root, end):
+    split = data.load(config(root, workers=2)).train
+    others = multiprocessing.active_children()
+    pairs(split.shuffled(1, seed=0, epoch=0))
+    workers = [each for each in multiprocessing.active_children() if each not in others]
+    assert len(workers) == 2
+    if end == "other size":
+        assert len(pairs(split.shuffled(3, seed=0, epoch=1))) == 24
+    elif end == "broken off":
+        for _ in split.shuffled(1, seed=0, epoch=1):
+            break
+    elif end == "dropped":
+        del split
+    else:
+        with pytest.raises(ZeroDivisionError):
+            for _ in split.shuffled(1, seed=0, epoch=1):
+                1 / 0  # noqa: B018
+        gc.collect()
+    for worker in workers:
+        worker.join(2)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_two_loops_over_a_split_at_once(root):
+    split = data.load(config(root, workers=1)).train
+    expected = pairs(split.shuffled(1, seed=0, epoch=0))
+    others = multiprocessing.active_children()
+    together = zip(
+        split.shuffled(1, seed=0, epoch=0), split.shuffled(1, seed=0, epoch=0), strict=True
+    )
+    assert [pairs([first]) + pairs([second]) for first, second in together] == [
+        [each, each] for each in expected
+    ]
+    assert len(multiprocessing.active_children()) == len(others)
+
+
+def test_a_worker_that_dies_between_two_epochs_is_told(root):
+    split = data.load(config(root, workers=1)).train
+    others = multiprocessing.active_children()
+    expected = pairs(split.shuffled(1, seed=0, epoch=0))
+    (worker,) = [each for each in multiprocessing.active_children() if each not in others]
+    worker.kill()
+    worker.join()
+    with pytest.raises(RunFailed, match="images died: killed by SIGKILL"):
+        pairs(split.shuffled(1, seed=0, epoch=1))
+    assert pairs(split.shuffled(1, seed=0, epoch=0)) == expected
+
+
+def test_a_process_forked_meanwhile_leaves_the_workers_alone(root):
+    """It holds copies of all that there is, and collects them."""
+    split = data.load(config(root, workers=1)).train
+    expected = pairs(split.shuffled(1, seed=0, epoch=0))
+    child = os.fork()
+    if not child:
+        del split
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pairs(split.shuffled(1, seed=0, epoch=0)) == expected
 
 
 def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(root):

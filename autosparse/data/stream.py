@@ -6,15 +6,17 @@ number of workers nor, for the same global batch, on the number of ranks.
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +86,8 @@ class Stream:
     bad: BadImages = field(default_factory=dict)
     """Bad images met so far; shared by the splits of a source."""
     device: torch.device = torch.device("cpu")
+    resting: list[_Crew] = field(default_factory=list, repr=False, compare=False)
+    """Worker processes that have finished an epoch and wait for the next; one crew at most."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -97,55 +101,61 @@ class Stream:
     ) -> Iterator[Batch]:  # fmt: skip
         order, lane = self.samples.order(seed, epoch)
         step = batch_size * world_size
-        tasks: list[Task] = []
-        for start in range(first * step, len(order) - step + 1, step):
-            together = order[start : start + step]
-            together = together[lane[start : start + step].argsort(stable=True)]
-            mine = together[rank * batch_size : (rank + 1) * batch_size]
-            tasks.append((mine.tolist(), (seed, epoch)))
-        yield from self._batches(tasks, replaced=True)
+        starts = range(first * step, len(order) - step + 1, step)
+
+        def tasks() -> Iterator[Task]:
+            for start in starts:
+                together = order[start : start + step]
+                together = together[lane[start : start + step].argsort(stable=True)]
+                mine = together[rank * batch_size : (rank + 1) * batch_size]
+                yield mine.tolist(), (seed, epoch)
+
+        workers = min(self.workers, len(starts))
+        crew = self.resting.pop() if self.resting else None
+        if crew is not None and (crew.workers, crew.largest) != (workers, batch_size):
+            crew.end()
+            crew = None
+        crew = crew or _Crew(self, workers, batch_size, replaced=True)
+        yield from self._batches(crew, tasks())
+        if not self.resting:
+            self.resting.append(crew)
+        else:
+            crew.end()
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         numbers = self.samples.share(rank, world_size)
-        parts = [numbers[n : n + batch_size] for n in range(0, len(numbers), batch_size)]
-        yield from self._batches([(part, None) for part in parts], replaced=False)
+        starts = range(0, len(numbers), batch_size)
+        crew = _Crew(self, min(self.workers, len(starts)), batch_size, replaced=False)
+        yield from self._batches(
+            crew, ((numbers[start : start + batch_size], None) for start in starts)
+        )
+        crew.end()
 
-    def _batches(self, tasks: list[Task], *, replaced: bool) -> Iterator[Batch]:
-        """Yield a batch for each task, but for those of bad images only."""
+    def _batches(self, crew: _Crew, tasks: Iterable[Task]) -> Iterator[Batch]:
+        """Yield a batch for each task, but for those of bad images only.
+
+        The crew is still there at the end; it is ended where the loop is broken off.
+        """
         if self.device.type == "cpu":
             keep_freed_blocks()
-        workers = min(self.workers, len(tasks))
-        largest = max((len(numbers) for numbers, _ in tasks), default=0)
-        rooms = _Rooms(workers, largest, self.size)
-        loader = DataLoader(
-            _Decoded(self, replaced, rooms.memory),
-            batch_size=None,
-            sampler=((*task, rooms.take()) for task in tasks),  # type: ignore[arg-type]
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            worker_init_fn=_outlive_stops,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
-        with _undisturbed():
-            batches = iter(loader)
+        whole = False
         try:
-            for images, labels, bad in batches:
+            for images, labels, bad in crew.work(tasks):
                 self._count(bad)
-                if isinstance(images, int):
-                    images = rooms.batch(images, len(labels))
                 if labels:
                     yield self._here(images), self._here(torch.tensor(labels))
                 del images
+            whole = True
         except UsageError as error:
             raise first_cause(error) from error
         except (RuntimeError, EOFError, ConnectionError) as error:
-            dead = _deaths(batches)
+            dead = crew.deaths()
             if not dead:
                 raise
             raise RunFailed(f"a process that decodes images died: {dead}") from error
         finally:
-            _end(batches)
+            if not whole:
+                crew.end()
 
     def _here(self, tensor: Tensor) -> Tensor:
         """Return the tensor on the device."""
@@ -175,15 +185,120 @@ class Stream:
         )
 
     def plain(self) -> Stream:
-        return replace(self, augment="none")
+        return replace(self, augment="none", resting=[])
 
     def to(self, device: torch.device) -> Stream:
         return replace(self, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "resting": []}
 
 
 def too_many(name: str, problem: str, limit: int) -> UsageError:
     """Return the error for one bad image more than is allowed."""
     return UsageError(f"{name}: {problem}; data.max_bad_images allows {limit} bad images")
+
+
+class _Crew:
+    """Worker processes that decode batches, epoch after epoch; none at all if `workers` is 0."""
+
+    def __init__(self, stream: Stream, workers: int, largest: int, *, replaced: bool) -> None:
+        self.workers, self.largest = workers, largest
+        self.rooms = _Rooms(workers, largest, stream.size)
+        self.orders = _Orders(self.rooms)
+        self.batches: Any = None
+        self.loader = DataLoader(
+            _Decoded(stream, replaced, self.rooms.memory),
+            batch_size=None,
+            sampler=self.orders,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            worker_init_fn=_outlive_stops,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+        if workers:
+            _crews.add(self)
+            atexit.unregister(_end_all)
+            atexit.register(_end_all)  # Last, so first to be called: before torch's own.
+
+    def work(self, tasks: Iterable[Task]) -> Iterator[tuple[Tensor, list[int], list]]:
+        """Yield images, labels and bad images of each task."""
+        self.orders.tasks = tasks
+        new = self.batches is None
+        with _undisturbed():
+            self.batches = iter(self.loader)
+        if new:
+            weakref.finalize(self, _kill, self.processes(), os.getpid())
+        for images, labels, bad in self.batches:
+            if isinstance(images, int):
+                images = self.rooms.batch(images, len(labels))
+            yield images, labels, bad
+            del images
+
+    def processes(self) -> list[Any]:
+        """Return the worker processes, as far as they were begun."""
+        return getattr(self.loader._iterator, "_workers", [])
+
+    def deaths(self) -> str:
+        """Say how worker processes ended that should not have; nothing where none did."""
+        codes = [process.exitcode for process in self.processes()]
+        return ", ".join(
+            f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+            if code < 0 else f"exit code {code}"
+            for code in codes if code
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """End the worker processes now.
+
+        Left to torch at the end of the program, they may be told by SIGTERM, which they do not
+        hear; left to the garbage collector, through queues that are half collected themselves.
+        """
+        _crews.discard(self)
+        _kill(self.processes(), os.getpid())
+        if self.workers and self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+class _Orders:
+    """What a crew is to do in the epoch under way: each task with a room for its images."""
+
+    def __init__(self, rooms: _Rooms) -> None:
+        self.rooms = rooms
+        self.tasks: Iterable[Task] = ()
+
+    def __iter__(self) -> Iterator[Order]:
+        return ((*task, self.rooms.take()) for task in self.tasks)
+
+
+_crews: weakref.WeakSet[_Crew] = weakref.WeakSet()
+"""Those that have worker processes."""
+
+
+def _kill(workers: list[Any], owner: int) -> None:
+    """End processes that read and decode: there is nothing that they could leave half done."""
+    if os.getpid() == owner:
+        for worker in workers:
+            worker.kill()
+
+
+def _end_all() -> None:
+    for crew in list(_crews):
+        crew.end()
+
+
+def _forget_crews() -> None:
+    """In a forked process: what is collected here must not end or await workers of another."""
+    for crew in list(_crews):
+        if crew.loader._iterator is not None:
+            crew.loader._iterator._shutdown = True  # type: ignore[attr-defined]
+    _crews.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_crews)
 
 
 class _Rooms:
@@ -243,29 +358,6 @@ def _outlive_stops(worker: int) -> None:
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
-def _deaths(batches: Iterator) -> str:
-    """Say how worker processes ended that should not have; nothing where none did."""
-    codes = [worker.exitcode for worker in getattr(batches, "_workers", [])]
-    return ", ".join(
-        f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
-        if code < 0 else f"exit code {code}"
-        for code in codes if code
-    )  # fmt: skip
-
-
-def _end(batches: Iterator) -> None:
-    """End the worker processes now.
-
-    Left to the garbage collector, an iterator whose loop was broken off by an error may be
-    collected in a process forked later, which then waits for workers that are not its children.
-    """
-    shutdown = getattr(batches, "_shutdown_workers", None)
-    if shutdown is not None:
-        for worker in batches._workers:  # type: ignore[attr-defined]
-            worker.terminate = worker.kill  # They do not hear what torch resorts to.
-        shutdown()
 
 
 def _as_it_is(found: Found) -> Found:
