@@ -36,6 +36,8 @@ GATES = (
     "MultiheadAttention",
 )
 """Kept as they are: factors between 0 and 1, and what is no function of single values."""
+SINGLY = ("batch", "instance", "filterresponse", "evonorm2db")
+"""Norms that scale every channel by itself, by part of their name."""
 DOUBLED = 64
 """How many blocks are doubled in one test: 2^64 is far from float32's end."""
 
@@ -87,10 +89,14 @@ class Gate(nn.Module):
         return signal * self.patterns.pop(0)
 
 
-def only_paths(model: nn.Module) -> dict[str, Gate]:
+def only_paths(model: nn.Module, *, mixing: bool = False) -> dict[str, Gate]:
     """Take norms, dropout and activations out of a model, in place; return the gates by name.
 
     An activation's gate has the name that the activation had.
+
+    Args:
+        model: is changed.
+        mixing: put a `Mixing` where a norm computes with several channels, instead of nothing.
     """
     gates: dict[str, Gate] = {}
     for parent_name, parent in list(model.named_modules()):
@@ -101,11 +107,11 @@ def only_paths(model: nn.Module) -> dict[str, Gate]:
                 setattr(parent, name, gates[path])
             elif _is_norm(child):
                 inner = getattr(child, "act", None)
+                stand_in = _mixing_like(child) if mixing else nn.Identity()
                 if inner is not None and _is_activation(inner):
-                    gates[f"{path}.act"] = Gate()
-                    setattr(parent, name, gates[f"{path}.act"])
-                else:
-                    setattr(parent, name, nn.Identity())
+                    gates[f"{path}.act"] = gate = Gate()
+                    stand_in = nn.Sequential(stand_in, gate) if mixing else gate
+                setattr(parent, name, stand_in)
             elif isinstance(child, nn.MaxPool2d) and child.dilation in (1, (1, 1)):
                 setattr(parent, name, _average_like(child))
     return gates
@@ -123,6 +129,41 @@ def _is_norm(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     holds_layer = any(isinstance(each, CONV_OR_LINEAR) for each in module.modules())
     return "norm" in name and not holds_layer
+
+
+class Mixing(nn.Module):
+    """Stands for a norm over channels: each channel hears of those that it is scaled with.
+
+    Args:
+        groups: of channels that are scaled together; 0: all, but every place by itself.
+        dim: of the channels.
+        shifts: the mean is taken away, so that a channel without input hears of the others too.
+    """
+
+    def __init__(self, groups: int, dim: int, *, shifts: bool) -> None:
+        super().__init__()
+        self.groups, self.dim, self.shifts = groups, dim, shifts
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """Add the channels' mean, or multiply by it."""
+        if self.groups:
+            parts = signal.unflatten(self.dim, (self.groups, -1))
+            mean = parts.mean(tuple(range(2, parts.ndim)), keepdim=True)
+            mean = mean.expand_as(parts).flatten(1, 2)
+        else:
+            mean = signal.mean(self.dim, keepdim=True)
+        return signal + mean if self.shifts else signal * (1 + mean)
+
+
+def _mixing_like(norm: nn.Module) -> nn.Module:
+    """Return what a norm tells channels of each other; nothing where each is scaled by itself."""
+    kind = type(norm).__name__.lower()
+    if any(word in kind for word in SINGLY):
+        return nn.Identity()
+    groups = getattr(norm, "num_groups", getattr(norm, "groups", 0))
+    last = -1 if "2d" not in kind and not groups else 1
+    shifts = isinstance(norm, nn.LayerNorm | nn.GroupNorm)
+    return Mixing(groups, getattr(norm, "channel_dim", last), shifts=shifts)
 
 
 def _average_like(pool: nn.MaxPool2d) -> nn.Module:
@@ -267,7 +308,7 @@ def within_reach(
     depends on the image. Signals are rescaled after every module, so that no gate saturates.
     """
     copied = without_shifts(model, masks).double()
-    only_paths(copied)
+    only_paths(copied, mixing=True)
     generator = torch.Generator().manual_seed(0)
     weights = {name: copied.get_parameter(name) for name in masks}
     with torch.no_grad():

@@ -10,6 +10,7 @@ from itertools import pairwise, product
 import pytest
 import timm
 import torch
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from autosparse import masks, models, paths
@@ -66,6 +67,57 @@ def test_a_chain_with_cut_paths(bias: bool) -> None:
     found = paths.live(model, chosen, (2, 1, 1))
     assert found["1.weight"].int().tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]]
     assert found["3.weight"].int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("norm", "into", "out_of"),
+    [
+        (nn.BatchNorm1d(4), [1, 0, 0, 0], [1, 0, 0, 0]),
+        (nn.LayerNorm(4), [1, 1, 0, 0], [1, 0, 1, 0]),
+        (nn.GroupNorm(2, 4), [1, 1, 0, 0], [1, 0, 0, 0]),
+        (RmsNorm(4), [1, 1, 0, 0], [1, 0, 0, 0]),
+    ],
+)
+def test_a_norm_over_channels_lets_them_hear_of_each_other(norm, into, out_of) -> None:
+    """Unit 0 carries, 1 goes nowhere, 2 is fed by nothing and read, 3 neither.
+
+    A layer norm scales unit 0 by what 1 says, and takes from 2 the mean of all; in two groups,
+    2 does not hear of 0 and 1. Without a mean that is taken away, what is fed by nothing stays
+    zero.
+    """
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 4), norm, nn.Linear(4, 2))
+    chosen = {
+        "1.weight": torch.tensor([[1, 0], [0, 1], [0, 0], [0, 0]]).bool(),
+        "3.weight": torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(),
+    }
+    found = paths.live(model, chosen, (2, 1, 1))
+    assert found["1.weight"].any(1).int().tolist() == into
+    assert found["3.weight"].any(0).int().tolist() == out_of
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet_ln", "test_efficientnet_gn", "test_mambaout"])
+def test_what_is_dead_behind_norms_over_channels_has_no_gradient(name: str) -> None:
+    """In the network as it is, without biases: there no unit says anything unless it is fed."""
+    model = make_model(name).eval()
+    generator = torch.Generator().manual_seed(2)
+    weights = models.prunable(model)
+    scores = {name: torch.rand(each.shape, generator=generator) for name, each in weights.items()}
+    chosen = masks.keep_counts(scores, {n: -(-each.numel() // 50) for n, each in scores.items()})
+    shape = paths.image_shape(model)
+    found = paths.live(model, chosen, shape)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in weights:
+                parameter.mul_(chosen[parameter_name])
+            elif parameter_name.endswith("bias"):
+                parameter.zero_()
+    images = torch.rand(2, *shape, generator=generator)
+    model(images).square().sum().backward()
+    dead = {name: mask & ~found[name] for name, mask in chosen.items()}
+    assert masks.kept(dead)
+    for parameter_name, mask in dead.items():
+        gradient = weights[parameter_name].grad
+        assert gradient is None or not gradient[mask].any()
 
 
 def test_dead_weights_are_exchanged_by_hand() -> None:
