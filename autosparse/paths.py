@@ -1,7 +1,6 @@
 """The network as a sum over paths: without norms, activations and shifts, with weights >= 0.
 
-Used to tell which weights lie on a live path from input to output, and by criteria that sum
-over paths.
+Used by criteria that sum over paths, and to tell which weights lie on one (reach.py).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import UsageError
-from autosparse.masks import Masks, keep_counts
 from autosparse.models import CONV_OR_LINEAR
 from autosparse.standardised import as_plain
 
@@ -256,99 +254,3 @@ def _power(output: Tensor) -> int:
     """Return the exponent of the power of two at or below the largest value; 0 if none is."""
     peak = float(output.detach().amax())
     return math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
-
-
-def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> Masks:
-    """Return which of the kept weights lie on a path from the input to an output.
-
-    The others can change what the network says by a constant at most; A. Vysogorets and J. Kempe,
-    Connectivity Matters (JMLR 2023), arXiv 2107.02306, count them out of the "effective" density.
-
-    Args:
-        model: dense.
-        masks: per prunable parameter, True = kept.
-        shape: [C, H, W] of an image; a 3x3 kernel on one pixel has eight weights that see padding
-            only.
-    """
-    found = within_reach(model, masks, shape)
-    return {name: mask & found[name] for name, mask in masks.items()}
-
-
-def onto_paths(
-    model: nn.Module, masks: Masks, scores: Mapping[str, Tensor], shape: tuple[int, ...]
-) -> Masks:
-    """Return masks whose dead weights are exchanged for live ones of the same layer.
-
-    What is dead (see `live`) makes room for the highest scores among the weights that would lie
-    on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
-    layer keeps as many weights as before.
-    """
-    alive = live(model, masks, shape)
-    reach = within_reach(model, alive, shape)
-    found = {}
-    for name, mask in masks.items():
-        score, count = {name: scores[name]}, int(mask.count_nonzero())
-        room = count - int(alive[name].count_nonzero())
-        free = reach[name] & ~alive[name]
-        new = min(room, int(free.count_nonzero()))
-        found[name] = alive[name] | keep_counts(score, {name: new}, within={name: free})[name]
-        dead = mask & ~found[name]
-        rest = count - int(found[name].count_nonzero())
-        found[name] |= keep_counts(score, {name: rest}, within={name: dead})[name]
-    return found
-
-
-def within_reach(
-    model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """Return which weights lie on a path, or would if they were kept too.
-
-    Every kept weight gets a random positive value, all other parameters are one, and norms,
-    activations and biases are left out. A weight is in reach if the gradient of the output by it
-    depends on the image. Signals are rescaled after every module, so that no gate saturates.
-    """
-    copied = without_shifts(model, masks).double()
-    only_paths(copied, mixing=True)
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: copied.get_parameter(name) for name in masks}
-    with torch.no_grad():
-        for name, parameter in copied.named_parameters():
-            if name in masks:
-                drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
-                parameter.copy_(drawn * masks[name].cpu())
-            elif name.rpartition(".")[2] != "bias":
-                parameter.fill_(1)
-    _rescale_everywhere(copied)
-    device = next(iter(weights.values())).device
-    images = torch.rand(2, *shape, generator=generator, dtype=torch.float64) + 0.5
-    found = []
-    with torch.enable_grad():
-        for image in images.to(device).split(1):
-            total = copied(image).sum()
-            found.append(torch.autograd.grad(total, list(weights.values()), materialize_grads=True))
-    return {
-        name: (first != second).to(mask.device)
-        for (name, mask), first, second in zip(masks.items(), *found, strict=True)
-    }
-
-
-def _rescale_everywhere(model: nn.Module) -> None:
-    """Divide every module's output by the largest value that it had the first time."""
-
-    def hook(peaks: list[float]) -> Callable:
-        def rescale(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return output
-            number = calls.setdefault(id(peaks), 0)
-            calls[id(peaks)] = number + 1
-            if number == len(peaks):
-                peak = float(output.detach().abs().amax()) if output.numel() else 0.0
-                peaks.append(peak if peak > 0 else 1.0)
-            return output / peaks[number]
-
-        return rescale
-
-    calls: dict[int, int] = {}
-    model.register_forward_pre_hook(lambda *_: calls.clear())
-    for module in model.modules():
-        module.register_forward_hook(hook([]))

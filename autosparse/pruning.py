@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse import criteria, masks, models, paths
+from autosparse import criteria, masks, models, paths, reach
 from autosparse import data as data_module
 from autosparse.config import (
     DataConfig,
@@ -252,7 +252,7 @@ def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
     if scored.shape is None:
         raise UsageError("guard live needs to know the images' shape: prune with named data")
     try:
-        return paths.onto_paths(model, chosen, scored.scores, scored.shape)
+        return reach.onto_paths(model, chosen, scored.scores, scored.shape)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(
             f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "
@@ -279,7 +279,7 @@ def _live(model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None) -> Mas
     if shape is None:
         return None
     try:
-        return paths.live(model, chosen, shape)
+        return reach.live(model, chosen, shape)
     except (RuntimeError, TypeError, AttributeError) as error:
         warnings.warn(
             f"effective density of {type(model).__name__} is not known: {error}", stacklevel=2

@@ -17,7 +17,7 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from autosparse import criteria, masks, models, paths
+from autosparse import criteria, masks, models, reach
 from autosparse.compaction import compact, compact_weights, densify
 from autosparse.config import ModelConfig
 from autosparse.scorer import AutoS
@@ -272,7 +272,7 @@ def test_all_of_a_dense_model_is_live_but_what_sees_padding_only(name: str) -> N
     size = 64 if name in AT_64 else SIDE
     model = timm_model(name, size) if name in AT_64 else model_of(name)
     expected = not_only_padding(model, torch.randn(1, 3, size, size))
-    found = paths.live(model, dense_masks(model), (3, size, size))
+    found = reach.live(model, dense_masks(model), (3, size, size))
     assert numbers_that_differ(found, expected) == {}
 
 
@@ -284,7 +284,7 @@ def test_what_is_live_lies_within_the_masks(name: str) -> None:
     scores = {key: torch.rand(each.shape, generator=generator) for key, each in weights.items()}
     chosen = masks.from_scores(scores, SPARSITY)
     untouched(name)
-    found = paths.live(model, chosen, (3, SIDE, SIDE))
+    found = reach.live(model, chosen, (3, SIDE, SIDE))
     assert_left_alone(name)
     possible = not_only_padding(model, batch()[0])
     assert 0 < masks.kept(found) <= masks.kept(chosen)
@@ -313,7 +313,7 @@ def test_live_weights_of_a_resnet_are_those_that_change_the_output() -> None:
         for name, weight in weights.items():
             weight.copy_(chosen[name] * (torch.rand(weight.shape, generator=generator) + 0.5))
     images = torch.rand(1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) + 0.5
-    found, seen = paths.live(model, chosen, (3, SIDE, SIDE)), {True: 0, False: 0}
+    found, seen = reach.live(model, chosen, (3, SIDE, SIDE)), {True: 0, False: 0}
     with torch.no_grad():
         before = model(images)
         for name, weight in weights.items():

@@ -28,6 +28,7 @@ LAYERS = (
         "standardised",
     ),
     ("compaction", "survival", "table", "paths", "rounds"),
+    ("reach",),
     ("ticket", "claims", "optimizers", "scorer"),
     ("recipe",),
     ("training",),

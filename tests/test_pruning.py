@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from autosparse import criteria, masks, paths, prune, rounds
+from autosparse import criteria, masks, prune, reach, rounds
 from autosparse.config import DataConfig, ScoringConfig, keep_count
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
@@ -198,7 +198,7 @@ def test_the_guard_of_paths(digits: DataSource) -> None:
     assert layer_counts(guarded) == layer_counts(free)
     assert guarded.card["effective_density"] > 1.2 * free.card["effective_density"]
     shape = (digits.in_chans, digits.image_size, digits.image_size)
-    live = paths.live(make_model(), free.masks, shape)
+    live = reach.live(make_model(), free.masks, shape)
     assert not any((live[name] & ~guarded.masks[name]).any() for name in live)
 
 
@@ -508,7 +508,7 @@ def test_allocation_and_warm_up_cost_too(digits: DataSource) -> None:
 def test_the_card_counts_live_weights(digits: DataSource) -> None:
     model = make_model("test_resnet")
     ticket = prune(model, digits, "magnitude", 0.98)
-    live = paths.live(model, ticket.masks, (1, 16, 16))
+    live = reach.live(model, ticket.masks, (1, 16, 16))
     assert ticket.card["live"] == {name: int(mask.sum()) for name, mask in live.items()}
     total, alive = masks.total(ticket.masks), sum(ticket.card["live"].values())
     assert ticket.card["effective_density"] == pytest.approx(alive / total)

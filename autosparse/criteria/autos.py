@@ -6,12 +6,14 @@ survival that iterative rewind pruning would give it; the lowest scores are prun
 
 Departures: with `features: context` the network sees more than those two (see features.py), and
 it is a small MLP. With `head: survival` (see survival.py) it says how many weights each layer keeps
-at the asked sparsity, and apart from that which ones.
+at the asked sparsity, and apart from that which ones; by default those are drawn on paths from
+input to output (see reach.py), since its own ranking is worth no more than chance.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autosparse import masks
+from autosparse import masks, paths, reach
 from autosparse.config import keep_count
 from autosparse.criteria import Scores, register
 from autosparse.errors import UsageError, unknown
@@ -27,7 +29,9 @@ from autosparse.gradients import mean_gradients
 from autosparse.scorer import AutoS
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "autos.safetensors"
-CHOICES = ("top", "sampled", "random")
+CHOICES = ("live", "random", "top", "sampled")
+TILT = 0.5
+"""Of `live`: see reach.thinned; 0.25 to 1 differ by less than seeds do."""
 
 
 def fingerprints(scorer: str | None = None, **_) -> dict[str, str]:
@@ -45,7 +49,7 @@ def autos(
     *,
     sparsity: float,
     scorer: str | None = None,
-    choice: str = "random",
+    choice: str = "live",
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Scores:
@@ -57,8 +61,9 @@ def autos(
         sparsity: fraction of weights to remove.
         scorer: an AutoS file; by default the environment's AUTOSPARSE_SCORER, then the one that
             comes with the package.
-        choice: inside a layer, with two heads: any weights (random), the highest log-odds (top),
-            or drawn in proportion to the odds without replacement (sampled).
+        choice: inside a layer, with two heads: any weights that lie on paths from input to output
+            (live), any (random), the highest log-odds (top), or drawn in proportion to the odds
+            without replacement (sampled).
         temperature: what log-odds are divided by before drawing.
         seed: of what is drawn.
     """
@@ -72,10 +77,42 @@ def autos(
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
     scores, densities = network.to(device).rate(parameters, gradients, 1 - sparsity)
+    kept = counts(densities, parameters, sparsity)
     generator = torch.Generator().manual_seed(seed)
     for name in scores:
         scores[name] = _drawn(scores[name], choice, temperature, generator)
-    return settled(scores, counts(densities, parameters, sparsity))
+    if choice == "live":
+        return marked(on_paths(model, scores, kept, batches, tilt=TILT), scores)
+    return settled(scores, kept)
+
+
+def on_paths(
+    model, scores: Scores, kept: Mapping[str, int], batches, tilt: float, **options
+) -> masks.Masks:
+    """Thin the network to `kept` (see reach.thinned); where its paths cannot be followed, by score.
+
+    What cannot be followed is told in a warning.
+    """
+    try:
+        shape = paths.image_shape(model, batches)
+        return reach.thinned(model, scores, kept, shape, tilt=tilt, **options)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"the paths through {type(model).__name__} cannot be followed ({error}); weights are "
+            "chosen without them",
+            stacklevel=2,
+        )
+        return masks.keep_counts(scores, kept, within=options.get("within"))
+
+
+def marked(chosen: masks.Masks, scores: Mapping[str, Tensor]) -> Scores:
+    """Return scores that are positive for what is chosen only, in the order of `scores`."""
+    found = {}
+    for name, score in scores.items():
+        low, high = score.aminmax()
+        unit = (score - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
+        found[name] = unit + torch.where(chosen[name].to(score.device), 0.5, -1.5)
+    return found
 
 
 def counts(
@@ -103,6 +140,8 @@ def _drawn(score: Tensor, choice: str, temperature: float, generator: torch.Gene
     uniform = torch.rand(score.shape, generator=generator).to(score.device)
     if choice == "random":
         return uniform
+    if choice == "live":
+        return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
     return score / temperature - torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
 
 

@@ -9,6 +9,7 @@ altogether. It is no paper's method; what was measured is in docs/research.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -21,6 +22,8 @@ from autosparse.errors import UsageError
 from autosparse.gradients import mean_gradients
 from autosparse.scorer import AutoS
 
+ROUNDS = 4
+"""In which a level removes weights: what has lost its paths in one goes first in the next."""
 BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
 
@@ -38,6 +41,7 @@ def autos_irp(
     steps_per_level: int = 140,
     start: float = 0.25,
     movement: float = 1.0,
+    live: bool = True,
     batch_size: int = 64,
     optimizer: str = "adamw",
     learning_rate: float = 1e-2,
@@ -53,6 +57,7 @@ def autos_irp(
         steps_per_level: of training, from the initial weights.
         start: density that AutoS prunes to before any step; 1: not at all.
         movement: how much of a weight's movement counts: |initial weight + movement * change|.
+        live: at every level weights go first that lie on no path from input to output.
         batch_size: images per step, where the training data are named (see `prune`).
         optimizer: any of timm's factory.
         learning_rate: constant.
@@ -73,6 +78,7 @@ def autos_irp(
         network.to(next(iter(parameters.values())).device),
         parameters,
         mean_gradients(model, parameters, first, loss_fn),
+        _followed(model, first) if live else masks.keep_counts,
     )
     initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
 
@@ -90,11 +96,23 @@ def autos_irp(
     return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
 
 
+def _followed(model, batches) -> Callable[..., masks.Masks]:
+    """Return what keeps the highest scores that lie on paths, in a few rounds."""
+
+    def choose(scores: Scores, kept: dict[str, int], *, within: masks.Masks) -> masks.Masks:
+        return autos.on_paths(model, scores, kept, batches, 0, within=within, rounds=ROUNDS)
+
+    return choose
+
+
 class _Layers:
     """What AutoS says of the layers, from the initial weights and gradients."""
 
-    def __init__(self, network: AutoS, parameters: Scores, gradients: Scores) -> None:
+    def __init__(
+        self, network: AutoS, parameters: Scores, gradients: Scores, choose: Callable
+    ) -> None:
         self.network, self.parameters, self.gradients = network, parameters, gradients
+        self.choose = choose
         self.total = masks.total(parameters)
 
     def best(self, scores: Scores, alive: masks.Masks, count: int) -> masks.Masks:
@@ -108,7 +126,7 @@ class _Layers:
             count,
             most={name: int(mask.count_nonzero()) for name, mask in alive.items()},
         )
-        return masks.keep_counts(scores, kept, within=alive)
+        return self.choose(scores, kept, within=alive)
 
     def first(self, density: float) -> masks.Masks:
         """Return the masks that AutoS alone prunes to, before any step."""

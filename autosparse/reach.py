@@ -1,0 +1,229 @@
+"""Which weights lie on a path from input to output, and choosing such that do.
+
+A random ticket of a per cent has half of its weights on no path, and where layers are narrow no
+path at all. What lies on none is worth nothing: it can change what the network says by a constant
+at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.masks import Masks, keep_counts
+from autosparse.paths import only_paths, without_shifts
+
+NO_INPUT = ("token", "pos_embed")
+"""Parts of the names of parameters that are added to the signal."""
+ROUNDS = 16
+"""In how many rounds a network is thinned, unless said otherwise."""
+
+
+def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> Masks:
+    """Return which of the kept weights lie on a path from the input to an output.
+
+    The others can change what the network says by a constant at most; A. Vysogorets and J. Kempe,
+    Connectivity Matters (JMLR 2023), arXiv 2107.02306, count them out of the "effective" density.
+
+    Args:
+        model: dense.
+        masks: per prunable parameter, True = kept.
+        shape: [C, H, W] of an image; a 3x3 kernel on one pixel has eight weights that see padding
+            only.
+    """
+    found = within_reach(model, masks, shape)
+    return {name: mask & found[name] for name, mask in masks.items()}
+
+
+def onto_paths(
+    model: nn.Module, masks: Masks, scores: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Masks:
+    """Return masks whose dead weights are exchanged for live ones of the same layer.
+
+    What is dead (see `live`) makes room for the highest scores among the weights that would lie
+    on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
+    layer keeps as many weights as before.
+    """
+    alive = live(model, masks, shape)
+    return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
+
+
+def _exchanged(
+    masks: Masks, alive: Masks, reach: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> Masks:
+    found = {}
+    for name, mask in masks.items():
+        score, count = {name: scores[name]}, int(mask.count_nonzero())
+        room = count - int(alive[name].count_nonzero())
+        free = reach[name] & ~alive[name]
+        new = min(room, int(free.count_nonzero()))
+        found[name] = alive[name] | keep_counts(score, {name: new}, within={name: free})[name]
+        dead = mask & ~found[name]
+        rest = count - int(found[name].count_nonzero())
+        found[name] |= keep_counts(score, {name: rest}, within={name: dead})[name]
+    return found
+
+
+def within_reach(
+    model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Return which weights lie on a path, or would if they were kept too.
+
+    Every kept weight gets a random positive value, all other parameters are one (tokens and
+    positions zero), and norms, activations and biases are left out; where a norm computes with
+    several channels, these hear of each other. A weight is in reach if the gradient of the output
+    by it depends on the image. Signals are rescaled after every module, so that no gate saturates.
+    """
+    network = _Network(model, masks, shape, torch.float64)
+    first, second = network.gradients(masks), network.gradients(masks, image=1)
+    return {name: (first[name] != second[name]).to(mask.device) for name, mask in masks.items()}
+
+
+@torch.no_grad()
+def thinned(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    shape: tuple[int, ...],
+    *,
+    within: Masks | None = None,
+    rounds: int = ROUNDS,
+    tilt: float = 0.0,
+) -> Masks:
+    """Keep `counts[name]` weights of every layer, on paths as far as that can be had.
+
+    The network is thinned in rounds, each layer by the same factor every time. What lies on no
+    path any more goes first, then the lowest score + tilt * log(sum over the paths through the
+    weight); what is dead at the end is exchanged (see `onto_paths`). In the sums each kept weight
+    counts with a random positive value: they are those of SynFlow (H. Tanaka et al. 2020, arXiv
+    2006.05467) with such values instead of |w|. With Gumbel noise as scores that is drawing in
+    proportion to sums ** tilt.
+
+    Args:
+        model: dense.
+        scores: finite, per prunable parameter.
+        counts: how many weights each layer keeps, at most as many as it has in `within`.
+        shape: [C, H, W] of an image.
+        within: masks to begin with; by default everything.
+        rounds: one more pass of an image each.
+        tilt: 0 for the scores alone; higher: weights that share units.
+    """
+    alive = within or {n: torch.ones(s.shape, dtype=torch.bool) for n, s in scores.items()}
+    alive = {name: mask.cpu() for name, mask in alive.items()}
+    sizes = {name: int(mask.count_nonzero()) for name, mask in alive.items()}
+    begun = dict(alive)
+    network = _Network(model, alive, shape, torch.float32)
+    for number in range(1, rounds + 1):
+        sums = network.gradients(alive)
+        for name, mask in alive.items():
+            done = number / rounds
+            most = round(sizes[name] ** (1 - done) * max(counts[name], 1) ** done)
+            left = {name: counts[name] if number == rounds else max(counts[name], most)}
+            rated = _rated(scores[name].cpu(), sums.pop(name).abs_().cpu(), tilt)
+            alive[name] = keep_counts({name: rated}, left, within={name: mask})[name]
+    chosen = alive
+    sums = network.paths_through(chosen)
+    alive = {name: mask & (sums.pop(name) > 0) for name, mask in chosen.items()}
+    sums = network.paths_through(alive)
+    reach = {name: (sums.pop(name) > 0) & mask for name, mask in begun.items()}
+    return _exchanged(chosen, alive, reach, {name: score.cpu() for name, score in scores.items()})
+
+
+def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
+    """Return finite scores of which those on no path are the lowest, in their order."""
+    lifted = score.double()
+    if tilt:
+        lifted += tilt * paths.double().clamp(min=torch.finfo(paths.dtype).tiny).log()
+    on_path = paths > 0
+    if not on_path.any() or on_path.all():
+        return lifted
+    dead = score.double()
+    dead = dead - dead[~on_path].max() + lifted[on_path].min() - 1
+    return torch.where(on_path, lifted, dead)
+
+
+class _Network:
+    """A network as a sum over paths, each kept weight with a random positive value.
+
+    `masks` may only shrink from call to call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        self.copy = without_shifts(model, masks).to(dtype)
+        only_paths(self.copy, mixing=True)
+        generator = torch.Generator().manual_seed(0)
+        self.weights = {name: self.copy.get_parameter(name) for name in masks}
+        with torch.no_grad():
+            for name, parameter in self.copy.named_parameters():
+                if name in masks:
+                    drawn = torch.rand(parameter.shape, generator=generator, dtype=dtype)
+                    parameter.copy_(drawn.add_(0.5))
+                elif name.rpartition(".")[2] != "bias":
+                    parameter.fill_(0 if any(word in name for word in NO_INPUT) else 1)
+        self.remeasure = _rescale_everywhere(self.copy)
+        device = next(iter(self.weights.values())).device
+        self.images = (torch.rand(2, *shape, generator=generator, dtype=dtype) + 0.5).to(device)
+
+    def gradients(self, masks: Mapping[str, Tensor], image: int = 0) -> dict[str, Tensor]:
+        """Return the gradients of the summed outputs for one image of random positive pixels.
+
+        Signals are scaled as they were for the first image with these masks.
+        """
+        if image == 0:
+            self.remeasure()
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.mul_(masks[name].to(weight.device))
+        with torch.enable_grad():
+            total = self.copy(self.images[image : image + 1]).sum()
+            found = torch.autograd.grad(total, list(self.weights.values()), materialize_grads=True)
+        return dict(zip(self.weights, found, strict=True))
+
+    def paths_through(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sum over the paths through every weight, kept or not, on the CPU; 0 if dead."""
+        first, second = self.gradients(masks), self.gradients(masks, image=1)
+        return {
+            name: torch.where(each == second.pop(name), 0, each.abs_()).cpu()
+            for name, each in first.items()
+        }
+
+
+def _rescale_everywhere(model: nn.Module) -> Callable[[], None]:
+    """Divide every module's output by the largest value that it had the first time.
+
+    Returns what makes the next time the first one.
+    """
+
+    def hook(peaks: list[float]) -> Callable:
+        def rescale(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return output
+            number = calls.setdefault(id(peaks), 0)
+            calls[id(peaks)] = number + 1
+            if number == len(peaks):
+                peak = float(output.detach().abs().amax()) if output.numel() else 0.0
+                peaks.append(peak if peak > 0 else 1.0)
+            return output / peaks[number]
+
+        return rescale
+
+    def forget() -> None:
+        for peaks in measured:
+            peaks.clear()
+
+    calls: dict[int, int] = {}
+    measured: list[list[float]] = []
+    model.register_forward_pre_hook(lambda *_: calls.clear())
+    for module in model.modules():
+        measured.append([])
+        module.register_forward_hook(hook(measured[-1]))
+    return forget
