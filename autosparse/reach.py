@@ -18,7 +18,7 @@ from autosparse.paths import only_paths, without_shifts
 
 NO_INPUT = ("token", "pos_embed")
 """Parts of the names of parameters that are added to the signal."""
-ROUNDS = 16
+ROUNDS = 32
 """In how many rounds a network is thinned, unless said otherwise."""
 
 

@@ -29,6 +29,11 @@ HELD_OUT = {
         "resnet10t", {"channels": [16, 32, 48, 64], "stem_width": 16}, small_stem=False
     ),
     "layer_norm": ModelConfig("test_efficientnet_ln"),
+    "grouped": ModelConfig(
+        "seresnext26t_32x4d",
+        {"channels": [16, 32, 48, 64], "layers": [1, 1, 1, 1], "cardinality": 4, "stem_width": 16},
+        small_stem=False,
+    ),
 }
 RATE = 0.01
 """Peak learning rate: of 0.003, 0.01 and 0.03 the best for dense development models."""
@@ -48,11 +53,13 @@ LABELS = {
     "autos_top": {"criterion": "autos", "choice": "top"},
     "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
+    "autos_live": {"criterion": "autos", "choice": "live"},
     "short_magnitude": {**SHORT, "steps_per_level": 80, "label": "magnitude"},
     "short_lamp": {**SHORT, "steps_per_level": 80},
     "short_lamp_100": {**SHORT, "steps_per_level": 14},
     "autos_irp": {"learning_rate": RATE},
     "autos_irp_100": AUTOS_100,
+    "autos_irp_any": {"criterion": "autos_irp", "learning_rate": RATE, "live": False},
     "irp": {"criterion": "irp", "label": "lamp", "levels": 8},
 }
 """Row -> its options; the last is the ceiling: a full training at every level."""
@@ -62,13 +69,14 @@ LONG = {
     "grasp": {},
     "synflow": {},
     "autos_random": {"criterion": "autos", "choice": "random"},
+    "autos_live": LABELS["autos_live"],
     "short_lamp_100": LABELS["short_lamp_100"],
     "autos_irp": LABELS["autos_irp"],
     "autos_irp_100": AUTOS_100,
     "irp": {"criterion": "irp", "label": "lamp", "levels": 5},
 }
 """The rows of the long form, without twins (AutoS's counts at random are a row)."""
-TWINS = ("short_lamp", "autos_irp", "autos_irp_100")
+TWINS = ("snip", "synflow", "short_lamp", "autos_irp", "autos_irp_100")
 """Rows whose shuffled twins are trained too; that of AutoS is autos_random."""
 
 
@@ -82,10 +90,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, default=Path("tickets"), help="folder for the cells")
     found.add_argument("--paper", type=Path, help="AutoS file with the paper's features: a row")
     found.add_argument("--scorer", type=Path, help="AutoS file; by default the package's")
-    found.add_argument("--models", default=",".join(HELD_OUT), help="which held-out models")
+    found.add_argument(
+        "--models", default="narrow,layer_norm", help=f"of {', '.join(HELD_OUT)}; with commas"
+    )
     found.add_argument("--rows", help="with commas; by default all of the form")
     found.add_argument("--seeds", type=int, default=3, help="how many seeds")
     found.add_argument("--sparsities", help="with commas; by default as the form has it")
+    found.add_argument("--guard", default="layer", help="of all rows: layer, or live")
     return found
 
 
@@ -123,6 +134,7 @@ def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
         sparsities=arguments.sparsities or ("0.95" if small else "0.9,0.95,0.98,0.99"),
         seeds=list(range(arguments.seeds)),
         twins=[SHUFFLED],
+        guard=arguments.guard,
         training=TrainingConfig(epochs=epochs, learning_rate=RATE, checkpoint_epochs=0),
         tracking=False,
         device="cpu" if small else "auto",

@@ -495,7 +495,9 @@ def test_thinned_networks_have_their_counts_and_carry(name: str, tilt: float) ->
 def test_thinning_stays_within_the_masks_it_is_given() -> None:
     model = chain(3, 8, 8, 2)
     generator = torch.Generator().manual_seed(0)
-    scores = {n: torch.rand(w.shape, generator=generator) for n, w in models.prunable(model).items()}
+    scores = {
+        n: torch.rand(w.shape, generator=generator) for n, w in models.prunable(model).items()
+    }
     within = masks.keep(scores, 60)
     counts = {name: int(mask.count_nonzero()) // 2 for name, mask in within.items()}
     found = reach.thinned(model, scores, counts, (3, 1, 1), within=within)

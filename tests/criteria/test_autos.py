@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, masks
+from autosparse import criteria, masks, reach
 from autosparse.criteria.autos import PRETRAINED, counts, settled
 from autosparse.errors import UsageError
 from autosparse.gradients import mean_gradients
@@ -51,7 +51,7 @@ def test_settled_scores_give_the_counts_even_with_ties() -> None:
     assert all(torch.equal(whole[name], found[name] > 0) for name in found)
 
 
-@pytest.mark.parametrize("choice", ["random", "top", "sampled"])
+@pytest.mark.parametrize("choice", ["live", "random", "top", "sampled"])
 def test_layers_keep_what_is_expected(choice: str, scorer: AutoS, tmp_path: Path) -> None:
     model, options = net(), {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
     autos = criteria.get("autos")
@@ -67,6 +67,34 @@ def test_layers_keep_what_is_expected(choice: str, scorer: AutoS, tmp_path: Path
     assert all(torch.equal(chosen[n], top[n]) for n in top) == (choice == "top")
     again = autos(model, data(), cross_entropy, choice=choice, seed=1, **options)
     assert all(torch.equal(found[n], again[n]) for n in found) == (choice == "top")
+
+
+def test_what_is_chosen_lies_on_paths(scorer: AutoS, tmp_path: Path) -> None:
+    """At 95 % of such a net a random choice leaves a third or more of the weights on none."""
+    options = {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.95}
+    carried = {}
+    for choice in ("live", "random"):
+        model = net()
+        scores = criteria.get("autos")(model, data(), cross_entropy, choice=choice, **options)
+        chosen = masks.from_scores(scores, 0.95)
+        carried[choice] = masks.kept(reach.live(model, chosen, (6,))) / masks.kept(chosen)
+    assert carried["live"] == 1 and carried["random"] < 0.9
+
+
+@pytest.mark.parametrize("name", ["autos", "autos_irp"])
+def test_where_paths_cannot_be_followed_scores_decide(name: str, scorer: AutoS, tmp_path) -> None:
+    class Rounding(nn.Module):
+        def forward(self, signal: Tensor) -> Tensor:
+            if signal.dtype == torch.float32 and signal.amin() < 0:
+                return signal
+            raise RuntimeError("no such signal")
+
+    model = nn.Sequential(Rounding(), net())
+    steps = {"levels": 1, "steps_per_level": 1} if name == "autos_irp" else {}
+    path = str(tmp_path / "autos.safetensors")
+    with pytest.warns(UserWarning, match="paths through Sequential cannot be followed"):
+        found = criteria.get(name)(model, data(), cross_entropy, scorer=path, sparsity=0.9, **steps)
+    assert sum(int((score >= 0).sum()) for score in found.values()) == 153
 
 
 def test_sampling_draws_in_proportion(scorer: AutoS, tmp_path: Path) -> None:
