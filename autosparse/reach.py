@@ -189,7 +189,7 @@ class _Network:
         return dict(zip(self.weights, found, strict=True))
 
     def paths_through(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sum over the paths through every weight, kept or not, on the CPU; 0 if dead."""
+        """Return the sum over the paths through every weight, kept or not; 0: dead. On the CPU."""
         first, second = self.gradients(masks), self.gradients(masks, image=1)
         return {
             name: torch.where(each == second.pop(name), 0, each.abs_()).cpu()
