@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse.gradients import spend
 from autosparse.masks import Masks, keep_counts
 from autosparse.paths import only_paths, without_shifts
 
@@ -186,6 +187,7 @@ class _Network:
         with torch.enable_grad():
             total = self.copy(self.images[image : image + 1]).sum()
             found = torch.autograd.grad(total, list(self.weights.values()), materialize_grads=True)
+        spend(1)
         return dict(zip(self.weights, found, strict=True))
 
     def paths_through(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
