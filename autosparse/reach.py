@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.gradients import spend
-from autosparse.masks import Masks, keep_counts
+from autosparse.masks import Masks, keep_counts, top
 from autosparse.paths import only_paths, without_shifts
 
+SIDE = 64
+"""Of the images by which networks are thinned, where they take smaller ones: paths through a weight
+are the same at any size, but for kernels that see padding only."""
 NO_INPUT = ("token", "pos_embed")
 """Parts of the names of parameters that are added to the signal."""
 ROUNDS = 32
@@ -79,7 +82,8 @@ def within_reach(
     by it depends on the image. Signals are rescaled after every module, so that no gate saturates.
     """
     network = _Network(model, masks, shape, torch.float64)
-    first, second = network.gradients(masks), network.gradients(masks, image=1)
+    network.keep(masks)
+    first, second = network.gradients(), network.gradients(image=1)
     return {name: (first[name] != second[name]).to(mask.device) for name, mask in masks.items()}
 
 
@@ -112,45 +116,78 @@ def thinned(
         rounds: one more pass of an image each.
         tilt: 0 for the scores alone; higher: weights that share units.
     """
-    alive = within or {n: torch.ones(s.shape, dtype=torch.bool) for n, s in scores.items()}
-    alive = {name: mask.cpu() for name, mask in alive.items()}
-    sizes = {name: int(mask.count_nonzero()) for name, mask in alive.items()}
-    begun = dict(alive)
-    network = _Network(model, alive, shape, torch.float32)
+    begun = within or {n: torch.ones(s.shape, dtype=torch.bool) for n, s in scores.items()}
+    begun = {name: mask.cpu() for name, mask in begun.items()}
+    network = _small_network(model, begun, shape)
+    network.keep(begun)
+    layers = {n: _Layer(begun[n], score, counts[n], tilt) for n, score in scores.items()}
     for number in range(1, rounds + 1):
-        sums = network.gradients(alive)
-        for name, mask in alive.items():
-            done = number / rounds
-            most = round(sizes[name] ** (1 - done) * max(counts[name], 1) ** done)
-            left = {name: counts[name] if number == rounds else max(counts[name], most)}
-            rated = _rated(scores[name].cpu(), sums.pop(name).abs_().cpu(), tilt)
-            alive[name] = keep_counts({name: rated}, left, within={name: mask})[name]
-    chosen = alive
-    sums = network.paths_through(chosen)
-    alive = {name: mask & (sums.pop(name) > 0) for name, mask in chosen.items()}
-    sums = network.paths_through(alive)
-    reach = {name: (sums.pop(name) > 0) & mask for name, mask in begun.items()}
+        sums = network.gradients()
+        for name, layer in layers.items():
+            gone = layer.thin(sums.pop(name), number / rounds)
+            network.weights[name].view(-1)[gone.to(network.images.device)] = 0
+    chosen = {name: layer.mask() for name, layer in layers.items()}
+    through = network.paths_through()
+    alive = {name: mask & (through.pop(name) > 0) for name, mask in chosen.items()}
+    network.keep(alive)
+    through = network.paths_through()
+    reach = {name: (through.pop(name) > 0) & mask for name, mask in begun.items()}
     return _exchanged(chosen, alive, reach, {name: score.cpu() for name, score in scores.items()})
+
+
+class _Layer:
+    """The weights of a layer that are left; what is done with them costs no more than they are."""
+
+    def __init__(self, mask: Tensor, score: Tensor, count: int, tilt: float) -> None:
+        self.shape, self.count, self.tilt = mask.shape, count, tilt
+        self.places = mask.flatten().nonzero().squeeze(1)
+        self.size = len(self.places)
+        self.score = score.cpu().flatten()[self.places].float()
+
+    def thin(self, gradient: Tensor, done: float) -> Tensor:
+        """Remove weights once the share `done` of the rounds is over; return their places."""
+        most = round(self.size ** (1 - done) * max(self.count, 1) ** done)
+        left = self.count if done == 1 else max(self.count, most)
+        paths = gradient.flatten().cpu()[self.places].abs_()
+        stays = top(_rated(self.score, paths, self.tilt), left)
+        gone = self.places[~stays]
+        self.places, self.score = self.places[stays], self.score[stays]
+        return gone
+
+    def mask(self) -> Tensor:
+        """Return where the weights that are left lie."""
+        found = torch.zeros(self.shape, dtype=torch.bool)
+        found.view(-1)[self.places] = True
+        return found
 
 
 def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
     """Return finite scores of which those on no path are the lowest, in their order."""
-    lifted = score.double()
-    if tilt:
-        lifted += tilt * paths.double().clamp(min=torch.finfo(paths.dtype).tiny).log()
     on_path = paths > 0
+    lifted = score + tilt * paths.clamp(min=torch.finfo(paths.dtype).tiny).log_()
     if not on_path.any() or on_path.all():
         return lifted
-    dead = score.double()
-    dead = dead - dead[~on_path].max() + lifted[on_path].min() - 1
+    dead = score - score[~on_path].max() + lifted[on_path].min() - 1
     return torch.where(on_path, lifted, dead)
 
 
-class _Network:
-    """A network as a sum over paths, each kept weight with a random positive value.
+def _small_network(
+    model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> _Network:
+    """Return the network for images of at most `SIDE`, or of `shape` where it takes no other."""
+    small = (shape[0], *(min(side, SIDE) for side in shape[1:]))
+    if small != tuple(shape):
+        network = _Network(model, masks, small, torch.float32)
+        try:
+            network.gradients()
+            return network
+        except (RuntimeError, AssertionError, TypeError, AttributeError):
+            del network  # It takes images of one size only.
+    return _Network(model, masks, shape, torch.float32)
 
-    `masks` may only shrink from call to call.
-    """
+
+class _Network:
+    """A network as a sum over paths, each kept weight with a random positive value."""
 
     def __init__(
         self,
@@ -174,25 +211,28 @@ class _Network:
         device = next(iter(self.weights.values())).device
         self.images = (torch.rand(2, *shape, generator=generator, dtype=dtype) + 0.5).to(device)
 
-    def gradients(self, masks: Mapping[str, Tensor], image: int = 0) -> dict[str, Tensor]:
-        """Return the gradients of the summed outputs for one image of random positive pixels.
-
-        Signals are scaled as they were for the first image with these masks.
-        """
-        if image == 0:
-            self.remeasure()
+    def keep(self, masks: Mapping[str, Tensor]) -> None:
+        """Set what is masked to zero; it stays so."""
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.mul_(masks[name].to(weight.device))
+
+    def gradients(self, image: int = 0) -> dict[str, Tensor]:
+        """Return the gradients of the summed outputs for one image of random positive pixels.
+
+        Signals are scaled as they were for the first image, which is to be asked for first.
+        """
+        if image == 0:
+            self.remeasure()
         with torch.enable_grad():
             total = self.copy(self.images[image : image + 1]).sum()
             found = torch.autograd.grad(total, list(self.weights.values()), materialize_grads=True)
         spend(1)
         return dict(zip(self.weights, found, strict=True))
 
-    def paths_through(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def paths_through(self) -> dict[str, Tensor]:
         """Return the sum over the paths through every weight, kept or not; 0: dead. On the CPU."""
-        first, second = self.gradients(masks), self.gradients(masks, image=1)
+        first, second = self.gradients(), self.gradients(image=1)
         return {
             name: torch.where(each == second.pop(name), 0, each.abs_()).cpu()
             for name, each in first.items()

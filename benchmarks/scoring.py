@@ -5,7 +5,8 @@
 The gradient passes are left out: every criterion that looks at data pays the same for them.
 `autos` is ours (two heads, features included), `paper_table` the paper's as it is used here,
 `paper_mlp` and `paper_resnet18` the paper's networks called on as many weights as take a moment.
-`resnet50_seconds` is all of it: features, scores, layer counts and masks.
+`resnet50_seconds` is all of it: features, scores, layer counts, the choice on paths through the
+network (for images of 224 px) and masks.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autosparse import masks
-from autosparse.criteria.autos import counts, settled
+from autosparse.criteria.autos import TILT, counts, drawn, marked, on_paths
 from autosparse.models import prunable
 from autosparse.scorer import AutoS
 from benchmarks.report import figure, publish, seconds_in_turn
@@ -35,7 +36,7 @@ def called(network: AutoS, pairs: Tensor) -> None:
 
 
 def jobs(
-    weights: dict[str, Tensor], gradients: dict[str, Tensor]
+    model: nn.Module, weights: dict[str, Tensor], gradients: dict[str, Tensor]
 ) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name; `rest` goes on from what `autos` has left."""
     ours = AutoS("context", [16, 16], head="survival").eval()
@@ -46,14 +47,18 @@ def jobs(
     table = AutoS("paper").eval()
     table.tabulate(torch.randn(10_000, 2))
     pairs = torch.randn(max(SAMPLES.values()), 2)
-    left = []
+    left, images = [], torch.zeros(1, 3, 224, 224)
 
     def rate() -> None:
         left[:] = ours.rate(weights, gradients, 1 - SPARSITY)
 
     def choose() -> None:
         scores, densities = left
-        masks.from_scores(settled(scores, counts(densities, weights, SPARSITY)), SPARSITY)
+        generator = torch.Generator().manual_seed(0)
+        noise = {name: drawn(each, "live", 1.0, generator) for name, each in scores.items()}
+        kept = counts(densities, weights, SPARSITY)
+        chosen = on_paths(model, noise, kept, [(images, None)], TILT)
+        masks.from_scores(marked(chosen, noise), SPARSITY)
 
     return {
         "autos": rate,
@@ -72,7 +77,7 @@ def main() -> None:
     weights = {name: weight.detach() for name, weight in prunable(model).items()}
     gradients = {name: torch.randn_like(weight) * 1e-3 for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
-    taken = seconds_in_turn(jobs(weights, gradients))
+    taken = seconds_in_turn(jobs(model, weights, gradients))
     rest = taken.pop("rest")
     goals = {"autos": ">= 1e7", "paper_table": ">= 1e7"}
     figures = {

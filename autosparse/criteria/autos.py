@@ -80,7 +80,7 @@ def autos(
     kept = counts(densities, parameters, sparsity)
     generator = torch.Generator().manual_seed(seed)
     for name in scores:
-        scores[name] = _drawn(scores[name], choice, temperature, generator)
+        scores[name] = drawn(scores[name], choice, temperature, generator)
     if choice == "live":
         return marked(on_paths(model, scores, kept, batches, tilt=TILT), scores)
     return settled(scores, kept)
@@ -133,7 +133,7 @@ def settled(scores: Mapping[str, Tensor], kept: Mapping[str, int]) -> Scores:
     return moved
 
 
-def _drawn(score: Tensor, choice: str, temperature: float, generator: torch.Generator) -> Tensor:
+def drawn(score: Tensor, choice: str, temperature: float, generator: torch.Generator) -> Tensor:
     """Return scores of which the highest are the choice: Gumbel's trick draws in proportion."""
     if choice == "top":
         return score
