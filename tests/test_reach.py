@@ -473,8 +473,10 @@ def test_thinned_layers_keep_paths_by_hand() -> None:
     assert [each.flatten().int().tolist() for each in found.values()] == [[0, 0, 1, 1, 0, 0]] * 2
 
 
-@pytest.mark.parametrize("tilt", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_mambaout"])
+@pytest.mark.parametrize(
+    ("name", "tilt"),
+    [("test_resnet", 0.0), ("test_vit", 1.0), ("test_efficientnet", 1.0), ("test_mambaout", 0.0)],
+)
 def test_thinned_networks_have_their_counts_and_carry(name: str, tilt: float) -> None:
     """At 2 % a random choice of as many has far fewer on a path."""
     model = make_model(name)
@@ -490,6 +492,29 @@ def test_thinned_networks_have_their_counts_and_carry(name: str, tilt: float) ->
     assert carried > max(0.6, masks.kept(by_chance) / masks.kept(found))
     again = reach.thinned(model, scores, counts, shape, tilt=tilt)
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch) -> None:
+    """A convolutional one gives the masks of images of that size; a transformer takes one only."""
+    seen = []
+    monkeypatch.setattr(reach, "SIDE", 8)
+    make = reach._Network
+
+    def noting(model, masks_, shape, dtype):
+        seen.append(shape)
+        return make(model, masks_, shape, dtype)
+
+    monkeypatch.setattr(reach, "_Network", noting)
+    for name, sizes in (("test_resnet", [8]), ("test_vit", [8, 16])):
+        model = make_model(name)
+        scores = {n: torch.rand(each.shape) for n, each in models.prunable(model).items()}
+        counts = {n: max(each.numel() // 10, 1) for n, each in scores.items()}
+        found = reach.thinned(model, scores, counts, (1, 16, 16), rounds=2)
+        assert [shape[-1] for shape in seen] == sizes
+        if sizes == [8]:
+            small = reach.thinned(model, scores, counts, (1, 8, 8), rounds=2)
+            assert all(torch.equal(found[n], small[n]) for n in found)
+        seen.clear()
 
 
 def test_thinning_stays_within_the_masks_it_is_given() -> None:
