@@ -495,7 +495,7 @@ def test_thinned_networks_have_their_counts_and_carry(name: str, tilt: float) ->
 
 
 def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch) -> None:
-    """A convolutional one gives the masks of images of that size; a transformer takes one only."""
+    """A convolutional one gives the masks of images of that size; a perceptron takes one only."""
     seen = []
     monkeypatch.setattr(reach, "SIDE", 8)
     make = reach._Network
@@ -505,8 +505,7 @@ def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch
         return make(model, masks_, shape, dtype)
 
     monkeypatch.setattr(reach, "_Network", noting)
-    for name, sizes in (("test_resnet", [8]), ("test_vit", [8, 16])):
-        model = make_model(name)
+    for model, sizes in ((make_model("test_resnet"), [8]), (chain(256, 9, 2), [8, 16])):
         scores = {n: torch.rand(each.shape) for n, each in models.prunable(model).items()}
         counts = {n: max(each.numel() // 10, 1) for n, each in scores.items()}
         found = reach.thinned(model, scores, counts, (1, 16, 16), rounds=2)
