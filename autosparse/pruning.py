@@ -341,7 +341,7 @@ class _Context:
                 warm_up=self.scoring.warm_up,
                 **usual | options,
             )
-        if criterion.trains and self.ranks.world_size > 1:
+        if self.ranks.world_size > 1:  # Of steps and passes that differ in the last bit, say.
             for name in scores:
                 scores[name] = scores[name].contiguous()
                 dist.broadcast(scores[name], 0)
