@@ -196,7 +196,8 @@ class _Network:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
-        self.copy = without_shifts(model, masks).to(dtype)
+        plain = without_shifts(model, masks).to(dtype)
+        self.copy = plain.to(memory_format=torch.contiguous_format)
         only_paths(self.copy, mixing=True)
         generator = torch.Generator().manual_seed(0)
         self.weights = {name: self.copy.get_parameter(name) for name in masks}

@@ -516,6 +516,19 @@ def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch
         seen.clear()
 
 
+def test_channels_last_makes_no_difference() -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = make_model("test_resnet")
+    scores = {
+        n: torch.rand(w.shape, generator=generator) for n, w in models.prunable(model).items()
+    }
+    counts = {name: each.numel() // 10 for name, each in scores.items()}
+    usual = reach.thinned(model, scores, counts, (1, 16, 16), rounds=2)
+    model.to(memory_format=torch.channels_last)
+    found = reach.thinned(model, scores, counts, (1, 16, 16), rounds=2)
+    assert all(torch.equal(found[name], usual[name]) for name in found)
+
+
 def test_thinning_stays_within_the_masks_it_is_given() -> None:
     model = chain(3, 8, 8, 2)
     generator = torch.Generator().manual_seed(0)

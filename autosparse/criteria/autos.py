@@ -96,7 +96,7 @@ def on_paths(
     try:
         shape = paths.image_shape(model, batches)
         return reach.thinned(model, scores, kept, shape, tilt=tilt, **options)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
         warnings.warn(
             f"the paths through {type(model).__name__} cannot be followed ({error}); weights are "
             "chosen without them",
