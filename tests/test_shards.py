@@ -23,11 +23,12 @@ from webdataset import TarWriter
 from autosparse import data
 from autosparse.config import DataConfig, run_id
 from autosparse.data.check import adopt, verify
+from autosparse.data.crew import Rooms
 from autosparse.data.pack import write_shards
 from autosparse.data.remote import Folder
 from autosparse.data.shards import ShardSamples
 from autosparse.data.source import MemorySplit
-from autosparse.data.stream import Stream, _Rooms
+from autosparse.data.stream import Stream
 from autosparse.data.tars import INDEX, MANIFEST, Shard
 from autosparse.errors import RunFailed, UsageError
 from tests.conftest import flip
@@ -214,7 +215,7 @@ def test_batches_that_are_kept_do_not_change(root, kept):
 
 
 def test_rooms_are_free_again_once_nothing_holds_their_batch():
-    rooms = _Rooms(1, images=3, size=4)
+    rooms = Rooms(1, images=3, size=4)
     rooms.memory.zero_()
     places = len(rooms.memory)
     part = rooms.batch(rooms.take(), 3)[1:, 0]
