@@ -189,6 +189,8 @@ class IRPConfig:
     """k: rewind to the state after step k of the dense training (late rewinding); 0: to init."""
     steps_per_level: int | None = None
     """Short horizon: so many steps per level at a constant rate, instead of training.epochs."""
+    live: bool = False
+    """At every level, weights that lie on no path from input to output go first in their layer."""
     seed: int = 0
     """Fixes the initial weights and the order of batches."""
     device: str = _local("auto")
@@ -203,7 +205,7 @@ class IRPConfig:
 
 SCHEDULE_KEYS = (
     "levels", "final_density", "schedule", "scope", "rewind_steps", "steps_per_level",
-    "samples_per_class",
+    "samples_per_class", "live",
 )  # fmt: skip
 """What an entry of `schedules` may set: fields of IRPConfig."""
 
@@ -244,6 +246,8 @@ class CorpusConfig:
     """k: rewind to the state after step k of the dense training; 0: to init."""
     steps_per_level: int | None = None
     """Short horizon: so many steps per level at a constant rate, instead of training.epochs."""
+    live: bool = False
+    """At every level, weights that lie on no path from input to output go first in their layer."""
     cpus_per_run: float = 1.0
     """Ray CPUs of one run; also its number of threads."""
     gpus_per_run: float = 0.0

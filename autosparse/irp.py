@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse import corpus, criteria, masks, models
+from autosparse import corpus, criteria, masks, models, reach
 from autosparse import data as data_module
 from autosparse.claims import CLAIM, Claim, claimed
 from autosparse.compaction import compact, densify
@@ -50,6 +50,8 @@ from autosparse.versions import library_versions
 LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
 MAX_LEVELS = 255
+ROUNDS = 4
+"""In which a level of `live` removes weights: what has lost its paths in one goes in the next."""
 REWIND, MASK = "rewind/", "mask/"
 
 OnEpoch = Callable[[int, Epoch], None]
@@ -327,7 +329,12 @@ def _next_masks(
     scores = criteria.get(config.label)(
         trained, batches, nn.functional.cross_entropy, exclude=config.model.exclude
     )
-    return masks.keep(scores, count, scope=config.scope, within=current)
+    best = masks.keep(scores, count, scope=config.scope, within=current)
+    if not config.live:
+        return best
+    kept = {name: int(mask.count_nonzero()) for name, mask in best.items()}
+    shape = (source.in_chans, source.image_size, source.image_size)
+    return reach.best_on_paths(trained, scores, kept, shape, within=current, rounds=ROUNDS)
 
 
 def _read_level(

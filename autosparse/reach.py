@@ -7,6 +7,7 @@ at most.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,6 +134,28 @@ def thinned(
     through = network.paths_through()
     reach = {name: (through.pop(name) > 0) & mask for name, mask in begun.items()}
     return _exchanged(chosen, alive, reach, {name: score.cpu() for name, score in scores.items()})
+
+
+def best_on_paths(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    shape: tuple[int, ...],
+    **options: Any,
+) -> Masks:
+    """Thin a network (see `thinned`, whose `options` these are); if that cannot be, go by scores.
+
+    A network whose paths cannot be followed is told in a warning.
+    """
+    try:
+        return thinned(model, scores, counts, shape, **options)
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        warnings.warn(
+            f"the paths through {type(model).__name__} cannot be followed ({error}); weights are "
+            "chosen without them",
+            stacklevel=2,
+        )
+        return keep_counts(scores, counts, within=options.get("within"))
 
 
 class _Layer:

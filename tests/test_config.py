@@ -112,6 +112,7 @@ def test_every_other_field_changes_the_run():
             "samples_per_class": 3,
             "rewind_steps": 2,
             "steps_per_level": 50,
+            "live": True,
             "seed": 1,
         }.items()
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import claims, corpus, data, irp, masks, training, upkeep
+from autosparse import claims, corpus, data, irp, masks, reach, training, upkeep
 from autosparse.claims import CLAIM
 from autosparse.config import DataConfig
 from autosparse.data import DataSource
@@ -91,6 +91,23 @@ def test_level_one_keeps_the_largest_trained_weights_of_the_dense_training(
 def test_snip_labels_differ_from_magnitude_labels(tmp_path: Path, run: corpus.IRPRun) -> None:
     other = corpus.read_run(irp.run_irp(quick_irp(str(tmp_path), label="snip")))
     assert masks.fingerprint(other.masks(1)) != masks.fingerprint(run.masks(1))
+
+
+def test_live_runs_keep_their_weights_on_paths(tmp_path: Path) -> None:
+    """At 1 % the layers keep what the label gives them, and far fewer weights are off all paths."""
+    found = {}
+    for live in (False, True):
+        config = quick_irp(str(tmp_path), final_density=0.01, label="lamp", live=live)
+        found[live] = corpus.read_run(irp.run_irp(config))
+    model, first = make_model(seed=0), {live: run.masks(1) for live, run in found.items()}
+    for name in first[True]:
+        assert int(first[True][name].sum()) == int(first[False][name].sum()), name
+    share = {}
+    for live, run in found.items():
+        last = run.masks(2)
+        assert all(bool((last[n] <= first[live][n]).all()) for n in last)
+        share[live] = masks.kept(reach.live(model, last, (1, 16, 16))) / masks.kept(last)
+    assert share[True] > 0.95 > 0.5 > share[False], share
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
