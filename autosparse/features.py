@@ -9,13 +9,15 @@ one network can read another.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autosparse.errors import unknown
+from autosparse.gradients import spend
 
 KINDS: dict[str, tuple[str, ...]] = {
     "paper": ("weight", "gradient"),
@@ -85,6 +87,42 @@ def contexts(
             )
         )
     return found
+
+
+@torch.no_grad()
+def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, float]:
+    """Return at how many places of its output a layer's weights are used, for one image.
+
+    For a convolution the pixels of its output, for a linear layer of a transformer the tokens.
+    Layers whose module is not called get the geometric mean of the others.
+
+    Args:
+        model: it is called once, in eval mode, and left as it was.
+        names: of prunable parameters.
+        image: [1, C, H, W].
+    """
+    owners = {name: name.rpartition(".")[0] for name in names}
+    weights = {name: model.get_parameter(name) for name in owners}
+    places = dict.fromkeys(owners, 0.0)
+
+    def note(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            places[name] += output.numel() / len(weights[name])
+
+        return hook
+
+    hooks = [model.get_submodule(at).register_forward_hook(note(n)) for n, at in owners.items()]
+    training = model.training
+    try:
+        model.eval()(image)
+    finally:
+        model.train(training)
+        for each in hooks:
+            each.remove()
+    spend(1)
+    seen = [math.log(count) for count in places.values() if count]
+    usual = math.exp(sum(seen) / len(seen)) if seen else 1.0
+    return {name: count or usual for name, count in places.items()}
 
 
 def layer_features(

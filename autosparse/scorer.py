@@ -120,9 +120,16 @@ class AutoS(nn.Module):
 
     @torch.no_grad()
     def rate(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], density: float
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        density: float,
+        lift: Mapping[str, float] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return log-odds inside the layers, and the expected layer densities (survival head)."""
+        """Return log-odds inside the layers, and the expected layer densities (survival head).
+
+        `lift`: what to add to the log-odds of whole layers.
+        """
         weights = {name: weight.detach() for name, weight in weights.items()}
         found = features.contexts(weights, gradients)
         scores = {
@@ -130,15 +137,19 @@ class AutoS(nn.Module):
             for name, weight in weights.items()
         }
         shapes = {name: weight.shape for name, weight in weights.items()}
-        return scores, self.heads.layer_densities(shapes, found, density)
+        return scores, self.heads.layer_densities(shapes, found, density, lift)
 
     def layer_densities(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], density: float
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        density: float,
+        lift: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Return the expected layer densities alone (survival head)."""
+        """Return the expected layer densities alone (survival head), with `lift` as in `rate`."""
         found = features.contexts(weights, gradients)
         shapes = {name: weight.shape for name, weight in weights.items()}
-        return self.heads.layer_densities(shapes, found, density)
+        return self.heads.layer_densities(shapes, found, density, lift)
 
     def _fused(self) -> Callable[[Tensor], Tensor]:
         """Fold the normalisation into the first layer and work on pieces [F, n] as they come."""

@@ -103,17 +103,23 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def layer_densities(
-        self, shapes: Mapping[str, torch.Size], contexts: Mapping[str, Any], density: float
+        self,
+        shapes: Mapping[str, torch.Size],
+        contexts: Mapping[str, Any],
+        density: float,
+        lift: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Return every layer's expected density when the whole has `density`.
 
-        All log-odds are shifted alike until the expected survivors add up to the budget.
+        `lift`, if given, is added to the layers' log-odds; then all of them are shifted alike until
+        the expected survivors add up to the budget.
         """
         rows = torch.tensor([contexts[name].constants for name in shapes])
         mix = torch.tensor(interpolation(density, self.densities))
         start = erk_log_odds(shapes, density)
         odds = (self.layers_say(rows.to(self.mean.device)).cpu() @ mix).double()
-        odds += torch.tensor([start[name] for name in shapes], dtype=torch.float64)
+        more = lift or dict.fromkeys(shapes, 0.0)
+        odds += torch.tensor([start[name] + more[name] for name in shapes], dtype=torch.float64)
         sizes = torch.tensor([math.prod(shape) for shape in shapes.values()], dtype=torch.float64)
         found = torch.sigmoid(odds + _shift(odds, sizes, density))
         return dict(zip(shapes, found.tolist(), strict=True))

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import masks
-from autosparse.criteria.autos import TILT, counts, drawn, marked, on_paths
+from autosparse.criteria.autos import TILT, counts, drawn, marked
 from autosparse.models import prunable
+from autosparse.reach import best_on_paths
 from autosparse.scorer import AutoS
 from benchmarks.report import figure, publish, seconds_in_turn
 
@@ -47,7 +48,7 @@ def jobs(
     table = AutoS("paper").eval()
     table.tabulate(torch.randn(10_000, 2))
     pairs = torch.randn(max(SAMPLES.values()), 2)
-    left, images = [], torch.zeros(1, 3, 224, 224)
+    left = []
 
     def rate() -> None:
         left[:] = ours.rate(weights, gradients, 1 - SPARSITY)
@@ -57,7 +58,7 @@ def jobs(
         generator = torch.Generator().manual_seed(0)
         noise = {name: drawn(each, "live", 1.0, generator) for name, each in scores.items()}
         kept = counts(densities, weights, SPARSITY)
-        chosen = on_paths(model, noise, kept, [(images, None)], TILT)
+        chosen = best_on_paths(model, noise, kept, (3, 224, 224), tilt=TILT)
         masks.from_scores(marked(chosen, noise), SPARSITY)
 
     return {

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from autosparse import features
+from autosparse import features, models
+from autosparse.config import ModelConfig
 from autosparse.errors import UsageError
 
 Tensors = dict[str, Tensor]
@@ -219,6 +220,45 @@ def test_weights_and_gradients_are_not_changed() -> None:
     again = example()
     assert all(torch.equal(weights[name], again[0][name]) for name in SHAPES)
     assert all(torch.equal(gradients[name], again[1][name]) for name in SHAPES)
+
+
+class Shared(nn.Module):
+    """A convolution called twice, one with a hole, a linear layer, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, 5)
+        self.idle = nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return [N, 5]."""
+        found = self.norm(self.twice(self.twice(self.first(images))))
+        return self.last(found.mean((2, 3)))
+
+
+def test_uses_by_hand() -> None:
+    model = Shared()
+    names = [f"{name}.weight" for name in ("first", "twice", "last", "idle")]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = features.uses(model, names, torch.randn(1, 3, 8, 8))
+    # Stride 2 makes 4 x 4 of 8 x 8; that is seen twice; the last once; the mean of 16, 32, 1 is 8.
+    assert found == pytest.approx(dict(zip(names, (16, 32, 1, 8), strict=True)))
+    assert model.training
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_uses_in_a_transformer_are_tokens() -> None:
+    config = ModelConfig("test_vit", {"patch_size": 8})
+    model = models.create(config, num_classes=10, in_chans=3, image_size=32, seed=0)
+    found = features.uses(model, models.prunable(model), torch.zeros(1, 3, 32, 32))
+    # 4 x 4 patches and a class token, whose value alone the classifier sees.
+    assert found.pop("patch_embed.proj.weight") == 16
+    assert found.pop("head.weight") == 1
+    assert set(found.values()) == {17}
 
 
 def test_an_unknown_kind_names_the_nearest() -> None:

@@ -12,8 +12,8 @@ input to output (see reach.py), since its own ranking is worth no more than chan
 
 from __future__ import annotations
 
+import math
 import os
-import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autosparse import masks, paths, reach
+from autosparse import features, masks, paths, reach
 from autosparse.config import keep_count
 from autosparse.criteria import Scores, register
 from autosparse.errors import UsageError, unknown
@@ -30,6 +30,8 @@ from autosparse.scorer import AutoS
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "autos.safetensors"
 CHOICES = ("live", "random", "top", "sampled")
+REUSE = 0.25
+"""What iterative pruning leaves of a layer does not know how often its weights are used."""
 TILT = 1.0
 """Of `live`: see reach.thinned; 0.5 and 1 differ by less than seeds do."""
 
@@ -51,6 +53,7 @@ def autos(
     scorer: str | None = None,
     choice: str = "live",
     temperature: float = 1.0,
+    reuse: float = REUSE,
     seed: int = 0,
 ) -> Scores:
     """Return predicted survival; with two heads, scores whose global threshold is their choice.
@@ -65,6 +68,8 @@ def autos(
             (live), any (random), the highest log-odds (top), or drawn in proportion to the odds
             without replacement (sampled).
         temperature: what log-odds are divided by before drawing.
+        reuse: how much layers are favoured whose weights are used at many places of an image: added
+            to their log-odds is reuse * log(places). 0: densities as iterative pruning has them.
         seed: of what is drawn.
     """
     if choice not in CHOICES:
@@ -76,33 +81,26 @@ def autos(
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
-    scores, densities = network.to(device).rate(parameters, gradients, 1 - sparsity)
+    lift = lifted(model, parameters, batches, reuse)
+    scores, densities = network.to(device).rate(parameters, gradients, 1 - sparsity, lift)
     kept = counts(densities, parameters, sparsity)
     generator = torch.Generator().manual_seed(seed)
     for name in scores:
         scores[name] = drawn(scores[name], choice, temperature, generator)
     if choice == "live":
-        return marked(on_paths(model, scores, kept, batches, tilt=TILT), scores)
+        shape = paths.image_shape(model, batches)
+        return marked(reach.best_on_paths(model, scores, kept, shape, tilt=TILT), scores)
     return settled(scores, kept)
 
 
-def on_paths(
-    model, scores: Scores, kept: Mapping[str, int], batches, tilt: float, **options
-) -> masks.Masks:
-    """Thin the network to `kept` (see reach.thinned); where its paths cannot be followed, by score.
-
-    What cannot be followed is told in a warning.
-    """
-    try:
-        shape = paths.image_shape(model, batches)
-        return reach.thinned(model, scores, kept, shape, tilt=tilt, **options)
-    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
-        warnings.warn(
-            f"the paths through {type(model).__name__} cannot be followed ({error}); weights are "
-            "chosen without them",
-            stacklevel=2,
-        )
-        return masks.keep_counts(scores, kept, within=options.get("within"))
+def lifted(model, parameters, batches, reuse: float) -> dict[str, float] | None:
+    """Return what `reuse` adds to the log-odds of each layer; None for 0."""
+    if not reuse:
+        return None
+    first = next(iter(batches), None)
+    image = torch.zeros(1, *paths.image_shape(model)) if first is None else first[0][:1]
+    places = features.uses(model, parameters, image.to(next(iter(parameters.values())).device))
+    return {name: reuse * math.log(count) for name, count in places.items()}
 
 
 def marked(chosen: masks.Masks, scores: Mapping[str, Tensor]) -> Scores:

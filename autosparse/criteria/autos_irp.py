@@ -14,12 +14,13 @@ from itertools import islice
 
 import torch
 
-from autosparse import masks
+from autosparse import masks, paths
 from autosparse.config import TrainingConfig
 from autosparse.criteria import Scores, autos, register
 from autosparse.criteria.short_irp import Horizon, short_levels
 from autosparse.errors import UsageError
 from autosparse.gradients import mean_gradients
+from autosparse.reach import best_on_paths
 from autosparse.scorer import AutoS
 
 ROUNDS = 4
@@ -42,6 +43,7 @@ def autos_irp(
     start: float = 0.25,
     movement: float = 1.0,
     live: bool = True,
+    reuse: float = autos.REUSE,
     batch_size: int = 64,
     optimizer: str = "adamw",
     learning_rate: float = 1e-2,
@@ -58,6 +60,7 @@ def autos_irp(
         start: density that AutoS prunes to before any step; 1: not at all.
         movement: how much of a weight's movement counts: |initial weight + movement * change|.
         live: at every level weights go first that lie on no path from input to output.
+        reuse: as of `autos`: how much layers are favoured whose weights are used at many places.
         batch_size: images per step, where the training data are named (see `prune`).
         optimizer: any of timm's factory.
         learning_rate: constant.
@@ -79,6 +82,7 @@ def autos_irp(
         parameters,
         mean_gradients(model, parameters, first, loss_fn),
         _followed(model, first) if live else masks.keep_counts,
+        autos.lifted(model, parameters, first, reuse),
     )
     initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
 
@@ -98,9 +102,10 @@ def autos_irp(
 
 def _followed(model, batches) -> Callable[..., masks.Masks]:
     """Return what keeps the highest scores that lie on paths, in a few rounds."""
+    shape = paths.image_shape(model, batches)
 
     def choose(scores: Scores, kept: dict[str, int], *, within: masks.Masks) -> masks.Masks:
-        return autos.on_paths(model, scores, kept, batches, 0, within=within, rounds=ROUNDS)
+        return best_on_paths(model, scores, kept, shape, within=within, rounds=ROUNDS)
 
     return choose
 
@@ -109,16 +114,21 @@ class _Layers:
     """What AutoS says of the layers, from the initial weights and gradients."""
 
     def __init__(
-        self, network: AutoS, parameters: Scores, gradients: Scores, choose: Callable
+        self,
+        network: AutoS,
+        parameters: Scores,
+        gradients: Scores,
+        choose: Callable,
+        lift: dict[str, float] | None,
     ) -> None:
         self.network, self.parameters, self.gradients = network, parameters, gradients
-        self.choose = choose
+        self.choose, self.lift = choose, lift
         self.total = masks.total(parameters)
 
     def best(self, scores: Scores, alive: masks.Masks, count: int) -> masks.Masks:
         """Keep the best of what is alive, in each layer as many as AutoS allots it."""
         densities = self.network.layer_densities(
-            self.parameters, self.gradients, count / self.total
+            self.parameters, self.gradients, count / self.total, self.lift
         )
         kept = masks.allocate(
             densities,

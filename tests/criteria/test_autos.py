@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria, masks, reach
-from autosparse.criteria.autos import PRETRAINED, counts, settled
+from autosparse.criteria.autos import PRETRAINED, counts, lifted, settled
 from autosparse.errors import UsageError
 from autosparse.gradients import mean_gradients
 from autosparse.models import prunable
@@ -130,6 +131,31 @@ def test_the_packages_own_file_is_used_and_small() -> None:
     assert AutoS.load(PRETRAINED).head == "survival"
     found = criteria.get("autos")(net(), data(), cross_entropy, sparsity=0.9)
     assert sum(int((score > 0).sum()) for score in found.values()) == 153
+
+
+def test_reuse_favours_layers_that_see_many_places(scorer: AutoS, tmp_path: Path) -> None:
+    """Of two convolutions of one shape, the one of 16 places gains odds on the one of a single."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, padding=1), nn.AvgPool2d(4),
+        nn.Conv2d(12, 12, 3, padding=1), nn.Flatten(), nn.Linear(12, 3),
+    )  # fmt: skip
+    weights = prunable(model)
+    gradients = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    images = [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
+    lift = lifted(model, weights, images, 0.5)
+    assert lift is not None
+    assert lift["1.weight"] - lift["3.weight"] == pytest.approx(0.5 * math.log(16))
+    assert lifted(model, weights, images, 0.0) is None
+    odds = {}
+    for key, more in {"without": None, "with": lift}.items():
+        found = scorer.layer_densities(weights, gradients, 0.1, more)
+        assert sum(found[n] * w.numel() for n, w in weights.items()) == pytest.approx(
+            0.1 * masks.total(weights), rel=1e-4
+        )
+        ratio = [math.log(found[n] / (1 - found[n])) for n in ("1.weight", "3.weight")]
+        odds[key] = ratio[0] - ratio[1]
+    assert odds["with"] - odds["without"] == pytest.approx(0.5 * math.log(16), rel=1e-4)
 
 
 # AutoS with short levels
