@@ -54,6 +54,7 @@ LABELS = {
     "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": {"criterion": "autos", "choice": "live"},
+    "autos_plain": {"criterion": "autos", "reuse": 0.0},
     "short_magnitude": {**SHORT, "steps_per_level": 80, "label": "magnitude"},
     "short_lamp": {**SHORT, "steps_per_level": 80},
     "short_lamp_100": {**SHORT, "steps_per_level": 14},
@@ -63,6 +64,8 @@ LABELS = {
     "irp": {"criterion": "irp", "label": "lamp", "levels": 8},
 }
 """Row -> its options; the last is the ceiling: a full training at every level."""
+ASKED = ("autos_plain", "autos_irp_any", "short_magnitude")
+"""Rows that are trained where --rows names them: what AutoS was before, and a worse label."""
 LONG = {
     "erk": {},
     "snip": {},
@@ -70,6 +73,7 @@ LONG = {
     "synflow": {},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": LABELS["autos_live"],
+    "autos_plain": LABELS["autos_plain"],
     "short_lamp_100": LABELS["short_lamp_100"],
     "autos_irp": LABELS["autos_irp"],
     "autos_irp_100": AUTOS_100,
@@ -93,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--models", default="narrow,layer_norm", help=f"of {', '.join(HELD_OUT)}; with commas"
     )
-    found.add_argument("--rows", help="with commas; by default all of the form")
+    found.add_argument(
+        "--rows", help=f"with commas; by default all of the form but {', '.join(ASKED)}"
+    )
     found.add_argument("--seeds", type=int, default=3, help="how many seeds")
     found.add_argument("--sparsities", help="with commas; by default as the form has it")
     found.add_argument("--guard", default="layer", help="of all rows: layer, or live")
@@ -111,6 +117,8 @@ def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
         if unknown:
             raise SystemExit(f"no such row: {unknown[0]}; there are {', '.join(labels)}")
         labels = {row: labels[row] for row in arguments.rows.split(",")}
+    else:
+        labels = {row: options for row, options in labels.items() if row not in ASKED}
     if arguments.scorer:
         for label, row in labels.items():
             if label.startswith("autos") and label != "autos_paper":

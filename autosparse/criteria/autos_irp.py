@@ -4,7 +4,8 @@ As short_irp.py: every level trains the subnetwork from its initial weights for 
 steps and keeps the largest weights. But what each layer keeps comes from AutoS's allocation head
 (see survival.py), which has seen what iterative pruning with full-length levels leaves of a layer;
 and the first levels, in which a few steps say no more than the initial weights, are left to AutoS
-altogether. It is no paper's method; what was measured is in docs/research.md.
+altogether: by its odds down to a quarter of the weights, and where few levels follow, drawn on
+paths further down. It is no paper's method; what was measured is in docs/research.md.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from itertools import islice
 
 import torch
 
-from autosparse import masks, paths
+from autosparse import masks, paths, reach
 from autosparse.config import TrainingConfig
 from autosparse.criteria import Scores, autos, register
 from autosparse.criteria.short_irp import Horizon, short_levels
 from autosparse.errors import UsageError
 from autosparse.gradients import mean_gradients
-from autosparse.reach import best_on_paths
 from autosparse.scorer import AutoS
 
 ROUNDS = 4
@@ -41,6 +41,7 @@ def autos_irp(
     levels: int = 4,
     steps_per_level: int = 140,
     start: float = 0.25,
+    fall: float = 2.5,
     movement: float = 1.0,
     live: bool = True,
     reuse: float = autos.REUSE,
@@ -57,7 +58,9 @@ def autos_irp(
         scorer: an AutoS file with the head survival; by default as for `autos`.
         levels: how often the network is pruned after that; the density falls exponentially.
         steps_per_level: of training, from the initial weights.
-        start: density that AutoS prunes to before any step; 1: not at all.
+        start: density that AutoS prunes to before any step, by its odds; 1: not at all.
+        fall: the most that a level prunes by. Where it would be more, the network is thinned first
+            as `autos` does, to fall ** levels times the final density.
         movement: how much of a weight's movement counts: |initial weight + movement * change|.
         live: at every level weights go first that lie on no path from input to output.
         reuse: as of `autos`: how much layers are favoured whose weights are used at many places.
@@ -65,13 +68,15 @@ def autos_irp(
         optimizer: any of timm's factory.
         learning_rate: constant.
         weight_decay: as in training: not on biases and norms.
-        seed: fixes dropout.
+        seed: fixes what is drawn, and dropout.
     """
     network = autos.found(scorer)
     if network.head != "survival":
         raise UsageError("autos_irp needs an AutoS with the head survival")
     if not 0 < start <= 1:
         raise UsageError(f"autos_irp: start must be above 0 and at most 1, got {start}")
+    if fall <= 1:
+        raise UsageError(f"autos_irp: fall must be above 1, got {fall}")
     if iter(batches) is batches:
         batches = list(islice(batches, max(steps_per_level, BATCHES)))
     first = list(islice(batches, BATCHES))
@@ -81,7 +86,7 @@ def autos_irp(
         network.to(next(iter(parameters.values())).device),
         parameters,
         mean_gradients(model, parameters, first, loss_fn),
-        _followed(model, first) if live else masks.keep_counts,
+        _followed(model, first, live),
         autos.lifted(model, parameters, first, reuse),
     )
     initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
@@ -96,16 +101,24 @@ def autos_irp(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
     )
     horizon = Horizon(sparsity, levels, steps_per_level, training, seed)
-    alive = layers.first(max(start, 1 - sparsity))
+    begin = (1 - sparsity) * fall**levels
+    steep = begin < start
+    alive = layers.drawn(begin, seed) if steep else layers.first(max(start, 1 - sparsity))
     return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
 
 
-def _followed(model, batches) -> Callable[..., masks.Masks]:
-    """Return what keeps the highest scores that lie on paths, in a few rounds."""
+def _followed(model, batches, live: bool) -> Callable[..., masks.Masks]:
+    """Return what keeps the highest scores, if `live` of those that lie on paths."""
     shape = paths.image_shape(model, batches)
 
-    def choose(scores: Scores, kept: dict[str, int], *, within: masks.Masks) -> masks.Masks:
-        return best_on_paths(model, scores, kept, shape, within=within, rounds=ROUNDS)
+    def choose(
+        scores: Scores, kept: dict[str, int], within: masks.Masks, rounds: int, tilt: float
+    ) -> masks.Masks:
+        if not live:
+            return masks.keep_counts(scores, kept, within=within)
+        return reach.best_on_paths(
+            model, scores, kept, shape, within=within, rounds=rounds, tilt=tilt
+        )
 
     return choose
 
@@ -125,8 +138,18 @@ class _Layers:
         self.choose, self.lift = choose, lift
         self.total = masks.total(parameters)
 
-    def best(self, scores: Scores, alive: masks.Masks, count: int) -> masks.Masks:
-        """Keep the best of what is alive, in each layer as many as AutoS allots it."""
+    def best(
+        self,
+        scores: Scores,
+        alive: masks.Masks,
+        count: int,
+        rounds: int = ROUNDS,
+        tilt: float = 0.0,
+    ) -> masks.Masks:
+        """Keep the best of what is alive, in each layer as many as AutoS allots it.
+
+        `rounds` and `tilt` are those of reach.thinned.
+        """
         densities = self.network.layer_densities(
             self.parameters, self.gradients, count / self.total, self.lift
         )
@@ -136,16 +159,28 @@ class _Layers:
             count,
             most={name: int(mask.count_nonzero()) for name, mask in alive.items()},
         )
-        return self.choose(scores, kept, within=alive)
+        return self.choose(scores, kept, alive, rounds, tilt)
 
-    def first(self, density: float) -> masks.Masks:
-        """Return the masks that AutoS alone prunes to, before any step."""
-        alive = {
+    def everything(self) -> masks.Masks:
+        """Return masks that keep all."""
+        return {
             name: torch.ones(weight.shape, dtype=torch.bool)
             for name, weight in self.parameters.items()
         }
+
+    def first(self, density: float) -> masks.Masks:
+        """Return the masks that AutoS's odds alone prune to, before any step."""
+        alive = self.everything()
         if density == 1:
             return alive
         scores, _ = self.network.rate(self.parameters, self.gradients, density)
         scores = {name: score.cpu() for name, score in scores.items()}
         return self.best(scores, alive, round(self.total * density))
+
+    def drawn(self, density: float, seed: int) -> masks.Masks:
+        """Return masks as `autos` draws them, on paths."""
+        alive = self.everything()
+        generator = torch.Generator().manual_seed(seed)
+        scores = {n: autos.drawn(mask, "live", 1.0, generator) for n, mask in alive.items()}
+        count = round(self.total * density)
+        return self.best(scores, alive, count, reach.ROUNDS, autos.TILT)

@@ -178,6 +178,22 @@ def test_levels_end_at_autos_counts(scorer: AutoS, tmp_path: Path) -> None:
     assert int((values >= 0).sum()) == 153
 
 
+def test_a_steep_level_begins_with_what_lies_on_paths(scorer: AutoS, tmp_path: Path) -> None:
+    """One level to 5 % that may fall by 2: a tenth of the weights, on paths, before any step."""
+    path = str(tmp_path / "autos.safetensors")
+    options = {"scorer": path, "sparsity": 0.95, "levels": 1, "steps_per_level": 2, "fall": 2.0}
+    model = net()
+    found = criteria.get("autos_irp")(model, data(), cross_entropy, **options)
+    begun = {name: score > -2 for name, score in found.items()}
+    assert masks.kept(begun) == 153  # Of 1,530.
+    assert masks.kept(reach.live(model, begun, (6,))) == 153
+    assert sum(int((score >= 0).sum()) for score in found.values()) == 76
+    other = criteria.get("autos_irp")(net(), data(), cross_entropy, seed=1, **options)
+    assert any(bool((begun[name] != (other[name] > -2)).any()) for name in begun)
+    with pytest.raises(UsageError, match="fall must be above 1"):
+        criteria.get("autos_irp")(model, data(), cross_entropy, **options | {"fall": 1.0})
+
+
 def test_without_movement_the_initial_weights_rank(scorer: AutoS, tmp_path: Path) -> None:
     model, path = net(), str(tmp_path / "autos.safetensors")
     found = criteria.get("autos_irp")(
