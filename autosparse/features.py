@@ -101,28 +101,37 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         names: of prunable parameters.
         image: [1, C, H, W].
     """
-    owners = {name: name.rpartition(".")[0] for name in names}
-    weights = {name: model.get_parameter(name) for name in owners}
-    places = dict.fromkeys(owners, 0.0)
+    found = dict.fromkeys(names, 0.0)
 
     def note(name: str) -> Callable:
+        channels = 1 if model.get_parameter(name).ndim > 2 else -1
+
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            places[name] += output.numel() / len(weights[name])
+            signal = output[0] if isinstance(output, tuple) else output
+            found[name] += signal.numel() / signal.shape[channels]
 
         return hook
 
-    hooks = [model.get_submodule(at).register_forward_hook(note(n)) for n, at in owners.items()]
-    training = model.training
+    hooks = [_called(model, name).register_forward_hook(note(name)) for name in found]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()(image)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for each in hooks:
             each.remove()
     spend(1)
-    seen = [math.log(count) for count in places.values() if count]
+    seen = [math.log(count) for count in found.values() if count]
     usual = math.exp(sum(seen) / len(seen)) if seen else 1.0
-    return {name: count or usual for name, count in places.items()}
+    return {name: count or usual for name, count in found.items()}
+
+
+def _called(model: nn.Module, name: str) -> nn.Module:
+    """Return the module whose call uses a weight: attention does not call its projection."""
+    owner = name.rpartition(".")[0]
+    parent = model.get_submodule(owner.rpartition(".")[0])
+    return parent if isinstance(parent, nn.MultiheadAttention) else model.get_submodule(owner)
 
 
 def layer_features(

@@ -242,11 +242,12 @@ class Shared(nn.Module):
 def test_uses_by_hand() -> None:
     model = Shared()
     names = [f"{name}.weight" for name in ("first", "twice", "last", "idle")]
+    model.norm.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = features.uses(model, names, torch.randn(1, 3, 8, 8))
     # Stride 2 makes 4 x 4 of 8 x 8; that is seen twice; the last once; the mean of 16, 32, 1 is 8.
     assert found == pytest.approx(dict(zip(names, (16, 32, 1, 8), strict=True)))
-    assert model.training
+    assert model.training and not model.norm.training
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -259,6 +260,14 @@ def test_uses_in_a_transformer_are_tokens() -> None:
     assert found.pop("patch_embed.proj.weight") == 16
     assert found.pop("head.weight") == 1
     assert set(found.values()) == {17}
+
+
+def test_uses_in_torchs_attention() -> None:
+    """Five tokens see all four layers, though attention does not call its projection."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    found = features.uses(layer, models.prunable(layer), torch.zeros(1, 5, 8))
+    assert len(found) == 4
+    assert set(found.values()) == {5}
 
 
 def test_an_unknown_kind_names_the_nearest() -> None:
