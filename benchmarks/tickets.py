@@ -77,6 +77,7 @@ LONG = {
     "short_lamp_100": LABELS["short_lamp_100"],
     "autos_irp": LABELS["autos_irp"],
     "autos_irp_100": AUTOS_100,
+    "autos_irp_85": {**AUTOS_100, "steps_per_level": 85},
     "irp": {"criterion": "irp", "label": "lamp", "levels": 5},
 }
 """The rows of the long form, without twins (AutoS's counts at random are a row)."""
