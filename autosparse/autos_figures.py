@@ -204,7 +204,8 @@ def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     """Draw accuracy against the cost of finding the ticket, a point per label.
 
     Args:
-        rows: `label`, `accuracy`, `spread` (0 to 1) and `cost_share` (of the training).
+        rows: `label`, `accuracy`, `spread` (0 to 1), `cost_share` (of the training), and `name`
+            where the legend is not to say the label.
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
@@ -224,7 +225,7 @@ def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
                 color=COLOURS["autos"] if ours else COLOURS["magnitude"],
                 markersize=8,
                 capsize=3,
-                label=f"{row['label']}: {100 * row['accuracy']:.1f}",
+                label=f"{row.get('name', row['label'])}: {100 * row['accuracy']:.1f}",
             )
         axes.set_xscale("log")
         axes.set_xlabel(f"cost of the ticket, % of its training ({100 * FEWEST:g}: none)")

@@ -22,6 +22,7 @@ from autosparse.autos_figures import frontier
 from autosparse.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
 from autosparse.controls import SHUFFLED
 from autosparse.pruning import DENSE
+from autosparse.style import LABELS as LEGENDS
 from benchmarks.report import figure, options, publish
 
 HELD_OUT = {
@@ -64,6 +65,25 @@ LABELS = {
     "irp": {"criterion": "irp", "label": "lamp", "levels": 8},
 }
 """Row -> its options; the last is the ceiling: a full training at every level."""
+NAMES = {
+    **LEGENDS,
+    "magnitude": "magnitude",
+    "autos_top": "AutoS, highest odds",
+    "autos_sampled": "AutoS, drawn by odds",
+    "autos_random": "AutoS, any weights",
+    "autos_live": "AutoS",
+    "autos_plain": "AutoS, reuse 0",
+    "autos_paper": "AutoS (paper)",
+    "short_magnitude": "short IRP, magnitude, 7 x 80 steps",
+    "short_lamp": "short IRP, LAMP, 7 x 80 steps",
+    "short_lamp_100": "short IRP, LAMP, 7 x 14 steps",
+    "autos_irp": "AutoS IRP, 4 x 140 steps",
+    "autos_irp_100": "AutoS IRP, 100 steps",
+    "autos_irp_85": "AutoS IRP, 85 steps",
+    "autos_irp_any": "AutoS IRP, 4 x 140 steps, off paths too",
+    "irp": "full IRP, LAMP",
+}
+"""What legends call the rows."""
 ASKED = ("autos_plain", "autos_irp_any", "short_magnitude")
 """Rows that are trained where --rows names them: what AutoS was before, and a worse label."""
 LONG = {
@@ -164,7 +184,7 @@ def shown(rows: list[dict], sparsity: float) -> list[dict]:
     """Return the points of the frontier at one sparsity."""
     keys = ("label", "accuracy", "spread", "seeds", "cost_share")
     return [
-        {key: row[key] for key in keys}
+        {key: row[key] for key in keys} | {"name": NAMES.get(row["label"], row["label"])}
         for row in rows
         if row["label"] == DENSE or row["sparsity"] == sparsity
     ]
@@ -191,7 +211,7 @@ def main() -> None:
         rows = verdicts.table(config, results, verdicts.training_passes(config, source))
         lowest = min(row["sparsity"] for row in rows if row["label"] != DENSE)
         images = arguments.data.name if arguments.data else config.data.name
-        title = f"{name}, {images}, {100 * lowest:g} % pruned"
+        title = f"{config.model.name} ({name}), {images}, {100 * lowest:g} % pruned"
         drawn = frontier(shown(rows, lowest), arguments.out / f"{name}.png", title)
         print(f"figure: {drawn}")
         figures |= {
