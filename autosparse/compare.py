@@ -7,6 +7,7 @@ be run in any order, by anyone (`run_cell`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from autosparse.sparse_training import RESULT, Cell, Observer, train_cell
 from autosparse.ticket import Ticket
 from autosparse.training import Epoch, PlainStepper, check
 
+EMPTY = inspect.Parameter.empty
 IRP = "irp"
 BASELINES = ("erk", "uniform")
 TICKET = "ticket"
@@ -144,15 +146,20 @@ def is_done(config: CompareConfig, trial: Trial) -> bool:
 
 
 def _key(config: CompareConfig, trial: Trial, *, trained: bool) -> str:
-    """Return a hash of all that makes a trial's ticket, and of its training."""
-    name, options = criterion_of(config, trial.label)
+    """Return a hash of all that makes a trial's ticket, and of its training.
+
+    A criterion's defaults are part of it: where one changes, what was trained before is not found.
+    """
+    name, asked = criterion_of(config, trial.label)
+    criterion = None if name in (DENSE, IRP) else criteria.get(name)
+    defaults = criterion.options if criterion else {}
+    options = {key: each for key, each in defaults.items() if each is not EMPTY} | asked
     parts = [run_id(config.model), run_id(config.data), run_id(config.scoring), str(trial)]
     parts += [name, str(sorted(options.items())), str(selection(config, trial.label))]
     if trained or name == IRP:
         parts.append(run_id(config.training))
-    if name not in (DENSE, IRP):
-        provenance = criteria.get(name).provenance
-        parts.append(str(provenance(**options)) if provenance else "")
+    if criterion:
+        parts.append(str(criterion.provenance(**asked)) if criterion.provenance else "")
     return run_id(config.model, *parts)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import compare, controls, pruning
+from autosparse import compare, controls, criteria, pruning
 from autosparse.cli import guarded, parse
 from autosparse.compare import Trial
 from autosparse.config import CompareConfig, ModelConfig
@@ -119,6 +119,21 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path: Path, changes, 
     with pytest.raises(UsageError, match=message):
         compare.trials(config(tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_criterions_defaults_make_its_cells(tmp_path: Path, monkeypatch):
+    trial = Trial("iter_snip", "ticket", 0.5, 0)
+
+    def name(**options) -> str:
+        made = config(tmp_path, criteria=["iter_snip"], options={"iter_snip": options})
+        return compare.folder_of(made, trial).name
+
+    before = name()
+    rounds = criteria.get("iter_snip").options["rounds"]
+    assert name(rounds=rounds) == before != name(rounds=rounds + 1)
+    function = criteria.get("iter_snip").function
+    monkeypatch.setitem(function.__kwdefaults__, "rounds", rounds + 1)
+    assert before != name() == name(rounds=rounds + 1)
 
 
 def test_what_makes_a_cell_is_in_its_folders_name(tmp_path: Path):
