@@ -55,7 +55,7 @@ LABELS = {
     "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": {"criterion": "autos", "choice": "live"},
-    "autos_plain": {"criterion": "autos", "reuse": 0.0},
+    "autos_reuse": {"criterion": "autos", "reuse": 0.25},
     "short_magnitude": {**SHORT, "steps_per_level": 80, "label": "magnitude"},
     "short_lamp": {**SHORT, "steps_per_level": 80},
     "short_lamp_100": {**SHORT, "steps_per_level": 14},
@@ -72,7 +72,7 @@ NAMES = {
     "autos_sampled": "AutoS, drawn by odds",
     "autos_random": "AutoS, any weights",
     "autos_live": "AutoS",
-    "autos_plain": "AutoS, reuse 0",
+    "autos_reuse": "AutoS, reuse 0.25",
     "autos_paper": "AutoS (paper)",
     "short_magnitude": "short IRP, magnitude, 7 x 80 steps",
     "short_lamp": "short IRP, LAMP, 7 x 80 steps",
@@ -84,8 +84,8 @@ NAMES = {
     "irp": "full IRP, LAMP",
 }
 """What legends call the rows."""
-ASKED = ("autos_plain", "autos_irp_any", "short_magnitude")
-"""Rows that are trained where --rows names them: what AutoS was before, and a worse label."""
+ASKED = ("autos_reuse", "autos_irp_any", "short_magnitude")
+"""Rows of the short forms that are trained where --rows names them only."""
 LONG = {
     "erk": {},
     "snip": {},
@@ -93,7 +93,7 @@ LONG = {
     "synflow": {},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": LABELS["autos_live"],
-    "autos_plain": LABELS["autos_plain"],
+    "autos_reuse": LABELS["autos_reuse"],
     "short_lamp_100": LABELS["short_lamp_100"],
     "autos_irp": LABELS["autos_irp"],
     "autos_irp_100": AUTOS_100,
@@ -139,7 +139,8 @@ def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
             raise SystemExit(f"no such row: {unknown[0]}; there are {', '.join(labels)}")
         labels = {row: labels[row] for row in arguments.rows.split(",")}
     else:
-        labels = {row: options for row, options in labels.items() if row not in ASKED}
+        left_out = () if arguments.long else ASKED
+        labels = {row: options for row, options in labels.items() if row not in left_out}
     if arguments.scorer:
         for label, row in labels.items():
             if label.startswith("autos") and label != "autos_paper":

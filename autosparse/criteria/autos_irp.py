@@ -44,7 +44,7 @@ def autos_irp(
     fall: float = 2.5,
     movement: float = 1.0,
     live: bool = True,
-    reuse: float = autos.REUSE,
+    reuse: float = 0.25,
     batch_size: int = 64,
     optimizer: str = "adamw",
     learning_rate: float = 1e-2,
