@@ -5,10 +5,10 @@
 `--small`: 95 % sparsity, CIFAR-10 at 16 px, 5,000 images, 6 epochs. `--long`: 95 %, 16 px, all
 images, 14 epochs, so that 100 steps are about 1 % of a training (0.99 % of its image passes where
 --data has train/ and test/, 1.16 % where a test set is split off, and 85 steps then 0.99 %); the
-rows that need no more, some with 560 steps beside them, and IRP of 5 levels. Without either 90, 95, 98 and 99 %, 32 px, 10,000 images
-and 30 epochs. Without --data, scikit-learn's digits. Every training is a
-cell of `autosparse compare`, found again if it is there: the command may be killed and repeated.
-The figures are no ratios of speeds but test accuracies in per cent, a run per seed.
+rows that need no more, some with 560 steps beside them, and IRP of 5 levels. Without either 90,
+95, 98 and 99 %, 32 px, 10,000 images and 30 epochs. Without --data, scikit-learn's digits. Every
+training is a cell of `autosparse compare`, found again if it is there: the command may be killed
+and repeated. The figures are no ratios of speeds but test accuracies in per cent, a run per seed.
 """
 
 from __future__ import annotations
