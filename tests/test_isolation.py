@@ -15,13 +15,12 @@ EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
     ("config", "files", "memory", "progress", "versions"),
-    ("style",),
+    ("style", "gradients"),
     (
         "masks",
         "models",
         "data",
         "features",
-        "gradients",
         "figures",
         "results",
         "sparse_products",
