@@ -89,6 +89,7 @@ ASKED = ("autos_reuse", "autos_irp_any", "short_magnitude")
 """Rows of the short forms that are trained where --rows names them only."""
 LONG = {
     "erk": {},
+    "lamp": {},
     "snip": {},
     "grasp": {},
     "synflow": {},
