@@ -29,8 +29,8 @@ from autosparse.errors import UsageError, unknown
 from autosparse.files import read_json
 from autosparse.pruning import DENSE, Selection
 from autosparse.sparse_training import RESULT, Cell, Observer, train_cell
+from autosparse.steppers import Epoch, PlainStepper, check
 from autosparse.ticket import Ticket
-from autosparse.training import Epoch, PlainStepper, check
 
 EMPTY = inspect.Parameter.empty
 IRP = "irp"

@@ -42,9 +42,10 @@ from autosparse.files import (
     write_json,
     write_tensors,
 )
+from autosparse.steppers import Epoch, PlainStepper
+from autosparse.steppers import check as check_training
 from autosparse.ticket import Ticket
-from autosparse.training import Epoch, PlainStepper, Span, fit, seeded, steps_per_epoch
-from autosparse.training import check as check_training
+from autosparse.training import Span, fit, seeded, steps_per_epoch
 from autosparse.versions import library_versions
 
 LABELS = ("magnitude", "snip", "lamp")

@@ -22,7 +22,8 @@ from autosparse.config import CorpusConfig, IRPConfig, ModelConfig, TrainingConf
 from autosparse.data import DataSource
 from autosparse.errors import UserError
 from autosparse.files import place, read_card
-from autosparse.training import PlainStepper, steps_per_epoch
+from autosparse.steppers import PlainStepper
+from autosparse.training import steps_per_epoch
 
 PROBED_STEPS = 3
 BYTES_STORED, BYTES_REMADE = 5, 1

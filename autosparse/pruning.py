@@ -29,8 +29,9 @@ from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import LossFn, Shared, counting
 from autosparse.masks import Masks
 from autosparse.models import device_of, prunable
+from autosparse.steppers import Ranks
 from autosparse.ticket import Ticket
-from autosparse.training import Ranks, seeded
+from autosparse.training import seeded
 from autosparse.versions import library_versions
 
 Data = str | DataConfig | DataSource | Iterable[tuple[Tensor, Tensor]]

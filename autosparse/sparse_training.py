@@ -31,18 +31,9 @@ from autosparse.data import DataSource
 from autosparse.errors import Stopped, UsageError
 from autosparse.files import read_json, write_json
 from autosparse.pruning import DENSE, prune, prune_as
+from autosparse.steppers import Epoch, Ranks, Stepper
 from autosparse.ticket import Ticket
-from autosparse.training import (
-    Epoch,
-    Ranks,
-    Span,
-    Stepper,
-    Watch,
-    evaluate,
-    fit,
-    seeded,
-    steps_per_epoch,
-)
+from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
 from autosparse.versions import environment
 
 RESULT, TRAINED = "result.json", "trained.safetensors"

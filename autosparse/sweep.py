@@ -22,7 +22,7 @@ from autosparse.errors import UsageError, unknown
 from autosparse.files import is_local, read_json, write_json
 from autosparse.pruning import DENSE
 from autosparse.sparse_training import RESULT
-from autosparse.training import check as check_training
+from autosparse.steppers import check as check_training
 from autosparse.training import steps_per_epoch
 from autosparse.versions import library_versions
 

@@ -142,7 +142,7 @@ def train(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse import data, models, results
     from autosparse.sparse_training import cells, train_cell, unsent
-    from autosparse.training import PlainStepper, check
+    from autosparse.steppers import PlainStepper, check
     from autosparse.watching import StepWatch, told_to_stop
 
     device = models.choose_device(config.device)

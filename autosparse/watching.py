@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from autosparse.progress import Progress
-from autosparse.training import Stepper, Watch
+from autosparse.steppers import Stepper
+from autosparse.training import Watch
 
 EVERY = 2.0
 """Seconds between looks at the loss, which make the device catch up."""

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from autosparse import corpus, masks, models, optimizers, training
+from autosparse import corpus, masks, models, optimizers, steppers, training
 from autosparse.compaction import compact
 from autosparse.config import CorpusConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
@@ -90,7 +90,7 @@ def level(source: DataSource, dense: nn.Module) -> Callable[[], Any]:
     model = copy.deepcopy(dense)
     model = compact(model, Ticket.from_model(model, random_masks(model), {}))
     steps = training.steps_per_epoch(source.train, TRAINING)
-    stepper = training.PlainStepper(model, TRAINING, steps)
+    stepper = steppers.PlainStepper(model, TRAINING, steps)
 
     def job() -> None:
         with training.seeded(SEED):

@@ -30,8 +30,8 @@ from autosparse.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
 from autosparse.files import write_json
 from autosparse.integrations.deepspeed import engine_config
 from autosparse.models import prunable
+from autosparse.steppers import Ranks
 from autosparse.ticket import Ticket
-from autosparse.training import Ranks
 
 SPARSITIES = (0.0, 0.9, 0.95, 0.98)
 BATCH, SIDE, CLASSES, WARM_UP = 32, 32, 10, 2

@@ -27,8 +27,8 @@ from autosparse.compaction import compact
 from autosparse.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
 from autosparse.integrations import deepspeed as ours
 from autosparse.memory import keep_freed_blocks
+from autosparse.steppers import History, Ranks
 from autosparse.ticket import Ticket
-from autosparse.training import History, Ranks
 
 SIDE, BATCH, STEPS, TURNS = 32, 32, 4, 9
 """Pixels, images per rank, steps per measurement, measurements of each."""

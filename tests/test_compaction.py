@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
-from autosparse import compaction, data, masks, models, training
+from autosparse import compaction, data, masks, models, steppers
 from autosparse.compaction import compact, compact_weights, dense_name, densify, rescattering
 from autosparse.config import ModelConfig, TrainingConfig
 from autosparse.errors import UsageError
@@ -186,7 +186,7 @@ def train_compact(
     config = TrainingConfig(
         learning_rate=RATE, weight_decay=DECAY, clip_grad=clip, schedule="none", optimizer="adamw"
     )
-    stepper = training.PlainStepper(model, config, steps_per_epoch=STEPS)
+    stepper = steppers.PlainStepper(model, config, steps_per_epoch=STEPS)
     return [stepper.step(pixels, labels).item() for pixels, labels in batches]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from autosparse import data, training
+from autosparse import data, steppers, training
 from autosparse.config import DataConfig, TrainingConfig
 from autosparse.data.decode import decode
 from autosparse.data.source import DataSource, MemorySplit, augmented
@@ -409,7 +409,7 @@ def fitted(source: DataSource, size: int, *, seed: int, epochs: int):
     seen = []
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     config = TrainingConfig(epochs=epochs, batch_size=size, checkpoint_epochs=0)
-    stepper = training.PlainStepper(model, config, source.train.steps(size))
+    stepper = steppers.PlainStepper(model, config, source.train.steps(size))
     step = stepper.step
 
     def recorded(images, labels):

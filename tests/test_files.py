@@ -30,7 +30,7 @@ from autosparse.files import (
     write_tensors,
     write_text,
 )
-from autosparse.training import History, PlainStepper
+from autosparse.steppers import History, PlainStepper
 
 TENSORS = {
     "mask": torch.tensor([3, 0, 255], dtype=torch.uint8),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import claims, corpus, data, irp, masks, reach, training, upkeep
+from autosparse import claims, corpus, data, irp, masks, reach, steppers, training, upkeep
 from autosparse.claims import CLAIM
 from autosparse.config import DataConfig
 from autosparse.data import DataSource
@@ -73,7 +73,8 @@ def test_level_one_keeps_the_largest_trained_weights_of_the_dense_training(
 
     Layers that keep a single weight are left out: there the guard may have kept a small one.
     """
-    from autosparse.training import PlainStepper, fit, seeded, steps_per_epoch
+    from autosparse.steppers import PlainStepper
+    from autosparse.training import fit, seeded, steps_per_epoch
 
     found = corpus.read_run(irp.run_irp(quick_irp(str(tmp_path))))
     model = make_model(seed=0)
@@ -216,7 +217,7 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> corpus.IRPRun:
 def state_after(steps: int) -> dict[str, torch.Tensor]:
     """Train the dense model for some steps, as level 0 does."""
     source, model = data.load(SMALL_DIGITS), make_model(seed=0)
-    stepper = training.PlainStepper(model, QUICK, training.steps_per_epoch(source.train, QUICK))
+    stepper = steppers.PlainStepper(model, QUICK, training.steps_per_epoch(source.train, QUICK))
     with training.seeded(0):
         training.fit(stepper, source, QUICK, seed=0, span=training.Span(last=steps))
     return model.state_dict()

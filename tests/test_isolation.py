@@ -30,6 +30,7 @@ LAYERS = (
     ("reach",),
     ("ticket", "claims", "optimizers", "scorer"),
     ("recipe",),
+    ("steppers",),
     ("training",),
     ("criteria",),
     ("corpus", "pruning"),

@@ -17,7 +17,7 @@ from autosparse.config import TrainingConfig, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.recipe import Recipe, check, load_teacher, make_ema, step_seed
-from autosparse.training import PlainStepper
+from autosparse.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
 MIXES = [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]

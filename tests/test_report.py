@@ -18,7 +18,7 @@ from autosparse.files import read_json, write_json
 from autosparse.irp import run_irp
 from autosparse.pruning import prune
 from autosparse.sparse_training import cells, train_cell
-from autosparse.training import PlainStepper
+from autosparse.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
 
 

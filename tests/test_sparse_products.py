@@ -16,8 +16,8 @@ from autosparse import compaction, masks, models, sparse_products
 from autosparse.compaction import compact, compact_weights, densify, multiply_sparse
 from autosparse.config import ModelConfig, TrainingConfig
 from autosparse.sparse_products import Pattern, SparseWeight, pays, sparse_weight
+from autosparse.steppers import PlainStepper
 from autosparse.ticket import Ticket
-from autosparse.training import PlainStepper
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="sparse products need MKL"

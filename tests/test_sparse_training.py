@@ -14,8 +14,9 @@ from autosparse.config import DataConfig, ModelConfig, PruneConfig, SparseTrainC
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, Stopped, UsageError
 from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, Cell, cells, train_cell
+from autosparse.steppers import PlainStepper
 from autosparse.ticket import Ticket
-from autosparse.training import PlainStepper, evaluate
+from autosparse.training import evaluate
 from tests.conftest import QUICK, SMALL_DIGITS, make_model
 
 

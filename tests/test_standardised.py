@@ -19,7 +19,7 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, pad
 
-from autosparse import criteria, masks, models, training
+from autosparse import criteria, masks, models, steppers
 from autosparse.compaction import compact, densify
 from autosparse.config import TrainingConfig
 from autosparse.standardised import STANDARDISED, as_plain, kernels_masked, mask_kernel
@@ -491,7 +491,7 @@ def test_a_training_step_of_an_nfnet_is_the_masked_dense_one() -> None:
     pixels, labels = digits_batch()
     rate = 0.1
     config = TrainingConfig(optimizer="sgd", learning_rate=rate, weight_decay=0.0, schedule="none")
-    stepper = training.PlainStepper(model, config, 1)
+    stepper = steppers.PlainStepper(model, config, 1)
     losses = [stepper.step(pixels, labels).item() for _ in range(2)]
 
     expected = []
@@ -518,7 +518,7 @@ def test_a_trained_nfnet_ticket_gives_the_trained_outputs(tmp_path: Path) -> Non
     model, ticket = nfnet()
     compact(model, ticket).train()
     pixels, labels = digits_batch()
-    stepper = training.PlainStepper(model, TrainingConfig(schedule="none"), 1)
+    stepper = steppers.PlainStepper(model, TrainingConfig(schedule="none"), 1)
     stepper.step(pixels.float(), labels)
     model.eval()
     expected = model(pixels.float())

@@ -13,16 +13,8 @@ from torch import nn
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, Stopped, UsageError
-from autosparse.training import (
-    History,
-    PlainStepper,
-    Span,
-    Watch,
-    evaluate,
-    fit,
-    seeded,
-    steps_per_epoch,
-)
+from autosparse.steppers import History, PlainStepper
+from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
 from tests.conftest import QUICK, make_model
 
 

@@ -26,8 +26,8 @@ from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import Batch, Batches, spend
 from autosparse.models import device_of
 from autosparse.rounds import counts
+from autosparse.steppers import PlainStepper
 from autosparse.ticket import Ticket
-from autosparse.training import PlainStepper
 
 LABELS = {"magnitude": torch.abs, "lamp": layer_scores}
 """Label -> function of a layer's trained weights."""

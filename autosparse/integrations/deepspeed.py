@@ -27,7 +27,7 @@ from autosparse.optimizers import advance, optimizer_and_schedule
 from autosparse.progress import Progress
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.sparse_training import CHECKPOINTS, Cell, Observer, cells, train_cell
-from autosparse.training import History, Ranks, check, set_up
+from autosparse.steppers import History, Ranks, check, set_up
 from autosparse.watching import StepWatch
 
 NEVER = 2**31 - 1

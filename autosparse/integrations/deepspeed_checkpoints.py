@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from autosparse.errors import UserError
 from autosparse.files import read_json, remove_tree, sha256_of_file, write_json
-from autosparse.training import Ranks
+from autosparse.steppers import Ranks
 
 MARKER = "checkpoint.json"
 UNIVERSAL = "universal"

@@ -32,7 +32,7 @@ from autosparse.data import DataSource
 from autosparse.files import is_local, read_json, write_json
 from autosparse.pruning import DENSE
 from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, Cell
-from autosparse.training import Epoch
+from autosparse.steppers import Epoch
 
 for chatty in ("mlflow", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)

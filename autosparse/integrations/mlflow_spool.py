@@ -17,7 +17,7 @@ from typing import Any
 from autosparse.config import SparseTrainConfig
 from autosparse.files import read_json, write_json
 from autosparse.sparse_training import SETTINGS, UNSENT, Cell, Observer, unsent
-from autosparse.training import Epoch
+from autosparse.steppers import Epoch
 
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before the second try, the third …; the last for all that follow."""

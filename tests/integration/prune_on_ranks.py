@@ -18,7 +18,7 @@ import torch.distributed as dist
 from autosparse import criteria, data, pruning
 from autosparse.config import DataConfig, ScoringConfig
 from autosparse.errors import UserError
-from autosparse.training import Ranks
+from autosparse.steppers import Ranks
 from tests.conftest import make_model
 
 WORLD = 2

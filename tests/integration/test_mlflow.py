@@ -18,7 +18,7 @@ from autosparse.errors import RunFailed
 from autosparse.files import read_json
 from autosparse.scorer import AutoS
 from autosparse.sparse_training import SETTINGS, TRAINED, Cell, cells, train_cell
-from autosparse.training import PlainStepper
+from autosparse.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
 

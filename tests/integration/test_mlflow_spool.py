@@ -12,7 +12,7 @@ from autosparse.files import read_json
 from autosparse.integrations import mlflow_spool
 from autosparse.integrations.mlflow_spool import Spooled
 from autosparse.sparse_training import UNSENT
-from autosparse.training import Epoch
+from autosparse.steppers import Epoch
 
 CONFIG = SparseTrainConfig()
 EPOCH = Epoch(1, 0.5, 0.6, 0.7, 0.01, 2.0)

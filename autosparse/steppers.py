@@ -1,0 +1,239 @@
+"""How one step of a training is made, and how its state is kept.
+
+`PlainStepper` is plain PyTorch in one process; integrations/deepspeed.py has the one for DeepSpeed.
+The loop around them is in training.py.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.optim import list_optimizers
+from torch import Tensor, nn
+
+from autosparse import recipe
+from autosparse.compaction import multiply_sparse, rescattering
+from autosparse.config import TrainingConfig
+from autosparse.errors import UsageError, unknown
+from autosparse.files import write_bytes
+from autosparse.models import device_of
+from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "tanh", "poly", "none")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass
+class Epoch:
+    """What one epoch of training gave."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    """0 to 1."""
+    learning_rate: float
+    seconds: float
+    images_per_second: float = 0.0
+    """Of training, over all ranks."""
+    data_wait_share: float = 0.0
+    """Share of the training time that this rank waited for images, 0 to 1."""
+    skipped_steps: int = 0
+    """Steps since the start that changed nothing, as gradients had overflown."""
+
+
+@dataclass
+class History:
+    """All epochs so far, and how far the epoch under way has come."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps that the epoch under way has made (on rank 0)."""
+    seconds_before: float = 0.0
+    """What the epoch under way took before it was cut."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(epoch.seconds for epoch in self.epochs)
+
+    def plain(self) -> list[dict[str, float]]:
+        return [vars(epoch) for epoch in self.epochs]
+
+    def state(self) -> dict[str, Any]:
+        """Return it as plain data, for a checkpoint."""
+        return {**vars(self), "epochs": self.plain()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> History:
+        """Undo `state`."""
+        return cls(**{**state, "epochs": [Epoch(**epoch) for epoch in state["epochs"]]})
+
+
+class Stepper(Protocol):
+    """How one step is made, and how its state is kept."""
+
+    ranks: Ranks
+    scheduler: Any
+    updates: int
+    """Steps made so far."""
+    seed: int
+    """Of what a step draws, such as mixing."""
+    settings: dict[str, Any]
+    """What the library underneath was told, beyond the training config."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained: images -> outputs."""
+        ...
+
+    def evaluated(self) -> nn.Module:
+        """Return what evaluation calls, the same on every rank: the model, or its average."""
+        ...
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Make one optimizer step on this rank's images; return the loss, detached."""
+        ...
+
+    def learning_rate(self) -> float:
+        """Return the rate of the last step."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole state dict of the trained module, on every rank."""
+        ...
+
+    def save(self, folder: Path, history: History) -> None:
+        """Write all that is needed to go on from here."""
+        ...
+
+    def load(self, folder: Path) -> History | None:
+        """Go back to the last save in `folder`; None if there is none."""
+        ...
+
+
+class PlainStepper:
+    """One process, plain PyTorch."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
+        check(config)
+        if config.precision == "fp16":
+            raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+        self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
+        set_up(model, config)
+        self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
+        self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
+        self.updates, self.settings = 0, {}
+        self.network = torch.compile(model) if config.compile else model
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        drawn = step_seed(self.seed, self.updates)
+        seed_step(drawn, images.device)
+        images, targets = self.recipe.mix(images, labels, drawn)
+        with autocast(self.config, images.device), rescattering(self.config.rescatter):
+            outputs = self.network(images).float()
+        loss = self.recipe.loss(outputs, images, targets)
+        loss.backward()
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        advance(self.scheduler, self.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, self.updates)
+        return loss.detach()
+
+    def evaluated(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.evaluated().state_dict()
+
+    def save(self, folder: Path, history: History) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+            "history": history.state(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+        whole = io.BytesIO()
+        torch.save(state, whole)
+        write_bytes(folder / "checkpoint.pt", whole.getvalue())
+
+    def load(self, folder: Path) -> History | None:
+        path = folder / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        state = torch.load(path, map_location=device_of(self.model), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.updates = state["updates"]
+        advance(self.scheduler, self.updates)
+        return History.of_state(state["history"])
+
+
+def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> None:
+    """Lay out and prepare a model for training, in place.
+
+    `sharded`: parameters are only there while their own module is at work (ZeRO 3), so that no
+    layer can multiply with survivors.
+    """
+    multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError):
+            raise UsageError(
+                f"timm's {type(model).__name__} has no activation checkpointing; "
+                "leave out training.grad_checkpointing"
+            ) from None
+
+
+def check(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if config.optimizer not in list_optimizers():
+        raise unknown("optimizer", config.optimizer, [str(each) for each in list_optimizers()])
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    if config.precision not in PRECISIONS:
+        raise unknown("precision", config.precision, PRECISIONS)
+    for name in ("epochs", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("checkpoint_epochs", "checkpoint_steps"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
+    if config.rescatter and config.compile:
+        raise UsageError(
+            "training.rescatter breaks what training.compile compiles into single layers; "
+            "leave one of them out"
+        )
+    recipe.check(config)
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
+    """Return the autocast context that `precision` asks for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
