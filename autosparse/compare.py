@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autosparse import controls, criteria, irp, models, pruning
+from autosparse import controls, criteria, irp, models, pruning, scoring
 from autosparse import data as data_module
 from autosparse.config import (
     CompareConfig,
@@ -27,7 +27,8 @@ from autosparse.corpus import read_run
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
 from autosparse.files import read_json
-from autosparse.pruning import DENSE, Selection
+from autosparse.pruning import DENSE
+from autosparse.scoring import Selection
 from autosparse.sparse_training import RESULT, Cell, Observer, train_cell
 from autosparse.steppers import Epoch, PlainStepper, check
 from autosparse.ticket import Ticket
@@ -226,7 +227,7 @@ def _make(config: CompareConfig, trial: Trial, source: DataSource) -> tuple[Tick
         return _make_by_irp(config, options, trial, source)
     model = models.create_for(source, config.model, trial.seed)
     model.to(models.choose_device(config.device))
-    scored, card = pruning.score(
+    scored, card = scoring.score(
         model,
         source,
         name,

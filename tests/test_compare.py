@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import compare, controls, criteria, pruning
+from autosparse import compare, controls, criteria, scoring
 from autosparse.cli import guarded, parse
 from autosparse.compare import Trial
 from autosparse.config import CompareConfig, ModelConfig
@@ -186,7 +186,7 @@ def test_finished_cells_are_not_trained_again(done: CompareConfig, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(compare, "train_cell", fail)
-    monkeypatch.setattr(pruning, "score", fail)
+    monkeypatch.setattr(scoring, "score", fail)
     compare_verb(done)
 
 

@@ -9,6 +9,7 @@ from autosparse import controls, masks, models, pruning
 from autosparse.compaction import compact
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
+from autosparse.scoring import Selection, score
 from autosparse.ticket import Ticket
 from tests.conftest import make_model
 
@@ -68,9 +69,7 @@ def test_inversion_by_hand():
 
 def test_an_inverted_twin_at_half_density_is_the_rest(digits: DataSource):
     model = make_model(seed=1)
-    scored, card = pruning.score(
-        model, digits, "magnitude", 0.5, selection=pruning.Selection(scope="layer")
-    )
+    scored, card = score(model, digits, "magnitude", 0.5, selection=Selection(scope="layer"))
     ticket = pruning.choose(model, scored, card)
     twin = controls.inverted_twin(ticket, model, scored.scores)
     for name, mask in ticket.masks.items():

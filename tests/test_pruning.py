@@ -17,7 +17,7 @@ from autosparse.config import DataConfig, ScoringConfig, keep_count
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.models import prunable
-from autosparse.pruning import Selection, score
+from autosparse.scoring import Selection, score
 from autosparse.ticket import Ticket
 from tests.conftest import SMALL_DIGITS, make_model
 

@@ -18,7 +18,7 @@ from autosparse.criteria import synflow as module
 from autosparse.errors import UsageError
 from autosparse.gradients import counting
 from autosparse.paths import rescale_between_blocks, without_shifts
-from autosparse.pruning import Selection
+from autosparse.scoring import Selection
 from tests.conftest import make_model
 from tests.criteria.plain import Batches, densities, fallen_below_zero, flat, highest
 

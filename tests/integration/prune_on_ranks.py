@@ -18,6 +18,7 @@ import torch.distributed as dist
 from autosparse import criteria, data, pruning
 from autosparse.config import DataConfig, ScoringConfig
 from autosparse.errors import UserError
+from autosparse.scoring import Selection, score
 from autosparse.steppers import Ranks
 from tests.conftest import make_model
 
@@ -50,8 +51,8 @@ def scores_of(
     name: str, scoring: str, ranks: Ranks | None = None
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return scores, and the image passes of the card."""
-    scored, card = pruning.score(
-        make_model(), DATA, name, 0.9, selection=pruning.Selection(), scoring=SCORINGS[scoring],
+    scored, card = score(
+        make_model(), DATA, name, 0.9, selection=Selection(), scoring=SCORINGS[scoring],
         options=options_of(name, ""), ranks=ranks,
     )  # fmt: skip
     return scored.scores, card["image_passes"]
