@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from autosparse import cli, config, irp, verbs
+from autosparse import cli, config, irp
 from autosparse import corpus as corpora
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.errors import UsageError
 from autosparse.files import read_json
+from autosparse.verbs.corpus_actions import CORPUS_ACTIONS, USAGE_OF
 from tests.conftest import flip, quick_irp, tiny_run
 
 DENSE = ("train", "--model.name", "test_resnet", "--data.train_limit", "64")
@@ -378,8 +379,8 @@ def test_help_of_corpus_names_every_action(capsys):
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: autosparse corpus ls DIR | ")
-    assert set(verbs.CORPUS_ACTIONS) == set(verbs.USAGE_OF)
-    for action in verbs.CORPUS_ACTIONS:
+    assert set(CORPUS_ACTIONS) == set(USAGE_OF)
+    for action in CORPUS_ACTIONS:
         assert said.count(action) >= 2
 
 
