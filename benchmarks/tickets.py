@@ -56,7 +56,7 @@ LABELS = {
     "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": {"criterion": "autos", "choice": "live"},
-    "autos_reuse": {"criterion": "autos", "reuse": 0.25},
+    "autos_no_reuse": {"criterion": "autos", "reuse": 0.0},
     "short_magnitude": {**SHORT, "steps_per_level": 80, "label": "magnitude"},
     "short_lamp": {**SHORT, "steps_per_level": 80},
     "short_lamp_100": {**SHORT, "steps_per_level": 14},
@@ -73,7 +73,7 @@ NAMES = {
     "autos_sampled": "AutoS, drawn by odds",
     "autos_random": "AutoS, any weights",
     "autos_live": "AutoS",
-    "autos_reuse": "AutoS, reuse 0.25",
+    "autos_no_reuse": "AutoS, reuse 0",
     "autos_paper": "AutoS (paper)",
     "short_magnitude": "short IRP, magnitude, 7 x 80 steps",
     "short_lamp": "short IRP, LAMP, 7 x 80 steps",
@@ -85,7 +85,7 @@ NAMES = {
     "irp": "full IRP, LAMP",
 }
 """What legends call the rows."""
-ASKED = ("autos_reuse", "autos_irp_any", "short_magnitude")
+ASKED = ("autos_no_reuse", "autos_irp_any", "short_magnitude")
 """Rows of the short forms that are trained where --rows names them only."""
 LONG = {
     "erk": {},
@@ -95,7 +95,7 @@ LONG = {
     "synflow": {},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": LABELS["autos_live"],
-    "autos_reuse": LABELS["autos_reuse"],
+    "autos_no_reuse": LABELS["autos_no_reuse"],
     "short_lamp_100": LABELS["short_lamp_100"],
     "autos_irp": LABELS["autos_irp"],
     "autos_irp_100": AUTOS_100,

@@ -51,7 +51,7 @@ def autos(
     scorer: str | None = None,
     choice: str = "live",
     temperature: float = 1.0,
-    reuse: float = 0.0,
+    reuse: float = 0.25,
     seed: int = 0,
 ) -> Scores:
     """Return predicted survival; with two heads, scores whose global threshold is their choice.
@@ -67,8 +67,8 @@ def autos(
             without replacement (sampled).
         temperature: what log-odds are divided by before drawing.
         reuse: how much layers are favoured whose weights are used at many places of an image: added
-            to their log-odds is reuse * log(places). 0: densities as iterative pruning has them.
-            0.25 is better in long trainings of some networks, worse where layers are depthwise.
+            to their log-odds is reuse * log(places). 0: densities as iterative pruning has them,
+            which are better in very short trainings of networks with depthwise layers.
         seed: of what is drawn.
     """
     if choice not in CHOICES:
