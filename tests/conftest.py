@@ -57,6 +57,14 @@ def digits() -> DataSource:
     return data.load(SMALL_DIGITS)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Both devices: what holds on one holds on the other; skipped where there is no GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny models are no slower on one thread, and do not wait for a second core that is busy."""
