@@ -16,7 +16,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from autosparse import data_identity
 from autosparse.errors import UsageError, unknown
+
+FIRST_DEFAULTS: dict[str, Any] = {}
+"""Where a default has changed: "TrainingConfig.epochs" -> its first value.
+
+What equals a field's first default is left out of its run's id, what equals today's is not: runs of
+earlier versions keep their ids, and none is taken for a run with the new default. For a new field,
+the value that stands for how things were before, if that is not its default.
+"""
 
 
 def _local(default: Any) -> Any:
@@ -34,10 +43,8 @@ def _teacher_identity(config: TrainingConfig) -> str | None:
 
 
 def _root_identity(config: DataConfig) -> str | None:
-    """Own data is known by its folder's name, wherever it lies; named sets by their name."""
-    if config.root is None or config.name not in ("folder", "shards"):
-        return None
-    return Path(config.root).name
+    """Own data are known by their content, wherever they lie; named sets by their name."""
+    return data_identity.content(config)
 
 
 @dataclass(frozen=True)
@@ -392,9 +399,9 @@ class PruneConfig:
     """What scores are computed on."""
     seed: int = 0
     """Fixes the initial weights, the scored images and random criteria."""
-    device: str = "auto"
+    device: str = _local("auto")
     """auto, cpu, cuda …"""
-    out: str = "ticket.safetensors"
+    out: str = _local("ticket.safetensors")
     """The ticket file to write."""
 
 
@@ -557,14 +564,14 @@ class QuickstartConfig:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return what differs from the defaults, as nested plain data, local fields left out."""
+    """Return what differs from the first defaults, as nested plain data, local fields left out."""
     different = {}
     for spec in dataclasses.fields(config):
         rule = spec.metadata.get("identity", True)
         if rule is False:
             continue
         value = rule(config) if callable(rule) else getattr(config, spec.name)
-        default = _default(spec)
+        default = first_default(type(config), spec)
         if dataclasses.is_dataclass(value):
             inner = identity(value)
             if inner or default is None:
@@ -587,14 +594,18 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def _default(spec: dataclasses.Field) -> Any:
+def first_default(kind: type, spec: dataclasses.Field) -> Any:
+    """Return the default that a field had in its first version."""
+    name = f"{kind.__name__}.{spec.name}"
+    if name in FIRST_DEFAULTS:
+        return FIRST_DEFAULTS[name]
     if spec.default_factory is not dataclasses.MISSING:
         return spec.default_factory()
     return spec.default
 
 
 def run_id(config: Any, *more: str) -> str:
-    """Return 12 hex digits that name a run: the hash of what differs from the defaults.
+    """Return 12 hex digits that name a run: the hash of what differs from the first defaults.
 
     `more` holds other things that the run depends on, such as a ticket's content hash.
     """

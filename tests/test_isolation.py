@@ -14,7 +14,9 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
-    ("config", "files", "memory", "progress", "versions"),
+    ("files", "memory", "progress", "versions"),
+    ("data_identity",),
+    ("config",),
     ("style", "gradients"),
     (
         "masks",
