@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse import corpus, criteria, masks, models, reach
+from autosparse import corpus, criteria, data_identity, masks, models, reach
 from autosparse import data as data_module
 from autosparse.claims import CLAIM, Claim, claimed
 from autosparse.compaction import compact, densify
@@ -34,7 +34,10 @@ from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
 from autosparse.files import (
+    check_file,
+    check_folder,
     place,
+    read_card,
     read_json,
     read_tensors,
     remove_tree,
@@ -42,7 +45,8 @@ from autosparse.files import (
     write_json,
     write_tensors,
 )
-from autosparse.steppers import Epoch, PlainStepper
+from autosparse.pruning import check_model
+from autosparse.steppers import Epoch, PlainStepper, check_plain
 from autosparse.steppers import check as check_training
 from autosparse.ticket import Ticket
 from autosparse.training import Span, fit, seeded, steps_per_epoch
@@ -85,6 +89,17 @@ def check(config: IRPConfig) -> None:
         raise UsageError(f"steps_per_level must be at least 1, got {config.steps_per_level}")
 
 
+def check_whole(config: IRPConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    check_plain(config.training)
+    models.choose_device(config.device)
+    check_model(config.model, config.data)
+    check_folder(config.out)
+    if config.ticket is not None:
+        check_file(config.ticket)
+
+
 def run_folder(config: IRPConfig) -> Path:
     """Return the folder of the run, below `config.out`."""
     return place(config.out) / run_id(config)
@@ -109,8 +124,10 @@ def run_irp(
     check(config)
     folder = run_folder(config)
     if corpus.is_finished(folder):
+        check_found(config, folder)
         tidy(folder)
         return folder
+    data_identity.tell_of_former(lambda: run_folder(config), corpus.FINISHED)
     run, card, dense = _prepared(config, folder, on_epoch)
     with claimed(folder, wait=wait, finished=lambda: corpus.is_finished(folder)) as claim:
         if claim is None or corpus.is_finished(folder):
@@ -123,6 +140,14 @@ def run_irp(
         corpus.write_run(folder, found, store_initial=config.store_initial)
         remove_tree(folder / "levels")
     return folder
+
+
+def check_found(config: IRPConfig, folder: Path) -> None:
+    """Raise UsageError if a finished run is of other data of the same name than are there now."""
+    there = data_module.if_there(config.data)
+    if there is not None:
+        recorded = read_card(folder / corpus.RUN).get("data_fingerprint")
+        data_module.check_found(recorded, there, folder)
 
 
 def tidy(folder: Path) -> None:

@@ -30,12 +30,7 @@ def create(
     and norm weights that timm sets to zero (NFNet, LeViT) start at one, and layers that it sets
     to zero (heads of mixers) are drawn from a normal distribution of standard deviation 0.02.
     """
-    if not timm.is_model(config.name):
-        raise unknown("model", config.name, timm.list_models())
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **config.options}
-    default = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    if default is not None and default.fixed_input_size:
-        options.setdefault("img_size", image_size)
+    options = _options(config, num_classes, in_chans, image_size)
     with torch.device("meta"):
         shape_only = _build(config.name, options)
     if not config.zero_init and "zero_init_last" in inspect.signature(type(shape_only)).parameters:
@@ -59,6 +54,30 @@ def create(
         "seed": seed,
     }
     return model
+
+
+def _options(
+    config: ModelConfig, num_classes: int, in_chans: int, image_size: int
+) -> dict[str, Any]:
+    """Return what timm is told; raise UsageError for a name that it does not know."""
+    if not timm.is_model(config.name):
+        raise unknown("model", config.name, timm.list_models())
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **config.options}
+    default = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if default is not None and default.fixed_input_size:
+        options.setdefault("img_size", image_size)
+    return options
+
+
+def check(config: ModelConfig, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+    """Return the model without values, on the meta device; raise UsageError where it cannot be.
+
+    Its name, its options, and what it excludes are looked at; nothing is computed.
+    """
+    with torch.device("meta"):
+        found = _build(config.name, _options(config, num_classes, in_chans, image_size))
+    prunable(found, config.exclude)
+    return found
 
 
 def _shrink_stem(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ def optimizer_and_schedule(
             weight_decay=0.0,
             **config.optimizer_options,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"optimizer {config.optimizer}: {error}") from None
     if config.schedule == "none":
         return optimizer, None

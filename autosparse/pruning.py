@@ -10,17 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from autosparse import criteria, masks, models, reach
 from autosparse import data as data_module
-from autosparse import masks, models, reach
-from autosparse.config import DataConfig, PruneConfig, ScoringConfig
+from autosparse.config import (
+    DataConfig,
+    ModelConfig,
+    PruneConfig,
+    ScoringConfig,
+    check_sparsity,
+)
 from autosparse.errors import UsageError
 from autosparse.gradients import LossFn
 from autosparse.masks import Masks
 from autosparse.models import prunable
 from autosparse.scoring import (
+    UNIFORM,
     Data,
     Scored,
     Selection,
+    check_scoring,
     describe,
     excluded,
     same_everywhere,
@@ -31,6 +39,8 @@ from autosparse.ticket import Ticket
 from autosparse.versions import library_versions
 
 DENSE = "dense"
+SOME_CLASSES = 10
+"""Where only the data themselves tell how many there are."""
 
 
 def prune(
@@ -86,23 +96,53 @@ def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
     """Make the model that a config names and prune it as it says."""
     source = data_module.load(config.data)
     model = models.create_for(source, config.model, config.seed)
-    selection = Selection(
-        config.scope,
-        config.allocation,
-        config.allocation_options,
-        config.guard,
-        config.pattern,
-    )
     return prune(
         model.to(models.choose_device(config.device)),
         source,
         config.criterion,
         config.sparsity,
-        selection=selection,
+        selection=selection_of(config),
         scoring=config.scoring,
         seed=config.seed,
         options=config.options,
         ranks=ranks,
+    )
+
+
+def check(config: PruneConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    models.choose_device(config.device)
+    check_sparsity(config.sparsity)
+    selection_of(config).check()
+    used = {config.criterion: config.options}
+    if config.allocation not in (None, UNIFORM):
+        used[config.allocation] = config.allocation_options
+    for name, options in used.items():
+        if name != DENSE:
+            criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+    check_scoring(config.scoring)
+    check_model(config.model, config.data)
+
+
+def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:
+    """Return the model for some data, without values; raise UsageError where it cannot be."""
+    shape = data_module.shape(data)
+    return models.check(
+        model,
+        num_classes=shape.num_classes or SOME_CLASSES,
+        in_chans=shape.in_chans,
+        image_size=shape.image_size,
+    )
+
+
+def selection_of(config: PruneConfig) -> Selection:
+    """Return how scores become masks."""
+    return Selection(
+        config.scope,
+        config.allocation,
+        config.allocation_options,
+        config.guard,
+        config.pattern,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import autosparse
 from autosparse import data, models, pruning, results
+from autosparse.cells import Cell, cells
 from autosparse.cli import parse
 from autosparse.config import (
     CorpusConfig,
@@ -30,7 +31,7 @@ from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_card
 from autosparse.irp import run_folder
 from autosparse.progress import Progress, print_table
-from autosparse.sparse_training import TRAINED, Cell, cells
+from autosparse.sparse_training import TRAINED
 
 TARGET = ModelConfig("test_byobnet")
 """The model that is pruned and trained; the corpus has never seen it."""

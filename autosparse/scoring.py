@@ -99,8 +99,7 @@ def score(
     """Do the first half of `prune`: return scores, and the card that the ticket will have."""
     selection.check()
     scoring, asked = scoring or ScoringConfig(), dict(options or {})
-    if scoring.mode not in MODES:
-        raise unknown("mode", scoring.mode, MODES)
+    check_scoring(scoring)
     if selection.pattern is not None:
         n, m = selection.n_of_m()
         sparsity = 1 - n / m
@@ -134,6 +133,15 @@ def score(
         "versions": library_versions(),
     }
     return Scored(scores, counts, selection, context.shape()), card
+
+
+def check_scoring(scoring: ScoringConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if scoring.mode not in MODES:
+        raise unknown("mode", scoring.mode, MODES)
+    for name in ("samples_per_class", "batches", "batch_size"):
+        if getattr(scoring, name) < 1:
+            raise UsageError(f"{name} must be at least 1, got {getattr(scoring, name)}")
 
 
 @dataclass(frozen=True)

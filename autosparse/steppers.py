@@ -7,23 +7,26 @@ The loop around them is in training.py.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from autosparse import recipe
 from autosparse.compaction import multiply_sparse, rescattering
 from autosparse.config import TrainingConfig
-from autosparse.errors import UsageError, unknown
+from autosparse.errors import UsageError, UserError, unknown
 from autosparse.files import write_bytes
 from autosparse.models import device_of
 from autosparse.optimizers import advance, optimizer_and_schedule
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 
+Answer = TypeVar("Answer")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "tanh", "poly", "none")
 
@@ -34,6 +37,24 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+
+    def first_says(self, ask: Callable[[], Answer]) -> Answer:
+        """Return what rank 0 answers, on every rank; a UserError of rank 0 is raised everywhere.
+
+        For what is looked up on disk: file systems lag, or belong to one node. Called by all ranks.
+        """
+        if self.world_size == 1:
+            return ask()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = ask()
+            except UserError as error:
+                told[1] = error
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
 
 
 @dataclass
@@ -128,9 +149,7 @@ class PlainStepper:
     """One process, plain PyTorch."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
-        check(config)
-        if config.precision == "fp16":
-            raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+        check_plain(config)
         self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
         set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
@@ -232,6 +251,24 @@ def check(config: TrainingConfig) -> None:
             "leave one of them out"
         )
     recipe.check(config)
+
+
+def check_whole(config: TrainingConfig, world_size: int = 1) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    optimizer_and_schedule(nn.Linear(2, 2), config, 1)  # Its options, and what needs a GPU.
+    if config.batch_size % world_size:
+        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
+    recipe.check_mixing(config, config.batch_size // world_size)
+    if config.teacher is not None and not Path(config.teacher).is_file():
+        raise UsageError(f"training.teacher: no such file: {config.teacher}")
+
+
+def check_plain(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that `PlainStepper` cannot train with."""
+    check_whole(config)
+    if config.precision == "fp16":
+        raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:

@@ -37,7 +37,7 @@ LAYERS = (
     ("criteria",),
     ("corpus", "scoring"),
     ("pruning",),
-    ("fit_scorer",),
+    ("fit_scorer", "cells"),
     ("irp", "corpus_figures", "fit_survival", "sparse_training", "sweep_figures"),
     ("controls", "watching"),
     ("compare", "corpus_report", "exporting", "plan", "upkeep", "autos_figures"),

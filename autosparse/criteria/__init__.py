@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,14 @@ from autosparse.models import prunable
 from autosparse.standardised import kernels_masked
 
 Scores = dict[str, Tensor]
+FIRST: dict[str, dict[str, Any]] = {
+    "autos": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},
+    "autos_irp": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},
+}
+"""Criterion -> the first default of an option that has changed since, and the first packaged file.
+
+Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEFAULTS.
+"""
 _REGISTRY: dict[str, Criterion] = {}
 
 
@@ -47,11 +55,33 @@ class Criterion:
         parameters = inspect.signature(self.function).parameters.values()
         return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
+    def beyond(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what scores depend on beyond the name and the options asked for.
+
+        Defaults that are no longer the first ones, and files such as AutoS by their content.
+        """
+        first = {**self.options, **FIRST.get(self.name, {})}
+        now = {key: each for key, each in self.options.items() if key not in asked}
+        now |= self.provenance(**asked) if self.provenance else {}
+        return {key: each for key, each in now.items() if key not in first or each != first[key]}
+
     def check(self, options: Collection[str]) -> None:
         """Raise UsageError for an option that the criterion does not have."""
         for key in options:
             if key not in self.options:
                 raise unknown(f"option of {self.name}", key, self.options)
+
+    def check_whole(self, options: Mapping[str, Any], filled: Collection[str] = ()) -> None:
+        """Raise UsageError for options that are unknown or lacking, and files that are not there.
+
+        `filled` are options that are given later.
+        """
+        self.check(options)
+        for key, value in self.options.items():
+            if value is inspect.Parameter.empty and key not in (*options, *filled):
+                raise UsageError(f"criterion {self.name} needs the option {key}")
+        if self.provenance:
+            self.provenance(**options)
 
     def __call__(
         self,

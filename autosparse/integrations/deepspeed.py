@@ -17,6 +17,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from autosparse import data as data_module
+from autosparse.cells import cells, check_config
 from autosparse.compaction import rescattering
 from autosparse.config import SparseTrainConfig, run_id
 from autosparse.errors import RunFailed, UsageError
@@ -26,7 +27,7 @@ from autosparse.integrations.deepspeed_checkpoints import Checkpoint
 from autosparse.optimizers import advance, optimizer_and_schedule
 from autosparse.progress import Progress
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
-from autosparse.sparse_training import CHECKPOINTS, Cell, Observer, cells, train_cell
+from autosparse.sparse_training import CHECKPOINTS, Observer, finished, train_cell
 from autosparse.steppers import History, Ranks, check, set_up
 from autosparse.watching import StepWatch
 
@@ -314,20 +315,25 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
     save a checkpoint and raise Stopped.
     """
     ranks, device = start()
+    engine_config(config, ranks)
+    ranks.first_says(lambda: check_config(config, ranks.world_size))
     stop = Stopping()
     todo = list(cells(config, ranks=ranks, device=device))
-    agree(todo, ranks)
     first = ranks.rank == 0
     sources: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     results = []
     with Progress(enabled=first) as progress:
         for cell in todo:
-            if cell.done:
+            key = run_id(cell.data)
+            if first and cell.done and key not in named:
+                named[key] = data_module.if_there(cell.data)
+            found = finished(cell, ranks, named.get(key))
+            if found is not None:
                 if first and observer:
                     observer.found(cell, config)
-                results.append(cell.result())
+                results.append(found)
                 continue
-            key = run_id(cell.data)
             if key not in sources:
                 sources[key] = data_module.load(cell.data).to(torch.device(device))
             made: list[DeepSpeedStepper] = []
@@ -350,15 +356,6 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
             results.append(result)
             stop.answer()
             dist.barrier()
-            made[0].close()
+            if made:  # Not where another process has finished the cell meanwhile.
+                made[0].close()
     return results
-
-
-def agree(todo: list[Cell], ranks: Ranks) -> None:
-    """Raise RunFailed on every rank unless all ranks hold the same tickets and finished cells."""
-    mine = [(cell.name, cell.ticket.content_hash, cell.done) for cell in todo]
-    everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            raise RunFailed(f"rank {rank} holds other tickets or results than rank 0: {theirs}")

@@ -31,7 +31,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from autosparse import compare, sweep
 from autosparse.claims import claimed
 from autosparse.compare import Trial
-from autosparse.config import SweepConfig
+from autosparse.config import SweepConfig, run_id
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import write_json
 from autosparse.integrations import ray as cluster
@@ -206,12 +206,10 @@ def _train(resolve: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(cpus)))
     cell = resolve(suggestion)
     try:
-        finished = partial(compare.is_done, cell.config, cell.trial)
-        with claimed(cell.folder, wait=True, finished=finished):
-            source = _loaded(cell)
-            compare.run_trial(
-                cell.config, cell.trial, source, on_epoch=lambda epoch: tune.report(vars(epoch))
-            )
+        source = _loaded(cell)
+        compare.run_trial(
+            cell.config, cell.trial, source, on_epoch=lambda epoch: tune.report(vars(epoch))
+        )
         tune.report({"cell": "finished", METRIC: cell.history()[-1][METRIC]})
     except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
@@ -223,7 +221,7 @@ _SOURCES: dict[Any, Any] = {}
 
 def _loaded(cell: SweepCell) -> Any:
     """Load the data once per worker."""
-    key = (cell.config.data.name, cell.config.device)
+    key = (run_id(cell.config.data), cell.config.data, cell.config.device)
     if key not in _SOURCES:
         _SOURCES[key] = compare.load(cell.config)
     return _SOURCES[key]
