@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from autosparse.config import DataConfig
+from autosparse.config import OWN_DATA, DataConfig
+from autosparse.data import normalisation
 from autosparse.data.source import DataSource, Split, prepare
 from autosparse.errors import UsageError, unknown
 
@@ -62,10 +63,12 @@ def load(config: DataConfig | str) -> DataSource:
         config = DataConfig(name=config)
     if config.name not in _LOADERS:
         raise unknown("data set", config.name, names())
-    if config.name in ("folder", "shards") and not config.root:
+    if config.name in OWN_DATA and not config.root:
         raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
     if not 0 < config.validation_fraction < 1:
         raise UsageError(
             f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
         )
-    return replace(_LOADERS[config.name](config), config=config)
+    normalisation.check(config.normalisation)
+    source = replace(_LOADERS[config.name](config), config=config)
+    return normalisation.normalised(source, config)

@@ -6,11 +6,20 @@ import fcntl
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from autosparse.config import DataConfig
-from autosparse.data.tars import MANIFEST, Shard, check_content, check_size, copy_atomically
+from autosparse.data.tars import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    check_content,
+    check_size,
+    copy_atomically,
+    read_manifest,
+)
 from autosparse.errors import UsageError
 
 SCHEMES = ("http", "https", "gs", "s3")
@@ -20,7 +29,7 @@ class Folder:
     """A local folder of shards."""
 
     def __init__(self, root: Path, cache: Path) -> None:
-        self.root, self.cache, self.name = str(root), cache, root.name
+        self.root, self.cache, self.name = str(root), cache, root.name or root.resolve().name
 
     def file(self, name: str, *, needed: bool = True) -> Path:
         """Return where a small file is; one that is not needed may not be there."""
@@ -108,6 +117,35 @@ def _locked(path: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def expanded(root: str) -> tuple[str, list[str] | None]:
+    """Take a tar, or a pattern of tars in braces, apart into a folder and names in it.
+
+    What is a folder itself has no names: all that its manifest lists is meant.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    local = "://" not in root
+    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
+        return root, None
+    try:
+        tars = list(braceexpand(root))
+    except (UnbalancedBracesError, ValueError) as error:
+        raise UsageError(f"{root} is no pattern of shards: {error}") from None
+    head, slash, _ = root.partition("{")[0].rpartition("/")
+    return head or slash or ".", [tar.removeprefix(head + slash) for tar in tars]
+
+
+def shards_of(config: DataConfig) -> tuple[Folder, Manifest]:
+    """Return the folder of `data.root`, and the manifest of the shards that are meant."""
+    root, names = expanded(config.root or "")
+    folder = folder_of(replace(config, root=root))
+    path = folder.file(MANIFEST)
+    if not (path.is_file() or "://" in root):
+        raise UsageError(f"{path} is not there: `autosparse shards index {root}` writes it")
+    manifest = read_manifest(path)
+    return folder, manifest if names is None else manifest.only(names, f"data.root {config.root}")
 
 
 def folder_of(config: DataConfig) -> Folder:
