@@ -106,7 +106,7 @@ def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
     config = settled(config)
     if config.tickets:
         if config.data is not None:
-            data_module.check(config.data)
+            data_module.check_config(config.data)
         return
     if config.prune:
         pruning.check(config.prune)

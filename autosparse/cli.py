@@ -40,7 +40,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
 USAGE = {
     "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
                          | export-parquet DIR FILE""",
-    "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR",
+    "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR [--KEY VALUE …]",
     "figures": "DIR … | AUTOS.safetensors CORPUS",
     "report": "DIR …",
     "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
@@ -48,7 +48,7 @@ USAGE = {
 }
 """What follows a verb that takes paths."""
 
-SETTINGS = {("shards", "pack"): "PackConfig"}
+SETTINGS = {("shards", "pack"): "PackConfig", ("shards", "index"): "IndexConfig"}
 """Actions that take settings after their paths, and the config class."""
 
 WITH_OPTIONS = ("registry",)

@@ -89,6 +89,8 @@ def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
 def check_root(config: DataConfig) -> None:
     """Raise UsageError unless the folder of own data is there, or is a URL that may be read."""
     root = str(config.root)
+    if config.name == "shards":
+        root, _ = expanded(root)
     if "://" not in root:
         if not Path(root).expanduser().is_dir():
             raise UsageError(f"data.root {root} is not a folder")
@@ -98,18 +100,45 @@ def check_root(config: DataConfig) -> None:
         )
 
 
+def expanded(root: str) -> tuple[str, list[str] | None]:
+    """Take a tar, or a pattern of tars in braces, apart into a folder and names in it.
+
+    What is a folder itself has no names: all that its manifest lists is meant.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    local = "://" not in root
+    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
+        return root, None
+    try:
+        tars = list(braceexpand(root))
+    except (UnbalancedBracesError, ValueError) as error:
+        raise UsageError(f"{root} is no pattern of shards: {error}") from None
+    head, slash, _ = root.partition("{")[0].rpartition("/")
+    return head or slash or ".", [tar.removeprefix(head + slash) for tar in tars]
+
+
 def _of_shards(config: DataConfig) -> str:
     check_root(config)
-    root = str(config.root).rstrip("/")
+    root, names = expanded(str(config.root).rstrip("/"))
     if "://" in root:
         found = _fetched(f"{root}/{MANIFEST}")
     else:
-        found = read_json(Path(root).expanduser() / MANIFEST)
+        found = _manifest(Path(root).expanduser() / MANIFEST)
     try:
-        parts = [[each["split"], each["count"], each["sha256"]] for each in found["shards"]]
-        return _digest([found["classes"], parts])
+        meant = [each for each in found["shards"] if names is None or each["name"] in names]
+        parts = [[each["split"], each["count"], each["sha256"]] for each in meant]
+        return _digest(
+            [found["classes"], parts, *([found["reading"]] if "reading" in found else [])]
+        )
     except (KeyError, TypeError) as error:
         raise UsageError(f"{root}/{MANIFEST} is not a manifest of shards ({error})") from None
+
+
+def _manifest(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"{path} is not there: `autosparse shards index {path.parent}` writes it")
+    return read_json(path)
 
 
 def _fetched(url: str) -> Any:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,24 @@ Batches = Iterable[Batch]
 Network = Callable[[Tensor], Tensor]
 
 
-class Shared(list[Batch]):
+class Shared(Sequence[Batch]):
     """This rank's share of the batches: a mean over it is taken over those of all ranks.
 
     Every rank must hold one (it may be empty) and call the same functions in the same order.
+    It holds no more of the batches in memory than what it is made of does.
     """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.batches[place]
 
 
 @dataclass
@@ -167,10 +181,10 @@ def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) ->
     return samples
 
 
-def gathered(batches: Batches) -> list[Batch]:
+def gathered(batches: Batches) -> Sequence[Batch]:
     """Return the batches of all ranks, in the order of the ranks; they need not be `Shared`."""
     if not isinstance(batches, Shared):
-        return list(batches)
+        return batches if isinstance(batches, Sequence) else list(batches)
     everyone: list[list[Batch]] = [[] for _ in range(dist.get_world_size())]
     mine = [(images.cpu(), labels.cpu()) for images, labels in batches]
     dist.all_gather_object(everyone, mine)

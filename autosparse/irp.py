@@ -186,6 +186,7 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
         "config": {**plain(config), "out": "", "device": ""},
         "model": initial.autosparse_recipe,
         "data_fingerprint": source.fingerprint,
+        "normalisation": source.normalisation(),
         "initial_hash": start.content_hash,
         "prunable": list(start.masks),
         "prunable_weights": start.kept,

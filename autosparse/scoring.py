@@ -226,10 +226,10 @@ class _Context:
                 seed=self.seed,
                 batches=scoring.batches,
                 batch_size=min(scoring.batch_size, -(-images // self.ranks.world_size)),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
             )
-            if self.ranks.world_size == 1:
-                return found
-            return Shared(found[self.ranks.rank :: self.ranks.world_size])
+            return found if self.ranks.world_size == 1 else Shared(found)
         if criterion.trains:
             return data
         chosen = data if criterion.needs_data else islice(data, 1)
@@ -261,6 +261,7 @@ def describe(
             "model": recipe,
             "data": plain(data.config),
             "data_fingerprint": data.fingerprint,
+            "normalisation": data.normalisation(),
         }
     return {"model": recipe, "data": {"name": "batches"}}
 

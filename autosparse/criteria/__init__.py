@@ -99,7 +99,7 @@ class Criterion:
         Args:
             model: on the device of the batches.
             batches: (normalised images [B, C, H, W], labels [B]); not looked at if
-                `needs_data` is False. A `gradients.Shared` list is one rank's share: the scores
+                `needs_data` is False. A `gradients.Shared` is one rank's share: the scores
                 are then those of all ranks' batches, the same on every rank.
             loss_fn: (outputs, labels) -> mean loss.
             exclude: patterns of weights that are not prunable (see `models.prunable`).
@@ -114,7 +114,7 @@ class Criterion:
         for key in missing:
             if key not in options:
                 raise UsageError(f"criterion {self.name} needs the option {key}")
-        if not self.trains and not isinstance(batches, Shared):
+        if not self.trains and not isinstance(batches, Sequence):
             batches = list(batches)
         if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
             raise UsageError(f"criterion {self.name} needs data, and there is no batch")

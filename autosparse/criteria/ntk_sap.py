@@ -14,6 +14,7 @@ shapes are looked at. Departure: the square is a mean over samples, which ranks 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def ntk_sap(
 
     def gradient(take: Take) -> int:
         samples = 0
-        for images, labels in list(batches) * draws:
+        for images, labels in chain.from_iterable(repeat(batches, draws)):
             _one_draw(model, parameters, kept, epsilon, images, take)
             samples += len(labels)
         return samples

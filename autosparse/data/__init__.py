@@ -12,11 +12,12 @@ from pathlib import Path
 
 from autosparse import data_identity
 from autosparse.config import DataConfig
+from autosparse.data import normalisation
 from autosparse.data.source import DataSource, Split, prepare
 from autosparse.errors import UsageError, unknown
 
 __all__ = [
-    "DataSource", "Shape", "Split", "check", "check_found", "if_there", "load", "names", "prepare",
+    "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names", "prepare",
     "shape",
 ]  # fmt: skip
 
@@ -83,21 +84,22 @@ _SHAPES = {
 
 def shape(config: DataConfig) -> Shape:
     """Return what the settings alone say of the images, without a look at them."""
-    check(config)
+    check_config(config)
     found = _SHAPES[config.name]
     return replace(found, image_size=config.image_size or found.image_size)
 
 
-def check(config: DataConfig) -> None:
+def check_config(config: DataConfig) -> None:
     """Raise UsageError for settings that cannot be, and where own data are not there."""
     if config.name not in _LOADERS:
         raise unknown("data set", config.name, names())
-    if config.name in ("folder", "shards") and not config.root:
+    if config.name in data_identity.OWN and not config.root:
         raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
     if not 0 < config.validation_fraction < 1:
         raise UsageError(
             f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
         )
+    normalisation.check(config.normalisation)
     root = str(config.root)
     if config.name in data_identity.OWN and "://" not in root and not root.startswith("pipe:"):
         data_identity.check_root(config)
@@ -107,8 +109,9 @@ def load(config: DataConfig | str) -> DataSource:
     """Load a data set by its config or name; raise UsageError when it is unknown or not there."""
     if isinstance(config, str):
         config = DataConfig(name=config)
-    check(config)
-    return replace(_LOADERS[config.name](config), config=config)
+    check_config(config)
+    source = replace(_LOADERS[config.name](config), config=config)
+    return normalisation.normalised(source, config)
 
 
 def if_there(config: DataConfig) -> DataSource | None:
