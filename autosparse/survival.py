@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import features, masks
+from autosparse.config import keep_density
 
 CONSTANTS = 7
 """The last so many of the `context` features are the same for all weights of a layer."""
@@ -48,7 +49,7 @@ def erk_log_odds(shapes: Mapping[str, torch.Size], density: float) -> dict[str, 
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
     total = sum(sizes.values())
-    counts = masks.allocate(raw, sizes, max(round(total * density), len(sizes)))
+    counts = masks.allocate(raw, sizes, max(keep_density(total, density), len(sizes)))
     cut = {n: min(max(counts[n] / sizes[n], 1 - MOST), MOST) for n in sizes}
     return {name: math.log(each / (1 - each)) for name, each in cut.items()}
 
