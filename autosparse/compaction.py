@@ -170,7 +170,7 @@ def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UsageError(
-            "DistributedDataParallel holds on to the dense weights: wrap it afterwards"
+            "compact comes first, then DistributedDataParallel, which holds on to its parameters"
         )
     plain = unwrapped(model)
     ticket.check(plain)

@@ -115,8 +115,9 @@ class Heads(nn.Module):
         `lift`, if given, is added to the layers' log-odds; then all of them are shifted alike until
         the expected survivors add up to the budget.
         """
-        rows = torch.tensor([contexts[name].constants for name in shapes])
-        mix = torch.tensor(interpolation(density, self.densities))
+        kind = self.mean.dtype
+        rows = torch.tensor([contexts[name].constants for name in shapes], dtype=kind)
+        mix = torch.tensor(interpolation(density, self.densities), dtype=kind)
         start = erk_log_odds(shapes, density)
         odds = (self.layers_say(rows.to(self.mean.device)).cpu() @ mix).double()
         more = lift or dict.fromkeys(shapes, 0.0)
@@ -130,12 +131,13 @@ class Heads(nn.Module):
         self, weight: Tensor, gradient: Tensor, context: features.LayerContext, density: float
     ) -> Tensor:
         """Return the selection head's log-odds at `density`, in the shape of the weight."""
-        mix = torch.tensor(interpolation(density, self.densities), device=self.mean.device)
+        like = {"dtype": self.mean.dtype, "device": self.mean.device}
+        mix = torch.tensor(interpolation(density, self.densities), **like)
         linears = [layer for layer in self.selection if isinstance(layer, nn.Linear)]
         matrices = [layer.weight for layer in linears]
         biases = [layer.bias[:, None] for layer in linears]
         matrices[-1], biases[-1] = mix[None] @ matrices[-1], mix[None] @ biases[-1]
-        constants = torch.tensor(context.constants, device=self.mean.device)
+        constants = torch.tensor(context.constants, **like)
         scaled = (constants - self.mean[-CONSTANTS:]) / self.std[-CONSTANTS:]
         fixed = matrices[0][:, -CONSTANTS:] @ scaled.clamp(-LIMIT, LIMIT)
         first, biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
