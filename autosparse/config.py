@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -679,5 +680,10 @@ def keep_count(total: int, sparsity: float) -> int:
 
     The decimal that was written is meant: 0.95 of 1000 removes 950, whatever binary says.
     """
-    removed = total * Fraction(str(check_sparsity(sparsity)))
-    return total - int(removed + Fraction(1, 2))
+    return keep_density(total, 1 - Fraction(str(check_sparsity(sparsity))))
+
+
+def keep_density(total: int, density: float | Fraction) -> int:
+    """Return how many of `total` weights a density, 0 to 1, keeps: by the rule of `keep_count`."""
+    exact = density if isinstance(density, Fraction) else Fraction(str(density))
+    return math.ceil(total * exact - Fraction(1, 2))

@@ -30,7 +30,7 @@ from autosparse import corpus, criteria, data_identity, masks, models, reach
 from autosparse import data as data_module
 from autosparse.claims import CLAIM, Claim, claimed
 from autosparse.compaction import compact, densify
-from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
+from autosparse.config import IRPConfig, TrainingConfig, keep_density, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
 from autosparse.files import (
@@ -66,8 +66,10 @@ OnLevel = Callable[[dict[str, Any]], None]
 def densities(levels: int, final_density: float, schedule: str) -> list[float]:
     """Return the density of levels 0 (dense, 1.0) to `levels` (final_density)."""
     if schedule == "exponential":
-        return [final_density ** (level / levels) for level in range(levels + 1)]
-    return [1 - (1 - final_density) * level / levels for level in range(levels + 1)]
+        falling = [final_density ** (level / levels) for level in range(levels)]
+    else:
+        falling = [1 - (1 - final_density) * level / levels for level in range(levels)]
+    return [*falling, final_density]
 
 
 def check(config: IRPConfig) -> None:
@@ -272,7 +274,7 @@ def _all_levels(
     config = run.config
     total = masks.kept(dense)
     counts = [
-        round(total * density)
+        keep_density(total, density)
         for density in densities(config.levels, config.final_density, config.schedule)
     ]
     current, entries = dense, []

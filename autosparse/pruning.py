@@ -19,6 +19,7 @@ from autosparse.config import (
     ScoringConfig,
     check_sparsity,
 )
+from autosparse.contract import gradients_on
 from autosparse.errors import UsageError
 from autosparse.gradients import LossFn
 from autosparse.masks import Masks
@@ -43,6 +44,7 @@ SOME_CLASSES = 10
 """Where only the data themselves tell how many there are."""
 
 
+@gradients_on()
 def prune(
     model: nn.Module,
     data: Data,
@@ -61,7 +63,8 @@ def prune(
     """Score a model's weights at initialization and return the ticket; the model is not changed.
 
     Args:
-        model: a timm model (or any module with Conv and Linear layers), at initialization.
+        model: a timm model (or any module with Conv and Linear layers), at initialization. A
+            compiled or parallel one is looked into: the ticket is for the plain model.
         data: a data set's name or config, a DataSource, or batches of (normalised images,
             labels), e.g. a DataLoader; all of those batches are used, so give few. Criteria that
             look at no data take [].
@@ -73,13 +76,16 @@ def prune(
         seed: chooses the images that are scored, and what random criteria draw.
         options: the criterion's own options.
         exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
-        loss_fn: (outputs, labels) -> mean loss.
+        loss_fn: (outputs, labels) -> mean loss; the outputs may be of any type that it takes.
         ranks: this process's place, if several prune the same model together (under
             torch.distributed): named data are shared out, own batches are taken to be this
             rank's share; every rank gets the same ticket.
 
-    Raises UsageError for an unknown name or a sparsity out of range.
+    Works under `torch.no_grad` and `inference_mode` too. Raises UsageError, in one line, for an
+    unknown name or a sparsity out of range, and for a model, loss or batch that cannot be used.
     """
+    model = models.unwrapped(model)
+    models.check_values(model)
     if criterion == DENSE:
         return _dense(model, data, exclude, seed)
     selection = selection or Selection()
@@ -178,7 +184,7 @@ def select(scored: Scored, sparsity: float) -> Masks:
 
 def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
     if scored.shape is None:
-        raise UsageError("guard live needs to know the images' shape: prune with named data")
+        raise UsageError("guard live needs to know the images' shape: give a batch, or named data")
     try:
         return reach.onto_paths(model, chosen, scored.scores, scored.shape)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse import criteria, masks, paths
+from autosparse import criteria, masks, models, paths
 from autosparse import data as data_module
 from autosparse.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
+from autosparse.contract import Checked, gradients_on
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import LossFn, Shared, counting
@@ -82,6 +83,7 @@ class Scored:
     """[C, H, W] of an image, where it is known."""
 
 
+@gradients_on()
 def score(
     model: nn.Module,
     data: Data,
@@ -98,6 +100,8 @@ def score(
 ) -> tuple[Scored, dict[str, Any]]:
     """Do the first half of `prune`: return scores, and the card that the ticket will have."""
     selection.check()
+    model = models.unwrapped(model)
+    models.check_values(model)
     scoring, asked = scoring or ScoringConfig(), dict(options or {})
     check_scoring(scoring)
     if selection.pattern is not None:
@@ -110,7 +114,7 @@ def score(
     source: Any = data_module.load(data) if isinstance(data, str | DataConfig) else data
     others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
     if not isinstance(source, DataSource):
-        source = _held(source, [found, *others])
+        source = _held(source, [found, *others], _classes(model, loss_fn))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
@@ -237,13 +241,20 @@ class _Context:
         return Shared(here) if self.ranks.world_size > 1 and criterion.needs_data else here
 
 
-def _held(data: Any, used: list[criteria.Criterion]) -> Any:
+def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
     """Return batches that can be looked at more than once, and no more of them than needed."""
+    checked = Checked(data, classes)
     if any(criterion.trains for criterion in used):
-        return list(data) if iter(data) is data else data
+        return list(checked) if isinstance(data, Iterator) else checked
     if any(criterion.needs_data for criterion in used):
-        return list(data)
-    return list(islice(data, 1))
+        return list(checked)
+    return list(islice(checked, 1))
+
+
+def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
+    """Return how many classes the labels may name, where that is known."""
+    found = getattr(model, "num_classes", None)
+    return found if isinstance(found, int) and loss_fn is nn.functional.cross_entropy else None
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:

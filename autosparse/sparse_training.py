@@ -172,7 +172,7 @@ class _Training:
                 watch=watch,
                 stop=stop,
             )
-        test = evaluate(stepper.evaluated(), source, source.test, ranks)
+        test = evaluate(stepper.evaluated(), source, source.test, ranks, self.config.training)
         state = stepper.state_dict()
         result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
         result["training_passes"] = steps * config.training.epochs * config.training.batch_size

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from autosparse import recipe
 from autosparse.compaction import multiply_sparse, rescattering
 from autosparse.config import TrainingConfig
+from autosparse.contract import in_single, outputs_of
 from autosparse.errors import UsageError, UserError, unknown
 from autosparse.files import write_bytes
 from autosparse.models import device_of
-from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 
 Answer = TypeVar("Answer")
@@ -164,7 +165,7 @@ class PlainStepper:
         seed_step(drawn, images.device)
         images, targets = self.recipe.mix(images, labels, drawn)
         with autocast(self.config, images.device), rescattering(self.config.rescatter):
-            outputs = self.network(images).float()
+            outputs = in_single(outputs_of(self.network, images))
         loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
         if self.config.clip_grad is not None:
@@ -181,7 +182,7 @@ class PlainStepper:
         return self.model if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return last_rate(self.optimizer, self.scheduler, self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.evaluated().state_dict()
@@ -272,5 +273,6 @@ def check_plain(config: TrainingConfig) -> None:
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
-    """Return the autocast context that `precision` asks for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    """Return the autocast context that `precision` asks for, in training and evaluation alike."""
+    kind = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=config.precision != "fp32")

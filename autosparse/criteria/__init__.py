@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse import gradients
+from autosparse.contract import checked_loss, gradients_on
 from autosparse.errors import UsageError, unknown
 from autosparse.gradients import LossFn, Shared, untouched
 from autosparse.masks import is_finite
@@ -118,14 +119,14 @@ class Criterion:
             batches = list(batches)
         if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
             raise UsageError(f"criterion {self.name} needs data, and there is no batch")
-        parameters = prunable(model, exclude)
-        with untouched(model), kernels_masked(model):
+        parameters, loss = prunable(model, exclude), checked_loss(loss_fn, model)
+        with gradients_on(), untouched(model), kernels_masked(model):
             if warm_up and self.needs_data and not self.trains:
                 gradients.warm_up(model, batches)
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            scores = self.function(model, parameters, batches, loss_fn, **options)
+            scores = self.function(model, parameters, batches, loss, **options)
         if isinstance(batches, Shared):
             self._agree(scores, parameters)
         return {name: self._checked(name, scores[name]) for name in parameters}

@@ -17,8 +17,8 @@ from autosparse.data.source import DataSource, Split, prepare
 from autosparse.errors import UsageError, unknown
 
 __all__ = [
-    "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names", "prepare",
-    "shape",
+    "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names",
+    "prepare", "shape",
 ]  # fmt: skip
 
 

@@ -20,11 +20,12 @@ from autosparse import data as data_module
 from autosparse.cells import cells, check_config
 from autosparse.compaction import rescattering
 from autosparse.config import SparseTrainConfig, run_id
+from autosparse.contract import in_single
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_tensors, write_tensors
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
-from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.progress import Progress
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.sparse_training import CHECKPOINTS, Observer, finished, train_cell
@@ -89,7 +90,7 @@ class DeepSpeedStepper:
         micro = len(images) // parts
         for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
             with rescattering(self.config.training.rescatter):
-                outputs = self.model(part).float()
+                outputs = in_single(self.model(part))
             loss = self.recipe.loss(outputs, part, wanted)
             self.engine.backward(loss)
             self.engine.step()
@@ -113,7 +114,7 @@ class DeepSpeedStepper:
         return self.engine if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return last_rate(self.optimizer, self.scheduler, self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather the whole state dict on every rank."""
@@ -145,7 +146,7 @@ class DeepSpeedStepper:
             prefix + name: buffer
             for prefix, network in networks.items()
             for name, buffer in network.named_buffers()
-            if not name.endswith(".index")
+            if not name.endswith((".index", ".fingerprint"))
         }
 
     def load(self, folder: Path) -> History | None:

@@ -139,8 +139,9 @@ def _study(config: SweepConfig, study: tuple[int, float], watch: _Watch) -> None
     )
     for cell in over:
         search.add_evaluated_point(_suggestion(cell), cell.history()[-1][METRIC])
-    resolve = partial(sweep.write_point, config, *study)
-    _tune(config, resolve, {}, watch, cells, search=search, samples=left)
+    resolve = partial(sweep.suggested, config, *study)
+    begin = partial(sweep.write_point, config, *study)
+    _tune(config, resolve, {}, watch, cells, search=search, samples=left, begin=begin)
 
 
 def _suggestion(cell: SweepCell) -> dict[str, Any]:
@@ -177,13 +178,19 @@ def _tune(
     known: list[SweepCell],
     search: Any = None,
     samples: int = 1,
+    begin: Resolve | None = None,
 ) -> None:
-    """Run one experiment of Tune; raise nothing for cells that fail."""
+    """Run one experiment of Tune; raise nothing for cells that fail.
+
+    `begin` writes down what was suggested, when its cell begins.
+    """
     watch.resolve = resolve
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     if config.memory_gb_per_trial:
         resources["memory"] = int(config.memory_gb_per_trial * 1e9)
-    trainable = tune.with_resources(partial(_train, resolve, config.cpus_per_trial), resources)
+    trainable = tune.with_resources(
+        partial(_train, begin or resolve, config.cpus_per_trial), resources
+    )
     scheduler = PerGroup(config, resolve, known) if config.asha else FIFOScheduler()
     Tuner(
         trainable,
@@ -199,12 +206,12 @@ def _tune(
     ).fit()  # fmt: skip
 
 
-def _train(resolve: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
+def _train(begin: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
     """Train one cell inside a Tune trial, and report its epochs; an error in one line."""
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
-    cell = resolve(suggestion)
+    cell = begin(suggestion)
     try:
         source = _loaded(cell)
         compare.run_trial(
