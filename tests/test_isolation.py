@@ -14,7 +14,7 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
-    ("config", "files", "memory", "progress", "versions"),
+    ("config", "files", "logs", "memory", "progress", "versions"),
     ("style", "gradients"),
     (
         "masks",
