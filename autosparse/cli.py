@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from autosparse import logs
 from autosparse.errors import UsageError, UserError, unknown
 
 VERBS: dict[str, tuple[str | None, str]] = {
@@ -64,6 +65,7 @@ def main() -> None:
 
 def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
     """Call `run(arguments)`; turn a user's mistake into one line and return the exit code."""
+    logs.to_stderr()
     try:
         run(arguments)
     except UserError as error:

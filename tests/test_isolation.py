@@ -14,7 +14,7 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
-    ("contract", "files", "memory", "progress", "versions"),
+    ("contract", "files", "logs", "memory", "progress", "versions"),
     ("data_identity",),
     ("config",),
     ("style", "gradients"),

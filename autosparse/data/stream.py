@@ -6,7 +6,7 @@ number of workers nor, for the same global batch, on the number of ranks.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,8 +24,10 @@ from autosparse.data.source import Batch, MemorySplit, first_cause
 from autosparse.errors import RunFailed, UsageError
 from autosparse.memory import keep_freed_blocks
 
+logger = logging.getLogger(__name__)
 CHUNK = 256
 """Images that are read before they are decoded by threads."""
+
 BadImages = dict[str, str]
 """Sample -> what is wrong with its image."""
 
@@ -173,12 +175,10 @@ class Stream:
             self.bad[name] = problem
             if len(self.bad) > self.max_bad_images:
                 raise too_many(name, problem, self.max_bad_images)
-            print(
-                f"warning: {name}: {problem}; bad image {len(self.bad)} of at most "
-                f"{self.max_bad_images} (data.max_bad_images)",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(
+                "%s: %s; bad image %d of at most %d (data.max_bad_images)",
+                name, problem, len(self.bad), self.max_bad_images,
+            )  # fmt: skip
 
     def in_memory(self, *, replaced: bool = False) -> MemorySplit:
         """Decode the whole split by threads; neighbours stand in for bad images if `replaced`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -258,6 +259,7 @@ def is_first() -> bool:
 def start() -> tuple[Ranks, str]:
     """Join the other ranks (or stand alone); return our place and device."""
     take_place()
+    _silence()
     accelerator = deepspeed.get_accelerator()
     gpu = accelerator is not None and accelerator.device_name() == "cuda"
     if not gpu:
@@ -269,6 +271,16 @@ def start() -> tuple[Ranks, str]:
     if gpu:
         torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def _silence() -> None:
+    """Leave out what torch says of functions that DeepSpeed calls: only DeepSpeed can act on it."""
+    warnings.filterwarnings(
+        "ignore",
+        r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+        FutureWarning,
+        r"torch\.distributed\.c10d_logger",
+    )
 
 
 def _free_port() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from autosparse.corpus import Corpus
 from autosparse.errors import RunFailed, UsageError, UserError
 from autosparse.files import is_local, place, read_card, write_json
 from autosparse.progress import Bar, Progress
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 15.0
 RETRIES = 10
@@ -162,7 +163,7 @@ def _collect(name: str, reference: Any, grown: Grown) -> None:
     try:
         write_json(failed, {"error": error, "time": time.time()})
     except UserError:
-        print(f"warning: {failed} could not be written", file=sys.stderr)
+        logger.warning("%s could not be written", failed)
 
 
 class _Watch:
