@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,7 @@ from autosparse.files import read_json, sha256_of_file, write_json
 if TYPE_CHECKING:
     from autosparse.config import DataConfig
 
+logger = logging.getLogger(__name__)
 OWN = ("folder", "shards")
 MANIFEST = "manifest.json"
 MUCH = 1e9
@@ -79,11 +80,10 @@ def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
     finally:
         _by_name = False
     if former != now and (former / finished).is_file() and not (now / finished).is_file():
-        print(
-            f"note: {former} is of data of that folder's name, which may have been others; it is "
-            f"not used, and {now.name} is made anew",
-            file=sys.stderr,
-        )
+        logger.warning(
+            "%s is of data of that folder's name, which may have been others; it is not used, and "
+            "%s is made anew", former, now.name,
+        )  # fmt: skip
 
 
 def check_root(config: DataConfig) -> None:
@@ -165,8 +165,10 @@ def _of_folder(config: DataConfig) -> str:
     new = [name for name in facts if name not in known]
     size = sum(facts[name][0] for name in new)
     if size > MUCH:
-        print(f"{root}: reading {len(new)} files once, {size / 1e9:.1f} GB, to know them by "
-              "content", file=sys.stderr)  # fmt: skip
+        logger.warning(
+            "%s: reading %d files once, %.1f GB, to know them by content",
+            root, len(new), size / 1e9,
+        )  # fmt: skip
     begun = time.time_ns()
     with ThreadPoolExecutor() as pool:
         known |= zip(new, pool.map(lambda name: _hash(root / name), new), strict=True)
@@ -234,4 +236,4 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     try:
         write_json(path, found)
     except RunFailed as error:
-        print(f"warning: data.cache: {error}; all files are read again next time", file=sys.stderr)
+        logger.warning("data.cache: %s; all files are read again next time", error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
+import logging
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,6 +40,7 @@ from autosparse.data.tars import (
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_json, remove_tree, replacing, sha256_of_file, write_json
 
+logger = logging.getLogger(__name__)
 Sample = tuple[Picture, int]
 RECORDS, INFO = ".packing", "_info.json"
 
@@ -208,8 +209,9 @@ def _count(bad: list[str], more: list[str], limit: int) -> None:
         if len(bad) >= limit:
             raise too_many(problem, limit)
         bad.append(problem)
-        print(f"warning: {problem}; left out, bad image {len(bad)} of at most {limit} "
-              "(max_bad_images)", file=sys.stderr, flush=True)  # fmt: skip
+        logger.warning(
+            "%s; left out, bad image %d of at most %d (max_bad_images)", problem, len(bad), limit
+        )
 
 
 def too_many(problem: str, limit: int) -> UsageError:
