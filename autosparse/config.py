@@ -205,6 +205,8 @@ class TrainingConfig:
     """Multiply with survivors only where that is quicker: on a CPU, wide layers with few left."""
     rescatter: bool = False
     """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
+    scatter: str = _local("auto")
+    """How weights are made dense: auto (by device), each by itself, all at once (flat, triton)."""
     checkpoint_epochs: int = _local(5)
     """Save a checkpoint to resume from every so many epochs; 0: not by epochs."""
     checkpoint_steps: int = _local(0)

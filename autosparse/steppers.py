@@ -18,11 +18,12 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from autosparse import recipe
-from autosparse.compaction import multiply_sparse, rescattering
+from autosparse.compaction import lay_out, multiply_sparse, rescattering
 from autosparse.config import TrainingConfig
 from autosparse.contract import in_single, outputs_of
 from autosparse.errors import UsageError, UserError, unknown
 from autosparse.files import write_bytes
+from autosparse.flat_scatter import scatterer
 from autosparse.models import device_of
 from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
@@ -157,6 +158,7 @@ class PlainStepper:
         self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
         self.updates, self.settings = 0, {}
         self.network = torch.compile(model) if config.compile else model
+        self.scattered = scatterer(model, config, device_of(model))
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.channels_last:
@@ -164,7 +166,11 @@ class PlainStepper:
         drawn = step_seed(self.seed, self.updates)
         seed_step(drawn, images.device)
         images, targets = self.recipe.mix(images, labels, drawn)
-        with autocast(self.config, images.device), rescattering(self.config.rescatter):
+        with (
+            autocast(self.config, images.device),
+            rescattering(self.config.rescatter),
+            self.scattered(),
+        ):
             outputs = in_single(outputs_of(self.network, images))
         loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
@@ -221,7 +227,7 @@ def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -
     """
     multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(model, channels_last=True)
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]

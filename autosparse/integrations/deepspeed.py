@@ -24,8 +24,10 @@ from autosparse.config import SparseTrainConfig, run_id
 from autosparse.contract import in_single
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_tensors, write_tensors
+from autosparse.flat_scatter import scatterer
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
+from autosparse.models import device_of
 from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.progress import Progress
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
@@ -79,6 +81,10 @@ class DeepSpeedStepper:
             self.engine.compile()
         self.model = self.engine
         self.updates = 0
+        self.scattered = scatterer(
+            model, training, device_of(model), ranks=ranks.world_size,
+            sharded=config.deepspeed.zero_stage == 3,
+        )  # fmt: skip
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.training.channels_last:
@@ -90,7 +96,7 @@ class DeepSpeedStepper:
         parts = self.config.deepspeed.gradient_accumulation
         micro = len(images) // parts
         for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
-            with rescattering(self.config.training.rescatter):
+            with rescattering(self.config.training.rescatter), self.scattered():
                 outputs = in_single(self.model(part))
             loss = self.recipe.loss(outputs, part, wanted)
             self.engine.backward(loss)
@@ -147,7 +153,7 @@ class DeepSpeedStepper:
             prefix + name: buffer
             for prefix, network in networks.items()
             for name, buffer in network.named_buffers()
-            if not name.endswith((".index", ".fingerprint"))
+            if not name.endswith((".index", ".moved", ".fingerprint"))
         }
 
     def load(self, folder: Path) -> History | None:
