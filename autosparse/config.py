@@ -67,7 +67,8 @@ class DataConfig:
     image_size: int | None = None
     """Side of the square images in pixels; by default what suits the data set."""
     augment: str = "auto"
-    """none, shift, shift+flip, crop+flip (random resized crops, of streamed images), or auto.
+    """none, shift, shift+flip, shift+altflip (every other epoch each image is mirrored, in memory
+    only), crop+flip (random resized crops, of streamed images), or auto.
 
     All but none and auto may be followed by timm's RandAugment: crop+flip+rand-m9-mstd0.5-inc1.
     """
@@ -125,6 +126,8 @@ class TrainingConfig:
     """Weight decay; biases and norms are exempt, compact weights are not."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for the optimizer, e.g. {momentum: 0.9}."""
+    bias_rate: float = 1.0
+    """Factor on the learning rate of the norms' biases (64 in airbench, arXiv 2404.00498)."""
     schedule: str = "cosine"
     """cosine, tanh, poly (timm's), or none: a constant rate."""
     warmup_epochs: float = 1.0
@@ -147,6 +150,8 @@ class TrainingConfig:
     """Of the softmax of teacher and student when distilling."""
     precision: str = "fp32"
     """fp32, or autocast over fp32 weights: bf16; fp16 (with loss scaling) under DeepSpeed."""
+    bf16_evaluation: bool = False
+    """Evaluate under bf16 autocast too; by default in fp32, whatever precision it is trained in."""
     channels_last: bool = False
     """Lay images and kernels out with channels last, which GPUs like for convolutions."""
     compile: bool = False

@@ -210,7 +210,7 @@ def train_cell(
             watch=watch,
             stop=stop,
         )
-    test = evaluate(stepper.evaluated(), source, source.test, ranks)
+    test = evaluate(stepper.evaluated(), source, source.test, ranks, config.training)
     state = stepper.state_dict()
     result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
     steps = steps_per_epoch(source.train, config.training, ranks.world_size)

@@ -148,15 +148,23 @@ class PlainStepper:
             outputs = self.network(images).float()
         loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
+        self.after_backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
+        self.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         advance(self.scheduler, self.updates)
         if self.ema is not None:
             self.ema.update(self.model, self.updates)
         return loss.detach()
+
+    def after_backward(self) -> None:
+        """Called when gradients are there, before they are clipped."""
+
+    def after_update(self) -> None:
+        """Called when the optimizer has changed the parameters."""
 
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
