@@ -96,6 +96,11 @@ def run_folder(config: IRPConfig) -> Path:
     return place(config.out) / run_id(config)
 
 
+def level_file(config: IRPConfig, level: int) -> Path:
+    """Return the file of a finished level, which is there until the run is finished."""
+    return run_folder(config) / "levels" / f"{level:02d}" / "level.safetensors"
+
+
 def run_irp(
     config: IRPConfig,
     on_epoch: OnEpoch | None = None,
@@ -249,7 +254,7 @@ class _Run:
 
     def path(self, level: int) -> Path:
         """Return the file of a finished level."""
-        return self.folder / "levels" / f"{level:02d}" / "level.safetensors"
+        return level_file(self.config, level)
 
     def rewound(self) -> dict[str, Tensor]:
         """Return the state dict after step k of level 0, which must be finished; {} for k = 0."""

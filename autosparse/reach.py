@@ -226,7 +226,7 @@ def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
     """
     on_path = paths > 0
     lifted = paths.clamp_(min=torch.finfo(paths.dtype).tiny).log_().mul_(tilt).add_(score)
-    if on_path.device.type == "cpu" and bool(on_path.all()):
+    if not len(score) or (score.device.type == "cpu" and bool(on_path.all())):
         return lifted
     best_dead = score.masked_fill(on_path, -torch.inf).max()
     worst_alive = lifted.masked_fill(~on_path, torch.inf).min()

@@ -231,6 +231,8 @@ def check(config: TrainingConfig) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+    if config.bias_rate <= 0:
+        raise UsageError(f"training.bias_rate must be above 0, got {config.bias_rate}")
     for name in ("checkpoint_epochs", "checkpoint_steps"):
         if getattr(config, name) < 0:
             raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")

@@ -6,14 +6,15 @@ Every split yields batches of (uint8 images [B, C, H, W], int64 labels [B]) on i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from autosparse.config import DataConfig
 from autosparse.data.source import DataSource, Split, prepare
 from autosparse.errors import UsageError, unknown
 
-__all__ = ["DataSource", "Split", "load", "names", "prepare"]
+__all__ = ["DataSource", "Split", "load", "names", "prepare", "remembered"]
 
 
 def _digits(config: DataConfig) -> DataSource:
@@ -51,6 +52,20 @@ _LOADERS: dict[str, Callable[[DataConfig], DataSource]] = {
 }
 
 
+_REMEMBERED: dict[DataConfig, DataSource] | None = None
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Load every data set once: inside, the same config gives the source that it gave before."""
+    global _REMEMBERED
+    before, _REMEMBERED = _REMEMBERED, {}
+    try:
+        yield
+    finally:
+        _REMEMBERED = before
+
+
 def names() -> list[str]:
     """Return the names of the known data sets."""
     return sorted(_LOADERS)
@@ -60,6 +75,8 @@ def load(config: DataConfig | str) -> DataSource:
     """Load a data set by its config or name; raise UsageError when it is unknown or not there."""
     if isinstance(config, str):
         config = DataConfig(name=config)
+    if _REMEMBERED is not None and config in _REMEMBERED:
+        return _REMEMBERED[config]
     if config.name not in _LOADERS:
         raise unknown("data set", config.name, names())
     if config.name in ("folder", "shards") and not config.root:
@@ -68,4 +85,7 @@ def load(config: DataConfig | str) -> DataSource:
         raise UsageError(
             f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
         )
-    return replace(_LOADERS[config.name](config), config=config)
+    source = replace(_LOADERS[config.name](config), config=config)
+    if _REMEMBERED is not None:
+        _REMEMBERED[config] = source
+    return source
