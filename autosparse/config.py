@@ -87,7 +87,8 @@ class DataConfig:
     image_size: int | None = None
     """Side of the square images in pixels; by default what suits the data set."""
     augment: str = "auto"
-    """none, shift, shift+flip, crop+flip (random resized crops, of streamed images), or auto.
+    """none, shift, shift+flip, shift+altflip (every other epoch each image is mirrored, in memory
+    only), crop+flip (random resized crops, of streamed images), or auto.
 
     All but none and auto may be followed by timm's RandAugment: crop+flip+rand-m9-mstd0.5-inc1.
     """
@@ -173,6 +174,8 @@ class TrainingConfig:
     """Weight decay; biases and norms are exempt, compact weights are not."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for the optimizer, e.g. {momentum: 0.9}."""
+    bias_rate: float = 1.0
+    """Factor on the learning rate of the norms' biases (64 in airbench, arXiv 2404.00498)."""
     schedule: str = "cosine"
     """cosine, tanh, poly (timm's), or none: a constant rate."""
     warmup_epochs: float = 1.0

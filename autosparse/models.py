@@ -307,6 +307,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def device_name(device: torch.device) -> str:
+    """Return `cpu`, or what a GPU is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def choose_device(name: str) -> torch.device:
     """Turn `auto`, `cpu`, `cuda` … into a device; raise UsageError when it is not there."""
     if name == "auto":

@@ -24,9 +24,10 @@ def optimizer_and_schedule(
     timm exempts 1-D parameters from weight decay; compact weights are 1-D and yet weights, so
     the groups are made here.
     """
+    norm_biases = config.learning_rate * config.bias_rate if config.bias_rate != 1 else None
     try:
         optimizer = create_optimizer_v2(
-            parameter_groups(model, config.weight_decay),  # type: ignore[arg-type]
+            parameter_groups(model, config.weight_decay, norm_biases),  # type: ignore[arg-type]
             opt=config.optimizer,
             lr=config.learning_rate,
             weight_decay=0.0,
@@ -65,7 +66,9 @@ def last_rate(optimizer: torch.optim.Optimizer, scheduler: Any, updates: int) ->
     return rate
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, norm_biases: float | None = None
+) -> list[dict[str, Any]]:
     """Return the parameters that need a gradient as an optimizer's groups: what decays, and not.
 
     Weights decay, compact ones too (1-D as they are); biases, norms and what the model's own
@@ -76,20 +79,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Args:
         model: dense or compact; a compiled or parallel one is looked into.
         weight_decay: of the first group; the second has 0. A group without parameters is left out.
+        norm_biases: the rate of the biases of norms, which then make a third group.
     """
     model = unwrapped(model)
     exempt = set(getattr(model, "no_weight_decay", set)())
     compact = {name for name, _ in compact_weights(model)}
-    decay, none = [], []
+    apart = _norm_biases(model) if norm_biases is not None else set()
+    decay, none, fast = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = dense_name(name)
         spared = any(fnmatch(each, pattern) for each in (name, plain) for pattern in exempt)
         decays = (parameter.ndim > 1 or plain in compact) and not spared
-        (decay if decays else none).append(parameter)
+        if name in apart:
+            fast.append(parameter)
+        else:
+            (decay if decays else none).append(parameter)
     groups = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": none, "weight_decay": 0.0},
+        {"params": fast, "weight_decay": 0.0, "lr": norm_biases},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _norm_biases(model: nn.Module) -> set[str]:
+    """Return the names of the biases of norms, which are known by their class's name."""
+    return {
+        f"{path}.bias" if path else "bias"
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and isinstance(getattr(module, "bias", None), nn.Parameter)
+    }

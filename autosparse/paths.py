@@ -6,7 +6,6 @@ Used by criteria that sum over paths, and to tell which weights lie on one (reac
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -186,16 +185,27 @@ def activation_patterns(
 
 
 class Rescaling:
-    """Divides the signal by a power of two after every block, and keeps count of it."""
+    """Divides the signal by a power of two after every block, and keeps count of it.
+
+    The count stays on the device until someone asks for it.
+    """
 
     def __init__(self) -> None:
-        self.log2 = 0
+        self.count: Tensor | int = 0
+
+    @property
+    def log2(self) -> int:
         """Of what the signal was divided by since this was last set to 0."""
+        return int(self.count)
+
+    @log2.setter
+    def log2(self, value: int) -> None:
+        self.count = value
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        power = _power(output)
-        self.log2 += power
-        return output / 2.0**power
+        power, exponent = _power(output)
+        self.count = self.count + exponent
+        return output / power
 
 
 def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | None:
@@ -208,18 +218,18 @@ def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | Non
     blocks = list(_blocks(linear))
     if not blocks:
         return None
-    powers: dict[nn.Module, int] = {}
+    powers: dict[nn.Module, Tensor] = {}
 
     def divide(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        powers[module] = _power(output)
-        return output / 2.0 ** powers[module]
+        powers[module], _ = _power(output)
+        return output / powers[module]
 
     with torch.no_grad():
         with _hooked(blocks, divide):
             before = linear(images)
         for start in range(0, len(blocks), DOUBLED):
             some = blocks[start : start + DOUBLED]
-            factors = {each: 2.0 ** ((each in some) - power) for each, power in powers.items()}
+            factors = {each: (2.0 if each in some else 1.0) / powers[each] for each in powers}
             with _hooked(blocks, lambda module, _, output, f=factors: output * f[module]):
                 after = linear(images)
             if not torch.isfinite(after).all() or not torch.equal(after, before * 2.0 ** len(some)):
@@ -249,7 +259,12 @@ def _hooked(blocks: list[nn.Module], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _power(output: Tensor) -> int:
-    """Return the exponent of the power of two at or below the largest value; 0 if none is."""
-    peak = float(output.detach().amax())
-    return math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
+def _power(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the power of two at or below the largest value, and its exponent; 1 if none is.
+
+    On the device of the values, which nothing waits for.
+    """
+    peak = output.detach().amax()
+    mantissa, exponent = torch.frexp(peak)  # The mantissa is 1/2 to 1.
+    there = (peak > 0) & (peak < torch.inf)
+    return torch.where(there, peak / (2 * mantissa), 1), torch.where(there, exponent - 1, 0)

@@ -174,15 +174,23 @@ class PlainStepper:
             outputs = in_single(outputs_of(self.network, images))
         loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
+        self.after_backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
+        self.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         advance(self.scheduler, self.updates)
         if self.ema is not None:
             self.ema.update(self.model, self.updates)
         return loss.detach()
+
+    def after_backward(self) -> None:
+        """Called when gradients are there, before they are clipped."""
+
+    def after_update(self) -> None:
+        """Called when the optimizer has changed the parameters."""
 
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
@@ -249,6 +257,8 @@ def check(config: TrainingConfig) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+    if config.bias_rate <= 0:
+        raise UsageError(f"training.bias_rate must be above 0, got {config.bias_rate}")
     for name in ("checkpoint_epochs", "checkpoint_steps"):
         if getattr(config, name) < 0:
             raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")

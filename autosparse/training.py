@@ -26,6 +26,8 @@ from autosparse.optimizers import advance
 from autosparse.steppers import Epoch, History, Ranks, Stepper, autocast, check
 
 EVALUATION_BATCH = 256
+EVALUATION_PIXELS = 1 << 21
+"""A GPU gets as many images at a time as have so many pixels, if those are more."""
 
 
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
@@ -264,7 +266,7 @@ def evaluate(
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in split.once(
-        EVALUATION_BATCH, rank=ranks.rank, world_size=ranks.world_size
+        evaluation_batch(device, source.image_size), rank=ranks.rank, world_size=ranks.world_size
     ):
         with autocast(config or TrainingConfig(), device):
             outputs = model(source.prepare(images)).float()
@@ -277,6 +279,13 @@ def evaluate(
     if not images:
         raise UsageError("there is no image to evaluate on")
     return Evaluation(loss / images, right / images, int(images))
+
+
+def evaluation_batch(device: torch.device, side: int) -> int:
+    """Return how many images of `side` pixels are evaluated at a time."""
+    if device.type != "cuda":
+        return EVALUATION_BATCH
+    return max(EVALUATION_BATCH, EVALUATION_PIXELS // side**2)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ LAYERS = (
     ("ticket", "claims", "optimizers", "scorer"),
     ("recipe",),
     ("steppers",),
-    ("training",),
+    ("training", "masked_stepper"),
     ("criteria",),
     ("corpus", "scoring"),
     ("pruning",),

@@ -6,7 +6,8 @@ Every split yields batches of (uint8 images [B, C, H, W], int64 labels [B]) on i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from autosparse.errors import UsageError, unknown
 
 __all__ = [
     "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names",
-    "prepare", "shape",
+    "prepare", "remembered", "shape",
 ]  # fmt: skip
 
 
@@ -55,6 +56,20 @@ _LOADERS: dict[str, Callable[[DataConfig], DataSource]] = {
     "folder": _folder,
     "shards": _shards,
 }
+
+
+_REMEMBERED: dict[DataConfig, DataSource] | None = None
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Load every data set once: inside, the same config gives the source that it gave before."""
+    global _REMEMBERED
+    before, _REMEMBERED = _REMEMBERED, {}
+    try:
+        yield
+    finally:
+        _REMEMBERED = before
 
 
 def names() -> list[str]:
@@ -109,9 +124,14 @@ def load(config: DataConfig | str) -> DataSource:
     """Load a data set by its config or name; raise UsageError when it is unknown or not there."""
     if isinstance(config, str):
         config = DataConfig(name=config)
+    if _REMEMBERED is not None and config in _REMEMBERED:
+        return _REMEMBERED[config]
     check_config(config)
     source = replace(_LOADERS[config.name](config), config=config)
-    return normalisation.normalised(source, config)
+    source = normalisation.normalised(source, config)
+    if _REMEMBERED is not None:
+        _REMEMBERED[config] = source
+    return source
 
 
 def if_there(config: DataConfig) -> DataSource | None:

@@ -27,6 +27,8 @@ from autosparse.errors import UsageError
 
 DEFAULT_SIZE = 224
 TEST_FRACTION = 0.15
+PIECE = 256
+"""How many files a thread decodes in one go."""
 
 
 def load_folder(config: DataConfig) -> DataSource:

@@ -20,6 +20,8 @@ from autosparse.errors import UsageError
 Batch = tuple[Tensor, Tensor]
 SPLIT_SEED = 20240827
 """Fixes every split; not an option, so that a test image never becomes a training image."""
+FLIP_SALT = 500_009
+"""Keeps the draw of the first flips apart from the orders of epochs."""
 
 
 class Split(Protocol):
@@ -78,6 +80,8 @@ class MemorySplit:
     labels: Tensor
     lanes: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
     """(seed, epoch) -> order and lanes [N], where it is not that of `epoch_order`."""
+    alternating: bool = False
+    """Whether `shuffled` mirrors images; see `mirrored`."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,10 +95,14 @@ class MemorySplit:
     ) -> Iterator[Batch]:  # fmt: skip
         step = batch_size * world_size
         order = self.order(seed, epoch, step).to(self.labels.device)
+        mirror = mirrored(len(self), seed, epoch).to(order.device) if self.alternating else None
         for start in range(first * step, len(self) - step + 1, step):
             mine = start + rank * batch_size
             chosen = order[mine : mine + batch_size]
-            yield self.images[chosen], self.labels[chosen]
+            images = self.images[chosen]
+            if mirror is not None:
+                images = torch.where(mirror[chosen].view(-1, 1, 1, 1), images.flip(3), images)
+            yield images, self.labels[chosen]
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         images, labels = self.images[rank::world_size], self.labels[rank::world_size]
@@ -115,7 +123,7 @@ class MemorySplit:
             yield self.images[part], self.labels[part]
 
     def plain(self) -> MemorySplit:
-        return self
+        return replace(self, alternating=False)
 
     def to(self, device: torch.device) -> MemorySplit:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -269,6 +277,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
+def mirrored(count: int, seed: int, epoch: int) -> Tensor:
+    """Return which images an epoch of alternating flips mirrors: a bool tensor [count].
+
+    In the first epoch about half of them, drawn by `seed`; after that each image in turn as it is
+    and mirrored. Source: K. Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), arXiv
+    2404.00498, section 3.6: any two epochs in a row show both sides of every image.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + FLIP_SALT)
+    first = torch.randint(0, 2, (count,), generator=generator).bool()
+    return first if epoch % 2 == 0 else ~first
+
+
 def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tensor, Tensor]:
     """Split positions into (rest, chosen): `fraction` of every class chosen, always the same.
 
@@ -368,6 +388,7 @@ def in_memory(
         validation = MemorySplit(train.images[held_out], train.labels[held_out])
         train = MemorySplit(train.images[rest], train.labels[rest])
     train = limited(train, train_limit)
+    train = replace(train, alternating=parse(augment).alternating)
     mean, std = normalisation or channel_statistics(train.images)
     return DataSource(
         name=name,
