@@ -65,9 +65,12 @@ def main() -> None:
 
 def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
     """Call `run(arguments)`; turn a user's mistake into one line and return the exit code."""
+    from autosparse.data_identity import looked_at_once
+
     logs.to_stderr()
     try:
-        run(arguments)
+        with looked_at_once():
+            run(arguments)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

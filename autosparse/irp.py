@@ -143,7 +143,7 @@ def run_irp(
     check(config)
     folder = run_folder(config)
     if corpus.is_finished(folder):
-        check_found(config, folder)
+        check_found(folder, data_module.if_there(config.data))
         tidy(folder)
         return folder
     data_identity.tell_of_former(lambda: run_folder(config), corpus.FINISHED)
@@ -161,9 +161,8 @@ def run_irp(
     return folder
 
 
-def check_found(config: IRPConfig, folder: Path) -> None:
+def check_found(folder: Path, there: DataSource | None) -> None:
     """Raise UsageError if a finished run is of other data of the same name than are there now."""
-    there = data_module.if_there(config.data)
     if there is not None:
         recorded = read_card(folder / corpus.RUN).get("data_fingerprint")
         data_module.check_found(recorded, there, folder)

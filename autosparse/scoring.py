@@ -122,10 +122,12 @@ def score(
     with counting() as cost:
         scores = context.run(found, sparsity, asked)
         counts = context.allocated(selection, scores, sparsity)
+    changed = found.changed_defaults(asked)
     card = {
         **describe(model, source),
         "criterion": criterion,
         "options": asked,
+        **({"changed_defaults": changed} if changed else {}),
         "sparsity": sparsity,
         "selection": plain(selection),
         "scoring": plain(scoring),

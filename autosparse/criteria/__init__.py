@@ -61,10 +61,20 @@ class Criterion:
 
         Defaults that are no longer the first ones, and files such as AutoS by their content.
         """
+        first, files = FIRST.get(self.name, {}), {}
+        if self.provenance:
+            files = self.provenance(**asked)
+        other = {key: each for key, each in files.items() if first.get(key) != each}
+        return self.changed_defaults(asked) | other
+
+    def changed_defaults(self, asked: Collection[str]) -> dict[str, Any]:
+        """Return the defaults that count, as no option asks otherwise, and are not the first."""
         first = {**self.options, **FIRST.get(self.name, {})}
-        now = {key: each for key, each in self.options.items() if key not in asked}
-        now |= self.provenance(**asked) if self.provenance else {}
-        return {key: each for key, each in now.items() if key not in first or each != first[key]}
+        return {
+            key: each
+            for key, each in self.options.items()
+            if key not in asked and each != first[key]
+        }
 
     def check(self, options: Collection[str]) -> None:
         """Raise UsageError for an option that the criterion does not have."""

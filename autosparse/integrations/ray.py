@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from autosparse import corpus, irp, plan
+from autosparse import corpus, data, data_identity, irp, plan
 from autosparse.config import CorpusConfig, IRPConfig
 from autosparse.corpus import Corpus
 from autosparse.errors import RunFailed, UsageError, UserError
@@ -89,6 +89,7 @@ def grow(config: CorpusConfig) -> Grown:
     grown.found = [name for name in runs if corpus.is_finished(folder / name)]
     for name in grown.found:
         irp.tidy(folder / name)
+    _check_found(runs, grown)
     todo = {name: run for name, run in runs.items() if name not in grown.found}
     if todo:
         connect()
@@ -98,6 +99,16 @@ def grow(config: CorpusConfig) -> Grown:
     if grown.found or grown.done:
         Corpus(folder).write_index()
     return grown
+
+
+def _check_found(runs: dict[str, IRPConfig], grown: Grown) -> None:
+    """Raise UsageError if finished runs are of other data of the same name than are there now."""
+    there = {}
+    for name in grown.found:
+        wanted = runs[name].data
+        if wanted not in there:
+            there[wanted] = data.if_there(wanted)
+        irp.check_found(grown.folder / name, there[wanted])
 
 
 def _check_fits(config: CorpusConfig) -> None:
@@ -239,7 +250,8 @@ def _one_run(run: IRPConfig, cpus: float) -> str | None:
 
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        irp.run_irp(run, wait=True)
+        with data_identity.looked_at_once():
+            irp.run_irp(run, wait=True)
     except UserError as error:
         return " ".join(str(error).split())
     return None

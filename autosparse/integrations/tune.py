@@ -28,7 +28,7 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-from autosparse import compare, sweep
+from autosparse import compare, data_identity, sweep
 from autosparse.claims import claimed
 from autosparse.compare import Trial
 from autosparse.config import SweepConfig, run_id
@@ -69,6 +69,7 @@ def run(config: SweepConfig) -> Swept:
     """
     folder = cluster.output_folder(config.out)
     config = replace(config, out=str(folder))
+    sweep.check_whole(config)
     planned = sweep.cells(config)
     if config.search == sweep.OPTUNA:
         _optuna()
@@ -211,12 +212,15 @@ def _train(begin: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
-    cell = begin(suggestion)
     try:
-        source = _loaded(cell)
-        compare.run_trial(
-            cell.config, cell.trial, source, on_epoch=lambda epoch: tune.report(vars(epoch))
-        )
+        with data_identity.looked_at_once():
+            cell = begin(suggestion)
+            compare.run_trial(
+                cell.config,
+                cell.trial,
+                _loaded(cell),
+                on_epoch=lambda epoch: tune.report(vars(epoch)),
+            )
         tune.report({"cell": "finished", METRIC: cell.history()[-1][METRIC]})
     except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
@@ -227,9 +231,10 @@ _SOURCES: dict[Any, Any] = {}
 
 
 def _loaded(cell: SweepCell) -> Any:
-    """Load the data once per worker."""
+    """Load the data once per worker; a sweep has one data set."""
     key = (run_id(cell.config.data), cell.config.data, cell.config.device)
     if key not in _SOURCES:
+        _SOURCES.clear()
         _SOURCES[key] = compare.load(cell.config)
     return _SOURCES[key]
 
