@@ -20,10 +20,12 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse import corpus, data, models
+from autosparse import corpus, data, logs, models
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
 from autosparse.files import place, remove_tree
+
+logs.to_stderr()  # Tests read what a command says.
 
 STATUS = pytest.StashKey[int]()
 

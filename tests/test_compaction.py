@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
@@ -235,11 +237,13 @@ def test_compact_weights_give_names_and_masks_back() -> None:
     assert all(torch.equal(found[name], mask) for name, mask in ticket.masks.items())
 
 
-def test_state_dict_holds_values_and_no_index() -> None:
+def test_state_dict_holds_values_and_eight_bytes_for_each_mask() -> None:
     model = conv_net()
     dense = {name: tensor.shape for name, tensor in model.state_dict().items()}
     ticket = random_ticket(model)
     state = compact(model, ticket).state_dict()
+    marks = {name: state.pop(name) for name in list(state) if name.endswith(".fingerprint")}
+    assert [(mark.dtype, mark.shape) for mark in marks.values()] == [(torch.uint8, (8,))] * 3
     assert {dense_name(name) for name in state} == set(dense)
     for name, tensor in state.items():
         plain = dense_name(name)
@@ -257,6 +261,45 @@ def test_state_dict_goes_into_another_compact_model() -> None:
             parameter.add_(1)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(images()), model.eval()(images()))
+
+
+def test_a_state_dict_of_another_ticket_is_refused() -> None:
+    """The masks keep as many weights of every layer, so that all shapes fit."""
+    model, other = conv_net(), conv_net()
+    ticket = random_ticket(model)
+    turned = {name: mask.flip(0) for name, mask in ticket.masks.items()}
+    assert any(not torch.equal(mask, turned[name]) for name, mask in ticket.masks.items())
+    compact(model, ticket)
+    compact(other, Ticket.from_model(other, turned, {}))
+    state = model.state_dict()
+    with pytest.raises(UsageError, match=r"of another ticket: it keeps other weights of 0\.weight"):
+        other.load_state_dict(state)
+    with pytest.raises(UsageError, match="of another ticket"):
+        other.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_state_dict_survives_casts_and_files(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Some libraries cast whatever a state dict holds; a mask's eight bytes are exact in all."""
+    model, other = conv_net(), conv_net()
+    ticket = random_ticket(model)
+    state = compact(model, ticket).to(dtype).state_dict()
+    assert state["0.parametrizations.weight.0.fingerprint"].dtype == torch.uint8
+    save_file(state, tmp_path / "state.safetensors")
+    torch.save(state, tmp_path / "state.pt")
+    compact(other, ticket)
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
+
+
+def test_a_state_dict_from_before_there_were_fingerprints_is_taken() -> None:
+    model, other = conv_net(), conv_net()
+    ticket = random_ticket(model)
+    state = compact(model, ticket).state_dict()
+    compact(other, ticket)
+    old = {name: tensor for name, tensor in state.items() if not name.endswith(".fingerprint")}
+    assert not any(other.load_state_dict(old, strict=True))
 
 
 def test_positions_are_int32() -> None:

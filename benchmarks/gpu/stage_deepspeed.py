@@ -48,7 +48,9 @@ def run(setting: Setting, recorder: Recorder) -> None:
     ranks, device = ours.start()
     recorder.note("backend", f"{dist.get_backend()} on {device}")
     batch = random_batch(TINY_BATCH if setting.tiny else BATCH, SIDE, setting.device)
-    config = ModelConfig("test_resnet") if setting.tiny else ModelConfig("resnet18", small_stem=True)
+    config = (
+        ModelConfig("test_resnet") if setting.tiny else ModelConfig("resnet18", small_stem=True)
+    )
     model = dense_model(config, SIDE)
     for precision in PRECISIONS:
         training = TrainingConfig(batch_size=len(batch[0]), schedule="none", precision=precision)

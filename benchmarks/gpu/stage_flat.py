@@ -82,9 +82,7 @@ def all_at_once(
     """Return a job: all weights in one buffer."""
     sizes = [gradient.numel() for gradient in gradients]
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
-    index = torch.cat(
-        [each.long() + start for each, start in zip(indices, starts, strict=True)]
-    )
+    index = torch.cat([each.long() + start for each, start in zip(indices, starts, strict=True)])
     buffer = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=index.device)
     views = [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes, strict=True)]
 

@@ -41,7 +41,9 @@ def run(setting: Setting, recorder: Recorder) -> None:
         for criterion, job in jobs.items():
             taken = in_turn({criterion: job}, setting, runs=RUNS, warm_up=1)[criterion]
             recorder.add(f"{criterion}_seconds_{name}", [each / 1e3 for each in taken])
-        taken = in_turn({"thinning": thinning(model, side)}, setting, runs=RUNS, warm_up=1)["thinning"]
+        taken = in_turn({"thinning": thinning(model, side)}, setting, runs=RUNS, warm_up=1)[
+            "thinning"
+        ]
         recorder.add(f"thinning_seconds_{name}", [each / 1e3 for each in taken])
         if setting.on_gpu:
             recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
