@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch._dynamo.utils import counters
 
 from autosparse import data, models
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
@@ -34,10 +35,12 @@ LEVELS, DENSITY = 1, 0.5
 TRAINING = TrainingConfig(
     epochs=16,
     batch_size=512,
-    optimizer="sgd",
+    optimizer="nesterov",
+    optimizer_options={"momentum": 0.9},
     learning_rate=0.2,
     weight_decay=5e-4,
     warmup_epochs=2.0,
+    label_smoothing=0.2,
     precision="bf16",
     channels_last=True,
     compile=True,
@@ -48,13 +51,17 @@ TINY_TRAINING = replace(TRAINING, epochs=2, batch_size=32, warmup_epochs=0.0, co
 
 def run(setting: Setting, recorder: Recorder) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        root = setting.data or Path(folder, "images")
-        if setting.data is None:
+        given = None if setting.tiny else setting.data
+        root = given or Path(folder, "images")
+        if given is None:
             write_images(root, TINY_IMAGES if setting.tiny else IMAGES)
         config = IRPConfig(
             model=ModelConfig("test_resnet") if setting.tiny else
             ModelConfig("resnet18", small_stem=True),
-            data=DataConfig("folder", str(root), image_size=SIDE),
+            data=DataConfig(
+                "folder", str(root), image_size=SIDE, augment="shift+altflip",
+                validation_fraction=0.05,
+            ),
             training=TINY_TRAINING if setting.tiny else TRAINING,
             levels=LEVELS,
             final_density=DENSITY,
@@ -77,6 +84,7 @@ def measure(config: IRPConfig, setting: Setting, recorder: Recorder) -> None:
     theirs: list[float] = []
     aside = [0.0]
     levels: list[float] = []
+    graphs: list[float] = []
 
     def on_epoch(level: int, epoch: Epoch) -> None:
         begun = time.perf_counter()
@@ -87,6 +95,7 @@ def measure(config: IRPConfig, setting: Setting, recorder: Recorder) -> None:
 
     def on_level(entry: dict[str, Any]) -> None:
         levels.append(entry["seconds"] - aside[0])
+        graphs.append(float(counters["stats"]["unique_graphs"]))
         recorder.note(f"level_{entry['level']}", {**entry, "aside": aside[0]})
         aside[0] = 0.0
 
@@ -96,6 +105,7 @@ def measure(config: IRPConfig, setting: Setting, recorder: Recorder) -> None:
     recorder.add("level_vs_bare", [a / b for a, b in zip(ours, theirs, strict=True)])
     recorder.add("level_seconds", levels[1:])
     recorder.add("first_level_seconds", levels[:1])
+    recorder.add("graphs_after_first_level", [graphs[1] - graphs[0]])
 
 
 def bare_epoch(source: DataSource, config: IRPConfig, setting: Setting) -> Callable[[], float]:
@@ -105,6 +115,7 @@ def bare_epoch(source: DataSource, config: IRPConfig, setting: Setting) -> Calla
     model = model.to(setting.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     network = torch.compile(model) if training.compile else model
     optimizer, _ = optimizer_and_schedule(model, training, 1)
+    loss_of = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
     there = source.to(setting.device)
     batches = [
         (there.prepare(images).contiguous(memory_format=torch.channels_last), labels)
@@ -117,7 +128,7 @@ def bare_epoch(source: DataSource, config: IRPConfig, setting: Setting) -> Calla
         for images, labels in batches:
             with autocast(training, setting.device):
                 outputs = network(images)
-            nn.functional.cross_entropy(outputs.float(), labels).backward()
+            loss_of(outputs.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         setting.wait()
