@@ -14,7 +14,15 @@ from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, Stopped, UsageError
 from autosparse.steppers import History, PlainStepper
-from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
+from autosparse.training import (
+    Span,
+    Watch,
+    evaluate,
+    evaluation_batch,
+    fit,
+    seeded,
+    steps_per_epoch,
+)
 from tests.conftest import QUICK, make_model
 
 
@@ -254,6 +262,30 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
     assert found.loss == pytest.approx(
         float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_evaluation_is_in_bf16_only_where_that_is_asked_for(
+    digits: DataSource, in_bf16: bool
+) -> None:
+    config = replace(QUICK, precision="bf16", bf16_evaluation=in_bf16)
+    model, seen = make_model(), []
+    stepper = PlainStepper(model, config, steps_per_epoch(digits.train, config))
+
+    def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if not model.training:
+            seen.append(output.dtype)
+
+    model.get_submodule("head.fc").register_forward_hook(note)
+    fit(stepper, digits, config, seed=0)
+    evaluate(stepper.evaluated(), digits, digits.test, None, config)
+    assert set(seen) == {torch.bfloat16 if in_bf16 else torch.float32}
+
+
+def test_a_gpu_evaluates_more_small_images_at_a_time() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [evaluation_batch(cpu, side) for side in (32, 224)] == [256, 256]
+    assert [evaluation_batch(gpu, side) for side in (32, 224)] == [2048, 256]
 
 
 @pytest.mark.parametrize(
