@@ -264,24 +264,6 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
     )
 
 
-@pytest.mark.parametrize("in_bf16", [False, True])
-def test_evaluation_is_in_bf16_only_where_that_is_asked_for(
-    digits: DataSource, in_bf16: bool
-) -> None:
-    config = replace(QUICK, precision="bf16", bf16_evaluation=in_bf16)
-    model, seen = make_model(), []
-    stepper = PlainStepper(model, config, steps_per_epoch(digits.train, config))
-
-    def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        if not model.training:
-            seen.append(output.dtype)
-
-    model.get_submodule("head.fc").register_forward_hook(note)
-    fit(stepper, digits, config, seed=0)
-    evaluate(stepper.evaluated(), digits, digits.test, None, config)
-    assert set(seen) == {torch.bfloat16 if in_bf16 else torch.float32}
-
-
 def test_a_gpu_evaluates_more_small_images_at_a_time() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert [evaluation_batch(cpu, side) for side in (32, 224)] == [256, 256]
