@@ -217,7 +217,8 @@ class PlainStepper:
         path = folder / "checkpoint.pt"
         if not path.is_file():
             return None
-        state = torch.load(path, map_location=device_of(self.model), weights_only=True)
+        # On the CPU: an optimizer's counters of steps that lie on a GPU hold every step up.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 from typing import Protocol
 
@@ -94,8 +95,9 @@ class MemorySplit:
         first: int = 0,
     ) -> Iterator[Batch]:  # fmt: skip
         step = batch_size * world_size
-        order = self.order(seed, epoch, step).to(self.labels.device)
-        mirror = mirrored(len(self), seed, epoch).to(order.device) if self.alternating else None
+        device = self.labels.device
+        order = sent(self.order(seed, epoch, step), device)
+        mirror = sent(mirrored(len(self), seed, epoch), device) if self.alternating else None
         for start in range(first * step, len(self) - step + 1, step):
             mine = start + rank * batch_size
             chosen = order[mine : mine + batch_size]
@@ -238,24 +240,36 @@ class TrainingBatches:
 
 def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Scale uint8 images [B, C, H, W] to 0..1 and normalise each channel."""
-    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    scale = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images - shift) / scale
+    return (images - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+
+
+@lru_cache(maxsize=64)
+def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers [C] times 255 as [C, 1, 1], sent once: making them would hold up a GPU."""
+    return torch.tensor(numbers).view(-1, 1, 1).mul(255).to(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; nobody waits for its way to a GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def augmented(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Shift every image by up to 1/8 of its side, edges repeated; mirror half of them if `flip`.
 
-    One gather for the whole batch, on its device; the offsets come from a CPU generator.
+    One gather for the whole batch, on its device; the offsets, three numbers an image, come from
+    a CPU generator.
     """
     count, channels, height, width = images.shape
-    reach = max(1, height // 8)
-    draws, mirror = _draws(count, reach, generator)
-    mirror = mirror & flip
-    rows = (torch.arange(height) + draws[0]).clamp(0, height - 1)
-    columns = (torch.arange(width) + draws[1]).clamp(0, width - 1)
-    columns = torch.where(mirror, columns.flip(1), columns)
-    flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1).to(images.device)
+    device = images.device
+    draws, mirror = _draws(count, max(1, height // 8), generator)
+    down, right, mirror = sent(torch.stack([*draws, mirror & flip]), device)
+    rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + right).clamp(0, width - 1)
+    columns = torch.where(mirror.bool(), columns.flip(1), columns)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1)
     index = flat.expand(count, channels, height * width)
     return images.flatten(2).gather(2, index).view_as(images)
 

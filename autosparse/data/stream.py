@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from autosparse.data import augment
 from autosparse.data.crew import Crew, Found, Order, Task
 from autosparse.data.decode import BadImage, decode
-from autosparse.data.source import Batch, MemorySplit, first_cause
+from autosparse.data.source import Batch, MemorySplit, first_cause, sent
 from autosparse.errors import RunFailed, UsageError
 from autosparse.memory import keep_freed_blocks
 
@@ -148,7 +148,7 @@ class Stream:
             for images, labels, bad in crew.work(tasks):
                 self._count(bad)
                 if labels:
-                    yield self._here(images), self._here(torch.tensor(labels))
+                    yield sent(images, self.device), sent(torch.tensor(labels), self.device)
                 del images
             whole = True
         except UsageError as error:
@@ -161,12 +161,6 @@ class Stream:
         finally:
             if not whole:
                 crew.end()
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Return the tensor on the device."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         for name, problem in bad:
