@@ -140,7 +140,7 @@ def test_training_is_that_of_the_cpu(
         images, labels = digits.to(place).score_batches(3)[0]
         losses.append([float(stepper.step(images, labels)) for _ in range(5)])
     expected, found = losses
-    assert found == pytest.approx(expected, rel=0.05 if "precision" in changes else 1e-3)
+    assert found == pytest.approx(expected, rel=0.05 if "precision" in changes else 5e-3)
     assert expected[-1] < expected[0]
 
 

@@ -36,14 +36,14 @@ def check(stage: str, path: Path) -> None:
         assert figure["value"] == pytest.approx(sorted(figure["runs"])[len(figure["runs"]) // 2])
 
 
-@pytest.mark.parametrize("stage", ["probe", "flat", "irp", "shards"])
+@pytest.mark.parametrize("stage", ["probe", "flat", "shards"])
 def test_a_stage_runs_on_a_cpu(stage: str, tmp_path: Path) -> None:
     main([stage, "--tiny", "--json", str(tmp_path / "found.json")])
     check(stage, tmp_path / "found.json")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["tests", "scoring", "resnet50"])
+@pytest.mark.parametrize("stage", ["tests", "irp", "scoring", "resnet50"])
 def test_a_long_stage_runs_on_a_cpu(stage: str, tmp_path: Path) -> None:
     main([stage, "--tiny", "--json", str(tmp_path / "found.json")])
     check(stage, tmp_path / "found.json")
