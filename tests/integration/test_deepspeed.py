@@ -48,7 +48,7 @@ def test_compact_training_equals_masked_dense_training(
     expected = torch.tensor(by_hand)
     losses = [json.loads((compact_trainings / f"rank{r}.json").read_text()) for r in range(2)]
     assert float(expected[0].mean() - expected[-5:].mean()) > 0.2, "nothing was learned"
-    for stage in ("0", "1", "2", "3", "1 sparse"):
+    for stage in ("0", "1", "2", "3", "1 sparse", "0 flat", "1 flat", "2 flat"):
         found = torch.tensor([losses[rank][f"{name} {stage}"] for rank in range(2)]).T
         assert found.shape == (STEPS, 2)
         assert float((found - expected).abs().max()) < 1e-5, f"ZeRO {stage}"
@@ -57,6 +57,35 @@ def test_compact_training_equals_masked_dense_training(
             assert weights.keys() == average.keys()
             for parameter, wanted in average.items():
                 assert torch.allclose(weights[parameter].double(), wanted, atol=1e-5), parameter
+        if "flat" in stage:
+            each = torch.tensor([losses[rank][f"{name} {stage[0]}"] for rank in range(2)]).T
+            assert torch.equal(found, each)
+
+
+@pytest.fixture(scope="module")
+def communicated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    out = tmp_path_factory.mktemp("communicated") / "bytes.json"
+    done = launch(ROOT / "tests" / "integration" / "dtypes_on_ranks.py", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_compact_gradients_are_sent_in_the_dtype_of_training(
+    communicated: dict[str, dict], stage: str
+) -> None:
+    """Norms, biases of compact layers and embeddings go in fp32; ZeRO pads with a few entries."""
+    found = communicated[stage]
+    assert found["bfloat16"] >= found["values"] > 0.8 * found["all"]
+    assert found["float32"] <= found["all"] - found["values"]
+    assert found["all"] <= found["bfloat16"] + found["float32"] <= found["all"] + 100
+    assert found["losses"] == pytest.approx(communicated["0"]["losses"], abs=5e-3)
+
+
+def test_without_zero_all_gradients_are_sent_in_fp32(communicated: dict[str, dict]) -> None:
+    """That is DeepSpeed's way with autocast, for dense models too."""
+    found = communicated["0"]
+    assert (found["float32"], found.get("bfloat16")) == (found["all"], None)
 
 
 TINY = [
