@@ -39,7 +39,7 @@ LOW_PRECISION = [
     *get_default_autocast_lower_precision_modules(),
     f"{ParametrizationList.__module__}.{ParametrizationList.__name__}",
 ]
-"""Modules whose gradients are sent in the dtype of autocast: with those that hold compact values."""
+"""Modules whose gradients are sent in the dtype of autocast: also those of compact values."""
 LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),

@@ -22,8 +22,10 @@ from tests.integration.masked_dense import BATCH, CASES, batches
 
 NAME, STEPS = "test_vit", 12
 REDUCED = {
-    "all_reduce": (0, "tensor"), "reduce": (0, "tensor"), "reduce_scatter_tensor": (1, "input_tensor")
-}  # fmt: skip
+    "all_reduce": (0, "tensor"),
+    "reduce": (0, "tensor"),
+    "reduce_scatter_tensor": (1, "input_tensor"),
+}
 """Collectives, and which of their arguments is the whole tensor, by place and by name."""
 REFUSED = ("all_reduce_coalesced", "reduce_scatter")
 
