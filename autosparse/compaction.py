@@ -12,13 +12,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from autosparse.models import owner
+from autosparse import masks
+from autosparse.errors import UsageError
+from autosparse.models import owner, unwrapped
 from autosparse.sparse_products import Pattern, available, pays, sparse_weight
 from autosparse.standardised import keep_mask, mask_kernel, unmask
 
@@ -134,10 +136,13 @@ class CompactWeight(nn.Module):
 
     Args:
         mask: bool tensor of the weight's shape, True = kept. Only the positions of the survivors
-            are stored (int32, in a buffer that checkpoints do not repeat).
+            are stored (int32, in a buffer that checkpoints do not repeat), and eight bytes that
+            tell the mask from others, which the state dict has: values of another ticket are
+            refused. State dicts without them, as they were before, are taken.
     """
 
     index: Tensor
+    fingerprint: Tensor
     moved: Tensor | None
 
     def __init__(self, mask: Tensor) -> None:
@@ -145,6 +150,9 @@ class CompactWeight(nn.Module):
         self.layout = Layout(tuple(mask.shape))
         index = mask.flatten().nonzero().squeeze(1).int()
         self.register_buffer("index", index, persistent=False)
+        digits = bytearray.fromhex(masks.fingerprint({"": mask}))
+        mark = torch.frombuffer(digits, dtype=torch.uint8).to(mask.device)
+        self.register_buffer("fingerprint", mark)
         self.register_buffer("moved", None, persistent=False)
         self.pattern: Pattern | None = None
         """Set where layers multiply with the survivors alone; see sparse_products.py."""
@@ -192,25 +200,42 @@ class CompactWeight(nn.Module):
         """Return the surviving values, shape [kept], of a dense weight."""
         return dense.reshape(-1).index_select(0, self.index)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Refuse the values of another mask; there is nothing to be copied."""
+        found = state_dict.get(f"{prefix}fingerprint", self.fingerprint)
+        if not torch.equal(found.to(self.fingerprint), self.fingerprint):
+            name = prefix.removesuffix(".").rpartition(".")[0].replace(MARK, "")
+            raise UsageError(
+                f"this state dict is of another ticket: it keeps other weights of {name}; load "
+                "it into a model that was made compact by the same ticket"
+            )
+
     def mask(self) -> Tensor:
         """Return the mask: a bool tensor of the weight's shape."""
         flat = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device).view(-1)
         return flat.index_fill_(0, self.index.long(), True).view(self.shape)
 
 
+@torch.inference_mode(False)
 def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
     """Put `model` into the ticket's state, its pruned weights compact; in place.
 
     Weights that the ticket keeps whole stay ordinary parameters. A weight that several modules
-    share stays shared. Raises UsageError that names the first parameter that differs if the
-    ticket is for another model.
+    share stays shared. An optimizer is made afterwards, of `autosparse.parameter_groups`, so that
+    compact weights, which are 1-D, decay. Raises UsageError that names the first parameter that
+    differs if the ticket is for another model.
     """
-    ticket.check(model)
-    unmask(model)
-    load_state(model, ticket)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "compact comes first, then DistributedDataParallel, which holds on to its parameters"
+        )
+    plain = unwrapped(model)
+    ticket.check(plain)
+    unmask(plain)
+    load_state(plain, ticket)
     for name, mask in ticket.masks.items():
         if not mask.all():
-            _register(model, name, mask)
+            _register(plain, name, mask)
     return model
 
 
@@ -274,6 +299,7 @@ def lay_out(model: nn.Module, *, channels_last: bool) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)
 def densify(model: nn.Module) -> nn.Module:
     """Turn compact weights back into ordinary ones, zero where pruned; in place.
 
@@ -282,7 +308,7 @@ def densify(model: nn.Module) -> nn.Module:
     multiply_sparse(model, enabled=False)
     dense: dict[nn.Parameter, nn.Parameter] = {}
     for name, compact_weight in list(compact_weights(model)):
-        module, attribute = owner(model, name)
+        module, attribute = owner(unwrapped(model), name)
         keep_mask(module, compact_weight.mask())
         _own_class(module)
         slot = module.parametrizations[attribute]  # type: ignore[index]
@@ -303,7 +329,7 @@ def _own_class(module: nn.Module) -> None:
 
 def compact_weights(model: nn.Module) -> Iterator[tuple[str, CompactWeight]]:
     """Yield every compact weight by the name that the dense parameter had."""
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         if isinstance(module, CompactWeight):
             name = path.rpartition(".")[0].replace(MARK, "")
             yield name, module
@@ -311,4 +337,5 @@ def compact_weights(model: nn.Module) -> Iterator[tuple[str, CompactWeight]]:
 
 def dense_name(name: str) -> str:
     """Return the dense parameter's name for a name in a compact model's `named_parameters`."""
-    return name.replace(MARK, "").removesuffix(SUFFIX) if MARK in name else name
+    made_compact = MARK in name and name.endswith(SUFFIX)
+    return name.replace(MARK, "").removesuffix(SUFFIX) if made_compact else name

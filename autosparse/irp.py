@@ -17,24 +17,29 @@ import copy
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autosparse import corpus, criteria, masks, models, reach
+from autosparse import corpus, criteria, data_identity, masks, models, reach
 from autosparse import data as data_module
 from autosparse.claims import CLAIM, Claim, claimed
 from autosparse.compaction import compact, densify
-from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
+from autosparse.config import IRPConfig, TrainingConfig, keep_density, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
 from autosparse.files import (
+    check_file,
+    check_folder,
     place,
+    read_card,
     read_json,
     read_tensors,
     remove_tree,
@@ -42,7 +47,10 @@ from autosparse.files import (
     write_json,
     write_tensors,
 )
-from autosparse.steppers import Epoch, PlainStepper
+from autosparse.masked_stepper import MaskedStepper, can_train
+from autosparse.models import device_name, device_of
+from autosparse.pruning import check_model
+from autosparse.steppers import Epoch, PlainStepper, check_plain
 from autosparse.steppers import check as check_training
 from autosparse.ticket import Ticket
 from autosparse.training import Span, fit, seeded, steps_per_epoch
@@ -54,6 +62,8 @@ MAX_LEVELS = 255
 ROUNDS = 4
 """In which a level of `live` removes weights: what has lost its paths in one goes in the next."""
 REWIND, MASK = "rewind/", "mask/"
+MASKED, COMPACT = "masked", "compact"
+"""The two ways to train a level: dense weights under masks, or compact weights."""
 
 OnEpoch = Callable[[int, Epoch], None]
 OnLevel = Callable[[dict[str, Any]], None]
@@ -62,8 +72,10 @@ OnLevel = Callable[[dict[str, Any]], None]
 def densities(levels: int, final_density: float, schedule: str) -> list[float]:
     """Return the density of levels 0 (dense, 1.0) to `levels` (final_density)."""
     if schedule == "exponential":
-        return [final_density ** (level / levels) for level in range(levels + 1)]
-    return [1 - (1 - final_density) * level / levels for level in range(levels + 1)]
+        falling = [final_density ** (level / levels) for level in range(levels)]
+    else:
+        falling = [1 - (1 - final_density) * level / levels for level in range(levels)]
+    return [*falling, final_density]
 
 
 def check(config: IRPConfig) -> None:
@@ -85,9 +97,25 @@ def check(config: IRPConfig) -> None:
         raise UsageError(f"steps_per_level must be at least 1, got {config.steps_per_level}")
 
 
+def check_whole(config: IRPConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    check_plain(config.training)
+    models.choose_device(config.device)
+    check_model(config.model, config.data)
+    check_folder(config.out)
+    if config.ticket is not None:
+        check_file(config.ticket)
+
+
 def run_folder(config: IRPConfig) -> Path:
     """Return the folder of the run, below `config.out`."""
     return place(config.out) / run_id(config)
+
+
+def level_file(config: IRPConfig, level: int) -> Path:
+    """Return the file of a finished level, which is there until the run is finished."""
+    return run_folder(config) / "levels" / f"{level:02d}" / "level.safetensors"
 
 
 def run_irp(
@@ -96,8 +124,13 @@ def run_irp(
     on_level: OnLevel | None = None,
     *,
     wait: bool = False,
+    way: str | None = None,
 ) -> Path:
     """Do one IRP run, or what is left of it; return its folder.
+
+    On a GPU all levels share one network with dense weights under masks (see masked_stepper.py),
+    elsewhere each has compact weights of its own; that makes no difference but rounding. The
+    card records which it was, and the device.
 
     Args:
         config: what to run; `config.out` is the corpus folder (or URL).
@@ -105,13 +138,16 @@ def run_irp(
         on_level: called with the level's entry of the card, also for levels found on disk.
         wait: if another process is at this run, wait for it to finish or to die; otherwise that
             is a UsageError.
+        way: `masked` or `compact`, if it is not to be as the device has it.
     """
     check(config)
     folder = run_folder(config)
     if corpus.is_finished(folder):
+        check_found(folder, data_module.if_there(config.data))
         tidy(folder)
         return folder
-    run, card, dense = _prepared(config, folder, on_epoch)
+    data_identity.tell_of_former(lambda: run_folder(config), corpus.FINISHED)
+    run, card, dense = _prepared(config, folder, on_epoch, way)
     with claimed(folder, wait=wait, finished=lambda: corpus.is_finished(folder)) as claim:
         if claim is None or corpus.is_finished(folder):
             return folder
@@ -125,6 +161,13 @@ def run_irp(
     return folder
 
 
+def check_found(folder: Path, there: DataSource | None) -> None:
+    """Raise UsageError if a finished run is of other data of the same name than are there now."""
+    if there is not None:
+        recorded = read_card(folder / corpus.RUN).get("data_fingerprint")
+        data_module.check_found(recorded, there, folder)
+
+
 def tidy(folder: Path) -> None:
     """Remove what a kill between a run's commit marker and its end has left behind."""
     with suppress(OSError):  # A corpus that may only be read stays as it is.
@@ -134,7 +177,7 @@ def tidy(folder: Path) -> None:
 
 
 def _prepared(
-    config: IRPConfig, folder: Path, on_epoch: OnEpoch | None
+    config: IRPConfig, folder: Path, on_epoch: OnEpoch | None, way: str | None
 ) -> tuple[_Run, dict[str, Any], Ticket]:
     """Return the run, its card, and the dense ticket; nothing is written yet."""
     device = models.choose_device(config.device)
@@ -148,7 +191,13 @@ def _prepared(
         raise UsageError(f"rewind_steps {config.rewind_steps}: a level has {steps} steps only")
     card = _card(config, initial, source, dense)
     card["batches"]["steps_per_epoch"] = per_epoch
-    return _Run(config, initial, source, folder, steps, on_epoch), card, dense
+    way = way or way_on(device, config.training)
+    return _Run(config, initial, source, folder, steps, on_epoch, way), card, dense
+
+
+def way_on(device: torch.device, config: TrainingConfig) -> str:
+    """Return how levels are trained on a device: `masked` on a GPU, if that comes to the same."""
+    return MASKED if device.type == "cuda" and can_train(config) else COMPACT
 
 
 def _ones_like(model: nn.Module, name: str) -> Tensor:
@@ -161,6 +210,7 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
         "config": {**plain(config), "out": "", "device": ""},
         "model": initial.autosparse_recipe,
         "data_fingerprint": source.fingerprint,
+        "normalisation": source.normalisation(),
         "initial_hash": start.content_hash,
         "prunable": list(start.masks),
         "prunable_weights": start.kept,
@@ -205,10 +255,33 @@ class _Run:
     steps: int
     """Of one training."""
     on_epoch: OnEpoch | None
+    way: str
+    """MASKED or COMPACT."""
+
+    @cached_property
+    def masked(self) -> MaskedStepper:
+        """Return what trains all levels where weights are masked."""
+        training = self.training()
+        return MaskedStepper(
+            copy.deepcopy(self.initial).to(models.choose_device(self.config.device)),
+            training,
+            steps_per_epoch(self.source.train, training),
+            list(models.prunable(self.initial, self.config.model.exclude)),
+        )
+
+    def stepper(self, level: int, current: dict[str, Tensor]) -> PlainStepper:
+        """Return what trains a level, at its start."""
+        dense = self.start(level)
+        ticket = Ticket.from_model(dense, current, {})
+        if self.way == MASKED:
+            return self.masked.begin(ticket)
+        model = compact(dense, ticket).to(models.choose_device(self.config.device))
+        training = self.training()
+        return PlainStepper(model, training, steps_per_epoch(self.source.train, training))
 
     def path(self, level: int) -> Path:
         """Return the file of a finished level."""
-        return self.folder / "levels" / f"{level:02d}" / "level.safetensors"
+        return level_file(self.config, level)
 
     def rewound(self) -> dict[str, Tensor]:
         """Return the state dict after step k of level 0, which must be finished; {} for k = 0."""
@@ -246,7 +319,7 @@ def _all_levels(
     config = run.config
     total = masks.kept(dense)
     counts = [
-        round(total * density)
+        keep_density(total, density)
         for density in densities(config.levels, config.final_density, config.schedule)
     ]
     current, entries = dense, []
@@ -257,6 +330,12 @@ def _all_levels(
             following = counts[level + 1] if level < config.levels else None
             _do_level(run, level, current, following)
         following_masks, entry = _read_level(run.path(level), current)
+        if entries and entry.get("device", "cpu") != entries[-1].get("device", "cpu"):
+            warnings.warn(
+                f"level {level} of {run.folder} was trained on {entry.get('device', 'cpu')}, the "
+                f"level before on {entries[-1].get('device', 'cpu')}; they differ by rounding",
+                stacklevel=2,
+            )
         entries.append(entry)
         if on_level:
             on_level(entry)
@@ -271,16 +350,14 @@ def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int 
     """Train one level from the state it starts in and write its file: the next masks, if any."""
     config, on_epoch, training = run.config, run.on_epoch, run.training()
     started = time.perf_counter()
-    device = models.choose_device(config.device)
-    dense = run.start(level)
-    model = compact(dense, Ticket.from_model(dense, current, {})).to(device)
-    stepper = PlainStepper(model, training, steps_per_epoch(run.source.train, training))
+    stepper = run.stepper(level, current)
+    model = stepper.model
     tensors: dict[str, Tensor] = {}
 
     def on_step(number: int) -> None:
         if level == 0 and number == config.rewind_steps:
-            state = densify(copy.deepcopy(model)).state_dict()
-            tensors.update({REWIND + name: tensor.cpu() for name, tensor in state.items()})
+            state = (densify(copy.deepcopy(model)) if run.way == COMPACT else model).state_dict()
+            tensors.update({REWIND + name: tensor.cpu().clone() for name, tensor in state.items()})
 
     with seeded(config.seed):
         history = fit(
@@ -294,7 +371,8 @@ def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int 
         )
     following_fingerprint = None
     if following is not None:
-        chosen = _next_masks(config, densify(model), run.source, current, following)
+        dense = densify(model) if run.way == COMPACT else model
+        chosen = _next_masks(config, dense, run.source, current, following)
         tensors |= {MASK + name: masks.pack(mask) for name, mask in chosen.items()}
         following_fingerprint = masks.fingerprint(chosen)
     kept = masks.kept(current)
@@ -307,6 +385,9 @@ def _do_level(run: _Run, level: int, current: dict[str, Tensor], following: int 
         "train_loss": history.epochs[-1].train_loss,
         "image_passes": steps * config.training.batch_size,
         "seconds": round(time.perf_counter() - started, 3),
+        "images_per_second": round(history.epochs[-1].images_per_second, 1),
+        "device": device_name(device_of(model)),
+        "way": run.way,
     }
     rewound = _under(REWIND, tensors)
     checks = {"next": following_fingerprint, "rewound": _digest(rewound) if rewound else None}
@@ -380,11 +461,15 @@ def replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource) -> di
     most = run.card["levels"][level].get("image_passes", 0) // training.batch_size
     if most and not 1 <= steps <= most:
         raise UsageError(f"level {level} has steps 1 to {most}, not {steps}")
-    model = compact(dense, ticket)
-    stepper = PlainStepper(model, training, steps_per_epoch(source.train, training))
+    per_epoch = steps_per_epoch(source.train, training)
+    masked = run.card["levels"][level].get("way") == MASKED
+    if masked:
+        stepper = MaskedStepper(dense, training, per_epoch, list(ticket.masks)).begin(ticket)
+    else:
+        stepper = PlainStepper(compact(dense, ticket), training, per_epoch)
     with seeded(config["seed"]):
         fit(stepper, source, training, seed=config["seed"], span=Span(first, first + steps))
-    return densify(model).state_dict()
+    return (dense if masked else densify(dense)).state_dict()
 
 
 def _dense_ticket(run: corpus.IRPRun) -> Ticket:

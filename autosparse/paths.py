@@ -6,7 +6,6 @@ Used by criteria that sum over paths, and to tell which weights lie on one (reac
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse.contract import joined
 from autosparse.errors import UsageError
-from autosparse.models import CONV_OR_LINEAR
+from autosparse.models import CONV_OR_LINEAR, expected_shape
 from autosparse.standardised import as_plain
 
 ACTIVATIONS = (
@@ -42,16 +42,13 @@ DOUBLED = 64
 
 def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
     """Return [C, H, W] of the batches, or of what the model was built for."""
-    recipe: Any = getattr(model, "autosparse_recipe", None)
-    registered: Any = getattr(model, "pretrained_cfg", None)
     first = next(iter(batches), None)
-    if first is not None:
-        return tuple(first[0].shape[1:])
-    if recipe is not None:
-        return recipe["in_chans"], recipe["image_size"], recipe["image_size"]
-    if registered:
-        return tuple(registered["input_size"])
-    raise UsageError("the images' shape is not known: give a batch")
+    shape = tuple(first[0].shape[1:]) if first is not None else expected_shape(model)
+    if shape is None:
+        raise UsageError(
+            f"{type(model).__name__} does not say what images it takes: give one batch as data"
+        )
+    return shape
 
 
 def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Module:
@@ -70,6 +67,7 @@ def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Modu
         parameter.requires_grad_(False)
     for name in trainable:
         plain.get_parameter(name).requires_grad_(True)
+    plain.register_forward_hook(lambda module, given, outputs: joined(outputs))
     return plain
 
 
@@ -187,16 +185,27 @@ def activation_patterns(
 
 
 class Rescaling:
-    """Divides the signal by a power of two after every block, and keeps count of it."""
+    """Divides the signal by a power of two after every block, and keeps count of it.
+
+    The count stays on the device until someone asks for it.
+    """
 
     def __init__(self) -> None:
-        self.log2 = 0
+        self.count: Tensor | int = 0
+
+    @property
+    def log2(self) -> int:
         """Of what the signal was divided by since this was last set to 0."""
+        return int(self.count)
+
+    @log2.setter
+    def log2(self, value: int) -> None:
+        self.count = value
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        power = _power(output)
-        self.log2 += power
-        return output / 2.0**power
+        power, exponent = _power(output)
+        self.count = self.count + exponent
+        return output / power
 
 
 def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | None:
@@ -209,18 +218,18 @@ def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | Non
     blocks = list(_blocks(linear))
     if not blocks:
         return None
-    powers: dict[nn.Module, int] = {}
+    powers: dict[nn.Module, Tensor] = {}
 
     def divide(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        powers[module] = _power(output)
-        return output / 2.0 ** powers[module]
+        powers[module], _ = _power(output)
+        return output / powers[module]
 
     with torch.no_grad():
         with _hooked(blocks, divide):
             before = linear(images)
         for start in range(0, len(blocks), DOUBLED):
             some = blocks[start : start + DOUBLED]
-            factors = {each: 2.0 ** ((each in some) - power) for each, power in powers.items()}
+            factors = {each: (2.0 if each in some else 1.0) / powers[each] for each in powers}
             with _hooked(blocks, lambda module, _, output, f=factors: output * f[module]):
                 after = linear(images)
             if not torch.isfinite(after).all() or not torch.equal(after, before * 2.0 ** len(some)):
@@ -250,7 +259,12 @@ def _hooked(blocks: list[nn.Module], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _power(output: Tensor) -> int:
-    """Return the exponent of the power of two at or below the largest value; 0 if none is."""
-    peak = float(output.detach().amax())
-    return math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
+def _power(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the power of two at or below the largest value, and its exponent; 1 if none is.
+
+    On the device of the values, which nothing waits for.
+    """
+    peak = output.detach().amax()
+    mantissa, exponent = torch.frexp(peak)  # The mantissa is 1/2 to 1.
+    there = (peak > 0) & (peak < torch.inf)
+    return torch.where(there, peak / (2 * mantissa), 1), torch.where(there, exponent - 1, 0)

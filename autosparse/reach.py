@@ -8,14 +8,18 @@ at most.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autosparse.gradients import spend
 from autosparse.masks import Masks, keep_counts, top
+from autosparse.memory import keep_freed_blocks
+from autosparse.models import device_of
 from autosparse.paths import only_paths, without_shifts
 
 SIDE = 64
@@ -82,9 +86,10 @@ def within_reach(
     several channels, these hear of each other. A weight is in reach if the gradient of the output
     by it depends on the image. Signals are rescaled after every module, so that no gate saturates.
     """
-    network = _Network(model, masks, shape, torch.float64)
-    network.keep(masks)
-    first, second = network.gradients(), network.gradients(image=1)
+    with _repeatable(device_of(model)):
+        network = _Network(model, masks, shape, torch.float64)
+        network.keep(masks)
+        first, second = network.gradients(), network.gradients(image=1)
     return {name: (first[name] != second[name]).to(mask.device) for name, mask in masks.items()}
 
 
@@ -117,23 +122,28 @@ def thinned(
         rounds: one more pass of an image each.
         tilt: 0 for the scores alone; higher: weights that share units.
     """
-    begun = within or {n: torch.ones(s.shape, dtype=torch.bool) for n, s in scores.items()}
-    begun = {name: mask.cpu() for name, mask in begun.items()}
-    network = _small_network(model, begun, shape)
-    network.keep(begun)
-    layers = {n: _Layer(begun[n], score, counts[n], tilt) for n, score in scores.items()}
-    for number in range(1, rounds + 1):
-        sums = network.gradients()
-        for name, layer in layers.items():
-            gone = layer.thin(sums.pop(name), number / rounds)
-            network.weights[name].view(-1)[gone.to(network.images.device)] = 0
-    chosen = {name: layer.mask() for name, layer in layers.items()}
-    through = network.paths_through()
-    alive = {name: mask & (through.pop(name) > 0) for name, mask in chosen.items()}
-    network.keep(alive)
-    through = network.paths_through()
+    device = device_of(model)
+    if device.type == "cpu":
+        keep_freed_blocks()
+    scores = {name: score.to(device) for name, score in scores.items()}
+    begun = within or {n: torch.ones_like(s, dtype=torch.bool) for n, s in scores.items()}
+    begun = {name: mask.to(device) for name, mask in begun.items()}
+    with _repeatable(device):
+        network = _small_network(model, begun, shape)
+        network.keep(begun)
+        layers = {n: _Layer(begun[n], score, counts[n], tilt) for n, score in scores.items()}
+        for number in range(1, rounds + 1):
+            sums = network.gradients()
+            for name, layer in layers.items():
+                gone = layer.thin(sums.pop(name), number / rounds)
+                network.weights[name].view(-1).index_fill_(0, gone.long(), 0)
+        chosen = {name: layer.mask() for name, layer in layers.items()}
+        through = network.paths_through()
+        alive = {name: mask & (through.pop(name) > 0) for name, mask in chosen.items()}
+        network.keep(alive)
+        through = network.paths_through()
     reach = {name: (through.pop(name) > 0) & mask for name, mask in begun.items()}
-    return _exchanged(chosen, alive, reach, {name: score.cpu() for name, score in scores.items()})
+    return _exchanged(chosen, alive, reach, scores)
 
 
 def best_on_paths(
@@ -159,39 +169,89 @@ def best_on_paths(
 
 
 class _Layer:
-    """The weights of a layer that are left; what is done with them costs no more than they are."""
+    """The weights of a layer that are left; what is done with them costs no more than they are.
+
+    All is done on the device of the scores. How many weights go is known beforehand, so that a GPU
+    is never waited for.
+    """
 
     def __init__(self, mask: Tensor, score: Tensor, count: int, tilt: float) -> None:
         self.shape, self.count, self.tilt = mask.shape, count, tilt
-        self.places = mask.flatten().nonzero().squeeze(1)
+        self.places = _narrow(mask.flatten().nonzero().squeeze(1), mask.numel())
         self.size = len(self.places)
-        self.score = score.cpu().flatten()[self.places].float()
+        self.score = score.flatten().index_select(0, self.places).float()
 
     def thin(self, gradient: Tensor, done: float) -> Tensor:
         """Remove weights once the share `done` of the rounds is over; return their places."""
         most = round(self.size ** (1 - done) * max(self.count, 1) ** done)
         left = self.count if done == 1 else max(self.count, most)
-        paths = gradient.flatten().cpu()[self.places].abs_()
-        stays = top(_rated(self.score, paths, self.tilt), left)
-        gone = self.places[~stays]
-        self.places, self.score = self.places[stays], self.score[stays]
+        paths = gradient.flatten().index_select(0, self.places).abs_()
+        stay, go = _parted(_rated(self.score, paths, self.tilt), left)
+        gone = self.places.index_select(0, go)
+        self.places, self.score = (x.index_select(0, stay) for x in (self.places, self.score))
         return gone
 
     def mask(self) -> Tensor:
         """Return where the weights that are left lie."""
-        found = torch.zeros(self.shape, dtype=torch.bool)
-        found.view(-1)[self.places] = True
+        found = torch.zeros(self.shape, dtype=torch.bool, device=self.places.device)
+        found.view(-1).index_fill_(0, self.places.long(), True)
         return found
 
 
+def _narrow(places: Tensor, size: int) -> Tensor:
+    """Return positions below `size` in as few bytes as hold them."""
+    return places.int() if size < 1 << 31 else places
+
+
+def _parted(rated: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of the `left` highest, ascending, and of the others; ties: first ones.
+
+    On a CPU by a threshold; elsewhere by sorting, which no one has to wait for.
+    """
+    if rated.device.type == "cpu":
+        stays = top(rated, left).numpy()
+        return torch.from_numpy(np.flatnonzero(stays)), torch.from_numpy(np.flatnonzero(~stays))
+    return _parted_by_sorting(rated, left)
+
+
+def _parted_by_sorting(rated: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    order = _narrow(rated.sort(descending=True, stable=True).indices, len(rated))
+    return order[:left].sort().values, order[left:]
+
+
 def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
-    """Return finite scores of which those on no path are the lowest, in their order."""
+    """Return finite scores of which those on no path are the lowest, in their order.
+
+    `paths` is used up.
+    """
     on_path = paths > 0
-    lifted = score + tilt * paths.clamp(min=torch.finfo(paths.dtype).tiny).log_()
-    if not on_path.any() or on_path.all():
+    lifted = paths.clamp_(min=torch.finfo(paths.dtype).tiny).log_().mul_(tilt).add_(score)
+    if not len(score) or (score.device.type == "cpu" and bool(on_path.all())):
         return lifted
-    dead = score - score[~on_path].max() + lifted[on_path].min() - 1
-    return torch.where(on_path, lifted, dead)
+    best_dead = score.masked_fill(on_path, -torch.inf).max()
+    worst_alive = lifted.masked_fill(~on_path, torch.inf).min()
+    dead = score.sub(best_dead).add_(worst_alive).sub_(1)
+    return torch.where(on_path | ~on_path.any(), lifted, dead)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Compute so that the same sums come to the same bits: paths are told apart by these.
+
+    On a GPU that asks for deterministic convolutions, and for none of TF32's rounding.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _small_network(
@@ -255,10 +315,10 @@ class _Network:
         return dict(zip(self.weights, found, strict=True))
 
     def paths_through(self) -> dict[str, Tensor]:
-        """Return the sum over the paths through every weight, kept or not; 0: dead. On the CPU."""
+        """Return the sum over the paths through every weight, kept or not; 0: dead."""
         first, second = self.gradients(), self.gradients(image=1)
         return {
-            name: torch.where(each == second.pop(name), 0, each.abs_()).cpu()
+            name: torch.where(each == second.pop(name), 0, each.abs_())
             for name, each in first.items()
         }
 
@@ -266,18 +326,18 @@ class _Network:
 def _rescale_everywhere(model: nn.Module) -> Callable[[], None]:
     """Divide every module's output by the largest value that it had the first time.
 
-    Returns what makes the next time the first one.
+    Returns what makes the next time the first one. The values stay on the device.
     """
 
-    def hook(peaks: list[float]) -> Callable:
+    def hook(peaks: list[Tensor]) -> Callable:
         def rescale(module: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return output
             number = calls.setdefault(id(peaks), 0)
             calls[id(peaks)] = number + 1
             if number == len(peaks):
-                peak = float(output.detach().abs().amax()) if output.numel() else 0.0
-                peaks.append(peak if peak > 0 else 1.0)
+                peak = output.detach().abs().amax() if output.numel() else output.new_zeros(())
+                peaks.append(torch.where(peak > 0, peak, 1))
             return output / peaks[number]
 
         return rescale
@@ -287,7 +347,7 @@ def _rescale_everywhere(model: nn.Module) -> Callable[[], None]:
             peaks.clear()
 
     calls: dict[int, int] = {}
-    measured: list[list[float]] = []
+    measured: list[list[Tensor]] = []
     model.register_forward_pre_hook(lambda *_: calls.clear())
     for module in model.modules():
         measured.append([])

@@ -7,24 +7,28 @@ The loop around them is in training.py.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from autosparse import recipe
 from autosparse.compaction import lay_out, multiply_sparse, rescattering
 from autosparse.config import TrainingConfig
-from autosparse.errors import UsageError, unknown
+from autosparse.contract import in_single, outputs_of
+from autosparse.errors import UsageError, UserError, unknown
 from autosparse.files import write_bytes
 from autosparse.flat_scatter import scatterer
 from autosparse.models import device_of
-from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 
+Answer = TypeVar("Answer")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "tanh", "poly", "none")
 
@@ -35,6 +39,24 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+
+    def first_says(self, ask: Callable[[], Answer]) -> Answer:
+        """Return what rank 0 answers, on every rank; a UserError of rank 0 is raised everywhere.
+
+        For what is looked up on disk: file systems lag, or belong to one node. Called by all ranks.
+        """
+        if self.world_size == 1:
+            return ask()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = ask()
+            except UserError as error:
+                told[1] = error
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
 
 
 @dataclass
@@ -129,9 +151,7 @@ class PlainStepper:
     """One process, plain PyTorch."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
-        check(config)
-        if config.precision == "fp16":
-            raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+        check_plain(config)
         self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
         set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
@@ -151,12 +171,14 @@ class PlainStepper:
             rescattering(self.config.rescatter),
             self.scattered(),
         ):
-            outputs = self.network(images).float()
+            outputs = in_single(outputs_of(self.network, images))
         loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
+        self.after_backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
+        self.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         advance(self.scheduler, self.updates)
@@ -164,11 +186,17 @@ class PlainStepper:
             self.ema.update(self.model, self.updates)
         return loss.detach()
 
+    def after_backward(self) -> None:
+        """Called when gradients are there, before they are clipped."""
+
+    def after_update(self) -> None:
+        """Called when the optimizer has changed the parameters."""
+
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return last_rate(self.optimizer, self.scheduler, self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.evaluated().state_dict()
@@ -230,6 +258,8 @@ def check(config: TrainingConfig) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+    if config.bias_rate <= 0:
+        raise UsageError(f"training.bias_rate must be above 0, got {config.bias_rate}")
     for name in ("checkpoint_epochs", "checkpoint_steps"):
         if getattr(config, name) < 0:
             raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
@@ -241,6 +271,25 @@ def check(config: TrainingConfig) -> None:
     recipe.check(config)
 
 
+def check_whole(config: TrainingConfig, world_size: int = 1) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    optimizer_and_schedule(nn.Linear(2, 2), config, 1)  # Its options, and what needs a GPU.
+    if config.batch_size % world_size:
+        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
+    recipe.check_mixing(config, config.batch_size // world_size)
+    if config.teacher is not None and not Path(config.teacher).is_file():
+        raise UsageError(f"training.teacher: no such file: {config.teacher}")
+
+
+def check_plain(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that `PlainStepper` cannot train with."""
+    check_whole(config)
+    if config.precision == "fp16":
+        raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+
+
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
-    """Return the autocast context that `precision` asks for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    """Return the autocast context that `precision` asks for, in training and evaluation alike."""
+    kind = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=config.precision != "fp32")

@@ -23,9 +23,11 @@ from autosparse.errors import RunFailed, Stopped, UsageError
 from autosparse.memory import keep_freed_blocks
 from autosparse.models import device_of
 from autosparse.optimizers import advance
-from autosparse.steppers import Epoch, History, Ranks, Stepper, check
+from autosparse.steppers import Epoch, History, Ranks, Stepper, autocast, check
 
 EVALUATION_BATCH = 256
+EVALUATION_PIXELS = 1 << 21
+"""A GPU gets as many images at a time as have so many pixels, if those are more."""
 
 
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
@@ -211,7 +213,9 @@ class _Fit:
     def finish(self, epoch: int) -> None:
         """Evaluate the epoch and add it to the history."""
         stepper, source, losses = self.stepper, self.source, self.history.losses
-        result = evaluate(stepper.evaluated(), source, source.validation, stepper.ranks)
+        result = evaluate(
+            stepper.evaluated(), source, source.validation, stepper.ranks, self.config
+        )
         self.history.epochs.append(
             Epoch(
                 epoch=epoch + 1,
@@ -247,11 +251,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, source: DataSource, split: Split, ranks: Ranks | None = None
+    model: nn.Module,
+    source: DataSource,
+    split: Split,
+    ranks: Ranks | None = None,
+    config: TrainingConfig | None = None,
 ) -> Evaluation:
     """Evaluate on a split, shared out over the ranks; every rank gets the same result.
 
-    The model stays in eval mode. There are no collectives before the last batch, so ranks may
+    The precision is that of `config`, as in training; by default the model's own. The model stays
+    in eval mode. There are no collectives before the last batch, so ranks may
     have different numbers of batches.
     """
     ranks = ranks or Ranks()
@@ -259,9 +268,10 @@ def evaluate(
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in split.once(
-        EVALUATION_BATCH, rank=ranks.rank, world_size=ranks.world_size
+        evaluation_batch(device, source.image_size), rank=ranks.rank, world_size=ranks.world_size
     ):
-        outputs = model(source.prepare(images)).float()
+        with autocast(config or TrainingConfig(), device):
+            outputs = model(source.prepare(images)).float()
         sums[0] += nn.functional.cross_entropy(outputs, labels, reduction="sum")
         sums[1] += (outputs.argmax(1) == labels).sum()
         sums[2] += len(labels)
@@ -271,6 +281,13 @@ def evaluate(
     if not images:
         raise UsageError("there is no image to evaluate on")
     return Evaluation(loss / images, right / images, int(images))
+
+
+def evaluation_batch(device: torch.device, side: int) -> int:
+    """Return how many images of `side` pixels are evaluated at a time."""
+    if device.type != "cuda":
+        return EVALUATION_BATCH
+    return max(EVALUATION_BATCH, EVALUATION_PIXELS // side**2)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from autosparse.data.augment import parse, python_rng, rand_augment, random_crop
 from autosparse.data.decode import decode
 from autosparse.data.folder import FolderSamples
 from autosparse.data.pack import write_shards
+from autosparse.data.source import MemorySplit
 from autosparse.data.stream import Stream
 from autosparse.errors import UsageError
 
@@ -236,3 +237,46 @@ def test_cut_jpeg_is_an_error_whatever_decodes_it(monkeypatch, kept):
         monkeypatch.setattr(decoding, "simplejpeg", decoder)
         with pytest.raises(UsageError, match="cannot be decoded"):
             decode(content, 32)
+
+
+# Alternating flips
+
+
+def test_alternating_flips_by_hand():
+    """Which side an image shows depends on seed, epoch and image, not on its batch."""
+    count, side = 40, torch.arange(3, dtype=torch.uint8)
+    images = side.view(1, 1, 1, 3).expand(count, 1, 3, 3).contiguous()
+    split = MemorySplit(images, torch.arange(count), alternating=True)
+
+    def shown(epoch, batch=10, seed=3, **ranks):
+        """Image -> whether it was mirrored; what an image looks like is checked, too."""
+        found = {}
+        for batch_of, numbers in split.shuffled(batch, seed=seed, epoch=epoch, **ranks):
+            for image, number in zip(batch_of, numbers.tolist(), strict=True):
+                row = image[0, 0].tolist()
+                assert row in ([0, 1, 2], [2, 1, 0])
+                found[number] = row == [2, 1, 0]
+        return found
+
+    first = shown(0)
+    assert 8 < sum(first.values()) < 32
+    assert shown(1) == {number: not flag for number, flag in first.items()}
+    assert shown(2) == first == shown(0, batch=4)
+    halves = [shown(0, batch=5, rank=rank, world_size=2) for rank in (0, 1)]
+    assert halves[0] | halves[1] == first
+    assert shown(0, seed=4) != first
+    plain = split.plain().shuffled(1, seed=3, epoch=0)
+    assert all(torch.equal(image, images[:1]) for image, _ in plain)
+    assert all(torch.equal(batch, images[:40]) for batch, _ in split.once(40))
+
+
+def test_alternating_flips_are_asked_for_by_name(root):
+    source = data.load(DataConfig("digits", train_limit=60, augment="shift+altflip"))
+    assert source.train.alternating and source.to(torch.device("cpu")).train.alternating
+    assert not source.validation.alternating and not source.test.alternating
+    drawn = source.prepare(source.train.images[:9], torch.Generator().manual_seed(0))
+    shifted = replace(source, augment="shift")
+    expected = shifted.prepare(source.train.images[:9], torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, expected)  # The other half of the augmentation flips nothing.
+    with pytest.raises(UsageError, match="held in memory"):
+        load(root, "shift+altflip")

@@ -14,7 +14,9 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
-    ("config", "files", "memory", "progress", "versions"),
+    ("contract", "files", "logs", "memory", "progress", "versions"),
+    ("data_identity",),
+    ("config",),
     ("style", "gradients"),
     (
         "masks",
@@ -32,11 +34,11 @@ LAYERS = (
     ("ticket", "claims", "optimizers", "scorer"),
     ("recipe",),
     ("steppers",),
-    ("training",),
+    ("training", "masked_stepper"),
     ("criteria",),
     ("corpus", "scoring"),
     ("pruning",),
-    ("fit_scorer",),
+    ("fit_scorer", "cells"),
     ("irp", "corpus_figures", "fit_survival", "sparse_training", "sweep_figures"),
     ("controls", "watching"),
     ("compare", "corpus_report", "exporting", "plan", "upkeep", "autos_figures"),

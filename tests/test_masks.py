@@ -404,7 +404,7 @@ def test_top_of_a_large_tensor_agrees_with_a_stable_sort(name: str) -> None:
 
 
 def test_a_short_tensor_has_no_bounds() -> None:
-    flat = torch.rand(64 * masks.SAMPLE)
+    flat = torch.rand(8 * masks.SAMPLE)
     assert masks.bounds([flat], 5) == (-float("inf"), float("inf"))
 
 

@@ -13,6 +13,7 @@ from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.optimizers import advance, optimizer_and_schedule, parameter_groups
+from autosparse.steppers import check
 from tests.conftest import QUICK, make_model
 
 
@@ -71,3 +72,29 @@ def test_options_that_an_optimizer_refuses(digits: DataSource, options: dict, sa
     config = replace(QUICK, optimizer="sgd", optimizer_options=options)
     with pytest.raises(UsageError, match=said):
         optimizer_and_schedule(make_model(), config, 3)
+
+
+def test_biases_of_norms_have_a_rate_of_their_own() -> None:
+    """Through warm-up and cosine alike; by default there are two groups, as before."""
+    config = TrainingConfig(epochs=4, warmup_epochs=1, learning_rate=0.1, bias_rate=64.0)
+    model = make_model()
+    optimizer, scheduler = optimizer_and_schedule(model, config, 2)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    *others, fast = optimizer.param_groups
+    found = {names[id(p)] for p in fast["params"]}
+    expected = {
+        f"{path}.bias"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    assert found == expected and fast["weight_decay"] == 0.0
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for step in (1, 3, 6):
+        advance(scheduler, step)
+        assert fast["lr"] == pytest.approx(64 * others[0]["lr"]) and others[0]["lr"] > 0
+    usual, _ = optimizer_and_schedule(make_model(), replace(config, bias_rate=1.0), 2)
+    assert len(usual.param_groups) == 2
+    constant, _ = optimizer_and_schedule(make_model(), replace(config, schedule="none"), 2)
+    assert [group["lr"] for group in constant.param_groups] == pytest.approx([0.1, 0.1, 6.4])
+    with pytest.raises(UsageError, match="bias_rate"):
+        check(replace(config, bias_rate=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from autosparse import models, paths
 from autosparse.errors import UsageError
 from tests.conftest import make_model
-from tests.test_reach import Named, chain
+from tests.test_reach import Named, Waits, chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -283,3 +284,29 @@ def test_timms_models(name: str, valid: bool) -> None:
     model = positive(make_model(name))
     found = paths.rescale_between_blocks(model, torch.ones(1, 1, 16, 16))
     assert (found is not None) is valid
+
+
+def test_rescaling_asks_for_no_value() -> None:
+    """A GPU would have to be waited for at every block; the count is asked for at the end."""
+    model, images = positive(conv_chain(depth=12)), torch.ones(1, 8, 6, 6)
+    with torch.no_grad():
+        rescaling = paths.rescale_between_blocks(model, images)
+        assert rescaling is not None
+        with Waits() as waits:
+            model(images)
+        assert waits.count == 0
+        assert rescaling.log2 != 0
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_powers_of_two_are_exact(kind: torch.dtype) -> None:
+    finfo = torch.finfo(kind)
+    for peak in (1.0, 0.75, 2.0**-30, 3 * 2.0**100, finfo.max, finfo.tiny):
+        power, exponent = paths._power(torch.tensor([0.0, peak], dtype=kind))
+        assert int(exponent) == math.floor(math.log2(float(torch.tensor(peak, dtype=kind)))) or (
+            peak == finfo.max
+        )
+        assert float(power) == 2.0 ** int(exponent)
+        assert 1 <= peak / float(power) < 2
+    for odd in (0.0, math.inf, math.nan):
+        assert [float(each) for each in paths._power(torch.tensor([odd], dtype=kind))] == [1, 0]

@@ -14,7 +14,15 @@ from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, Stopped, UsageError
 from autosparse.steppers import History, PlainStepper
-from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
+from autosparse.training import (
+    Span,
+    Watch,
+    evaluate,
+    evaluation_batch,
+    fit,
+    seeded,
+    steps_per_epoch,
+)
 from tests.conftest import QUICK, make_model
 
 
@@ -213,12 +221,12 @@ def test_activation_checkpointing_gives_the_same_gradients(digits: DataSource) -
     stepped = []
     for enabled in (False, True):
         config = replace(QUICK, grad_checkpointing=enabled, optimizer="sgd", schedule="none")
-        stepper = PlainStepper(make_model("test_vit", drop_path_rate=0.3), config, 3)
+        stepper = PlainStepper(make_model("test_vit", drop_path_rate=0.3).double(), config, 3)
         assert stepper.model.grad_checkpointing is enabled
-        stepper.step(images, labels)
+        stepper.step(images.double(), labels)
         stepped.append(stepper.state_dict())
     for name, tensor in stepped[0].items():
-        assert torch.allclose(tensor, stepped[1][name], rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(tensor, stepped[1][name], rtol=1e-12, atol=1e-12), name
 
 
 @pytest.mark.parametrize("name", ["dla46x_c", None])
@@ -254,6 +262,12 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
     assert found.loss == pytest.approx(
         float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5
     )
+
+
+def test_a_gpu_evaluates_more_small_images_at_a_time() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [evaluation_batch(cpu, side) for side in (32, 224)] == [256, 256]
+    assert [evaluation_batch(gpu, side) for side in (32, 224)] == [2048, 256]
 
 
 @pytest.mark.parametrize(

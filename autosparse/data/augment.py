@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autosparse.errors import UsageError
 
-IN_MEMORY = ("none", "shift", "shift+flip")
+IN_MEMORY = ("none", "shift", "shift+flip", "shift+altflip")
 AUGMENTS = (*IN_MEMORY, "crop+flip")
 """Each but none may be followed by +rand-…; crop+flip is for streamed sets."""
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -34,6 +34,8 @@ class Augmentation:
     shift: bool = False
     crop: bool = False
     flip: bool = False
+    alternating: bool = False
+    """Mirror every image in every other epoch; see `source.mirrored`."""
     rand: str | None = None
 
 
@@ -51,7 +53,8 @@ def parse(text: str) -> Augmentation:
     return Augmentation(
         base.startswith("shift"),
         base.startswith("crop"),
-        base.endswith("flip"),
+        base.endswith("+flip"),
+        base.endswith("+altflip"),
         f"rand{rand}" if plus else None,
     )
 
@@ -60,6 +63,11 @@ def choose(asked: str, suitable: str, *, streamed: bool = False) -> str:
     """Resolve `data.augment`; only streamed sets are cropped at random, while they are decoded."""
     if asked == "auto":
         return suitable
+    if parse(asked).alternating and streamed:
+        raise UsageError(
+            f"data.augment {asked} is for images held in memory (data.memory_limit_gb); use "
+            "crop+flip"
+        )
     if parse(asked).crop and not streamed:
         raise UsageError(
             f"data.augment {asked} is for streamed images: set data.memory_limit_gb to 0 to stream "

@@ -1,0 +1,299 @@
+"""The setting of AutoS's paper on one GPU: resnet18 and VGG-16 on all of CIFAR-10.
+
+    python -m benchmarks.paper_cifar10 --config configs/study/paper_cifar10.yaml --data FOLDER \\
+        --out FOLDER --minutes 9 --json FILE
+
+An IRP run; AutoS fitted on it alone, as S. Liu, Y. Cheng et al. do (arXiv 2408.14757), and ours;
+then tickets of both and of the known criteria, trained by the recipe of the run. FOLDER of the data
+holds train/CLASS/*.jpg and test/CLASS/*.jpg.
+
+Every level, fit, ticket and training is a file in --out that is found again, so several short stays
+on a GPU add up: the same command goes on. It starts nothing that would not be over after
+--minutes, and stops a training with a checkpoint at that time. The table is of what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from autosparse import cli, corpus, data, fit_scorer, fit_survival, irp, models, sparse_training
+from autosparse.config import (
+    DataConfig,
+    FitConfig,
+    IRPConfig,
+    ModelConfig,
+    PruneConfig,
+    SparseTrainConfig,
+    TrainingConfig,
+    from_plain,
+    run_id,
+)
+from autosparse.data import DataSource
+from autosparse.errors import Stopped, unknown
+from autosparse.files import write_json
+from autosparse.masked_stepper import MaskedStepper
+from autosparse.pruning import DENSE
+from autosparse.sparse_training import Cell, train_cell
+from autosparse.steppers import PlainStepper
+from autosparse.versions import environment
+
+IRP = "irp"
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """What is trained and pruned."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the IRP run is of, and the first model that is pruned."""
+    others: list[ModelConfig] = field(default_factory=list)
+    """More models to prune, by the same scorers."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data; --data sets the folder."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How levels and tickets are trained."""
+    irp: dict[str, Any] = field(default_factory=dict)
+    """Settings of the IRP run: levels, final_density, label, seed …"""
+    scorers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of a criterion -> how its AutoS is fitted on the run (FitConfig)."""
+    criteria: list[str] = field(default_factory=list)
+    """Criteria, scorers, and `irp`: of the run, the level whose density is nearest."""
+    sparsities: list[float] = field(default_factory=lambda: [0.95])
+    """Sparsities of the tickets."""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """Seeds of the tickets."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: a ticket of a model, or the dense model."""
+
+    model: ModelConfig
+    criterion: str
+    sparsity: float
+    seed: int
+
+
+@dataclass
+class Clock:
+    """What time there is."""
+
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+
+    def over(self, needed: float = 0.0) -> bool:
+        """Return whether there are no `needed` seconds left."""
+        return time.monotonic() - self.started + needed >= self.seconds
+
+    def check(self, needed: float = 0.0) -> None:
+        """Raise Stopped if there are not."""
+        if self.over(needed):
+            raise Stopped("the time is over; the same command goes on from here")
+
+
+class Study:
+    """The pieces, each found again in `out`."""
+
+    def __init__(self, config: PaperConfig, out: Path, device: str, clock: Clock) -> None:
+        self.config, self.out, self.clock = config, out, clock
+        self.device = models.choose_device(device)
+        self.source: DataSource | None = None
+        self.grown: corpus.IRPRun | None = None
+        self.steppers: dict[str, MaskedStepper] = {}
+        check(config)
+
+    def irp_config(self) -> IRPConfig:
+        """Return the IRP run."""
+        config = self.config
+        settings = {"model": config.model, "data": config.data, "training": config.training}
+        place = {"device": str(self.device), "out": str(self.out / "corpus")}
+        return from_plain(IRPConfig, {**config.irp, **settings, **place})
+
+    def run(self) -> corpus.IRPRun:
+        """Return the IRP run, finished; stop between levels when the time is over."""
+        config = self.irp_config()
+
+        def on_level(entry: dict[str, Any]) -> None:
+            say(f"IRP level {entry['level']}: {entry['density']:.2%} of the weights, validation "
+                f"{entry['validation_accuracy']:.2%}, {entry['seconds']:.1f} s")  # fmt: skip
+            following = irp.level_file(config, entry["level"] + 1)
+            if entry["level"] < config.levels and not following.exists():
+                self.clock.check(entry["seconds"])
+
+        if self.grown is None:
+            if not corpus.is_finished(irp.run_folder(config)):
+                self.clock.check()
+            self.grown = corpus.read_run(irp.run_irp(config, on_level=on_level))
+        return self.grown
+
+    def scorer(self, name: str, run: corpus.IRPRun) -> Path:
+        """Return the file of an AutoS that was fitted on the run alone."""
+        folder = str(self.out / "corpus")
+        fitting = from_plain(FitConfig, {**self.config.scorers[name], "corpus": folder})
+        path = self.out / f"{name}-{run_id(fitting, run.card['run_id'])}.safetensors"
+        if not path.is_file():
+            self.clock.check()
+            fit = (fit_survival if fitting.head == "survival" else fit_scorer).fit
+            network = fit(fitting)
+            network.save(path)
+            say(f"{name} fitted: MSE {network.card['best']['validation_mse']:.4f}")
+        return path
+
+    def training(self, row: Row) -> SparseTrainConfig:
+        """Return the training of a row; its ticket is made if it has a file of its own."""
+        config, kind, options = self.config, row.criterion, {}
+        found = SparseTrainConfig(
+            data=config.data, training=config.training, seed=row.seed, out=str(self.out / "trained")
+        )
+        if kind == DENSE:
+            return replace(found, model=row.model)
+        if kind == IRP:
+            return replace(found, tickets=[str(self.irp_ticket(row.sparsity))])
+        if kind in config.scorers:
+            kind, options = "autos", {"scorer": str(self.scorer(row.criterion, self.run()))}
+        asked = PruneConfig(row.model, config.data, kind, options, row.sparsity, seed=row.seed)
+        return replace(found, prune=asked)
+
+    def irp_ticket(self, sparsity: float) -> Path:
+        """Return the file of the ticket of the run whose density is nearest."""
+        run = self.run()
+        densities = [entry["density"] for entry in run.card["levels"]]
+        level = nearest(densities, 1 - sparsity)
+        path = self.out / "tickets" / f"irp-{run.card['run_id']}-level{level}.safetensors"
+        if not path.is_file():
+            run.ticket(level).save(path)
+        return path
+
+    def result(self, row: Row) -> dict[str, Any]:
+        """Prune and train a row, or find what it gave."""
+        training = self.training(row)
+        (cell,) = list(sparse_training.cells(training, device=str(self.device)))
+        if cell.done:
+            result = cell.result()
+        else:
+            self.clock.check()
+            result = train_cell(
+                cell,
+                training,
+                self.loaded(),
+                lambda model, steps: self.stepper(cell, row.model, model, steps),
+                device=str(self.device),
+                stop=self.clock.over,
+            )
+        return {**row_of(row), **{key: result[key] for key in SHOWN}}
+
+    def loaded(self) -> DataSource:
+        """Return the data on the device."""
+        if self.source is None:
+            self.source = data.load(self.config.data).to(self.device)
+        return self.source
+
+    def stepper(self, cell: Cell, kind: ModelConfig, model: Any, steps: int) -> PlainStepper:
+        """Return what trains a ticket: on a GPU one network for all tickets of a model."""
+        training = self.config.training
+        if irp.way_on(self.device, training) != irp.MASKED:
+            return PlainStepper(model, training, steps)
+        key = run_id(kind)
+        if key not in self.steppers:
+            self.steppers.clear()  # One network at a time.
+            dense = models.from_recipe(cell.ticket.card["model"]).to(self.device)
+            self.steppers[key] = MaskedStepper(dense, training, steps, list(cell.ticket.masks))
+        return self.steppers[key].begin(cell.ticket)
+
+
+SHOWN = ("test_accuracy", "validation_accuracy", "kept", "effective_density", "seconds",
+         "prune_seconds")  # fmt: skip
+
+
+def nearest(densities: list[float], density: float) -> int:
+    """Return the place of the density that is nearest, as a ratio."""
+    return min(range(len(densities)), key=lambda i: abs(math.log(densities[i] / density)))
+
+
+def check(config: PaperConfig) -> None:
+    """Raise UsageError for criteria that are none."""
+    from autosparse import criteria
+
+    for name in config.criteria:
+        if name != IRP and name not in config.scorers and name not in criteria.names():
+            raise unknown("criterion", name, [IRP, *config.scorers, *criteria.names()])
+
+
+def rows(config: PaperConfig) -> Iterator[Row]:
+    """Yield all trainings, the most telling first: by model, then seed, then sparsity."""
+    for model in [config.model, *config.others]:
+        kinds = [k for k in config.criteria if k != IRP or model == config.model]
+        for seed in config.seeds:
+            yield Row(model, DENSE, 0.0, seed)
+            for sparsity in config.sparsities:
+                yield from (Row(model, kind, sparsity, seed) for kind in kinds)
+
+
+def row_of(row: Row) -> dict[str, Any]:
+    """Return the row as plain data."""
+    return {
+        "model": row.model.name, "criterion": row.criterion, "sparsity": row.sparsity,
+        "seed": row.seed,
+    }  # fmt: skip
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def do(study: Study, write: Callable[[list[dict[str, Any]]], None]) -> tuple[list[dict], bool]:
+    """Do what there is time for; return the finished rows, and whether that is all of them."""
+    found: list[dict[str, Any]] = []
+    try:
+        study.run()
+        for row in rows(study.config):
+            found.append(study.result(row))
+            last = found[-1]
+            say(f"{last['model']} {last['criterion']} {last['sparsity']:.0%}: test "
+                f"{last['test_accuracy']:.2%}, {last['seconds']:.1f} s")  # fmt: skip
+            write(found)
+    except Stopped as stopped:
+        say(str(stopped))
+        return found, False
+    return found, True
+
+
+def main(arguments: list[str]) -> None:
+    """Do what there is time for, print it and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/study/paper_cifar10.yaml")
+    parser.add_argument("--data", help="folder of the images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all pieces")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    asked = parser.parse_args(arguments)
+    clock = Clock(60 * asked.minutes)
+    config = cli.parse(PaperConfig, ["--config", asked.config], "paper_cifar10", __doc__)
+    if asked.data:
+        config = replace(config, data=replace(config.data, root=asked.data))
+
+    def write(found: list[dict[str, Any]]) -> None:
+        if asked.json:
+            write_json(asked.json, {"environment": environment(), "rows": found})
+
+    with data.remembered():
+        found, finished = do(Study(config, asked.out, asked.device, clock), write)
+    write(found)
+    from autosparse.progress import print_table
+
+    print_table(found)
+    total = sum(1 for _ in rows(config))
+    say(f"{len(found)} of {total} trainings{'' if finished else '; the same command goes on'}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main, sys.argv[1:]))
