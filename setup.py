@@ -11,9 +11,17 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["autosparse", "autosparse.*"]),
-    package_data={"autosparse": ["pretrained/*.safetensors"]},
+    package_data={"autosparse": ["py.typed", "pretrained/*.safetensors"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -41,7 +49,7 @@ setup(
         "onnx": ["onnx", "onnxscript"],
         "optuna": ["optuna>=3"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "pyright>=1.1.390"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff~=0.17.6", "pyright[nodejs]==1.1.414"],
     },
     entry_points={"console_scripts": ["autosparse = autosparse.cli:main"]},
 )

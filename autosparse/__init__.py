@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from autosparse import criteria
     from autosparse.compaction import compact, densify
     from autosparse.corpus import Corpus
+    from autosparse.optimizers import parameter_groups
     from autosparse.pruning import prune
     from autosparse.scorer import AutoS
     from autosparse.ticket import Ticket
@@ -22,9 +23,19 @@ _HOMES = {
     "Ticket": "ticket",
     "compact": "compaction",
     "densify": "compaction",
+    "parameter_groups": "optimizers",
     "prune": "pruning",
 }
-__all__ = ["AutoS", "Corpus", "Ticket", "compact", "criteria", "densify", "prune"]
+__all__ = [
+    "AutoS",
+    "Corpus",
+    "Ticket",
+    "compact",
+    "criteria",
+    "densify",
+    "parameter_groups",
+    "prune",
+]
 
 
 def __getattr__(name: str) -> Any:

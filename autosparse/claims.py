@@ -54,7 +54,7 @@ class Claim:
             time.sleep(SETTLE)
             return self._is_ours()
         # The file appears whole: it is written elsewhere and linked.
-        temporary = self.path.with_name(f".{CLAIM}.{self.token}")
+        temporary = self.path.with_name(f".{self.path.name}.{self.token}")
         try:
             temporary.write_text(json.dumps(self.content()))
             os.link(temporary, self.path)
@@ -102,7 +102,11 @@ class Claim:
 
 @contextmanager
 def claimed(
-    folder: Path, *, wait: bool = False, finished: Callable[[], bool] = lambda: False
+    folder: Path,
+    *,
+    wait: bool = False,
+    finished: Callable[[], bool] = lambda: False,
+    name: str = CLAIM,
 ) -> Iterator[Claim | None]:
     """Hold the claim on a folder while the body runs.
 
@@ -111,10 +115,11 @@ def claimed(
         wait: wait for the owner to finish or die; otherwise raise UsageError if it lives. That
             takes up to EXPIRY seconds to find out when it ran on another machine.
         finished: asked while waiting; once it says yes, None is yielded: there is nothing to do.
+        name: of the claim's file, where what is claimed is not the whole folder.
 
     Yields the claim; call its `check` before results are written.
     """
-    path = folder / CLAIM
+    path = folder / name
     claim = Claim(path)
     try:
         taken = _taken(claim, wait, finished)
@@ -132,19 +137,20 @@ def claimed(
 
 def _taken(claim: Claim, wait: bool, finished: Callable[[], bool]) -> bool:
     seen, since, path = None, time.monotonic(), claim.path
+    what = path.parent if path.name == CLAIM else path.with_suffix("")
     while not claim.take():
         if finished():
             return False
         now = _read(path)
         if now != seen:
             if None not in (seen, now) and not wait:
-                raise UsageError(f"{path.parent} is being worked on by {_owner(now)}")
+                raise UsageError(f"{what} is being worked on by {_owner(now)}")
             seen, since = now, time.monotonic()
         if now is not None and (_owner_is_gone(now) or time.monotonic() - since > EXPIRY):
             _remove_dead(path, now, claim.token)
             continue
         if _owner_lives_here(now) and not wait:
-            raise UsageError(f"{path.parent} is being worked on by {_owner(now)}")
+            raise UsageError(f"{what} is being worked on by {_owner(now)}")
         time.sleep(POLL)
     return True
 
@@ -156,7 +162,7 @@ def _remove_dead(path: Path, content: str, token: str) -> None:
             with suppress(FileNotFoundError):
                 path.unlink()
         return
-    aside = path.with_name(f".{CLAIM}.dead.{token}")
+    aside = path.with_name(f".{path.name}.dead.{token}")
     with _alone_in(path), suppress(FileNotFoundError):
         if _read(path) != content:
             return
@@ -214,7 +220,10 @@ def _machine() -> str:
 
 
 def _is_of_this_machine(content: str | None) -> bool:
-    return _parsed(content).get("host") == _machine()
+    """Whether name and boot are ours: machines that were cloned have the same name."""
+    claim = _parsed(content)
+    boot = str(claim.get("started")).partition(":")[0]
+    return claim.get("host") == _machine() and boot == str(_started(os.getpid())).partition(":")[0]
 
 
 def _owner_lives_here(content: str | None) -> bool:

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from autosparse import logs
 from autosparse.errors import UsageError, UserError, unknown
 
 VERBS: dict[str, tuple[str | None, str]] = {
@@ -40,7 +41,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
 USAGE = {
     "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
                          | export-parquet DIR FILE""",
-    "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR",
+    "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR [--KEY VALUE …]",
     "figures": "DIR … | AUTOS.safetensors CORPUS",
     "report": "DIR …",
     "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
@@ -48,7 +49,7 @@ USAGE = {
 }
 """What follows a verb that takes paths."""
 
-SETTINGS = {("shards", "pack"): "PackConfig"}
+SETTINGS = {("shards", "pack"): "PackConfig", ("shards", "index"): "IndexConfig"}
 """Actions that take settings after their paths, and the config class."""
 
 WITH_OPTIONS = ("registry",)
@@ -64,8 +65,12 @@ def main() -> None:
 
 def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
     """Call `run(arguments)`; turn a user's mistake into one line and return the exit code."""
+    from autosparse.data_identity import looked_at_once
+
+    logs.to_stderr()
     try:
-        run(arguments)
+        with looked_at_once():
+            run(arguments)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -13,24 +13,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autosparse import controls, criteria, irp, models, pruning, scoring
+from autosparse import controls, criteria, data_identity, irp, models, pruning, scoring
 from autosparse import data as data_module
+from autosparse.claims import claimed
 from autosparse.config import (
     CompareConfig,
     IRPConfig,
     SparseTrainConfig,
     check_sparsity,
     from_plain,
+    identity,
     run_id,
 )
 from autosparse.corpus import read_run
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
-from autosparse.files import read_json
+from autosparse.files import check_folder, read_json
 from autosparse.pruning import DENSE
 from autosparse.scoring import Selection
 from autosparse.sparse_training import RESULT, Cell, Observer, train_cell
-from autosparse.steppers import Epoch, PlainStepper, check
+from autosparse.steppers import Epoch, PlainStepper, check, check_plain
 from autosparse.ticket import Ticket
 
 EMPTY = inspect.Parameter.empty
@@ -95,6 +97,7 @@ def check_config(config: CompareConfig) -> None:
     """Raise UsageError for what cannot be, before anything is trained."""
     check(config.training)
     selection(config).check()
+    scoring.check_scoring(config.scoring)
     if not labels(config) or not sparsities(config) or not seeds(config):
         raise UsageError("compare needs at least one criterion, one sparsity and one seed")
     for label in config.options:
@@ -105,10 +108,19 @@ def check_config(config: CompareConfig) -> None:
         if name == IRP:
             _irp_config(config, options, 0.5, 0)
         else:
-            criteria.get(name).check(options)
+            criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
     for twin in config.twins:
         if twin not in ALL_TWINS:
             raise unknown("twin", twin, ALL_TWINS)
+
+
+def check_whole(config: CompareConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check_config(config)
+    check_plain(config.training)
+    models.choose_device(config.device)
+    pruning.check_model(config.model, config.data)
+    check_folder(config.out)
 
 
 def trials(config: CompareConfig) -> list[Trial]:
@@ -161,7 +173,20 @@ def _key(config: CompareConfig, trial: Trial, *, trained: bool) -> str:
         parts.append(run_id(config.training))
     if criterion:
         parts.append(str(criterion.provenance(**asked)) if criterion.provenance else "")
+    parts += _beyond(config, name, asked)
     return run_id(config.model, *parts)
+
+
+def _beyond(config: CompareConfig, name: str, asked: dict[str, Any]) -> list[str]:
+    """Return what else a ticket hangs on that is not as in the first version; [] if all is."""
+    found = {}
+    if name == IRP:
+        settled = (*_settled(config, 0.5, 0), *asked)
+        changed = identity(_irp_config(config, asked, 0.5, 0))
+        found = {key: each for key, each in changed.items() if key not in settled}
+    if config.allocation not in (None, scoring.UNIFORM):
+        found |= criteria.get(config.allocation).beyond(config.allocation_options)
+    return [str(sorted(found.items()))] if found else []
 
 
 def load(config: CompareConfig) -> DataSource:
@@ -181,7 +206,9 @@ def run_trial(
     folder = folder_of(config, trial)
     if is_done(config, trial):
         result = read_json(folder / RESULT)
+        data_module.check_found(result.get("data_fingerprint"), source, folder)
     else:
+        data_identity.tell_of_former(lambda: folder_of(config, trial), RESULT)
         training = SparseTrainConfig(training=config.training, seed=trial.seed)
         ticket = ticket_of(config, trial, source)
         result = train_cell(
@@ -192,6 +219,7 @@ def run_trial(
             device=str(models.choose_device(config.device)),
             observer=observer,
             on_epoch=on_epoch,
+            wait=True,
         )
     place = {"label": trial.label, "twin": trial.twin, "sparsity": trial.sparsity}
     return {**result, **place, "cell": folder.name}
@@ -206,10 +234,16 @@ def ticket_of(config: CompareConfig, trial: Trial, source: DataSource) -> Ticket
     key = f"{own.name}-{_key(config, own, trained=False)}"
     path = Path(config.out) / "tickets" / f"{key}.safetensors"
     opposite = path.with_name(f"{key}-inverted.safetensors")
-    if not (path.exists() and opposite.exists()):
-        ticket, twin = _make(config, own, source)
-        twin.save(opposite)
-        ticket.save(path)
+
+    def there() -> bool:
+        return path.exists() and opposite.exists()
+
+    if not there():
+        with claimed(path.parent, wait=True, finished=there, name=f"{key}.claim"):
+            if not there():
+                ticket, twin = _make(config, own, source)
+                twin.save(opposite)
+                ticket.save(path)
     if trial.twin == controls.INVERTED:
         return Ticket.load(opposite)
     ticket = Ticket.load(path)
@@ -245,7 +279,7 @@ def _make_by_irp(
     config: CompareConfig, options: dict[str, Any], trial: Trial, source: DataSource
 ) -> tuple[Ticket, Ticket]:
     settings = _irp_config(config, options, trial.sparsity, trial.seed)
-    run = read_run(irp.run_irp(settings))
+    run = read_run(irp.run_irp(settings, wait=True))  # Other cells may need it as well.
     ticket = run.ticket(run.levels)
     model = _start(config, ticket, source, trial.seed)
     shape = (source.in_chans, source.image_size, source.image_size)
@@ -258,7 +292,18 @@ def _irp_config(
     config: CompareConfig, options: dict[str, Any], sparsity: float, seed: int
 ) -> IRPConfig:
     """Return the IRP run that ends at `sparsity`, each level trained as tickets are."""
-    settled = {
+    settled = _settled(config, sparsity, seed)
+    for key in options:
+        if key in settled:
+            raise UsageError(f"options.irp.{key}: compare settles it itself")
+    found = from_plain(IRPConfig, {**settled, **options})
+    irp.check(found)
+    return found
+
+
+def _settled(config: CompareConfig, sparsity: float, seed: int) -> dict[str, Any]:
+    """Return what options of an IRP run may not say."""
+    return {
         "model": config.model,
         "data": config.data,
         "training": config.training,
@@ -268,12 +313,6 @@ def _irp_config(
         "out": str(Path(config.out) / "corpus"),
         "scope": config.scope,
     }
-    for key in options:
-        if key in settled:
-            raise UsageError(f"options.irp.{key}: compare settles it itself")
-    found = from_plain(IRPConfig, {**settled, **options})
-    irp.check(found)
-    return found
 
 
 def _start(config: CompareConfig, ticket: Ticket, source: DataSource, seed: int) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,7 +17,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from autosparse import data_identity
 from autosparse.errors import UsageError, unknown
+
+FIRST_DEFAULTS: dict[str, Any] = {}
+"""Where a default has changed: "TrainingConfig.epochs" -> its first value.
+
+What equals a field's first default is left out of its run's id, what equals today's is not: runs of
+earlier versions keep their ids, and none is taken for a run with the new default. For a new field,
+the value that stands for how things were before, if that is not its default.
+"""
 
 
 def _local(default: Any) -> Any:
@@ -34,10 +44,17 @@ def _teacher_identity(config: TrainingConfig) -> str | None:
 
 
 def _root_identity(config: DataConfig) -> str | None:
-    """Own data is known by its folder's name, wherever it lies; named sets by their name."""
-    if config.root is None or config.name not in ("folder", "shards"):
-        return None
-    return Path(config.root).name
+    """Own data are known by their content, wherever they lie; named sets by their name."""
+    return data_identity.content(config)
+
+
+def _normalisation_identity(config: DataConfig) -> str | list[Any]:
+    """Named sets keep the ids from when nothing else could be asked for; own data says what it is.
+
+    (What auto meant for own data once depended on whether it fitted into memory.)
+    """
+    auto, other = ("imagenet", None) if config.name in data_identity.OWN else ("auto", "measured")
+    return auto if config.normalisation in ("auto", other) else config.normalisation
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,10 @@ class DataConfig:
     name: str = "digits"
     """digits, a torchvision set (cifar10, cifar100, mnist, fashion_mnist), folder or shards."""
     root: str | None = field(default=None, metadata={"identity": _root_identity})
-    """Folder of the data: required for folder and shards; torchvision sets download into it."""
+    """Folder of the data: required for folder and shards; torchvision sets download into it.
+
+    For shards also one of the folder's tars, or a pattern such as DIR/train-{0000..0099}.tar.
+    """
     image_size: int | None = None
     """Side of the square images in pixels; by default what suits the data set."""
     augment: str = "auto"
@@ -72,6 +92,13 @@ class DataConfig:
 
     All but none and auto may be followed by timm's RandAugment: crop+flip+rand-m9-mstd0.5-inc1.
     """
+    normalisation: list[list[float]] | list[float] | str = field(
+        default="auto", metadata={"identity": _normalisation_identity}
+    )
+    """imagenet, measured (on the training images), or [mean, std], each a number or three, of 0..1.
+
+    auto: imagenet for folder and shards, measured for the named sets.
+    """
     validation_fraction: float = 0.15
     """Share of the training images held out for validation, stratified, the same every time."""
     train_limit: int | None = None
@@ -79,11 +106,14 @@ class DataConfig:
     workers: int = _local(2)
     """Processes per rank that decode images, for sets that are too large for memory."""
     memory_limit_gb: float = _local(4.0)
-    """Sets whose decoded images take less than this are held in memory as uint8 tensors."""
+    """Sets whose decoded images take less than this are held in memory as uint8 tensors.
+
+    So are the images that streamed sets are scored on. What is computed is the same either way.
+    """
     lanes: int = 16
     """Streamed shards are shuffled in so many lanes, best a multiple of the number of ranks."""
     max_bad_images: int = _local(0)
-    """Streamed images that cannot be decoded and are replaced by a neighbour; one more: stop."""
+    """Images that may be damaged: a neighbour stands in for each in training; one more: stop."""
     allow_remote: bool = _local(False)
     """Let data.root be a URL (http, https, gs, s3) that shards are fetched from."""
     cache: str = _local("~/.cache/autosparse")
@@ -104,10 +134,28 @@ class PackConfig:
     """Fixes the order of the images."""
     validation_fraction: float = 0.15
     """Share of the training images that becomes validation, where there is none; stratified."""
+    max_bad_images: int = _local(0)
+    """Images that may be damaged or missing, and are left out; one more: stop."""
     workers: int = _local(2)
     """Processes that pack."""
     root: str | None = _local(None)
     """Folder of a torchvision set; by default AUTOSPARSE_DATA or data."""
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How tars that others wrote are read."""
+
+    label: str = "cls"
+    """Extension of a sample's label, such as cls or txt, or json:KEY for an entry of its json."""
+    dotted: bool = False
+    """Keys hold dots: extensions begin at a name's last dot, not at its first as in WebDataset."""
+    split: str | None = None
+    """train, validation or test: the split of tars whose names do not say it."""
+    classes: str | None = None
+    """Number of classes, or a file with a class a line; by default the largest label + 1."""
+    validation_fraction: float = 0.15
+    """Share of the training tars that becomes validation, where there is none."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +198,6 @@ class TrainingConfig:
     """Of the softmax of teacher and student when distilling."""
     precision: str = "fp32"
     """fp32, or autocast over fp32 weights: bf16; fp16 (with loss scaling) under DeepSpeed."""
-    bf16_evaluation: bool = False
-    """Evaluate under bf16 autocast too; by default in fp32, whatever precision it is trained in."""
     channels_last: bool = False
     """Lay images and kernels out with channels last, which GPUs like for convolutions."""
     compile: bool = False
@@ -162,6 +208,8 @@ class TrainingConfig:
     """Multiply with survivors only where that is quicker: on a CPU, wide layers with few left."""
     rescatter: bool = False
     """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
+    scatter: str = _local("auto")
+    """How weights are made dense: auto (by device), each by itself, all at once (flat, triton)."""
     checkpoint_epochs: int = _local(5)
     """Save a checkpoint to resume from every so many epochs; 0: not by epochs."""
     checkpoint_steps: int = _local(0)
@@ -397,9 +445,9 @@ class PruneConfig:
     """What scores are computed on."""
     seed: int = 0
     """Fixes the initial weights, the scored images and random criteria."""
-    device: str = "auto"
+    device: str = _local("auto")
     """auto, cpu, cuda …"""
-    out: str = "ticket.safetensors"
+    out: str = _local("ticket.safetensors")
     """The ticket file to write."""
 
 
@@ -562,14 +610,14 @@ class QuickstartConfig:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return what differs from the defaults, as nested plain data, local fields left out."""
+    """Return what differs from the first defaults, as nested plain data, local fields left out."""
     different = {}
     for spec in dataclasses.fields(config):
         rule = spec.metadata.get("identity", True)
         if rule is False:
             continue
         value = rule(config) if callable(rule) else getattr(config, spec.name)
-        default = _default(spec)
+        default = first_default(type(config), spec)
         if dataclasses.is_dataclass(value):
             inner = identity(value)
             if inner or default is None:
@@ -592,14 +640,18 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def _default(spec: dataclasses.Field) -> Any:
+def first_default(kind: type, spec: dataclasses.Field) -> Any:
+    """Return the default that a field had in its first version."""
+    name = f"{kind.__name__}.{spec.name}"
+    if name in FIRST_DEFAULTS:
+        return FIRST_DEFAULTS[name]
     if spec.default_factory is not dataclasses.MISSING:
         return spec.default_factory()
     return spec.default
 
 
 def run_id(config: Any, *more: str) -> str:
-    """Return 12 hex digits that name a run: the hash of what differs from the defaults.
+    """Return 12 hex digits that name a run: the hash of what differs from the first defaults.
 
     `more` holds other things that the run depends on, such as a ticket's content hash.
     """
@@ -633,5 +685,10 @@ def keep_count(total: int, sparsity: float) -> int:
 
     The decimal that was written is meant: 0.95 of 1000 removes 950, whatever binary says.
     """
-    removed = total * Fraction(str(check_sparsity(sparsity)))
-    return total - int(removed + Fraction(1, 2))
+    return keep_density(total, 1 - Fraction(str(check_sparsity(sparsity))))
+
+
+def keep_density(total: int, density: float | Fraction) -> int:
+    """Return how many of `total` weights a density, 0 to 1, keeps: by the rule of `keep_count`."""
+    exact = density if isinstance(density, Fraction) else Fraction(str(density))
+    return math.ceil(total * exact - Fraction(1, 2))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from autosparse.files import (
     write_tensors,
 )
 from autosparse.ticket import Ticket
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
@@ -219,11 +221,11 @@ class Corpus:
             return []
         except (pyarrow.ArrowException, OSError) as error:
             problem = str(error).strip().splitlines()[0]
-            print(
-                f"warning: {path} is damaged ({problem}); the runs are read instead, "
-                f"`autosparse corpus index {self.path}` makes it anew",
-                file=sys.stderr,
-            )
+            logger.warning(
+                "%s is damaged (%s); the runs are read instead, `autosparse corpus index %s` makes "
+                "it anew",
+                path, problem, self.path,
+            )  # fmt: skip
             return []
 
     def write_index(self) -> Path:

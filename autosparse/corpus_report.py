@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from autosparse.corpus_figures import layer_densities, level_curves, survival_ma
 from autosparse.errors import UsageError
 from autosparse.files import is_local
 from autosparse.fit_scorer import initial_gradients
+
+logger = logging.getLogger(__name__)
 
 
 def write_report(
@@ -58,7 +60,7 @@ def write_report(
     try:
         figures.append(survival_map(runs(), out / "survival.png", f"Survival in {name}"))
     except UsageError as error:
-        print(f"warning: the survival map is left out: {error}", file=sys.stderr)
+        logger.warning("the survival map is left out: %s", error)
     return figures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from autosparse.sweep_figures import (
     layer_densities,
 )
 from autosparse.ticket import Ticket
+
+logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
 COMPARISON = "comparison.json"
@@ -191,7 +193,7 @@ def draw_autos(path: Path, corpus: Path | None, out: Path) -> list[Path]:
     try:
         groups = predictions(network, Corpus(corpus))
     except UsageError as error:
-        print(f"warning: the calibration is left out: {error}", file=sys.stderr)
+        logger.warning("the calibration is left out: %s", error)
         return figures
     title = f"AutoS {network.fingerprint[:8]} on runs it has not seen"
     return [*figures, calibration(groups, out / f"{path.stem}-calibration.png", title)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse.contract import outputs_of
 from autosparse.errors import unknown
 from autosparse.gradients import spend
 
@@ -115,7 +116,7 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
     hooks = [_called(model, name).register_forward_hook(note(name)) for name in found]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()(image)
+        outputs_of(model.eval(), image)
     finally:
         for module, training in modes:
             module.training = training
@@ -181,7 +182,7 @@ def _context_piece(
     scale_w, scale_g, scale_wg = scales
     out_w, out_g, in_w, in_g = channels
     constants = context.constants if context else ()
-    piece = torch.empty(VARYING + len(constants), *w.shape, device=w.device)
+    piece = w.new_empty(VARYING + len(constants), *w.shape)
     torch.div(w.abs(), scale_w, out=piece[0])
     torch.asinh(g.abs() / scale_g, out=piece[1])
     torch.asinh((w * g) / scale_wg, out=piece[2])

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -62,7 +63,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with _uploading(path) as temporary:
             yield temporary
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process ids repeat from host to host and from container to container.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -74,6 +76,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise UsageError unless a file or folder can be made (or written) at a local path."""
+    path = place(path)
+    if not is_local(path):
+        return
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if there != path.absolute() and not there.is_dir():
+        raise UsageError(f"cannot write {path}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"cannot write {path}: {there} may not be written to")
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise UsageError unless a folder can be made (or written to) at a local path."""
+    check_writable(path)
+    if is_local(path) and place(path).is_file():
+        raise UsageError(f"cannot write into {path}: it is a file, not a folder")
+
+
+def check_file(path: str | Path) -> None:
+    """Raise UsageError unless a file can be made (or replaced) at a local path."""
+    check_writable(path)
+    if is_local(path) and place(path).is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,19 +16,33 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autosparse.contract import LossFn as LossFn
+from autosparse.contract import outputs_of
 from autosparse.errors import UsageError
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]
-Network = Callable[[Tensor], Tensor]
+Network = Callable[[Tensor], Any]
 
 
-class Shared(list[Batch]):
+class Shared(Sequence[Batch]):
     """This rank's share of the batches: a mean over it is taken over those of all ranks.
 
     Every rank must hold one (it may be empty) and call the same functions in the same order.
+    It holds no more of the batches in memory than what it is made of does.
     """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.batches[place]
 
 
 @dataclass
@@ -79,6 +94,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+        model.train()  # Some modules (LeViT's attention) drop what they cached in eval mode.
         for name, module in model.named_modules():
             module.training = modes[name]
 
@@ -92,7 +108,11 @@ def twice_differentiable() -> Iterator[None]:
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Network:
     """Return images -> outputs of the model with `weights` in place of its own."""
-    return lambda images: functional_call(model, dict(weights), (images,))
+
+    def network(images: Tensor) -> Any:
+        return functional_call(model, dict(weights), (images,))
+
+    return lambda images: outputs_of(network, images)
 
 
 def mean_of(
@@ -167,10 +187,10 @@ def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) ->
     return samples
 
 
-def gathered(batches: Batches) -> list[Batch]:
+def gathered(batches: Batches) -> Sequence[Batch]:
     """Return the batches of all ranks, in the order of the ranks; they need not be `Shared`."""
     if not isinstance(batches, Shared):
-        return list(batches)
+        return batches if isinstance(batches, Sequence) else list(batches)
     everyone: list[list[Batch]] = [[] for _ in range(dist.get_world_size())]
     mine = [(images.cpu(), labels.cpu()) for images, labels in batches]
     dist.all_gather_object(everyone, mine)
@@ -226,7 +246,7 @@ def mean_over_gradients(
             for kind, each in enumerate(parts(gradient)):
                 mean.add(kind * size + place, each.mul_(samples))
 
-        backward_one_by_one(loss_fn(model(images), labels), tensors, take)
+        backward_one_by_one(loss_fn(outputs_of(model, images), labels), tensors, take)
         mean.samples += len(labels)
     return mean.finished(isinstance(batches, Shared), 1.0)
 
@@ -250,9 +270,9 @@ def mean_hessian_times(
         def take(place: int, product: Tensor, count: int = len(labels)) -> None:
             mean.add(place, product.mul_(count))
 
-        found = torch.autograd.grad(
-            loss_fn(model(images), labels), tensors, create_graph=True, allow_unused=True
-        )
+        loss = loss_fn(outputs_of(model, images), labels)
+        found = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        del loss
         edges = with_edges(found, vectors)
         del found
         differentiate_again(edges, tensors, take)
@@ -278,7 +298,7 @@ def sum_gradients(
         def take_sum(place: int, gradient: Tensor, count: int = len(labels)) -> None:
             take(place, gradient.mul_(count))
 
-        backward_one_by_one(loss_fn(model(images), labels), tensors, take_sum)
+        backward_one_by_one(loss_fn(outputs_of(model, images), labels), tensors, take_sum)
         samples += len(labels)
     return samples
 
@@ -350,13 +370,27 @@ def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None])
             tensor.grad = gradient
 
 
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the batch norms of a model."""
+    return [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def last_statistics(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Inside, batch norms in train mode keep the statistics of the last batch alone."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
 def warm_up(model: nn.Module, batches: Batches) -> None:
     """Set the statistics of all batch norms to their mean over the batches, weighed by samples."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
     like = {
         f"{number} {key}": getattr(norm, key)
         for number, norm in enumerate(norms)
@@ -367,15 +401,11 @@ def warm_up(model: nn.Module, batches: Batches) -> None:
 
     def part(images: Tensor, labels: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            model(images)
+            outputs_of(model, images)
         return [statistic.clone() for statistic in like.values()]
 
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
     model.train()
-    means = mean_of(batches, part, like, passes=1 / 3)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    with last_statistics(norms):
+        means = mean_of(batches, part, like, passes=1 / 3)
     for name, statistic in like.items():
         statistic.copy_(means[name])

@@ -28,15 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse import corpus, criteria, masks, models, reach
+from autosparse import corpus, criteria, data_identity, masks, models, reach
 from autosparse import data as data_module
 from autosparse.claims import CLAIM, Claim, claimed
 from autosparse.compaction import compact, densify
-from autosparse.config import IRPConfig, TrainingConfig, plain, run_id
+from autosparse.config import IRPConfig, TrainingConfig, keep_density, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
 from autosparse.files import (
+    check_file,
+    check_folder,
     place,
+    read_card,
     read_json,
     read_tensors,
     remove_tree,
@@ -46,7 +49,8 @@ from autosparse.files import (
 )
 from autosparse.masked_stepper import MaskedStepper, can_train
 from autosparse.models import device_name, device_of
-from autosparse.steppers import Epoch, PlainStepper
+from autosparse.pruning import check_model
+from autosparse.steppers import Epoch, PlainStepper, check_plain
 from autosparse.steppers import check as check_training
 from autosparse.ticket import Ticket
 from autosparse.training import Span, fit, seeded, steps_per_epoch
@@ -68,8 +72,10 @@ OnLevel = Callable[[dict[str, Any]], None]
 def densities(levels: int, final_density: float, schedule: str) -> list[float]:
     """Return the density of levels 0 (dense, 1.0) to `levels` (final_density)."""
     if schedule == "exponential":
-        return [final_density ** (level / levels) for level in range(levels + 1)]
-    return [1 - (1 - final_density) * level / levels for level in range(levels + 1)]
+        falling = [final_density ** (level / levels) for level in range(levels)]
+    else:
+        falling = [1 - (1 - final_density) * level / levels for level in range(levels)]
+    return [*falling, final_density]
 
 
 def check(config: IRPConfig) -> None:
@@ -89,6 +95,17 @@ def check(config: IRPConfig) -> None:
         raise UsageError(f"rewind_steps must be at least 0, got {config.rewind_steps}")
     if config.steps_per_level is not None and config.steps_per_level < 1:
         raise UsageError(f"steps_per_level must be at least 1, got {config.steps_per_level}")
+
+
+def check_whole(config: IRPConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    check_plain(config.training)
+    models.choose_device(config.device)
+    check_model(config.model, config.data)
+    check_folder(config.out)
+    if config.ticket is not None:
+        check_file(config.ticket)
 
 
 def run_folder(config: IRPConfig) -> Path:
@@ -126,8 +143,10 @@ def run_irp(
     check(config)
     folder = run_folder(config)
     if corpus.is_finished(folder):
+        check_found(folder, data_module.if_there(config.data))
         tidy(folder)
         return folder
+    data_identity.tell_of_former(lambda: run_folder(config), corpus.FINISHED)
     run, card, dense = _prepared(config, folder, on_epoch, way)
     with claimed(folder, wait=wait, finished=lambda: corpus.is_finished(folder)) as claim:
         if claim is None or corpus.is_finished(folder):
@@ -140,6 +159,13 @@ def run_irp(
         corpus.write_run(folder, found, store_initial=config.store_initial)
         remove_tree(folder / "levels")
     return folder
+
+
+def check_found(folder: Path, there: DataSource | None) -> None:
+    """Raise UsageError if a finished run is of other data of the same name than are there now."""
+    if there is not None:
+        recorded = read_card(folder / corpus.RUN).get("data_fingerprint")
+        data_module.check_found(recorded, there, folder)
 
 
 def tidy(folder: Path) -> None:
@@ -184,6 +210,7 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
         "config": {**plain(config), "out": "", "device": ""},
         "model": initial.autosparse_recipe,
         "data_fingerprint": source.fingerprint,
+        "normalisation": source.normalisation(),
         "initial_hash": start.content_hash,
         "prunable": list(start.masks),
         "prunable_weights": start.kept,
@@ -292,7 +319,7 @@ def _all_levels(
     config = run.config
     total = masks.kept(dense)
     counts = [
-        round(total * density)
+        keep_density(total, density)
         for density in densities(config.levels, config.final_density, config.schedule)
     ]
     current, entries = dense, []

@@ -11,10 +11,20 @@ from typing import Any, Protocol
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from autosparse.config import ModelConfig
 from autosparse.errors import UsageError, unknown
 
+COMPILED = "_orig_mod"
+"""Under which name `torch.compile` holds a module."""
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+COMPUTED = {
+    "_mask": ("torch.nn.utils.prune", "prune.remove"),
+    "_g": ("weight norm", "remove_weight_norm"),
+    "_u": ("spectral norm", "remove_spectral_norm"),
+}
+"""What torch's hooks hold beside a weight that they compute -> what they are; what undoes them."""
 CONV_OR_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -30,12 +40,7 @@ def create(
     and norm weights that timm sets to zero (NFNet, LeViT) start at one, and layers that it sets
     to zero (heads of mixers) are drawn from a normal distribution of standard deviation 0.02.
     """
-    if not timm.is_model(config.name):
-        raise unknown("model", config.name, timm.list_models())
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **config.options}
-    default = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    if default is not None and default.fixed_input_size:
-        options.setdefault("img_size", image_size)
+    options = _options(config, num_classes, in_chans, image_size)
     with torch.device("meta"):
         shape_only = _build(config.name, options)
     if not config.zero_init and "zero_init_last" in inspect.signature(type(shape_only)).parameters:
@@ -59,6 +64,30 @@ def create(
         "seed": seed,
     }
     return model
+
+
+def _options(
+    config: ModelConfig, num_classes: int, in_chans: int, image_size: int
+) -> dict[str, Any]:
+    """Return what timm is told; raise UsageError for a name that it does not know."""
+    if not timm.is_model(config.name):
+        raise unknown("model", config.name, timm.list_models())
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **config.options}
+    default = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if default is not None and default.fixed_input_size:
+        options.setdefault("img_size", image_size)
+    return options
+
+
+def check(config: ModelConfig, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+    """Return the model without values, on the meta device; raise UsageError where it cannot be.
+
+    Its name, its options, and what it excludes are looked at; nothing is computed.
+    """
+    with torch.device("meta"):
+        found = _build(config.name, _options(config, num_classes, in_chans, image_size))
+    prunable(found, config.exclude)
+    return found
 
 
 def _shrink_stem(model: nn.Module) -> None:
@@ -146,17 +175,24 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
     Prunable are the weights of every Conv and Linear layer and the projections of
     `nn.MultiheadAttention`. `exclude` leaves some of them out: `head` and `stem` mean the
     classifier and first layer that timm records for the model; anything else is a shell pattern
-    for the parameter's name or for one of the modules it lies in. A pattern without a match
-    raises UsageError.
+    for the parameter's name or for one of the modules it lies in. A compiled or parallel model is
+    looked into. Raises UsageError for a pattern without a match, and for a weight that is no
+    parameter of its own: under weight or spectral norm, `torch.nn.utils.prune`, or compact.
     """
-    found = {}
+    model = unwrapped(model)
+    found: dict[str, nn.Parameter] = {}
+    computed: dict[str, UsageError] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for attribute in _prunable_attributes(module):
-            weight = getattr(module, attribute)
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            weight = module._parameters.get(attribute)
+            if weight is None:
+                computed[name] = _computed(module, module_name, attribute)
+                weight = getattr(module, attribute)
             if id(weight) not in seen:
                 seen.add(id(weight))
-                found[f"{module_name}.{attribute}" if module_name else attribute] = weight
+                found[name] = weight
     left_out: set[str] = set()
     for pattern in exclude:
         names = [name for name in found if _excluded(model, pattern, name)]
@@ -167,7 +203,58 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
     found = {name: weight for name, weight in found.items() if name not in left_out}
     if not found:
         raise UsageError(f"{type(model).__name__} has no prunable weight")
+    for name in found:
+        if name in computed:
+            raise computed[name]
+        if COMPILED in name:
+            raise UsageError(f"{name}: a part of the model is compiled; compile it afterwards")
     return found
+
+
+def _computed(module: nn.Module, name: str, attribute: str) -> UsageError:
+    """Return what to say of a layer whose weight is computed from other tensors."""
+    if parametrize.is_parametrized(module, attribute):
+        kind = type(module.parametrizations[attribute][0]).__name__  # type: ignore[index]
+        if kind == "CompactWeight":
+            return UsageError(f"{name}.{attribute} is compact already; densify the model first")
+        how, function = kind.strip("_"), "parametrize.remove_parametrizations"
+    else:
+        tensors = {**module._parameters, **module._buffers}
+        found = (known for ending, known in COMPUTED.items() if attribute + ending in tensors)
+        how, function = next(found, ("its module", ""))
+    call = f"torch.nn.utils.{function}(model.get_submodule({name!r}), {attribute!r})"
+    return UsageError(
+        f"{name}.{attribute} is no parameter: {how} computes it, so it cannot be pruned; "
+        f"{f'call {call} first, or ' if function else ''}exclude the layer"
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`, DataParallel or DistributedDataParallel."""
+    while True:
+        if isinstance(model, PARALLEL):
+            model = model.module
+        elif isinstance(getattr(model, COMPILED, None), nn.Module):
+            model = getattr(model, COMPILED)
+        else:
+            return model
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise UsageError that names the first tensor without values that autograd can work with."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise UsageError(
+                f"{name} is lazy and has no shape yet: call the model on a batch first"
+            )
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} is on the meta device and has no values: make the model on a real one"
+            )
+        if tensor.is_inference():
+            raise UsageError(
+                f"{name} was made under torch.inference_mode: make the model outside of it"
+            )
 
 
 def _prunable_attributes(module: nn.Module) -> Iterator[str]:
@@ -194,6 +281,25 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that holds the parameter `name`, and the attribute it is held under."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def expected_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return [C, H, W] of the images that a model was built for, as far as it tells.
+
+    The model itself is believed first (what it was made of here, its first convolution, the image
+    size of its patch embedding), then what timm has registered under its name.
+    """
+    recipe: Any = getattr(model, "autosparse_recipe", None)
+    if recipe is not None:
+        return recipe["in_chans"], recipe["image_size"], recipe["image_size"]
+    registered = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    built = (getattr(module, "img_size", None) for module in model.modules())
+    size = next((each for each in built if each is not None), None) or registered
+    first = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
+    if size is None or first is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    return first.in_channels, int(height), int(width)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from autosparse.compaction import MARK
+from autosparse.compaction import compact_weights, dense_name
 from autosparse.config import TrainingConfig
 from autosparse.errors import UsageError
+from autosparse.models import unwrapped
 
 
 def optimizer_and_schedule(
@@ -31,7 +33,7 @@ def optimizer_and_schedule(
             weight_decay=0.0,
             **config.optimizer_options,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"optimizer {config.optimizer}: {error}") from None
     if config.schedule == "none":
         return optimizer, None
@@ -56,24 +58,44 @@ def advance(scheduler: Any, updates: int) -> None:
         scheduler.step_update(updates)
 
 
+def last_rate(optimizer: torch.optim.Optimizer, scheduler: Any, updates: int) -> float:
+    """Return the rate of the last of `updates` steps; before the first one, that of the first."""
+    advance(scheduler, max(updates - 1, 0))
+    rate = optimizer.param_groups[0]["lr"]
+    advance(scheduler, updates)
+    return rate
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float, norm_biases: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return two groups: weights, which decay, and biases, norms and what timm exempts.
+    """Return the parameters that need a gradient as an optimizer's groups: what decays, and not.
 
-    With a rate for `norm_biases` these make a third group.
+    Weights decay, compact ones too (1-D as they are); biases, norms and what the model's own
+    `no_weight_decay()` names do not. Those names (patterns, as timm reads them) may be the dense
+    or the compact ones. timm's `create_optimizer_v2` takes these groups in place of a model; given
+    a compact model, it would exempt its compact weights, as it does all 1-D parameters.
+
+    Args:
+        model: dense or compact; a compiled or parallel one is looked into.
+        weight_decay: of the first group; the second has 0. A group without parameters is left out.
+        norm_biases: the rate of the biases of norms, which then make a third group.
     """
+    model = unwrapped(model)
     exempt = set(getattr(model, "no_weight_decay", set)())
+    compact = {name for name, _ in compact_weights(model)}
     apart = _norm_biases(model) if norm_biases is not None else set()
     decay, none, fast = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        weight = parameter.ndim > 1 or MARK in name
+        plain = dense_name(name)
+        spared = any(fnmatch(each, pattern) for each in (name, plain) for pattern in exempt)
+        decays = (parameter.ndim > 1 or plain in compact) and not spared
         if name in apart:
             fast.append(parameter)
         else:
-            (decay if weight and name not in exempt else none).append(parameter)
+            (decay if decays else none).append(parameter)
     groups = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": none, "weight_decay": 0.0},

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse.contract import joined
 from autosparse.errors import UsageError
-from autosparse.models import CONV_OR_LINEAR
+from autosparse.models import CONV_OR_LINEAR, expected_shape
 from autosparse.standardised import as_plain
 
 ACTIVATIONS = (
@@ -41,16 +42,13 @@ DOUBLED = 64
 
 def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
     """Return [C, H, W] of the batches, or of what the model was built for."""
-    recipe: Any = getattr(model, "autosparse_recipe", None)
-    registered: Any = getattr(model, "pretrained_cfg", None)
     first = next(iter(batches), None)
-    if first is not None:
-        return tuple(first[0].shape[1:])
-    if recipe is not None:
-        return recipe["in_chans"], recipe["image_size"], recipe["image_size"]
-    if registered:
-        return tuple(registered["input_size"])
-    raise UsageError("the images' shape is not known: give a batch")
+    shape = tuple(first[0].shape[1:]) if first is not None else expected_shape(model)
+    if shape is None:
+        raise UsageError(
+            f"{type(model).__name__} does not say what images it takes: give one batch as data"
+        )
+    return shape
 
 
 def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Module:
@@ -69,6 +67,7 @@ def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Modu
         parameter.requires_grad_(False)
     for name in trainable:
         plain.get_parameter(name).requires_grad_(True)
+    plain.register_forward_hook(lambda module, given, outputs: joined(outputs))
     return plain
 
 

@@ -10,17 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from autosparse import criteria, masks, models, reach
 from autosparse import data as data_module
-from autosparse import masks, models, reach
-from autosparse.config import DataConfig, PruneConfig, ScoringConfig
+from autosparse.config import (
+    DataConfig,
+    ModelConfig,
+    PruneConfig,
+    ScoringConfig,
+    check_sparsity,
+)
+from autosparse.contract import gradients_on
 from autosparse.errors import UsageError
 from autosparse.gradients import LossFn
 from autosparse.masks import Masks
 from autosparse.models import prunable
 from autosparse.scoring import (
+    UNIFORM,
     Data,
     Scored,
     Selection,
+    check_scoring,
     describe,
     excluded,
     same_everywhere,
@@ -31,8 +40,11 @@ from autosparse.ticket import Ticket
 from autosparse.versions import library_versions
 
 DENSE = "dense"
+SOME_CLASSES = 10
+"""Where only the data themselves tell how many there are."""
 
 
+@gradients_on()
 def prune(
     model: nn.Module,
     data: Data,
@@ -51,7 +63,8 @@ def prune(
     """Score a model's weights at initialization and return the ticket; the model is not changed.
 
     Args:
-        model: a timm model (or any module with Conv and Linear layers), at initialization.
+        model: a timm model (or any module with Conv and Linear layers), at initialization. A
+            compiled or parallel one is looked into: the ticket is for the plain model.
         data: a data set's name or config, a DataSource, or batches of (normalised images,
             labels), e.g. a DataLoader; all of those batches are used, so give few. Criteria that
             look at no data take [].
@@ -63,13 +76,16 @@ def prune(
         seed: chooses the images that are scored, and what random criteria draw.
         options: the criterion's own options.
         exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
-        loss_fn: (outputs, labels) -> mean loss.
+        loss_fn: (outputs, labels) -> mean loss; the outputs may be of any type that it takes.
         ranks: this process's place, if several prune the same model together (under
             torch.distributed): named data are shared out, own batches are taken to be this
             rank's share; every rank gets the same ticket.
 
-    Raises UsageError for an unknown name or a sparsity out of range.
+    Works under `torch.no_grad` and `inference_mode` too. Raises UsageError, in one line, for an
+    unknown name or a sparsity out of range, and for a model, loss or batch that cannot be used.
     """
+    model = models.unwrapped(model)
+    models.check_values(model)
     if criterion == DENSE:
         return _dense(model, data, exclude, seed)
     selection = selection or Selection()
@@ -86,23 +102,53 @@ def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
     """Make the model that a config names and prune it as it says."""
     source = data_module.load(config.data)
     model = models.create_for(source, config.model, config.seed)
-    selection = Selection(
-        config.scope,
-        config.allocation,
-        config.allocation_options,
-        config.guard,
-        config.pattern,
-    )
     return prune(
         model.to(models.choose_device(config.device)),
         source,
         config.criterion,
         config.sparsity,
-        selection=selection,
+        selection=selection_of(config),
         scoring=config.scoring,
         seed=config.seed,
         options=config.options,
         ranks=ranks,
+    )
+
+
+def check(config: PruneConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    models.choose_device(config.device)
+    check_sparsity(config.sparsity)
+    selection_of(config).check()
+    used = {config.criterion: config.options}
+    if config.allocation not in (None, UNIFORM):
+        used[config.allocation] = config.allocation_options
+    for name, options in used.items():
+        if name != DENSE:
+            criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+    check_scoring(config.scoring)
+    check_model(config.model, config.data)
+
+
+def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:
+    """Return the model for some data, without values; raise UsageError where it cannot be."""
+    shape = data_module.shape(data)
+    return models.check(
+        model,
+        num_classes=shape.num_classes or SOME_CLASSES,
+        in_chans=shape.in_chans,
+        image_size=shape.image_size,
+    )
+
+
+def selection_of(config: PruneConfig) -> Selection:
+    """Return how scores become masks."""
+    return Selection(
+        config.scope,
+        config.allocation,
+        config.allocation_options,
+        config.guard,
+        config.pattern,
     )
 
 
@@ -138,7 +184,7 @@ def select(scored: Scored, sparsity: float) -> Masks:
 
 def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
     if scored.shape is None:
-        raise UsageError("guard live needs to know the images' shape: prune with named data")
+        raise UsageError("guard live needs to know the images' shape: give a batch, or named data")
     try:
         return reach.onto_paths(model, chosen, scored.scores, scored.shape)
     except (RuntimeError, TypeError, AttributeError) as error:

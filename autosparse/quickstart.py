@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import autosparse
-from autosparse import data, models, pruning, results
+from autosparse import criteria, data, models, pruning, results
+from autosparse.cells import Cell, cells
+from autosparse.claims import claimed
 from autosparse.cli import parse
 from autosparse.config import (
     CorpusConfig,
@@ -24,13 +27,14 @@ from autosparse.config import (
     ModelConfig,
     QuickstartConfig,
     SparseTrainConfig,
+    plain,
 )
 from autosparse.corpus import Corpus, is_finished
 from autosparse.errors import RunFailed, UsageError
-from autosparse.files import read_card
+from autosparse.files import check_folder, read_card
 from autosparse.irp import run_folder
 from autosparse.progress import Progress, print_table
-from autosparse.sparse_training import TRAINED, Cell, cells
+from autosparse.sparse_training import TRAINED
 
 TARGET = ModelConfig("test_byobnet")
 """The model that is pruned and trained; the corpus has never seen it."""
@@ -45,9 +49,27 @@ def run(config: QuickstartConfig) -> None:
     if config.seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {config.seeds}")
     out = Path(config.out).absolute()
+    _check(out)
+    with claimed(out):
+        _run(out, config.seeds, started)
+
+
+def _check(out: Path) -> None:
+    """Raise UsageError for what is missing, before the first step."""
+    check_folder(out)
+    for file in ("configs/corpus/digits.yaml", "configs/scorer/digits.yaml",
+                 "configs/train/digits.yaml", "ray_jobs/grow_corpus.py",
+                 "launch/train_sparse.py"):  # fmt: skip
+        _source(file)
+    for name in ("ray", "mlflow", "deepspeed"):
+        if find_spec(name) is None:
+            raise UsageError(f"quickstart needs {name}: pip install -e . in the source tree")
+
+
+def _run(out: Path, seeds: int, started: float) -> None:
     corpus = _grow(out)
     scorer = _fit(out, corpus)
-    tickets = _prune(out, scorer, config.seeds)
+    tickets = _prune(out, scorer, seeds)
     trained = _train(out, tickets)
     found = [cell.result() for cell in trained]
     figure = _draw(out, results.summary(found))
@@ -98,10 +120,13 @@ def _fit(out: Path, corpus: Path) -> Path:
     file, path = _source("configs/scorer/digits.yaml"), out / "autos.safetensors"
     overrides = ["--config", str(file), "--corpus", str(corpus), "--out", str(path)]
     _heading("2  AutoS, fitted on the corpus", ["autosparse", "fit", *overrides])
-    if path.exists() and read_card(path)["card"]["corpus"] == Corpus(corpus).fingerprint:
+    config = parse(FitConfig, overrides, "", None)
+    card = read_card(path)["card"] if path.exists() else {}
+    wanted = {**plain(config), "corpus": "", "out": ""}
+    if card.get("corpus") == Corpus(corpus).fingerprint and card.get("config") == wanted:
         print(f"found {path}")
     else:
-        fit(parse(FitConfig, overrides, "", None))
+        fit(config)
     return path
 
 
@@ -137,9 +162,15 @@ def _prune(out: Path, scorer: Path, seeds: int) -> list[Path]:
 
 
 def _is_there(path: Path, criterion: str, fingerprint: str) -> bool:
+    """Whether a ticket is there, made by this AutoS, and with today's defaults."""
     if not path.exists():
         return False
-    return criterion != "autos" or read_card(path)["card"]["autos"] == fingerprint
+    card = read_card(path)["card"]
+    if criterion != pruning.DENSE and card.get("changed_defaults", {}) != (
+        criteria.get(criterion).changed_defaults(())
+    ):
+        return False
+    return criterion != "autos" or card["autos"] == fingerprint
 
 
 def _train(out: Path, tickets: list[Path]) -> list[Cell]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ class Recipe:
         with _numpy_seeded(seed):
             return self.mixup(images.clone(), labels)
 
-    def loss(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of outputs [B, classes] for what `mix` gave.
+    def loss(self, outputs: Any, images: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of outputs (as the loss takes them) for what `mix` gave.
 
         With a teacher: (1 - w) * loss + w * T^2 * KL(teacher / T || outputs / T).
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse import criteria, masks, paths
+from autosparse import criteria, masks, models, paths
 from autosparse import data as data_module
 from autosparse.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
+from autosparse.contract import Checked, gradients_on
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import LossFn, Shared, counting
@@ -82,6 +83,7 @@ class Scored:
     """[C, H, W] of an image, where it is known."""
 
 
+@gradients_on()
 def score(
     model: nn.Module,
     data: Data,
@@ -98,9 +100,10 @@ def score(
 ) -> tuple[Scored, dict[str, Any]]:
     """Do the first half of `prune`: return scores, and the card that the ticket will have."""
     selection.check()
+    model = models.unwrapped(model)
+    models.check_values(model)
     scoring, asked = scoring or ScoringConfig(), dict(options or {})
-    if scoring.mode not in MODES:
-        raise unknown("mode", scoring.mode, MODES)
+    check_scoring(scoring)
     if selection.pattern is not None:
         n, m = selection.n_of_m()
         sparsity = 1 - n / m
@@ -111,7 +114,7 @@ def score(
     source: Any = data_module.load(data) if isinstance(data, str | DataConfig) else data
     others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
     if not isinstance(source, DataSource):
-        source = _held(source, [found, *others])
+        source = _held(source, [found, *others], _classes(model, loss_fn))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
@@ -119,10 +122,12 @@ def score(
     with counting() as cost:
         scores = context.run(found, sparsity, asked)
         counts = context.allocated(selection, scores, sparsity)
+    changed = found.changed_defaults(asked)
     card = {
         **describe(model, source),
         "criterion": criterion,
         "options": asked,
+        **({"changed_defaults": changed} if changed else {}),
         "sparsity": sparsity,
         "selection": plain(selection),
         "scoring": plain(scoring),
@@ -134,6 +139,15 @@ def score(
         "versions": library_versions(),
     }
     return Scored(scores, counts, selection, context.shape()), card
+
+
+def check_scoring(scoring: ScoringConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if scoring.mode not in MODES:
+        raise unknown("mode", scoring.mode, MODES)
+    for name in ("samples_per_class", "batches", "batch_size"):
+        if getattr(scoring, name) < 1:
+            raise UsageError(f"{name} must be at least 1, got {getattr(scoring, name)}")
 
 
 @dataclass(frozen=True)
@@ -218,10 +232,10 @@ class _Context:
                 seed=self.seed,
                 batches=scoring.batches,
                 batch_size=min(scoring.batch_size, -(-images // self.ranks.world_size)),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
             )
-            if self.ranks.world_size == 1:
-                return found
-            return Shared(found[self.ranks.rank :: self.ranks.world_size])
+            return found if self.ranks.world_size == 1 else Shared(found)
         if criterion.trains:
             return data
         chosen = data if criterion.needs_data else islice(data, 1)
@@ -229,13 +243,20 @@ class _Context:
         return Shared(here) if self.ranks.world_size > 1 and criterion.needs_data else here
 
 
-def _held(data: Any, used: list[criteria.Criterion]) -> Any:
+def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
     """Return batches that can be looked at more than once, and no more of them than needed."""
+    checked = Checked(data, classes)
     if any(criterion.trains for criterion in used):
-        return list(data) if iter(data) is data else data
+        return list(checked) if isinstance(data, Iterator) else checked
     if any(criterion.needs_data for criterion in used):
-        return list(data)
-    return list(islice(data, 1))
+        return list(checked)
+    return list(islice(checked, 1))
+
+
+def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
+    """Return how many classes the labels may name, where that is known."""
+    found = getattr(model, "num_classes", None)
+    return found if isinstance(found, int) and loss_fn is nn.functional.cross_entropy else None
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
@@ -253,6 +274,7 @@ def describe(
             "model": recipe,
             "data": plain(data.config),
             "data_fingerprint": data.fingerprint,
+            "normalisation": data.normalisation(),
         }
     return {"model": recipe, "data": {"name": "batches"}}
 

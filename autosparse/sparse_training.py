@@ -1,68 +1,39 @@
-"""Train tickets: each into a folder of its own, finished ones found and not trained again.
+"""Train cells: each into its folder, finished ones found and not trained again.
 
-A cell is one ticket (or the dense model) with one training config. Its folder is named by the
-ticket's file and a hash of all that made it; `result.json` is written last.
+One process at a time is at a cell. Where there are several ranks, rank 0 looks on disk and tells.
 """
 
 from __future__ import annotations
 
-import glob
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from autosparse import data as data_module
-from autosparse import masks, models
+from autosparse import data_identity, models
+from autosparse.cells import ONE_PROCESS, RESULT, SHAPE, Cell
+from autosparse.claims import Claim, claimed
 from autosparse.compaction import compact
-from autosparse.config import (
-    DataConfig,
-    PruneConfig,
-    SparseTrainConfig,
-    from_plain,
-    plain,
-    run_id,
-)
+from autosparse.config import SparseTrainConfig, plain
 from autosparse.data import DataSource
+from autosparse.data.source import MemorySplit
 from autosparse.errors import Stopped, UsageError
-from autosparse.files import read_json, write_json
-from autosparse.pruning import DENSE, prune, prune_as
+from autosparse.files import write_json
 from autosparse.steppers import Epoch, Ranks, Stepper
 from autosparse.ticket import Ticket
 from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
 from autosparse.versions import environment
 
-RESULT, TRAINED = "result.json", "trained.safetensors"
+TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
 SETTINGS = "settings.json"
 """What a training was told, and where it ran, at its last start."""
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
-ONE_PROCESS = Ranks()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training to be done."""
-
-    name: str
-    ticket: Ticket
-    data: DataConfig
-    seed: int
-    folder: Path
-
-    @property
-    def done(self) -> bool:
-        """Whether its result is there."""
-        return (self.folder / RESULT).is_file()
-
-    def result(self) -> dict[str, Any]:
-        """Return the result of a finished cell."""
-        return read_json(self.folder / RESULT)
 
 
 def unsent(cell: Cell) -> bool:
@@ -86,83 +57,6 @@ class Observer(Protocol):
     def end(self, cell: Cell, result: dict[str, Any]) -> None: ...
 
 
-def cells(
-    config: SparseTrainConfig, *, ranks: Ranks = ONE_PROCESS, device: str = "cpu"
-) -> Iterator[Cell]:
-    """Yield the cells of a config: one per ticket file, or what is pruned now, or the dense model.
-
-    Where there are several ranks, all of them call this, and prune together.
-    """
-    if not config.tickets:
-        yield _pruned_cell(config, ranks, device) if config.prune else _dense_cell(config)
-        return
-    patterns = [config.tickets] if isinstance(config.tickets, str) else config.tickets
-    for path in _expand(patterns):
-        yield _ticket_cell(config, path)
-
-
-def _ticket_cell(config: SparseTrainConfig, path: Path) -> Cell:
-    ticket = Ticket.load(path)
-    empty = masks.first_empty(ticket.masks)
-    allowed = ticket.card.get("selection", {}).get("guard") == "none"
-    if empty is not None and not allowed:
-        raise UsageError(f"{path} empties a layer: {empty} keeps no weight; prune it again")
-    seed = config.seed if config.seed is not None else int(ticket.card.get("seed", 0))
-    return _cell(config, path.stem, ticket, _data(config, ticket, path), seed)
-
-
-def _pruned_cell(config: SparseTrainConfig, ranks: Ranks, device: str) -> Cell:
-    """Prune as `config.prune` says, once; the ticket's file is found the next time."""
-    asked = config.prune or PruneConfig()
-    name = f"{asked.model.name}-{asked.criterion}-{asked.sparsity:g}-{run_id(asked)}"
-    path = Path(config.out) / "tickets" / f"{name}.safetensors"
-    if path.is_file():
-        return _ticket_cell(config, path)
-    ticket = prune_as(replace(asked, device=device), ranks=ranks)
-    if ranks.rank == 0:
-        ticket.save(path)
-    seed = config.seed if config.seed is not None else asked.seed
-    return _cell(config, name, ticket, config.data or asked.data, seed)
-
-
-def _dense_cell(config: SparseTrainConfig) -> Cell:
-    if config.model is None:
-        raise UsageError(
-            "give tickets, or what to prune (--prune.criterion …), or a model to train dense "
-            "(--model.name …)"
-        )
-    data, seed = config.data or DataConfig(), config.seed or 0
-    source = data_module.load(data)
-    model = models.create_for(source, config.model, seed)
-    return _cell(config, DENSE, prune(model, data, DENSE, seed=seed), data, seed)
-
-
-def _cell(
-    config: SparseTrainConfig, name: str, ticket: Ticket, data: DataConfig, seed: int
-) -> Cell:
-    key = run_id(config, ticket.content_hash, run_id(data), str(seed))
-    return Cell(name, ticket, data, seed, Path(config.out) / f"{name}-{key}")
-
-
-def _expand(patterns: list[str]) -> list[Path]:
-    paths = []
-    for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
-        if not found:
-            raise UsageError(f"no ticket matches {pattern}")
-        paths += [Path(each) for each in found]
-    return paths
-
-
-def _data(config: SparseTrainConfig, ticket: Ticket, path: Path) -> DataConfig:
-    if config.data is not None:
-        return config.data
-    described = ticket.card.get("data", {})
-    if "image_size" not in described:
-        raise UsageError(f"{path} does not say which data it was made on; set data.name")
-    return from_plain(DataConfig, described)
-
-
 def train_cell(
     cell: Cell,
     config: SparseTrainConfig,
@@ -175,52 +69,144 @@ def train_cell(
     on_epoch: Callable[[Epoch], None] | None = None,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Train one cell on this rank, write its trained ticket and result, and return the result.
 
     `observer` is given on rank 0 only. The test split is looked at once, at the end. `watch` and
-    `stop` are those of `training.fit`.
+    `stop` are those of `training.fit`. Another process that is at this cell is waited for if
+    `wait` says so; otherwise it is a UsageError. All ranks call this; rank 0 looks and tells.
     """
-    if cell.done:
-        if observer:
-            observer.found(cell, config)
-        return cell.result()
-    model = build(cell.ticket, source).to(models.choose_device(device))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    stepper = make_stepper(model, steps_per_epoch(source.train, config.training, ranks.world_size))
-    settings = _settings(cell, config, stepper)
+    result = finished(cell, ranks, source)
+    if result is None:
+        with _claimed(cell, ranks, wait) as claim:
+            result = finished(cell, ranks, source)  # By another process, meanwhile.
+            if result is None:
+                training = _Training(cell, config, source, ranks, observer, claim)
+                return training.run(make_stepper, device, on_epoch, watch, stop)
     if observer:
-        observer.begin(cell, config, settings)
-
-    def note(epoch: Epoch) -> None:
-        if observer:
-            observer.epoch(cell, epoch)
-        if on_epoch:
-            on_epoch(epoch)
-
-    with seeded(cell.seed * 131 + ranks.rank), _told(observer, cell):
-        history = fit(
-            stepper,
-            source,
-            config.training,
-            seed=cell.seed,
-            folder=cell.folder,
-            on_epoch=note,
-            span=Span(cell.ticket.card.get("rewind_steps", 0)),
-            watch=watch,
-            stop=stop,
-        )
-    test = evaluate(stepper.evaluated(), source, source.test, ranks, config.training)
-    state = stepper.state_dict()
-    result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
-    steps = steps_per_epoch(source.train, config.training, ranks.world_size)
-    result["training_passes"] = steps * config.training.epochs * config.training.batch_size
-    if ranks.rank == 0:
-        write_json(cell.folder / SETTINGS, settings)
-        _finish(cell, config, model, state, result)
-        if observer:
-            observer.end(cell, result)
+        observer.found(cell, config)
     return result
+
+
+def finished(
+    cell: Cell, ranks: Ranks = ONE_PROCESS, source: DataSource | None = None
+) -> dict[str, Any] | None:
+    """Return the result of a finished cell, as rank 0 finds it, on every rank; None if to do.
+
+    Raises UsageError where it was trained on other data of the same name than `source`.
+    """
+
+    def look() -> dict[str, Any] | None:
+        if not cell.done:
+            return None
+        result = cell.result()
+        data_module.check_found(result.get("data_fingerprint"), source, cell.folder)
+        return result
+
+    return ranks.first_says(look)
+
+
+@contextmanager
+def _claimed(cell: Cell, ranks: Ranks, wait: bool) -> Iterator[Claim | None]:
+    """Hold a cell's folder on rank 0; where another process has it, all ranks are told."""
+    with ExitStack() as held:
+        claim: list[Claim | None] = [None]
+
+        def take() -> None:
+            claim[0] = held.enter_context(
+                claimed(cell.folder, wait=wait, finished=lambda: cell.done)
+            )
+
+        ranks.first_says(take)
+        yield claim[0]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One cell being trained."""
+
+    cell: Cell
+    config: SparseTrainConfig
+    source: DataSource
+    ranks: Ranks
+    observer: Observer | None
+    claim: Claim | None
+    """Of the cell's folder; on rank 0 only."""
+
+    def run(
+        self,
+        make_stepper: MakeStepper,
+        device: str,
+        on_epoch: Callable[[Epoch], None] | None,
+        watch: Watch | None,
+        stop: Callable[[], bool] | None,
+    ) -> dict[str, Any]:
+        """Train and evaluate; rank 0 writes the trained ticket and the result."""
+        cell, config, source, ranks = self.cell, self.config, self.source, self.ranks
+        model = build(cell.ticket, source).to(models.choose_device(device))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        steps = steps_per_epoch(source.train, config.training, ranks.world_size)
+        stepper = make_stepper(model, steps)
+        settings = _settings(cell, config, stepper)
+        if self.observer:
+            self.observer.begin(cell, config, settings)
+
+        def note(epoch: Epoch) -> None:
+            if self.claim:
+                self.claim.check()
+            if self.observer:
+                self.observer.epoch(cell, epoch)
+            if on_epoch:
+                on_epoch(epoch)
+
+        with seeded(cell.seed * 131 + ranks.rank), _told(self.observer, cell):
+            history = fit(
+                stepper,
+                source,
+                config.training,
+                seed=cell.seed,
+                folder=cell.folder,
+                on_epoch=note,
+                span=Span(cell.ticket.card.get("rewind_steps", 0)),
+                watch=watch,
+                stop=stop,
+            )
+        test = evaluate(stepper.evaluated(), source, source.test, ranks, self.config.training)
+        state = stepper.state_dict()
+        result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
+        result["training_passes"] = steps * config.training.epochs * config.training.batch_size
+        result["data_fingerprint"] = source.fingerprint
+        result["test_fingerprint"] = test_fingerprint(source)
+        if ranks.rank == 0:
+            self.finish(model, state, settings, result)
+        return result
+
+    def finish(
+        self,
+        model: nn.Module,
+        state: dict[str, Tensor],
+        settings: dict[str, Any],
+        result: dict[str, Any],
+    ) -> None:
+        """Write all files, the result last; then remove what they make superfluous."""
+        if self.claim:
+            self.claim.check()
+        write_json(self.cell.folder / SETTINGS, settings)
+        _finish(self.cell, self.config, model, state, result)
+        if self.observer:
+            self.observer.end(self.cell, result)
+
+
+def test_fingerprint(source: DataSource) -> str:
+    """Return what the test accuracy is of: 16 hex digits of the images and labels, or of own data.
+
+    Own data that are streamed are known as a whole, by their content and the size of images.
+    """
+    if isinstance(source.test, MemorySplit):
+        return source.test.fingerprint()
+    content = data_identity.content(source.config) or source.fingerprint
+    return f"{content}-{source.image_size}"
 
 
 @contextmanager
@@ -250,7 +236,7 @@ def _settings(cell: Cell, config: SparseTrainConfig, stepper: Stepper) -> dict[s
 def build(ticket: Ticket, source: DataSource) -> nn.Module:
     """Build the ticket's model, compact, on the CPU; raise UsageError if the data do not fit it."""
     recipe = ticket.card.get("model", {})
-    for key in ("num_classes", "in_chans", "image_size"):
+    for key in SHAPE:
         if recipe.get(key) != getattr(source, key):
             raise UsageError(
                 f"the ticket's model has {key} {recipe.get(key)}, the data {source.name} "
@@ -298,5 +284,6 @@ def _finish(
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-    for cut in cell.folder.glob(".*.tmp"):  # Of starts that were killed.
-        cut.unlink(missing_ok=True)
+    for name in (RESULT, TRAINED, SETTINGS, "checkpoint.pt"):  # Of starts that were killed.
+        for cut in cell.folder.glob(f".{name}.*.tmp"):
+            cut.unlink(missing_ok=True)

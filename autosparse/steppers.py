@@ -7,23 +7,28 @@ The loop around them is in training.py.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from autosparse import recipe
-from autosparse.compaction import multiply_sparse, rescattering
+from autosparse.compaction import lay_out, multiply_sparse, rescattering
 from autosparse.config import TrainingConfig
-from autosparse.errors import UsageError, unknown
+from autosparse.contract import in_single, outputs_of
+from autosparse.errors import UsageError, UserError, unknown
 from autosparse.files import write_bytes
+from autosparse.flat_scatter import scatterer
 from autosparse.models import device_of
-from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
 
+Answer = TypeVar("Answer")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "tanh", "poly", "none")
 
@@ -34,6 +39,24 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+
+    def first_says(self, ask: Callable[[], Answer]) -> Answer:
+        """Return what rank 0 answers, on every rank; a UserError of rank 0 is raised everywhere.
+
+        For what is looked up on disk: file systems lag, or belong to one node. Called by all ranks.
+        """
+        if self.world_size == 1:
+            return ask()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = ask()
+            except UserError as error:
+                told[1] = error
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
 
 
 @dataclass
@@ -128,15 +151,14 @@ class PlainStepper:
     """One process, plain PyTorch."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
-        check(config)
-        if config.precision == "fp16":
-            raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+        check_plain(config)
         self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
         set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
         self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
         self.updates, self.settings = 0, {}
         self.network = torch.compile(model) if config.compile else model
+        self.scattered = scatterer(model, config, device_of(model))
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.channels_last:
@@ -144,8 +166,12 @@ class PlainStepper:
         drawn = step_seed(self.seed, self.updates)
         seed_step(drawn, images.device)
         images, targets = self.recipe.mix(images, labels, drawn)
-        with autocast(self.config, images.device), rescattering(self.config.rescatter):
-            outputs = self.network(images).float()
+        with (
+            autocast(self.config, images.device),
+            rescattering(self.config.rescatter),
+            self.scattered(),
+        ):
+            outputs = in_single(outputs_of(self.network, images))
         loss = self.recipe.loss(outputs, images, targets)
         loss.backward()
         self.after_backward()
@@ -170,7 +196,7 @@ class PlainStepper:
         return self.model if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return last_rate(self.optimizer, self.scheduler, self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.evaluated().state_dict()
@@ -191,7 +217,8 @@ class PlainStepper:
         path = folder / "checkpoint.pt"
         if not path.is_file():
             return None
-        state = torch.load(path, map_location=device_of(self.model), weights_only=True)
+        # On the CPU: an optimizer's counters of steps that lie on a GPU hold every step up.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -209,7 +236,7 @@ def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -
     """
     multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(model, channels_last=True)
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -244,6 +271,25 @@ def check(config: TrainingConfig) -> None:
     recipe.check(config)
 
 
+def check_whole(config: TrainingConfig, world_size: int = 1) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    optimizer_and_schedule(nn.Linear(2, 2), config, 1)  # Its options, and what needs a GPU.
+    if config.batch_size % world_size:
+        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
+    recipe.check_mixing(config, config.batch_size // world_size)
+    if config.teacher is not None and not Path(config.teacher).is_file():
+        raise UsageError(f"training.teacher: no such file: {config.teacher}")
+
+
+def check_plain(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that `PlainStepper` cannot train with."""
+    check_whole(config)
+    if config.precision == "fp16":
+        raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
+
+
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
-    """Return the autocast context that `precision` asks for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    """Return the autocast context that `precision` asks for, in training and evaluation alike."""
+    kind = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=config.precision != "fp32")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import features, masks
+from autosparse.config import keep_density
 
 CONSTANTS = 7
 """The last so many of the `context` features are the same for all weights of a layer."""
@@ -48,7 +49,7 @@ def erk_log_odds(shapes: Mapping[str, torch.Size], density: float) -> dict[str, 
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
     total = sum(sizes.values())
-    counts = masks.allocate(raw, sizes, max(round(total * density), len(sizes)))
+    counts = masks.allocate(raw, sizes, max(keep_density(total, density), len(sizes)))
     cut = {n: min(max(counts[n] / sizes[n], 1 - MOST), MOST) for n in sizes}
     return {name: math.log(each / (1 - each)) for name, each in cut.items()}
 
@@ -114,8 +115,9 @@ class Heads(nn.Module):
         `lift`, if given, is added to the layers' log-odds; then all of them are shifted alike until
         the expected survivors add up to the budget.
         """
-        rows = torch.tensor([contexts[name].constants for name in shapes])
-        mix = torch.tensor(interpolation(density, self.densities))
+        kind = self.mean.dtype
+        rows = torch.tensor([contexts[name].constants for name in shapes], dtype=kind)
+        mix = torch.tensor(interpolation(density, self.densities), dtype=kind)
         start = erk_log_odds(shapes, density)
         odds = (self.layers_say(rows.to(self.mean.device)).cpu() @ mix).double()
         more = lift or dict.fromkeys(shapes, 0.0)
@@ -129,12 +131,13 @@ class Heads(nn.Module):
         self, weight: Tensor, gradient: Tensor, context: features.LayerContext, density: float
     ) -> Tensor:
         """Return the selection head's log-odds at `density`, in the shape of the weight."""
-        mix = torch.tensor(interpolation(density, self.densities), device=self.mean.device)
+        like = {"dtype": self.mean.dtype, "device": self.mean.device}
+        mix = torch.tensor(interpolation(density, self.densities), **like)
         linears = [layer for layer in self.selection if isinstance(layer, nn.Linear)]
         matrices = [layer.weight for layer in linears]
         biases = [layer.bias[:, None] for layer in linears]
         matrices[-1], biases[-1] = mix[None] @ matrices[-1], mix[None] @ biases[-1]
-        constants = torch.tensor(context.constants, device=self.mean.device)
+        constants = torch.tensor(context.constants, **like)
         scaled = (constants - self.mean[-CONSTANTS:]) / self.std[-CONSTANTS:]
         fixed = matrices[0][:, -CONSTANTS:] @ scaled.clamp(-LIMIT, LIMIT)
         first, biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]

@@ -19,10 +19,10 @@ from autosparse.compare import TICKET, Trial
 from autosparse.config import CompareConfig, SweepConfig, TrainingConfig, from_plain, plain, run_id
 from autosparse.data import DataSource
 from autosparse.errors import UsageError, unknown
-from autosparse.files import is_local, read_json, write_json
-from autosparse.pruning import DENSE
+from autosparse.files import check_folder, is_local, read_json, write_json
+from autosparse.pruning import DENSE, check_model
 from autosparse.sparse_training import RESULT
-from autosparse.steppers import check as check_training
+from autosparse.steppers import check_plain
 from autosparse.training import steps_per_epoch
 from autosparse.versions import library_versions
 
@@ -120,6 +120,18 @@ def check(config: SweepConfig) -> None:
         _check_space(key, values)
     for comparison, _ in comparisons(config):
         compare.check_config(comparison)
+        check_plain(comparison.training)
+
+
+def check_whole(config: SweepConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins.
+
+    GPUs are looked for where cells run.
+    """
+    check(config)
+    check_folder(config.out)
+    for model in config.models:
+        check_model(model, config.data)
 
 
 def _known_option(key: str, where: str) -> None:
@@ -150,12 +162,10 @@ def comparison(config: SweepConfig, model: int, variation: dict[str, Any]) -> Co
 
 
 def comparisons(config: SweepConfig) -> Iterator[tuple[CompareConfig, dict[str, Any]]]:
-    """Yield a comparison per model and variation; each must be one that can be trained."""
+    """Yield a comparison per model and variation."""
     for model in range(len(config.models)):
         for variation in config.variations:
-            found = comparison(config, model, variation)
-            check_training(found.training)
-            yield found, variation
+            yield comparison(config, model, variation), variation
 
 
 def cells(config: SweepConfig) -> list[SweepCell]:

@@ -18,6 +18,7 @@ from autosparse import masks as masks_module
 from autosparse.compaction import compact_weights, dense_name
 from autosparse.errors import UsageError
 from autosparse.files import read_tensors, require, write_tensors
+from autosparse.models import unwrapped
 
 FORMAT = 1
 
@@ -64,6 +65,7 @@ class Ticket:
     @classmethod
     def from_model(cls, model: nn.Module, masks: dict[str, Tensor], card: dict[str, Any]) -> Ticket:
         """Take the values under `masks` from a dense model; the model is not changed."""
+        model = unwrapped(model)
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         masks = {name: mask.detach().cpu() for name, mask in masks.items()}
         values = {name: state[name][mask].clone() for name, mask in masks.items()}
@@ -88,7 +90,7 @@ class Ticket:
         `state` is the model's whole state dict, where the model itself holds only a part of it
         (ZeRO) or another precision.
         """
-        state = state or model.state_dict()
+        state = state or unwrapped(model).state_dict()
         state = {dense_name(name): tensor.detach().cpu() for name, tensor in state.items()}
         made_compact = {name for name, _ in compact_weights(model)}
         values = {
@@ -125,12 +127,16 @@ class Ticket:
 
     def check(self, model: nn.Module) -> None:
         """Raise UsageError that names the first parameter in which `model` is another one."""
+        model = unwrapped(model)
+        made_compact = next(compact_weights(model), None)
+        if made_compact is not None:
+            raise UsageError(
+                f"the model is compact already (at {made_compact[0]}); densify it first"
+            )
         state = model.state_dict()
         shapes = {name: mask.shape for name, mask in self.masks.items()}
         shapes |= {name: tensor.shape for name, tensor in self.rest.items()}
         for name, tensor in state.items():
-            if dense_name(name) != name:
-                raise UsageError(f"the model is compact already (at {name}); densify it first")
             if name in shapes and tensor.shape != shapes[name]:
                 raise UsageError(
                     f"this ticket is for another model: {name} is {list(tensor.shape)} in the "

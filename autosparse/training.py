@@ -23,7 +23,7 @@ from autosparse.errors import RunFailed, Stopped, UsageError
 from autosparse.memory import keep_freed_blocks
 from autosparse.models import device_of
 from autosparse.optimizers import advance
-from autosparse.steppers import Epoch, History, Ranks, Stepper, check
+from autosparse.steppers import Epoch, History, Ranks, Stepper, autocast, check
 
 EVALUATION_BATCH = 256
 EVALUATION_PIXELS = 1 << 21
@@ -177,8 +177,10 @@ class _Fit:
         )  # fmt: skip
         asked = time.perf_counter()
         for images, labels in batches:
+            came = time.perf_counter()
             prepared = self.source.prepare(images, generator)
-            self.waited += time.perf_counter() - asked
+            # A GPU prepares images in its turn: who asks for it waits for the steps before.
+            self.waited += (came if images.is_cuda else time.perf_counter()) - asked
             yield prepared, labels
             asked = time.perf_counter()
 
@@ -257,20 +259,18 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on a split, shared out over the ranks; every rank gets the same result.
 
-    The model stays in eval mode. There are no collectives before the last batch, so ranks may
-    have different numbers of batches. Of `config` only `bf16_evaluation` counts.
+    The precision is that of `config`, as in training; by default the model's own. The model stays
+    in eval mode. There are no collectives before the last batch, so ranks may
+    have different numbers of batches.
     """
     ranks = ranks or Ranks()
     model.eval()
     device = next(model.parameters()).device
-    in_bf16 = torch.autocast(
-        device.type, torch.bfloat16, enabled=config is not None and config.bf16_evaluation
-    )
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in split.once(
         evaluation_batch(device, source.image_size), rank=ranks.rank, world_size=ranks.world_size
     ):
-        with in_bf16:
+        with autocast(config or TrainingConfig(), device):
             outputs = model(source.prepare(images)).float()
         sums[0] += nn.functional.cross_entropy(outputs, labels, reduction="sum")
         sums[1] += (outputs.argmax(1) == labels).sum()

@@ -43,6 +43,17 @@ def figure(runs: list[float], unit: str, goal: str, peer: str) -> dict[str, Any]
     }
 
 
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())],
+    }
+
+
 def options(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of what every benchmark understands."""
     parser = argparse.ArgumentParser(description=description)
@@ -58,12 +69,6 @@ def publish(
 ) -> None:
     """Print the figures; write them, and whatever more there is, to the file of `--json`."""
     arguments = arguments or options(description).parse_args()
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
     print_table(
         [
             {
@@ -78,4 +83,4 @@ def publish(
         ]
     )
     if arguments.json:
-        write_json(arguments.json, {"machine": machine, "figures": figures, **more})
+        write_json(arguments.json, {"machine": machine(), "figures": figures, **more})

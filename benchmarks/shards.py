@@ -42,13 +42,13 @@ HELD: list[bytes] = []
 """The encoded images, for the processes that only decode."""
 
 
-def pictures() -> Iterator[Image.Image]:
+def pictures(count: int) -> Iterator[Image.Image]:
     """Yield photo-like images of 300 to 500 px, always the same ones."""
     rng = np.random.default_rng(0)
     folder = Path(os.environ.get("AUTOSPARSE_CIFAR", "data/cifar10")) / "test"
     small = sorted(folder.glob("*/*.jpg"))
     random.Random(0).shuffle(small)
-    for number in range(PICTURES):
+    for number in range(count):
         width, height = SIDES[number % len(SIDES)]
         if small:
             start = Image.open(small[number % len(small)]).convert("RGB")
@@ -59,17 +59,17 @@ def pictures() -> Iterator[Image.Image]:
         yield Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def write_images(root: Path) -> None:
+def write_images(root: Path, count: int = PICTURES, copies: int = COPIES) -> None:
     """Write train, validation and test folders; only train is read."""
-    for number, picture in enumerate(pictures()):
+    for number, picture in enumerate(pictures(count)):
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=90)
         content = stream.getvalue()
-        HELD.extend(bytes(bytearray(content)) for _ in range(COPIES))
+        HELD.extend(bytes(bytearray(content)) for _ in range(copies))
         for split in ("train", "validation", "test") if number < CLASSES else ("train",):
             folder = root / split / f"{number % CLASSES}"
             folder.mkdir(parents=True, exist_ok=True)
-            for copy in range(COPIES):
+            for copy in range(copies):
                 (folder / f"{number:06d}-{copy}.jpg").write_bytes(content)
     random.Random(0).shuffle(HELD)
 

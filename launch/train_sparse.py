@@ -22,12 +22,11 @@ def main(arguments: list[str]) -> None:
     from autosparse.results import show
     from autosparse.verbs import fetched, tracking
 
-    config = fetched(config)
     if not deepspeed.is_first():
-        deepspeed.train(config)
+        deepspeed.train(config)  # Rank 0 tells which tickets there are.
         return
     with tracking(config.tracking) as observer:
-        show(deepspeed.train(config, observer))
+        show(deepspeed.train(fetched(config), observer))
 
 
 if __name__ == "__main__":

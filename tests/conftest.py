@@ -20,10 +20,12 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse import corpus, data, models
+from autosparse import corpus, data, logs, models
 from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.data import DataSource
 from autosparse.files import place, remove_tree
+
+logs.to_stderr()  # Tests read what a command says.
 
 STATUS = pytest.StashKey[int]()
 
@@ -55,6 +57,14 @@ SMALL_DIGITS = DataConfig(train_limit=300)
 @pytest.fixture(scope="session")
 def digits() -> DataSource:
     return data.load(SMALL_DIGITS)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Both devices: what holds on one holds on the other; skipped where there is no GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="module")

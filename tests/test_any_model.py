@@ -370,17 +370,18 @@ def test_any_model_is_compacted_and_densified(name: str) -> None:
     weights = models.prunable(model_of(name))
     scores = {key: torch.rand(each.shape, generator=generator) for key, each in weights.items()}
     chosen = masks.from_scores(scores, SPARSITY)
-    model = copy.deepcopy(model_of(name)).eval()
+    model = copy.deepcopy(model_of(name)).double().eval()
     compact(model, Ticket.from_model(model, chosen, {}))
     assert {key for key, _ in compact_weights(model)} >= set(chosen)
     small = sum(each.numel() for each in model.parameters())
     large = sum(each.numel() for each in model_of(name).parameters())
     assert large - small == removed(masks.total(chosen))
     with torch.no_grad():
-        outputs = model(batch()[0])
-        torch.testing.assert_close(densify(model)(batch()[0]), outputs)
+        images = batch()[0].double()
+        outputs = model(images)
+        torch.testing.assert_close(densify(model)(images), outputs, rtol=1e-10, atol=1e-10)
         if name != "test_nfnet":
-            plain = copy.deepcopy(model_of(name)).eval()
+            plain = copy.deepcopy(model_of(name)).double().eval()
             for key, mask in chosen.items():
                 plain.get_parameter(key).mul_(mask)
-            torch.testing.assert_close(plain(batch()[0]), outputs)
+            torch.testing.assert_close(plain(images), outputs, rtol=1e-10, atol=1e-10)

@@ -157,10 +157,32 @@ def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path, reaped: bool) -> N
 def test_a_process_id_that_is_used_again_is_not_the_owner(tmp_path: Path) -> None:
     with claimed(tmp_path):
         owner = content(tmp_path)
-    write_json(tmp_path / CLAIM, owner | {"started": "another boot:123"})
+    boot = str(owner["started"]).partition(":")[0]
+    write_json(tmp_path / CLAIM, owner | {"started": f"{boot}:123"})
     with claimed(tmp_path) as claim:
         assert claim is not None
         assert content(tmp_path)["started"] == owner["started"]
+
+
+def test_a_machine_of_the_same_name_is_another_one(tmp_path: Path, quick: None) -> None:
+    """Its claim is not dead because no such process is here."""
+    with claimed(tmp_path):
+        owner = content(tmp_path)
+    write_json(tmp_path / CLAIM, owner | {"started": "another boot:123"})
+    started = time.monotonic()
+    with claimed(tmp_path):
+        assert time.monotonic() - started > claims.EXPIRY
+
+
+def test_a_file_beside_others_is_claimed_by_a_name_of_its_own(tmp_path: Path) -> None:
+    with claimed(tmp_path, name="one.claim"), claimed(tmp_path, name="two.claim"):
+        assert names(tmp_path) == ["one.claim", "two.claim"]
+        with (
+            pytest.raises(UsageError, match=f"{tmp_path}/one is being worked on"),
+            claimed(tmp_path, name="one.claim"),
+        ):
+            pytest.fail("claimed twice")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -128,7 +128,7 @@ def test_every_setting_of_training_changes_the_run():
         "clip_grad": 1.0, "label_smoothing": 0.1, "mixup": 0.1, "cutmix": 0.1, "ema": 0.9,
         "teacher": "t.safetensors", "distill_weight": 0.1, "temperature": 2.0,
         "precision": "bf16", "channels_last": True, "compile": True, "grad_checkpointing": True,
-        "rescatter": True, "sparse_products": False, "bias_rate": 64.0, "bf16_evaluation": True,
+        "rescatter": True, "sparse_products": False, "bias_rate": 64.0,
     }  # fmt: skip
     local = {"checkpoint_epochs", "checkpoint_steps"}
     assert set(changed) == {spec.name for spec in dataclasses.fields(TrainingConfig)} - local

@@ -132,7 +132,8 @@ def test_chunks_make_no_difference(
     row = weights[layer][0].numel()
     assert max(piece.shape[1] for piece in pieces) <= max(chunk, row)
     assert len(pieces) > 1 or chunk + row > weights[layer].numel()
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=0)
+    # Some five float32 operations an entry; the end of a chunk may take another kernel.
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-6, atol=1e-6)
 
 
 # Scale

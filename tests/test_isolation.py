@@ -14,7 +14,9 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = ("ray", "deepspeed", "mlflow")
 LAYERS = (
     ("errors",),
-    ("config", "files", "memory", "progress", "versions"),
+    ("contract", "files", "logs", "memory", "progress", "versions"),
+    ("data_identity",),
+    ("config",),
     ("style", "gradients"),
     (
         "masks",
@@ -27,7 +29,8 @@ LAYERS = (
         "standardised",
     ),
     ("compaction", "survival", "table", "paths", "rounds"),
-    ("reach",),
+    ("reach", "flat_kernels"),
+    ("flat_scatter",),
     ("ticket", "claims", "optimizers", "scorer"),
     ("recipe",),
     ("steppers",),
@@ -35,7 +38,7 @@ LAYERS = (
     ("criteria",),
     ("corpus", "scoring"),
     ("pruning",),
-    ("fit_scorer",),
+    ("fit_scorer", "cells"),
     ("irp", "corpus_figures", "fit_survival", "sparse_training", "sweep_figures"),
     ("controls", "watching"),
     ("compare", "corpus_report", "exporting", "plan", "upkeep", "autos_figures"),

@@ -18,8 +18,10 @@ from PIL import Image
 from autosparse import data
 from autosparse.config import DataConfig, PackConfig
 from autosparse.data.check import verify
-from autosparse.data.pack import RECORDS, encoded, pack
-from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest, scan
+from autosparse.data.encode import encoded
+from autosparse.data.pack import RECORDS, pack
+from autosparse.data.samples import scan
+from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest
 from autosparse.errors import UsageError
 from tests.conftest import flip
 from tests.test_cli import refuse, run
@@ -215,8 +217,8 @@ def test_images_encoded_anew_are_upright():
 @pytest.mark.parametrize(
     ("content", "options", "named"),
     [
-        (b"GIF89a no", {}, r"odd\.jpg is no JPEG, PNG or WebP"),
-        (b"", {}, r"odd\.jpg is no JPEG"),
+        (b"GIF89a no", {}, r"odd\.jpg is no JPEG, PNG, WebP"),
+        (b"", {}, r"odd\.jpg is empty"),
         (b"\xff\xd8\xff no", {"quality": 90}, r"odd\.jpg cannot be packed"),
     ],
 )

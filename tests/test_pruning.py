@@ -327,7 +327,8 @@ def test_in_eval_mode_the_batch_size_does_not_matter(digits: DataSource, criteri
         for name in large:
             assert ((small[name] - large[name]).abs() > 0.5).float().mean() < 0.01
     else:
-        assert differ == 0
+        # In float32, rounding may settle a near tie otherwise: one weight of 10,000.
+        assert differ <= 1e-4 * masks.total(first)
         for name in large:
             close_to_rounding(small[name], large[name])
 
@@ -354,6 +355,7 @@ def test_in_eval_mode_only_rounding_depends_on_the_batch_size(
 
 
 def close_to_rounding(found: Tensor, expected: Tensor) -> None:
+    """Sums of some thousand float32 numbers of both signs: 1000 * 2^-24 = 6e-5 of the largest."""
     tolerance = 1e-4 * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=tolerance)
 
@@ -423,7 +425,8 @@ def normed_net() -> nn.Module:
 
 def test_warm_up_gives_the_mean_statistics_of_the_batches(digits: DataSource) -> None:
     """Two parts of 12 and 8 images: their means and unbiased variances, weighed by images."""
-    model, batches = normed_net(), digits.score_batches(2, batch_size=12)
+    model = normed_net().double()
+    batches = [(x.double(), labels) for x, labels in digits.score_batches(2, batch_size=12)]
     assert [len(labels) for _, labels in batches] == [12, 8]
     snip = criteria.get("snip")
     warm = snip(model, batches, cross_entropy, training_mode=False, warm_up=True)
@@ -432,7 +435,7 @@ def test_warm_up_gives_the_mean_statistics_of_the_batches(digits: DataSource) ->
     assert not model[1].running_mean.any() and model[1].num_batches_tracked == 0
     assert model[1].momentum == 0.1
 
-    by_hand = normed_net().eval()
+    by_hand = normed_net().double().eval()
     flat = [by_hand[0](images).transpose(0, 1).flatten(1).detach() for images, _ in batches]
     means, variances = zip(*((each.mean(1), each.var(1)) for each in flat), strict=True)
     by_hand[1].running_mean.copy_(0.6 * means[0] + 0.4 * means[1])
@@ -443,7 +446,7 @@ def test_warm_up_gives_the_mean_statistics_of_the_batches(digits: DataSource) ->
     (cross_entropy_sum / 20).backward()
     for name, weight in prunable(by_hand).items():
         expected = (weight * weight.grad).abs().detach()
-        torch.testing.assert_close(warm[name], expected, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(warm[name], expected, rtol=1e-9, atol=1e-14)
 
 
 def test_warm_up_changes_what_prune_chooses_in_eval_mode_only(digits: DataSource) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from autosparse import compare, drawing, report, sweep, verbs, verdicts
+from autosparse.cells import cells
 from autosparse.cli import guarded
 from autosparse.config import ModelConfig, SparseTrainConfig, SweepConfig
 from autosparse.data import DataSource
@@ -17,7 +18,7 @@ from autosparse.errors import UsageError
 from autosparse.files import read_json, write_json
 from autosparse.irp import run_irp
 from autosparse.pruning import prune
-from autosparse.sparse_training import cells, train_cell
+from autosparse.sparse_training import train_cell
 from autosparse.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
 

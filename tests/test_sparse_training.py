@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from autosparse import prune
+from autosparse.cells import Cell, cells
 from autosparse.compaction import load_state
 from autosparse.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, Stopped, UsageError
-from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, Cell, cells, train_cell
+from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, train_cell
 from autosparse.steppers import PlainStepper
 from autosparse.ticket import Ticket
 from autosparse.training import evaluate

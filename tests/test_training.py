@@ -221,12 +221,12 @@ def test_activation_checkpointing_gives_the_same_gradients(digits: DataSource) -
     stepped = []
     for enabled in (False, True):
         config = replace(QUICK, grad_checkpointing=enabled, optimizer="sgd", schedule="none")
-        stepper = PlainStepper(make_model("test_vit", drop_path_rate=0.3), config, 3)
+        stepper = PlainStepper(make_model("test_vit", drop_path_rate=0.3).double(), config, 3)
         assert stepper.model.grad_checkpointing is enabled
-        stepper.step(images, labels)
+        stepper.step(images.double(), labels)
         stepped.append(stepper.state_dict())
     for name, tensor in stepped[0].items():
-        assert torch.allclose(tensor, stepped[1][name], rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(tensor, stepped[1][name], rtol=1e-12, atol=1e-12), name
 
 
 @pytest.mark.parametrize("name", ["dla46x_c", None])
@@ -262,24 +262,6 @@ def test_evaluation_counts_every_image_once(digits: DataSource) -> None:
     assert found.loss == pytest.approx(
         float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5
     )
-
-
-@pytest.mark.parametrize("in_bf16", [False, True])
-def test_evaluation_is_in_bf16_only_where_that_is_asked_for(
-    digits: DataSource, in_bf16: bool
-) -> None:
-    config = replace(QUICK, precision="bf16", bf16_evaluation=in_bf16)
-    model, seen = make_model(), []
-    stepper = PlainStepper(model, config, steps_per_epoch(digits.train, config))
-
-    def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        if not model.training:
-            seen.append(output.dtype)
-
-    model.get_submodule("head.fc").register_forward_hook(note)
-    fit(stepper, digits, config, seed=0)
-    evaluate(stepper.evaluated(), digits, digits.test, None, config)
-    assert set(seen) == {torch.bfloat16 if in_bf16 else torch.float32}
 
 
 def test_a_gpu_evaluates_more_small_images_at_a_time() -> None:

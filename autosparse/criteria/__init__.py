@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse import gradients
+from autosparse.contract import checked_loss, gradients_on
 from autosparse.errors import UsageError, unknown
 from autosparse.gradients import LossFn, Shared, untouched
 from autosparse.masks import is_finite
@@ -24,6 +25,14 @@ from autosparse.models import prunable
 from autosparse.standardised import kernels_masked
 
 Scores = dict[str, Tensor]
+FIRST: dict[str, dict[str, Any]] = {
+    "autos": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},
+    "autos_irp": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},
+}
+"""Criterion -> the first default of an option that has changed since, and the first packaged file.
+
+Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEFAULTS.
+"""
 _REGISTRY: dict[str, Criterion] = {}
 
 
@@ -47,11 +56,43 @@ class Criterion:
         parameters = inspect.signature(self.function).parameters.values()
         return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
+    def beyond(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what scores depend on beyond the name and the options asked for.
+
+        Defaults that are no longer the first ones, and files such as AutoS by their content.
+        """
+        first, files = FIRST.get(self.name, {}), {}
+        if self.provenance:
+            files = self.provenance(**asked)
+        other = {key: each for key, each in files.items() if first.get(key) != each}
+        return self.changed_defaults(asked) | other
+
+    def changed_defaults(self, asked: Collection[str]) -> dict[str, Any]:
+        """Return the defaults that count, as no option asks otherwise, and are not the first."""
+        first = {**self.options, **FIRST.get(self.name, {})}
+        return {
+            key: each
+            for key, each in self.options.items()
+            if key not in asked and each != first[key]
+        }
+
     def check(self, options: Collection[str]) -> None:
         """Raise UsageError for an option that the criterion does not have."""
         for key in options:
             if key not in self.options:
                 raise unknown(f"option of {self.name}", key, self.options)
+
+    def check_whole(self, options: Mapping[str, Any], filled: Collection[str] = ()) -> None:
+        """Raise UsageError for options that are unknown or lacking, and files that are not there.
+
+        `filled` are options that are given later.
+        """
+        self.check(options)
+        for key, value in self.options.items():
+            if value is inspect.Parameter.empty and key not in (*options, *filled):
+                raise UsageError(f"criterion {self.name} needs the option {key}")
+        if self.provenance:
+            self.provenance(**options)
 
     def __call__(
         self,
@@ -69,7 +110,7 @@ class Criterion:
         Args:
             model: on the device of the batches.
             batches: (normalised images [B, C, H, W], labels [B]); not looked at if
-                `needs_data` is False. A `gradients.Shared` list is one rank's share: the scores
+                `needs_data` is False. A `gradients.Shared` is one rank's share: the scores
                 are then those of all ranks' batches, the same on every rank.
             loss_fn: (outputs, labels) -> mean loss.
             exclude: patterns of weights that are not prunable (see `models.prunable`).
@@ -84,18 +125,18 @@ class Criterion:
         for key in missing:
             if key not in options:
                 raise UsageError(f"criterion {self.name} needs the option {key}")
-        if not self.trains and not isinstance(batches, Shared):
+        if not self.trains and not isinstance(batches, Sequence):
             batches = list(batches)
         if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
             raise UsageError(f"criterion {self.name} needs data, and there is no batch")
-        parameters = prunable(model, exclude)
-        with untouched(model), kernels_masked(model):
+        parameters, loss = prunable(model, exclude), checked_loss(loss_fn, model)
+        with gradients_on(), untouched(model), kernels_masked(model):
             if warm_up and self.needs_data and not self.trains:
                 gradients.warm_up(model, batches)
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            scores = self.function(model, parameters, batches, loss_fn, **options)
+            scores = self.function(model, parameters, batches, loss, **options)
         if isinstance(batches, Shared):
             self._agree(scores, parameters)
         return {name: self._checked(name, scores[name]) for name in parameters}

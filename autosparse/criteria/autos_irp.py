@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 
 from autosparse import masks, paths, reach
-from autosparse.config import TrainingConfig
+from autosparse.config import TrainingConfig, keep_density
 from autosparse.criteria import Scores, autos, register
 from autosparse.criteria.short_irp import Horizon, short_levels
 from autosparse.errors import UsageError
@@ -175,12 +175,12 @@ class _Layers:
             return alive
         scores, _ = self.network.rate(self.parameters, self.gradients, density)
         scores = {name: score.cpu() for name, score in scores.items()}
-        return self.best(scores, alive, round(self.total * density))
+        return self.best(scores, alive, keep_density(self.total, density))
 
     def drawn(self, density: float, seed: int) -> masks.Masks:
         """Return masks as `autos` draws them, on paths."""
         alive = self.everything()
         generator = torch.Generator().manual_seed(seed)
         scores = {n: autos.drawn(mask, "live", 1.0, generator) for n, mask in alive.items()}
-        count = round(self.total * density)
+        count = keep_density(self.total, density)
         return self.best(scores, alive, count, reach.ROUNDS, autos.TILT)

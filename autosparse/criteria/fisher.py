@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.criteria import Scores, register
-from autosparse.gradients import Batch, Shared, mean_over_gradients
+from autosparse.gradients import Batches, Shared, mean_over_gradients
 
 
 @register("fisher", needs_data=True)
@@ -42,11 +42,11 @@ def fisher(model, parameters, batches, loss_fn, *, first_order: bool = True) -> 
     return scores
 
 
-def _one_by_one(batches: list[Batch]) -> list[Batch]:
-    """Cut batches into samples."""
-    samples = [
+def _one_by_one(batches: Batches) -> Batches:
+    """Cut batches into samples, as they come."""
+    samples = (
         (image, label)
         for images, labels in batches
         for image, label in zip(images.split(1), labels.split(1), strict=True)
-    ]
+    )
     return Shared(samples) if isinstance(batches, Shared) else samples

@@ -12,9 +12,12 @@ set, which ranks alike); the last layer is not drawn anew.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from autosparse.contract import each_float
 from autosparse.criteria import Scores, register
 from autosparse.gradients import mean_gradients, mean_hessian_times, twice_differentiable
 
@@ -24,11 +27,11 @@ def grasp(model, parameters, batches, loss_fn, *, temperature: float = 200.0) ->
     """Return θ * (H g).
 
     Args:
-        temperature: what the outputs are divided by.
+        temperature: what the outputs are divided by, all of them where there are several.
     """
 
-    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-        return loss_fn(outputs / temperature, labels)
+    def loss(outputs: Any, labels: Tensor) -> Tensor:
+        return loss_fn(each_float(lambda part: part / temperature, outputs), labels)
 
     with twice_differentiable():
         g = list(mean_gradients(model, parameters, batches, loss).values())

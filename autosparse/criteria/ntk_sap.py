@@ -14,13 +14,21 @@ shapes are looked at. Departure: the square is a mean over samples, which ranks 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
 
+from autosparse.contract import joined
 from autosparse.criteria import Scores, register
 from autosparse.errors import UsageError
-from autosparse.gradients import Shared, backward_one_by_one, with_weights
+from autosparse.gradients import (
+    Shared,
+    backward_one_by_one,
+    batch_norms,
+    last_statistics,
+    with_weights,
+)
 from autosparse.rounds import Take, shrink
 
 
@@ -57,7 +65,7 @@ def ntk_sap(
 
     def gradient(take: Take) -> int:
         samples = 0
-        for images, labels in list(batches) * draws:
+        for images, labels in chain.from_iterable(repeat(batches, draws)):
             _one_draw(model, parameters, kept, epsilon, images, take)
             samples += len(labels)
         return samples
@@ -97,7 +105,7 @@ def mask_gradients(
     zero where it is zero. Its two parts, by `here` and by `there`, come one after the other.
     """
     _set_statistics(model, here, images)
-    first, second = with_weights(model, here)(images), with_weights(model, there)(images)
+    first, second = (joined(with_weights(model, each)(images)) for each in (here, there))
     square = (first - second).square().sum() / len(images)
     weights = [*here.values(), *there.values()]
 
@@ -114,13 +122,7 @@ def _drawn(weight: Tensor) -> Tensor:
 
 def _set_statistics(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> None:
     """Set batch norm's statistics to those of the images, and leave the model in eval mode."""
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
     model.train()
-    with torch.no_grad():
+    with torch.no_grad(), last_statistics(batch_norms(model)):
         with_weights(model, weights)(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     model.eval()

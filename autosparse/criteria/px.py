@@ -21,6 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from autosparse.contract import outputs_of
 from autosparse.criteria import Scores, register
 from autosparse.gradients import Network, backward_one_by_one, mean_of, spend, with_weights
 from autosparse.paths import (
@@ -65,7 +66,9 @@ def px(
     def gradient(take: Take) -> None:
         outputs = open_paths(model, network, parameters, squares, batches, gates, rescaling, ones)
         spend(len(ones))
-        backward_one_by_one((network(ones) * outputs).sum(), list(squares.values()), take)
+        backward_one_by_one(
+            (outputs_of(network, ones) * outputs).sum(), list(squares.values()), take
+        )
 
     return shrink(squares, gradient, sparsity, rounds, min_per_layer=min_per_layer)
 
@@ -109,7 +112,7 @@ def _scaled(rescaling: Rescaling | None, network: Network, images: Tensor) -> tu
     if rescaling is not None:
         rescaling.log2 = 0
     with torch.no_grad():
-        outputs = network(images)
+        outputs = outputs_of(network, images)
     return outputs, 0 if rescaling is None else rescaling.log2
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autosparse import masks
 from autosparse.compaction import compact, densify
-from autosparse.config import TrainingConfig
+from autosparse.config import TrainingConfig, keep_density
 from autosparse.criteria import Scores, register
 from autosparse.criteria.lamp import layer_scores
 from autosparse.errors import RunFailed, UsageError, unknown
@@ -131,7 +131,8 @@ def _counts(alive: masks.Masks, horizon: Horizon) -> list[int]:
     if inside == total:
         return found
     ratio = found[-1] / inside
-    falling = [round(inside * ratio ** (k / horizon.levels)) for k in range(1, horizon.levels)]
+    shares = (ratio ** (k / horizon.levels) for k in range(1, horizon.levels))
+    falling = [keep_density(inside, share) for share in shares]
     return [*falling, found[-1]]
 
 

@@ -24,6 +24,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from autosparse.contract import outputs_of
 from autosparse.criteria import Scores, register
 from autosparse.gradients import backward_one_by_one, spend
 from autosparse.models import owner
@@ -55,7 +56,7 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
 
     def gradient(take: Take) -> None:
         spend(len(ones))
-        backward_one_by_one(linear(ones).sum(), channels.weights(), take)
+        backward_one_by_one(outputs_of(linear, ones).sum(), channels.weights(), take)
 
     return shrink(weights, gradient, sparsity, rounds, min_per_layer=0, narrow=channels.narrow)
 

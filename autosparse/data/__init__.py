@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from autosparse import data_identity
 from autosparse.config import DataConfig
+from autosparse.data import normalisation
 from autosparse.data.source import DataSource, Split, prepare
 from autosparse.errors import UsageError, unknown
 
-__all__ = ["DataSource", "Split", "load", "names", "prepare", "remembered"]
+__all__ = [
+    "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names",
+    "prepare", "remembered", "shape",
+]  # fmt: skip
 
 
 def _digits(config: DataConfig) -> DataSource:
@@ -71,21 +77,83 @@ def names() -> list[str]:
     return sorted(_LOADERS)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a model must know of its data; None where only the data themselves tell."""
+
+    num_classes: int | None
+    in_chans: int
+    image_size: int
+
+
+_SHAPES = {
+    "digits": Shape(10, 1, 16),
+    "cifar10": Shape(10, 3, 32),
+    "cifar100": Shape(100, 3, 32),
+    "mnist": Shape(10, 1, 28),
+    "fashion_mnist": Shape(10, 1, 28),
+    "folder": Shape(None, 3, 224),
+    "shards": Shape(None, 3, 224),
+}
+
+
+def shape(config: DataConfig) -> Shape:
+    """Return what the settings alone say of the images, without a look at them."""
+    check_config(config)
+    found = _SHAPES[config.name]
+    return replace(found, image_size=config.image_size or found.image_size)
+
+
+def check_config(config: DataConfig) -> None:
+    """Raise UsageError for settings that cannot be, and where own data are not there."""
+    if config.name not in _LOADERS:
+        raise unknown("data set", config.name, names())
+    if config.name in data_identity.OWN and not config.root:
+        raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
+    if not 0 < config.validation_fraction < 1:
+        raise UsageError(
+            f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
+        )
+    normalisation.check(config.normalisation)
+    root = str(config.root)
+    if config.name in data_identity.OWN and "://" not in root and not root.startswith("pipe:"):
+        data_identity.check_root(config)
+
+
 def load(config: DataConfig | str) -> DataSource:
     """Load a data set by its config or name; raise UsageError when it is unknown or not there."""
     if isinstance(config, str):
         config = DataConfig(name=config)
     if _REMEMBERED is not None and config in _REMEMBERED:
         return _REMEMBERED[config]
-    if config.name not in _LOADERS:
-        raise unknown("data set", config.name, names())
-    if config.name in ("folder", "shards") and not config.root:
-        raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
-    if not 0 < config.validation_fraction < 1:
-        raise UsageError(
-            f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
-        )
+    check_config(config)
     source = replace(_LOADERS[config.name](config), config=config)
+    source = normalisation.normalised(source, config)
     if _REMEMBERED is not None:
         _REMEMBERED[config] = source
     return source
+
+
+def if_there(config: DataConfig) -> DataSource | None:
+    """Load a set that is known by its name, unless it would have to be downloaded; else None."""
+    if config.name not in _SHAPES or _LOADERS[config.name] is not _torchvision:
+        return None
+    from autosparse.data.torchvision import is_there
+
+    return load(config) if is_there(config) else None
+
+
+def check_found(recorded: str | None, source: DataSource | None, where: Path) -> None:
+    """Raise UsageError if what was found finished is of other data, of the same name.
+
+    Args:
+        recorded: the fingerprint that was written down; nothing is checked where there is none.
+        source: the data that are there now; None where they are not, or known by content.
+        where: what was found.
+    """
+    if source is not None and recorded not in (None, source.fingerprint):
+        place = source.config.root or "where it is looked for"
+        raise UsageError(
+            f"{where} is of other images (fingerprint {recorded}) than {source.name} in {place} "
+            f"holds now ({source.fingerprint}); set data.root, or choose another out"
+        )

@@ -143,4 +143,7 @@ def rand_augmented_batch(images: Tensor, text: str, seeds: list[int]) -> Tensor:
         for image, number in zip(images.cpu(), seeds, strict=True):
             seed(number)
             found.append(rand_augmented(image, text))
-    return torch.stack(found).to(images.device)
+    changed = torch.stack(found)
+    if images.is_cuda:
+        changed = changed.pin_memory()
+    return changed.to(images.device, non_blocking=True)

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
+from autosparse.config import IndexConfig
+from autosparse.data.class_folders import SPLIT_WORDS
+from autosparse.data.remote import expanded
+from autosparse.data.samples import Reading, scan
 from autosparse.data.tars import (
     FORMAT,
     INDEX,
     MANIFEST,
+    SPLITS,
+    Manifest,
     Shard,
     check_content,
     check_members,
+    key_of,
     read_index,
     read_manifest,
-    scan,
     write_index,
 )
-from autosparse.errors import UsageError
+from autosparse.errors import UsageError, unknown
 from autosparse.files import sha256_of_file, write_json
 
 THREADS = 4
-SPLIT_WORDS = (("train", "train"), ("val", "validation"), ("test", "test"))
+MOST_GAP = 0.5
+"""Share of the classes that may be without an image, where nothing says how many there are."""
+COMPRESSED = re.compile(r"(.*)\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)", re.IGNORECASE)
 
 
 def verify(root: str | Path) -> Iterator[tuple[Shard, str | None]]:
@@ -38,7 +48,7 @@ def verify(root: str | Path) -> Iterator[tuple[Shard, str | None]]:
 
     def problem(shard: Shard) -> str | None:
         try:
-            _check(root / shard.name, shard, len(manifest.classes), index.get(shard.name))
+            _check(root / shard.name, shard, manifest, index.get(shard.name))
         except UsageError as error:
             return str(error)
         return None
@@ -47,53 +57,136 @@ def verify(root: str | Path) -> Iterator[tuple[Shard, str | None]]:
         yield from zip(manifest.shards, pool.map(problem, manifest.shards), strict=True)
 
 
-def _check(path: Path, shard: Shard, classes: int, indexed: Tensor | None) -> None:
+def _check(path: Path, shard: Shard, manifest: Manifest, indexed: Tensor | None) -> None:
     check_content(path, shard)
-    members = scan(path)
-    check_members(members, path, shard, classes)
+    members = scan(path, manifest.reading)
+    check_members(members, path, shard, len(manifest.classes))
     if indexed is not None and not torch.equal(indexed, members):
         raise UsageError(f"shard {path} is whole, but {INDEX} says otherwise: remove {INDEX}")
 
 
 def adopt(
-    root: str | Path, fraction: float = 0.15, on_shard: Callable[[], None] | None = None
+    root: str | Path,
+    config: IndexConfig | None = None,
+    on_shard: Callable[[], None] | None = None,
 ) -> list[Shard]:
-    """Write manifest and index for tars whose names say train, val or test.
+    """Write manifest and index for tars in a folder, or for those of a pattern in braces.
 
+    Their split is the word train, val or test in their name, or in that of a folder they lie in.
     Where there is no test shard, the validation shards are it; where there is then no validation
-    shard, `fraction` of the training shards are.
+    shard, some of the training shards are.
     """
-    root = Path(root)
-    if (root / MANIFEST).exists():
-        raise UsageError(f"{root / MANIFEST} is there already")
-    paths = sorted(root.glob("*.tar"))
-    if not paths:
-        raise UsageError(f"{root} holds no tar")
+    config = config or IndexConfig()
+    names, listed = _classes(config), tars(root)
+    folder = listed[0]
+    if (folder / MANIFEST).exists():
+        raise UsageError(f"{folder / MANIFEST} is there already")
+    splits = {name: _split(name, folder, config.split) for name in listed[1]}
+    reading = Reading(config.label, config.dotted, tuple(names or ()))
     shards, members = [], {}
-    for path in paths:
-        members[path.name] = scan(path)
-        shards.append(_described(path, len(members[path.name])))
+    for name, split in splits.items():
+        members[name] = scan(folder / name, reading)
+        shards.append(_described(folder, name, split, len(members[name])))
         if on_shard:
             on_shard()
-    shards = _with_all_splits(shards, fraction)
-    classes = max(int(found[:, 2].max()) for found in members.values() if len(found)) + 1
-    write_index(root / INDEX, members, shards)
-    content = {
-        "format": FORMAT,
-        "classes": [str(label) for label in range(classes)],
-        "shards": [asdict(shard) for shard in shards],
-    }
-    write_json(root / MANIFEST, content)
+    names = names or _counted(members, folder)
+    for shard in shards:
+        check_members(members[shard.name], folder / shard.name, shard, len(names))
+    _name_empty(members, names, folder)
+    shards = _with_all_splits(shards, config.validation_fraction)
+    content = {"format": FORMAT, "classes": names, "shards": [asdict(shard) for shard in shards]}
+    if reading != replace(Reading(), names=reading.names):
+        content["reading"] = {"label": reading.label, "dotted": reading.dotted}
+    write_index(folder / INDEX, members, shards)
+    write_json(folder / MANIFEST, content)
     return shards
 
 
-def _described(path: Path, count: int) -> Shard:
+def tars(root: str | Path) -> tuple[Path, list[str]]:
+    """Return a folder and the names of the tars in it, or of those that a pattern means."""
+    where, names = expanded(str(root))
+    folder = Path(where).expanduser()
+    if names is None:
+        found = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+        plain = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+        names = [str(path) for path in plain if path.suffix == ".tar"]
+        for path in map(str, plain):
+            packed = COMPRESSED.fullmatch(path)
+            if packed and f"{packed[1]}.tar" not in names:
+                raise UsageError(f"{folder / path} is compressed, so its images cannot be read at "
+                                 "random: unpack it to a plain .tar")  # fmt: skip
+    if not names:
+        raise UsageError(f"{root} holds no tar")
+    return folder, names
+
+
+def _split(name: str, folder: Path, other: str | None) -> str:
+    """Return the split that a tar's name says, else the folders it lies in, from the inmost on."""
+    if other is not None and other not in SPLITS:
+        raise unknown("split", other, SPLITS)
+    for part in reversed(PurePosixPath(name).parts):
+        words = re.findall("[a-z]+", part.lower())
+        found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+        if len(found) > 1:
+            raise UsageError(f"shard {folder / name}: its name says {' and '.join(sorted(found))}")
+        if found:
+            return found.pop()
+    if other is None:
+        raise UsageError(
+            f"shard {folder / name}: its name says neither train, val nor test as a word; --split "
+            "says which it is"
+        )
+    return other
+
+
+def _described(folder: Path, name: str, split: str, count: int) -> Shard:
+    path = folder / name
     if not count:
         raise UsageError(f"shard {path} holds no sample")
-    split = next((split for word, split in SPLIT_WORDS if word in path.name), None)
-    if split is None:
-        raise UsageError(f"shard {path}: its name says neither train, val nor test")
-    return Shard(path.name, split, count, path.stat().st_size, sha256_of_file(path))
+    return Shard(name, split, count, path.stat().st_size, sha256_of_file(path))
+
+
+def _classes(config: IndexConfig) -> list[str] | None:
+    """Return the classes that are given, by their number or as a file of their names."""
+    if config.classes is None:
+        return None
+    if str(config.classes).isdigit():
+        return [str(label) for label in range(int(config.classes))]
+    try:
+        lines = Path(config.classes).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"classes {config.classes} is no number and no file of names: "
+                         f"{error}") from None  # fmt: skip
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
+    """Return as many classes as the largest label says, if that can be."""
+    labels = torch.cat([found[:, 2] for found in members.values()])
+    count, present = int(labels.max()) + 1, len(labels.unique())
+    if count - present > max(1, MOST_GAP * count):
+        where = next(name for name, found in members.items() if int(found[:, 2].max()) == count - 1)
+        row = members[where][members[where][:, 2].argmax()]
+        key = key_of(folder / where, int(row[0]))
+        raise UsageError(
+            f"shard {folder / where} sample {key}: label {count - 1} would make {count} classes, "
+            f"of which {count - present} have no image; say how many there are by --classes NUMBER "
+            "or --classes FILE"
+        )
+    return [str(label) for label in range(count)]
+
+
+def _name_empty(members: dict[str, Tensor], classes: list[str], folder: Path) -> None:
+    labels = torch.cat([found[:, 2] for found in members.values()])
+    counts = torch.bincount(labels, minlength=len(classes))
+    empty = [classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
+    if empty:
+        some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
+        hint = "; are labels counted from 1?" if counts[0] == 0 and len(empty) == 1 else ""
+        warnings.warn(
+            f"{folder}: {len(empty)} of {len(classes)} classes have no image: {some}{hint}",
+            stacklevel=3,
+        )
 
 
 def _with_all_splits(shards: list[Shard], fraction: float) -> list[Shard]:

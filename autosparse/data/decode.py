@@ -29,6 +29,12 @@ SIZES = (0xC0, 0xC1, 0xC2)
 """Markers that give the size of a baseline, extended or progressive JPEG."""
 APP1, ORIENTATION = 0xE1, 0x0112
 MOST_PIXELS = 1 << 26
+
+
+class BadImage(UsageError):
+    """One image is damaged, cut, empty or not there; `max_bad_images` may allow for it."""
+
+
 _resize = torch.ops.aten._upsample_bilinear2d_aa.out
 """What interpolate(mode="bilinear", antialias=True) calls, which takes no room to write into."""
 
@@ -48,7 +54,7 @@ def decode(
     """Return uint8 [3, size, size]: the part that `crop` chooses, resized (antialiased bilinear).
 
     Takes any mode (grey, CMYK, palette, alpha, 16 bits) and honours the EXIF rotation. Raises
-    UsageError that names the file when the image is damaged.
+    BadImage that names the file when the image is damaged.
 
     Args:
         source: a file, or its content.
@@ -56,12 +62,24 @@ def decode(
         crop: takes height and width of the upright image; by default the middle square.
         into: uint8 [3, size, size] that the result is written into and returned as.
     """
+    where = "an image" if isinstance(source, bytes) else str(source)
+    content = source if isinstance(source, bytes) else read_image(Path(source))
+    if not content:
+        raise BadImage(f"{where} is empty")
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
         return _decoded(content, size, crop, into)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        where = "an image" if isinstance(source, bytes) else str(source)
-        raise UsageError(f"{where} cannot be decoded ({error})") from error
+        raise BadImage(f"{where} cannot be decoded ({error})") from error
+
+
+def read_image(path: Path) -> bytes:
+    """Return a file's content; raise BadImage that names it where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        dangling = path.is_symlink() and not path.exists()
+        reason = "it is a link to nothing" if dangling else error.strerror or error
+        raise BadImage(f"{path} cannot be read: {reason}") from None
 
 
 def _decoded(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from autosparse.config import DataConfig
 from autosparse.data.augment import choose
-from autosparse.data.decode import decode
+from autosparse.data.class_folders import Sample, listed, parts_of_folder
+from autosparse.data.decode import read_image
+from autosparse.data.normalisation import IMAGENET
 from autosparse.data.source import (
     DataSource,
-    MemorySplit,
     epoch_order,
     in_memory,
     limited_places,
@@ -26,7 +26,6 @@ from autosparse.data.stream import BadImages, Stream
 from autosparse.errors import UsageError
 
 DEFAULT_SIZE = 224
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEST_FRACTION = 0.15
 PIECE = 256
 """How many files a thread decodes in one go."""
@@ -42,19 +41,6 @@ def load_folder(config: DataConfig) -> DataSource:
     needed = 3 * size * size * sum(len(part) for part in parts.values())
     streamed = needed > config.memory_limit_gb * 1e9
     augment = choose(config.augment, "shift+flip", streamed=streamed)
-    if not streamed:
-        whole = {name: _in_memory(part, size) for name, part in parts.items()}
-        return in_memory(
-            root.name,
-            whole["train"],
-            whole["test"],
-            validation=whole["validation"],
-            num_classes=len(classes),
-            validation_fraction=config.validation_fraction,
-            train_limit=None,
-            augment=augment,
-        )
-    listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
     bad: BadImages = {}
     streams: dict[str, Any] = {
         name: Stream(
@@ -67,36 +53,47 @@ def load_folder(config: DataConfig) -> DataSource:
         )
         for name, part in parts.items()
     }
+    name = root.name or root.resolve().name
+    if not streamed:
+        return in_memory(
+            name,
+            streams["train"].in_memory(replaced=True),
+            streams["test"].in_memory(),
+            validation=streams["validation"].in_memory(),
+            num_classes=len(classes),
+            validation_fraction=config.validation_fraction,
+            train_limit=None,
+            augment=augment,
+            normalisation=IMAGENET,
+        )
+    listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
+    mean, std = IMAGENET
     return DataSource(
-        name=root.name,
+        name=name,
         **streams,
         num_classes=len(classes),
         in_chans=3,
         image_size=size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
         augment=augment,
         fingerprint=hashlib.sha256(listing.encode()).hexdigest()[:16],
     )
-
-
-Sample = tuple[Path, int]
 
 
 def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:
     """Split the files into train, validation and test; what has no folder is cut from train."""
     if not root.is_dir():
         raise UsageError(f"data.root {root} is not a folder")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    train, classes = _listed(train_root)
+    folders = parts_of_folder(root)
+    train_root = folders.pop("train", root)
+    train, classes = listed(train_root)
     found: dict[str, list[Sample]] = {}
-    for part, folders in (("test", ("test",)), ("validation", ("validation", "val"))):
-        folder = next((root / name for name in folders if (root / name).is_dir()), None)
-        if folder is not None and train_root != root:
-            found[part], named = _listed(folder)
-            if named != classes:
-                odd = sorted(set(named) ^ set(classes))[0]
-                raise UsageError(f"{folder} and {train_root} differ in class {odd!r}")
+    for part, folder in folders.items():
+        found[part], named = listed(folder)
+        if named != classes:
+            odd = sorted(set(named) ^ set(classes))[0]
+            raise UsageError(f"{folder} and {train_root} differ in class {odd!r}")
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
     for part, fraction, salt in (
@@ -112,32 +109,9 @@ def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sam
     return {"train": train, **found}, classes
 
 
-def _listed(root: Path) -> tuple[list[Sample], list[str]]:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        folder = ImageFolder(str(root))
-    except FileNotFoundError as error:
-        raise UsageError(f"{root} is no image folder: {error}") from None
-    return [(Path(path), label) for path, label in folder.samples], folder.classes
-
-
 def _limited(train: list[Sample], limit: int) -> list[Sample]:
     labels = torch.tensor([label for _, label in train])
     return [train[place] for place in limited_places(labels, limit).tolist()]
-
-
-def _in_memory(samples: Sequence[Sample], size: int) -> MemorySplit:
-    images = torch.empty((len(samples), 3, size, size), dtype=torch.uint8)
-
-    def fill(first: int) -> None:
-        for place in range(first, min(first + PIECE, len(samples))):
-            decode(samples[place][0], size, into=images[place])
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(0, len(samples), PIECE)):
-            pass  # What went wrong in a thread is raised here.
-    return MemorySplit(images, torch.tensor([label for _, label in samples]))
 
 
 class FolderSamples:
@@ -148,6 +122,10 @@ class FolderSamples:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def labels(self) -> Tensor:
+        """Return every file's label [N]."""
+        return torch.tensor([label for _, label in self.samples], dtype=torch.int64)
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the files in an epoch's order, the same as in memory; all in one lane."""
@@ -164,10 +142,7 @@ class FolderSamples:
     def read(self, number: int) -> tuple[bytes, int]:
         """Return a file's content and its label."""
         path, label = self.samples[number]
-        try:
-            return path.read_bytes(), label
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+        return read_image(path), label
 
     def name(self, number: int) -> str:
         """Return the path of a file."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from autosparse.config import DataConfig, PackConfig, identity
+from autosparse.data.decode import BadImage
+from autosparse.data.encode import Picture, encoded
 from autosparse.data.source import MemorySplit
 from autosparse.data.tars import (
     BLOCK,
@@ -39,12 +40,9 @@ from autosparse.data.tars import (
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_json, remove_tree, replacing, sha256_of_file, write_json
 
-Picture = Path | np.ndarray | bytes
-"""An image file, pixels [H, W] or [H, W, 3], or an encoded image."""
+logger = logging.getLogger(__name__)
 Sample = tuple[Picture, int]
 RECORDS, INFO = ".packing", "_info.json"
-DEFAULT_QUALITY = 90
-MAGIC = ((0, b"\xff\xd8\xff", "jpg"), (0, b"\x89PNG\r\n\x1a\n", "png"), (8, b"WEBP", "webp"))
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def write_shards(
 
 
 def _check(config: PackConfig) -> None:
-    least = {"resize": 1, "quality": 1, "per_shard": 1, "workers": 1}
+    least = {"resize": 1, "quality": 1, "per_shard": 1, "workers": 1, "max_bad_images": 0}
     for name, value in least.items():
         given = getattr(config, name)
         if given is not None and given < value:
@@ -149,12 +147,20 @@ def _made_of(samples: Sequence[Sample], config: PackConfig) -> str:
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
     for picture, label in samples:
         if isinstance(picture, Path):
-            facts = picture.stat()
-            digest.update(f"{picture} {facts.st_size} {facts.st_mtime_ns}".encode())
+            digest.update(f"{picture} {_state(picture)}".encode())
         else:
             digest.update(hashlib.sha256(bytes(picture)).digest())
         digest.update(f" {label}\n".encode())
     return digest.hexdigest()
+
+
+def _state(path: Path) -> str:
+    """Return a file's size and time; what is not there is found out when it is packed."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return "missing"
+    return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 def write(
@@ -173,14 +179,16 @@ def write(
         return _finished(root, plan)
     _tidy(root, tasks)
     found: dict[str, dict[str, Any]] = {}
+    bad: list[str] = []
     total = sum(len(task.samples) for task in tasks)
     for record in _written(tasks, root, config, config.workers if workers is None else workers,
                            lambda: on_start and on_start(total)):  # fmt: skip
         found[record["shard"]["name"]] = record
+        _count(bad, record["bad"], config.max_bad_images)
         if on_shard:
             on_shard(Shard(**record["shard"]))
-    shards = [Shard(**found[task.name]["shard"]) for task in tasks]
-    members = {name: torch.tensor(record["members"]) for name, record in found.items()}
+    shards = [Shard(**found[task.name]["shard"]) for task in tasks if found[task.name]["members"]]
+    members = {shard.name: torch.tensor(found[shard.name]["members"]) for shard in shards}
     write_index(root / INDEX, members, shards)
     write_json(root / INFO, _info(shards))
     content = {
@@ -188,10 +196,27 @@ def write(
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
         "packed": plan,
+        **({"left_out": sorted(bad)} if bad else {}),
     }
     write_json(root / MANIFEST, content)
     remove_tree(root / RECORDS)
     return shards
+
+
+def _count(bad: list[str], more: list[str], limit: int) -> None:
+    """Add images that are left out, and name them; raise UsageError at one too many."""
+    for problem in more:
+        if len(bad) >= limit:
+            raise too_many(problem, limit)
+        bad.append(problem)
+        logger.warning(
+            "%s; left out, bad image %d of at most %d (max_bad_images)", problem, len(bad), limit
+        )
+
+
+def too_many(problem: str, limit: int) -> UsageError:
+    """Return the error for one bad image more than is allowed."""
+    return UsageError(f"{problem}; max_bad_images allows {limit} bad images")
 
 
 def _finished(root: Path, plan: str) -> list[Shard]:
@@ -244,16 +269,24 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
     record = _kept(path, kept, task)
     if record is not None:
         return record
-    members = []
+    members, bad = [], []
     with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT,
                                                     bufsize=1 << 20) as tar:  # fmt: skip
         for place, (picture, label) in enumerate(task.samples):
-            content, extension = encoded(picture, config)
+            try:
+                content, extension = encoded(picture, config)
+            except BadImage as error:
+                bad.append(str(error))
+                if len(bad) > config.max_bad_images:
+                    raise too_many(bad[-1], config.max_bad_images) from None
+                continue
             key = f"{task.name.removesuffix('.tar').replace('-', '')}_{place:06d}"
             members.append((_add(tar, f"{key}.{extension}", content), len(content), label))
             _add(tar, f"{key}.cls", str(label).encode())
     shard = Shard(task.name, task.split, len(members), path.stat().st_size, sha256_of_file(path))
-    record = {"made_of": task.made_of, "shard": asdict(shard), "members": members}
+    if not members:
+        path.unlink()
+    record = {"made_of": task.made_of, "shard": asdict(shard), "members": members, "bad": bad}
     write_json(kept, record)
     return record
 
@@ -266,6 +299,7 @@ def _kept(path: Path, kept: Path, task: Task) -> dict[str, Any] | None:
         record = read_json(kept)
         if record["made_of"] != task.made_of:
             return None
+        _ = record["bad"]
         check_content(path, Shard(**record["shard"]))
     except (UsageError, KeyError, TypeError):
         return None
@@ -279,56 +313,6 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     begin = tar.offset + BLOCK
     tar.addfile(member, io.BytesIO(content))
     return begin
-
-
-def encoded(picture: Picture, config: PackConfig) -> tuple[bytes, str]:
-    """Return an image as a file's content, and its extension; bytes are copied if they may be."""
-    where = str(picture) if isinstance(picture, Path) else "an image"
-    try:
-        content = picture.read_bytes() if isinstance(picture, Path) else picture
-        if isinstance(content, bytes) and config.resize is None and config.quality is None:
-            return content, _extension(content, where)
-        with (
-            Image.open(io.BytesIO(content))
-            if isinstance(content, bytes)
-            else Image.fromarray(content)
-        ) as image:
-            return _encoded(image, content, config, where)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{where} cannot be packed ({error})") from None
-
-
-def _encoded(
-    image: Image.Image, content: bytes | np.ndarray, config: PackConfig, where: str
-) -> tuple[bytes, str]:
-    from autosparse.data.decode import eight_bit
-
-    shrunk = config.resize is not None and min(image.size) > config.resize
-    if not shrunk and config.quality is None:
-        if isinstance(content, bytes):
-            return content, _extension(content, where)
-        return _saved(image, "PNG"), "png"
-    upright = eight_bit(ImageOps.exif_transpose(image))
-    upright = upright if upright.mode == "L" else upright.convert("RGB")
-    if shrunk:
-        assert config.resize is not None
-        ratio = config.resize / min(upright.size)
-        width, height = (max(round(side * ratio), config.resize) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
-    return _saved(upright, "JPEG", quality=config.quality or DEFAULT_QUALITY), "jpg"
-
-
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def _extension(content: bytes, where: str) -> str:
-    for place, magic, extension in MAGIC:
-        if content.startswith(magic, place):
-            return extension
-    raise UsageError(f"{where} is no JPEG, PNG or WebP: give a quality to encode it anew")
 
 
 def _info(shards: list[Shard]) -> dict[str, Any]:

@@ -6,11 +6,21 @@ import fcntl
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from autosparse.config import DataConfig
-from autosparse.data.tars import MANIFEST, Shard, check_content, check_size, copy_atomically
+from autosparse.data.tars import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    check_content,
+    check_size,
+    copy_atomically,
+    read_manifest,
+)
+from autosparse.data_identity import expanded
 from autosparse.errors import UsageError
 
 SCHEMES = ("http", "https", "gs", "s3")
@@ -20,7 +30,7 @@ class Folder:
     """A local folder of shards."""
 
     def __init__(self, root: Path, cache: Path) -> None:
-        self.root, self.cache, self.name = str(root), cache, root.name
+        self.root, self.cache, self.name = str(root), cache, root.name or root.resolve().name
 
     def file(self, name: str, *, needed: bool = True) -> Path:
         """Return where a small file is; one that is not needed may not be there."""
@@ -108,6 +118,17 @@ def _locked(path: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def shards_of(config: DataConfig) -> tuple[Folder, Manifest]:
+    """Return the folder of `data.root`, and the manifest of the shards that are meant."""
+    root, names = expanded(config.root or "")
+    folder = folder_of(replace(config, root=root))
+    path = folder.file(MANIFEST)
+    if not (path.is_file() or "://" in root):
+        raise UsageError(f"{path} is not there: `autosparse shards index {root}` writes it")
+    manifest = read_manifest(path)
+    return folder, manifest if names is None else manifest.only(names, f"data.root {config.root}")
 
 
 def folder_of(config: DataConfig) -> Folder:

@@ -1,7 +1,7 @@
 """WebDataset shards with a manifest: a cut or changed shard is an error, not fewer samples.
 
 A shard folder holds tars named by split, `train-000000.tar`, `validation-000000.tar`,
-`test-000000.tar`, each sample `KEY.jpg` (or png, webp) and `KEY.cls`, and `manifest.json`:
+`test-000000.tar`, each sample `KEY.jpg` (or png, webp …) and `KEY.cls`, and `manifest.json`:
 {"format": 1, "classes": [...], "shards": [{"name", "split", "count", "bytes", "sha256"}]}.
 `autosparse shards pack` writes it, with an index of the samples. Each shard's size is checked at
 the start, its SHA-256 when it is first read.
@@ -13,6 +13,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from torch.utils.data import get_worker_info
 
 from autosparse.config import DataConfig
 from autosparse.data import augment
-from autosparse.data.folder import DEFAULT_SIZE, IMAGENET_MEAN, IMAGENET_STD
-from autosparse.data.remote import Folder, folder_of
+from autosparse.data.folder import DEFAULT_SIZE
+from autosparse.data.normalisation import IMAGENET
+from autosparse.data.remote import Folder, shards_of
+from autosparse.data.samples import Reading
 from autosparse.data.source import DataSource, in_memory
 from autosparse.data.stream import BadImages, Stream
 from autosparse.data.tars import (
@@ -38,7 +41,6 @@ from autosparse.data.tars import (
     key_of,
     members_of,
     read_index,
-    read_manifest,
 )
 from autosparse.errors import UsageError
 
@@ -48,8 +50,7 @@ BLOCK = 4096
 
 def load_shards(config: DataConfig) -> DataSource:
     """Return shards as a source: in memory if the decoded images fit, otherwise streamed."""
-    folder = folder_of(config)
-    manifest = read_manifest(folder.file(MANIFEST))
+    folder, manifest = shards_of(config)
     for shard in manifest.shards:
         folder.check(shard)
     folder.file(INDEX, needed=False)
@@ -65,14 +66,15 @@ def load_shards(config: DataConfig) -> DataSource:
     if config.train_limit:
         raise UsageError(f"data.train_limit works in memory only; {folder.root} is streamed")
     parts: dict[str, Any] = streams
+    mean, std = IMAGENET
     return DataSource(
         name=folder.name,
         **parts,
         num_classes=len(manifest.classes),
         in_chans=3,
         image_size=size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
         augment=streams["train"].augment,
         fingerprint=_fingerprint(manifest),
     )
@@ -97,6 +99,7 @@ def _streams(
                 [shard for shard in manifest.shards if shard.split == split],
                 len(manifest.classes),
                 config.lanes,
+                manifest.reading,
             ),
             size,
             config.workers,
@@ -110,16 +113,21 @@ def _streams(
 
 def _whole(config: DataConfig, name: str, streams: dict[str, Stream], classes: int) -> DataSource:
     wanted = augment.choose(config.augment, "shift+flip")
-    whole = {split: stream.in_memory() for split, stream in streams.items() if len(stream)}
+    whole = {
+        split: stream.in_memory(replaced=split == "train")
+        for split, stream in streams.items() if len(stream)
+    }  # fmt: skip
+    samples = streams["train"].samples
     return in_memory(
         name,
-        whole["train"],
+        replace(whole["train"], lanes=samples.order),
         whole["test"],
         validation=whole.get("validation"),
         num_classes=classes,
         validation_fraction=config.validation_fraction,
         train_limit=config.train_limit,
         augment=wanted,
+        normalisation=IMAGENET,
     )
 
 
@@ -127,9 +135,11 @@ class ShardSamples:
     """The samples of one split's shards, read at random."""
 
     def __init__(
-        self, folder: Folder, shards: Sequence[Shard], classes: int, lanes: int = 16
-    ) -> None:
+        self, folder: Folder, shards: Sequence[Shard], classes: int, lanes: int = 16,
+        reading: Reading = Reading(),
+    ) -> None:  # fmt: skip
         self.folder, self.shards, self.classes, self.lanes = folder, list(shards), classes, lanes
+        self.reading = reading
         counts = torch.tensor([0, *(shard.count for shard in shards)])
         self.starts: list[int] = counts.cumsum(0).tolist()
         self.checked = torch.zeros(len(self.shards), dtype=torch.uint8).share_memory_()
@@ -173,20 +183,34 @@ class ShardSamples:
         worker = get_worker_info()
         turn = worker.id * len(needed) // worker.num_workers if worker else 0
         for shard in needed[turn:] + needed[:turn]:
-            if not self.checked[shard]:
-                self.folder.fetch(self.shards[shard])
-                self.checked[shard] = 1
-            if shard not in self._members:
-                self._open(shard)
+            self._fetch(shard)
+            self._open(shard)
+
+    def _fetch(self, number: int) -> None:
+        if not self.checked[number]:
+            self.folder.fetch(self.shards[number])
+            self.checked[number] = 1
+
+    def labels(self) -> Tensor:
+        """Return every sample's label [N], from the index as far as it goes."""
+        for number in range(len(self.shards)):
+            self._open(number)
+        return torch.from_numpy(np.concatenate(
+            [np.zeros(0, np.int64), *(self._members[n][:, 2] for n in range(len(self.shards)))]
+        ))  # fmt: skip
 
     def _open(self, number: int) -> None:
+        """Learn where the samples of a shard lie; one that the index lacks is walked through."""
+        if number in self._members:
+            return
         shard = self.shards[number]
         path = self._paths[number] = self.folder.path(shard)
         if self._index is None:
             self._index = read_index(self.folder.file(INDEX, needed=False), self.shards)
         members = self._index.get(shard.name)
         if members is None:
-            members = members_of(path, shard, self.folder.cache)
+            self._fetch(number)
+            members = members_of(path, shard, self.folder.cache, self.reading)
         check_members(members, path, shard, self.classes)
         self._members[number] = members.numpy()
 

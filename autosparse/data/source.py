@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from autosparse.config import DataConfig
 from autosparse.data.augment import parse, rand_augmented_batch
+from autosparse.data.normalisation import Constants
+from autosparse.data.score_batches import ScoreBatches, score_batches
 from autosparse.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
@@ -27,6 +30,19 @@ class Split(Protocol):
 
     def __len__(self) -> int:
         """Return the number of images."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """Every image's label [N], int64."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Return the images' numbers in an epoch's order [N]."""
+        ...
+
+    def chosen(self, parts: Sequence[list[int]]) -> Iterator[Batch]:
+        """Yield the images of these numbers, a batch for each part; bad images are left out."""
         ...
 
     def steps(self, batch_size: int, world_size: int = 1) -> int:
@@ -63,6 +79,8 @@ class MemorySplit:
 
     images: Tensor
     labels: Tensor
+    lanes: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
+    """(seed, epoch) -> order and lanes [N], where it is not that of `epoch_order`."""
     alternating: bool = False
     """Whether `shuffled` mirrors images; see `mirrored`."""
 
@@ -76,9 +94,10 @@ class MemorySplit:
         self, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
         first: int = 0,
     ) -> Iterator[Batch]:  # fmt: skip
-        order = epoch_order(len(self), seed, epoch).to(self.labels.device)
-        mirror = mirrored(len(self), seed, epoch).to(order.device) if self.alternating else None
         step = batch_size * world_size
+        device = self.labels.device
+        order = sent(self.order(seed, epoch, step), device)
+        mirror = sent(mirrored(len(self), seed, epoch), device) if self.alternating else None
         for start in range(first * step, len(self) - step + 1, step):
             mine = start + rank * batch_size
             chosen = order[mine : mine + batch_size]
@@ -92,6 +111,18 @@ class MemorySplit:
         for start in range(0, len(labels), batch_size):
             stop = start + batch_size
             yield images[start:stop], labels[start:stop]
+
+    def order(self, seed: int, epoch: int, step: int = 1) -> Tensor:
+        """Return an epoch's order; each global batch of `step` images is sorted by lane."""
+        if self.lanes is None:
+            return epoch_order(len(self), seed, epoch)
+        order, lane = self.lanes(seed, epoch)
+        steps = lane + lane.max().add(1) * (torch.arange(len(order)) // step)
+        return order[steps.argsort(stable=True)]
+
+    def chosen(self, parts: Sequence[list[int]]) -> Iterator[Batch]:
+        for part in parts:
+            yield self.images[part], self.labels[part]
 
     def plain(self) -> MemorySplit:
         return replace(self, alternating=False)
@@ -132,6 +163,10 @@ class DataSource:
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **splits)
 
+    def normalisation(self) -> dict[str, list[float]]:
+        """Return mean and deviation of each channel, for cards."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
     def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Turn uint8 images into normalised floats; augment them if a generator is given."""
         wanted = parse(self.augment)
@@ -158,39 +193,27 @@ class DataSource:
         return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 4099 + rank)
 
     def score_batches(
-        self, samples_per_class: int, *, seed: int = 0, batches: int = 1, batch_size: int = 128
-    ) -> list[Batch]:
+        self, samples_per_class: int, *, seed: int = 0, batches: int = 1, batch_size: int = 128,
+        rank: int = 0, world_size: int = 1,
+    ) -> ScoreBatches:  # fmt: skip
         """Return balanced, normalised training batches for criteria: k images of every class.
 
         The images are the first of each class in the order of epoch 0 of `seed`: the first k go
-        into the first batch, the next k into the second, and so on.
+        into the first batch, the next k into the second, and so on. They are known by their labels;
+        only they are decoded, a batch at a time. One that cannot be decoded is left out and counted
+        as in an evaluation.
 
         Args:
             samples_per_class: k, images of every class in a batch.
             seed: of the order.
             batches: how many balanced batches.
             batch_size: a balanced batch of more images is cut into parts of so many.
+            rank, world_size: return every `world_size`-th part, from number `rank` on.
         """
-        for name, value in (("samples_per_class", samples_per_class), ("batches", batches),
-                            ("batch_size", batch_size)):  # fmt: skip
-            if value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}")
-        found = [0] * self.num_classes
-        chosen: list[list[tuple[Tensor, int]]] = [[] for _ in range(batches)]
-        for batch, targets in self.train.plain().shuffled(1, seed=seed, epoch=0):
-            for image, target in zip(batch, targets.tolist(), strict=True):
-                place = found[target] // samples_per_class
-                if place < batches:
-                    found[target] += 1
-                    chosen[place].append((image, target))
-            if min(found) == samples_per_class * batches:
-                break
-        parts = []
-        for pairs in filter(None, chosen):
-            floats = self.prepare(torch.stack([image for image, _ in pairs]))
-            targets = torch.tensor([target for _, target in pairs], device=floats.device)
-            parts += zip(floats.split(batch_size), targets.split(batch_size), strict=True)
-        return parts
+        return score_batches(
+            self, samples_per_class, seed=seed, batches=batches, batch_size=batch_size,
+            rank=rank, world_size=world_size,
+        )  # fmt: skip
 
     def training_batches(self, batch_size: int, seed: int) -> TrainingBatches:
         """Return the batches that training sees, augmented and normalised, epoch after epoch."""
@@ -217,24 +240,36 @@ class TrainingBatches:
 
 def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Scale uint8 images [B, C, H, W] to 0..1 and normalise each channel."""
-    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    scale = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images - shift) / scale
+    return (images - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+
+
+@lru_cache(maxsize=64)
+def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers [C] times 255 as [C, 1, 1], sent once: making them would hold up a GPU."""
+    return torch.tensor(numbers).view(-1, 1, 1).mul(255).to(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; nobody waits for its way to a GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def augmented(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Shift every image by up to 1/8 of its side, edges repeated; mirror half of them if `flip`.
 
-    One gather for the whole batch, on its device; the offsets come from a CPU generator.
+    One gather for the whole batch, on its device; the offsets, three numbers an image, come from
+    a CPU generator.
     """
     count, channels, height, width = images.shape
-    reach = max(1, height // 8)
-    draws, mirror = _draws(count, reach, generator)
-    mirror = mirror & flip
-    rows = (torch.arange(height) + draws[0]).clamp(0, height - 1)
-    columns = (torch.arange(width) + draws[1]).clamp(0, width - 1)
-    columns = torch.where(mirror, columns.flip(1), columns)
-    flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1).to(images.device)
+    device = images.device
+    draws, mirror = _draws(count, max(1, height // 8), generator)
+    down, right, mirror = sent(torch.stack([*draws, mirror & flip]), device)
+    rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + right).clamp(0, width - 1)
+    columns = torch.where(mirror.bool(), columns.flip(1), columns)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1)
     index = flat.expand(count, channels, height * width)
     return images.flatten(2).gather(2, index).view_as(images)
 
@@ -321,6 +356,8 @@ def limited_places(labels: Tensor, limit: int | None) -> Tensor:
 
 def limited(train: MemorySplit, limit: int | None) -> MemorySplit:
     """Keep `limit` training images, stratified, always the same ones."""
+    if limit is None or limit >= len(train):
+        return train
     chosen = limited_places(train.labels, limit)
     return MemorySplit(train.images[chosen], train.labels[chosen])
 
@@ -354,15 +391,19 @@ def in_memory(
     train_limit: int | None,
     augment: str,
     validation: MemorySplit | None = None,
+    normalisation: Constants | None = None,
 ) -> DataSource:
-    """Assemble a source from whole splits; validation is cut from train unless it is given."""
+    """Assemble a source from whole splits; validation is cut from train unless it is given.
+
+    `normalisation` is measured on the training images unless it is given.
+    """
     if validation is None:
         rest, held_out = stratified(train.labels, validation_fraction)
         validation = MemorySplit(train.images[held_out], train.labels[held_out])
         train = MemorySplit(train.images[rest], train.labels[rest])
     train = limited(train, train_limit)
     train = replace(train, alternating=parse(augment).alternating)
-    mean, std = channel_statistics(train.images)
+    mean, std = normalisation or channel_statistics(train.images)
     return DataSource(
         name=name,
         train=train,

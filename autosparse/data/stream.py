@@ -6,8 +6,9 @@ number of workers nor, for the same global batch, on the number of ranks.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,10 +19,14 @@ from torch.utils.data import Dataset
 
 from autosparse.data import augment
 from autosparse.data.crew import Crew, Found, Order, Task
-from autosparse.data.decode import decode
-from autosparse.data.source import Batch, MemorySplit, first_cause
+from autosparse.data.decode import BadImage, decode
+from autosparse.data.source import Batch, MemorySplit, first_cause, sent
 from autosparse.errors import RunFailed, UsageError
 from autosparse.memory import keep_freed_blocks
+
+logger = logging.getLogger(__name__)
+CHUNK = 256
+"""Images that are read before they are decoded by threads."""
 
 BadImages = dict[str, str]
 """Sample -> what is wrong with its image."""
@@ -31,6 +36,10 @@ class Samples(Protocol):
     """Encoded images and their labels, by number."""
 
     def __len__(self) -> int: ...
+
+    def labels(self) -> Tensor:
+        """Return the label of every sample [N], without a look at the images."""
+        ...
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the samples in an epoch's order, and for each what to sort a batch by."""
@@ -45,7 +54,7 @@ class Samples(Protocol):
         ...
 
     def read(self, number: int) -> tuple[bytes, int]:
-        """Return a sample's encoded image and its label."""
+        """Return a sample's encoded image and its label; raise BadImage where it has none."""
         ...
 
     def name(self, number: int) -> str:
@@ -74,6 +83,13 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.samples.labels()
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        return self.samples.order(seed, epoch)[0]
 
     def steps(self, batch_size: int, world_size: int = 1) -> int:
         return len(self) // (batch_size * world_size)
@@ -108,10 +124,13 @@ class Stream:
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         numbers = self.samples.share(rank, world_size)
         starts = range(0, len(numbers), batch_size)
-        crew = self._crew(min(self.workers, len(starts)), batch_size, replaced=False)
-        yield from self._batches(
-            crew, ((numbers[start : start + batch_size], None) for start in starts)
+        yield from self.chosen([numbers[start : start + batch_size] for start in starts])
+
+    def chosen(self, parts: Sequence[list[int]]) -> Iterator[Batch]:
+        crew = self._crew(
+            min(self.workers, len(parts)), max(map(len, parts), default=0), replaced=False
         )
+        yield from self._batches(crew, ((part, None) for part in parts))
         crew.end()
 
     def _crew(self, workers: int, largest: int, *, replaced: bool) -> Crew:
@@ -129,7 +148,7 @@ class Stream:
             for images, labels, bad in crew.work(tasks):
                 self._count(bad)
                 if labels:
-                    yield self._here(images), self._here(torch.tensor(labels))
+                    yield sent(images, self.device), sent(torch.tensor(labels), self.device)
                 del images
             whole = True
         except UsageError as error:
@@ -143,12 +162,6 @@ class Stream:
             if not whole:
                 crew.end()
 
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Return the tensor on the device."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
     def _count(self, bad: list[tuple[str, str]]) -> None:
         for name, problem in bad:
             if name in self.bad:
@@ -156,19 +169,53 @@ class Stream:
             self.bad[name] = problem
             if len(self.bad) > self.max_bad_images:
                 raise too_many(name, problem, self.max_bad_images)
-            print(
-                f"warning: {name}: {problem}; bad image {len(self.bad)} of at most "
-                f"{self.max_bad_images} (data.max_bad_images)",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(
+                "%s: %s; bad image %d of at most %d (data.max_bad_images)",
+                name, problem, len(self.bad), self.max_bad_images,
+            )  # fmt: skip
 
-    def in_memory(self) -> MemorySplit:
-        """Decode the whole split."""
-        parts = list(self.to(torch.device("cpu")).once(256))
-        return MemorySplit(
-            torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
-        )
+    def in_memory(self, *, replaced: bool = False) -> MemorySplit:
+        """Decode the whole split by threads; neighbours stand in for bad images if `replaced`."""
+        images = torch.empty((len(self), 3, self.size, self.size), dtype=torch.uint8)
+        labels: list[int] = []
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(self), CHUNK):
+                numbers = list(range(start, min(start + CHUNK, len(self))))
+                self.samples.prepare(numbers)
+                tried = pool.map(partial(_decoded, self.size), map(self._content, numbers),
+                                 images[start : start + CHUNK])  # fmt: skip
+                for number, (problem, label) in zip(numbers, list(tried), strict=True):
+                    place = len(labels)
+                    if problem:
+                        found = self._instead(number, problem, images[place], replaced=replaced)
+                        labels += [] if found is None else [found]
+                    else:
+                        if place != number:
+                            images[place] = images[number]
+                        labels.append(label)
+        return MemorySplit(images[: len(labels)], torch.tensor(labels, dtype=torch.int64))
+
+    def _content(self, number: int) -> tuple[bytes | BadImage, int]:
+        try:
+            return self.samples.read(number)
+        except BadImage as error:
+            return error, 0
+
+    def _instead(self, number: int, problem: str, room: Tensor, *, replaced: bool) -> int | None:
+        """Count a bad image; put the next good one into its room if it is to be replaced."""
+        asked = number
+        while True:
+            name = self.samples.name(number)
+            self._count([(name, problem)])
+            if not replaced:
+                return None
+            number = self.samples.neighbour(number)
+            if number == asked:
+                raise no_neighbour(name, problem)
+            self.samples.prepare([number])
+            problem, label = _decoded(self.size, self._content(number), room)
+            if not problem:
+                return label
 
     def plain(self) -> Stream:
         return replace(self, augment="none", resting=[])
@@ -183,6 +230,28 @@ class Stream:
 def too_many(name: str, problem: str, limit: int) -> UsageError:
     """Return the error for one bad image more than is allowed."""
     return UsageError(f"{name}: {problem}; data.max_bad_images allows {limit} bad images")
+
+
+def no_neighbour(name: str, problem: str) -> UsageError:
+    """Return the error for a bad image that nothing can stand in for."""
+    return UsageError(f"{name}: {problem}; none of its neighbours can be decoded")
+
+
+def _decoded(size: int, sample: tuple[bytes | BadImage, int], room: Tensor) -> tuple[str, int]:
+    """Decode a sample into its room; return what is wrong with it, if anything, and its label."""
+    content, label = sample
+    try:
+        if isinstance(content, BadImage):
+            raise content
+        decode(content, size, into=room)
+    except BadImage as error:
+        return one_line(error), label
+    return "", label
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 class _Decoded(Dataset):
@@ -218,16 +287,16 @@ class _Decoded(Dataset):
         """
         asked = number
         while True:
-            content, label = self.samples.read(number)
             try:
+                content, label = self.samples.read(number)
                 if seed and self.wanted.crop:
                     seed(number)
                     room.copy_(self._augmented(content))
                 else:
                     decode(content, self.size, into=room)
                 return label
-            except UsageError as error:
-                name, problem = self.samples.name(number), " ".join(str(error).split())
+            except BadImage as error:
+                name, problem = self.samples.name(number), one_line(error)
             bad[name] = problem
             if len(bad) > self.limit:
                 raise too_many(name, problem, self.limit)
@@ -235,7 +304,7 @@ class _Decoded(Dataset):
                 return None
             number = self.samples.neighbour(number)
             if number == asked:
-                raise UsageError(f"{name}: {problem}; none of its neighbours can be decoded")
+                raise no_neighbour(name, problem)
 
     def _augmented(self, content: bytes) -> Tensor:
         image = decode(content, self.size, augment.random_crop)

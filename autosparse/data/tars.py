@@ -1,32 +1,33 @@
 """Shards as files: their manifest, where the samples lie in a tar, and reading them at random.
 
 Members of a shard are an int64 tensor [samples, 3]: offset and bytes of the image, label. They are
-written by `shards pack`, or found by walking through the tar once and kept in the cache.
+written by `shards pack` and `shards index`, or found by walking through the tar once and kept in
+the cache.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import tarfile
+import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
-from autosparse.errors import RunFailed, UsageError
+from autosparse.data.samples import Reading, scan
+from autosparse.errors import UsageError
 from autosparse.files import read_json, read_tensors, replacing, sha256_of_file, write_tensors
 
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
-OPEN_FILES = 128
+MOST_OPEN = 4096
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class Manifest:
     shards: list[Shard]
     content: dict[str, Any]
     """The file as it is."""
+    reading: Reading = Reading()
+    """How the samples of its tars are read."""
+
+    def only(self, names: list[str], where: str) -> Manifest:
+        """Return the manifest of some of the shards; `where` says who asks for them."""
+        known = {shard.name: shard for shard in self.shards}
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise UsageError(f"{where}: {MANIFEST} lists no shard {unknown}")
+        wanted = set(names)
+        entries = [entry for entry in self.content["shards"] if entry["name"] in wanted]
+        chosen = [shard for shard in self.shards if shard.name in wanted]
+        content = {**self.content, "shards": entries}
+        return Manifest(self.classes, chosen, content, self.reading)
 
 
 def read_manifest(path: Path | str) -> Manifest:
@@ -58,18 +73,22 @@ def read_manifest(path: Path | str) -> Manifest:
     try:
         shards = [_shard(**entry) for entry in content["shards"]]
         classes = content["classes"]
-    except (KeyError, TypeError, ValueError) as error:
+        ways = content.get("reading", {})
+        reading = Reading(str(ways.get("label", "cls")), bool(ways.get("dotted", False)),
+                          tuple(map(str, classes)))  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is not a manifest of shards ({error})") from None
     if not classes or not isinstance(classes, list):
         raise UsageError(f"{path} names no classes")
-    return Manifest(classes, shards, content)
+    return Manifest(classes, shards, content, reading)
 
 
 def _shard(name: str, split: str, count: int, bytes: int, sha256: str) -> Shard:
     if split not in SPLITS:
         raise ValueError(f"{name}: split {split!r} is none of {', '.join(SPLITS)}")
-    if Path(name).name != name:
-        raise ValueError(f"shard {name!r} does not lie beside the manifest")
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or name.startswith("/"):
+        raise ValueError(f"shard {name!r} does not lie in the manifest's folder")
     return Shard(str(name), split, int(count), int(bytes), str(sha256))
 
 
@@ -100,51 +119,6 @@ def check_content(path: Path, shard: Shard) -> None:
         )
 
 
-def scan(path: Path) -> Tensor:
-    """Walk through a tar's headers and return its members; raise UsageError that names it."""
-    found: list[tuple[int, int, int]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for key, parts in _samples(tar):
-                found.append(_member(tar, parts, f"shard {path} sample {key}"))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UsageError(
-            f"shard {path} is cut or damaged after {len(found)} samples ({error})"
-        ) from error
-    return torch.tensor(found, dtype=torch.int64).view(-1, 3)
-
-
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yield members of the same key together, by extension, as WebDataset does."""
-    key, parts = None, {}
-    for member in tar:
-        if not member.isfile():
-            continue
-        folder, _, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        if (folder, stem) != key and parts:
-            yield "/".join(filter(None, key or ())), parts
-            parts = {}
-        key = (folder, stem)
-        parts[extension.lower()] = member
-    if parts:
-        yield "/".join(filter(None, key or ())), parts
-
-
-def _member(
-    tar: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], where: str
-) -> tuple[int, int, int]:
-    image = next((parts[key] for key in IMAGE_KEYS if key in parts), None)
-    if image is None or "cls" not in parts:
-        raise UsageError(f"{where} has no image (jpg, png, webp) or no cls")
-    label = tar.extractfile(parts["cls"])
-    assert label is not None
-    try:
-        return image.offset_data, image.size, int(label.read())
-    except ValueError:
-        raise UsageError(f"{where}: its cls is no number") from None
-
-
 def check_members(members: Tensor, path: Path, shard: Shard, classes: int) -> None:
     """Raise UsageError unless there are as many as in the manifest, whole, and of known classes."""
     if len(members) != shard.count:
@@ -170,7 +144,8 @@ def key_of(path: Path, offset: int) -> str:
             name = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "replace").name
     except (OSError, ValueError, tarfile.TarError):
         return f"at byte {offset}"
-    return name.partition(".")[0]
+    named = Reading().key(name)
+    return named[0] if named else name
 
 
 def write_index(path: Path, members: dict[str, Tensor], shards: list[Shard]) -> None:
@@ -191,15 +166,31 @@ def read_index(path: Path, shards: list[Shard]) -> dict[str, Tensor]:
     }
 
 
-def members_of(path: Path, shard: Shard, cache: Path) -> Tensor:
+def members_of(path: Path, shard: Shard, cache: Path, reading: Reading) -> Tensor:
     """Return a shard's members from the cache, or by a walk through it, which is then kept."""
-    kept = cache / "index" / f"{shard.sha256}.safetensors"
+    kept = cache / "index" / f"{shard.sha256}-{reading.digest()}.safetensors"
     with suppress(UsageError, KeyError):
         return read_tensors(kept)[0]["members"]
-    members = scan(path)
-    with suppress(RunFailed):  # A cache that cannot be written only costs time.
-        write_tensors(kept, {"members": members}, {"shard": shard.name})
+    members = scan(path, reading)
+    with suppress(OSError):  # A cache that cannot be written only costs time.
+        _keep(kept, members)
     return members
+
+
+def _keep(path: Path, members: Tensor) -> None:
+    """Write to the cache, without waiting for the disk: what is lost is found by another walk."""
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(save({"members": members}, {"card": "{}"}))
+    os.replace(file.name, path)
+
+
+def most_open() -> int:
+    """Return how many shards a process keeps open: half of what the system lets it."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_OPEN if allowed < 0 else max(1, min(MOST_OPEN, allowed // 2))
 
 
 class Files:
@@ -207,9 +198,10 @@ class Files:
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._most = most_open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict()}
+        return {"_open": OrderedDict(), "_most": self._most}
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`; raise UsageError that names a file that is cut."""
@@ -225,7 +217,7 @@ class Files:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        while len(self._open) >= OPEN_FILES:
+        while len(self._open) >= self._most:
             self._open.popitem(last=False)[1].close()
         self._open[path] = path.open("rb", buffering=0)
         return self._open[path]

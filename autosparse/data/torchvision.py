@@ -34,6 +34,19 @@ def class_names(config: DataConfig) -> list[str]:
     return [str(name) for name in found.classes]
 
 
+def is_there(config: DataConfig) -> bool:
+    """Return whether a set's files are there, so that nothing would be downloaded."""
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, SETS[config.name][0])(_root(config), train=True, download=False)
+    except RuntimeError:
+        return False
+    except (ValueError, AssertionError, EOFError):  # Damaged: `load_torchvision` says so.
+        return True
+    return True
+
+
 def load_torchvision(config: DataConfig) -> DataSource:
     """Return a torchvision set at its own size unless `image_size` is set."""
     kind, num_classes, suitable = SETS[config.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,16 +18,20 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from autosparse import data as data_module
+from autosparse.cells import cells, check_config
 from autosparse.compaction import rescattering
 from autosparse.config import SparseTrainConfig, run_id
+from autosparse.contract import in_single
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_tensors, write_tensors
+from autosparse.flat_scatter import scatterer
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
-from autosparse.optimizers import advance, optimizer_and_schedule
+from autosparse.models import device_of
+from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.progress import Progress
 from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
-from autosparse.sparse_training import CHECKPOINTS, Cell, Observer, cells, train_cell
+from autosparse.sparse_training import CHECKPOINTS, Observer, finished, train_cell
 from autosparse.steppers import History, Ranks, check, set_up
 from autosparse.watching import StepWatch
 
@@ -76,6 +81,10 @@ class DeepSpeedStepper:
             self.engine.compile()
         self.model = self.engine
         self.updates = 0
+        self.scattered = scatterer(
+            model, training, device_of(model), ranks=ranks.world_size,
+            sharded=config.deepspeed.zero_stage == 3,
+        )  # fmt: skip
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.training.channels_last:
@@ -87,8 +96,8 @@ class DeepSpeedStepper:
         parts = self.config.deepspeed.gradient_accumulation
         micro = len(images) // parts
         for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
-            with rescattering(self.config.training.rescatter):
-                outputs = self.model(part).float()
+            with rescattering(self.config.training.rescatter), self.scattered():
+                outputs = in_single(self.model(part))
             loss = self.recipe.loss(outputs, part, wanted)
             self.engine.backward(loss)
             self.engine.step()
@@ -112,7 +121,7 @@ class DeepSpeedStepper:
         return self.engine if self.ema is None else self.ema.module
 
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return last_rate(self.optimizer, self.scheduler, self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather the whole state dict on every rank."""
@@ -144,7 +153,7 @@ class DeepSpeedStepper:
             prefix + name: buffer
             for prefix, network in networks.items()
             for name, buffer in network.named_buffers()
-            if not name.endswith(".index")
+            if not name.endswith((".index", ".moved", ".fingerprint"))
         }
 
     def load(self, folder: Path) -> History | None:
@@ -256,6 +265,7 @@ def is_first() -> bool:
 def start() -> tuple[Ranks, str]:
     """Join the other ranks (or stand alone); return our place and device."""
     take_place()
+    _silence()
     accelerator = deepspeed.get_accelerator()
     gpu = accelerator is not None and accelerator.device_name() == "cuda"
     if not gpu:
@@ -267,6 +277,16 @@ def start() -> tuple[Ranks, str]:
     if gpu:
         torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def _silence() -> None:
+    """Leave out what torch says of functions that DeepSpeed calls: only DeepSpeed can act on it."""
+    warnings.filterwarnings(
+        "ignore",
+        r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+        FutureWarning,
+        r"torch\.distributed\.c10d_logger",
+    )
 
 
 def _free_port() -> int:
@@ -314,20 +334,25 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
     save a checkpoint and raise Stopped.
     """
     ranks, device = start()
+    engine_config(config, ranks)
+    ranks.first_says(lambda: check_config(config, ranks.world_size))
     stop = Stopping()
     todo = list(cells(config, ranks=ranks, device=device))
-    agree(todo, ranks)
     first = ranks.rank == 0
     sources: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     results = []
     with Progress(enabled=first) as progress:
         for cell in todo:
-            if cell.done:
+            key = run_id(cell.data)
+            if first and cell.done and key not in named:
+                named[key] = data_module.if_there(cell.data)
+            found = finished(cell, ranks, named.get(key))
+            if found is not None:
                 if first and observer:
                     observer.found(cell, config)
-                results.append(cell.result())
+                results.append(found)
                 continue
-            key = run_id(cell.data)
             if key not in sources:
                 sources[key] = data_module.load(cell.data).to(torch.device(device))
             made: list[DeepSpeedStepper] = []
@@ -350,15 +375,6 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
             results.append(result)
             stop.answer()
             dist.barrier()
-            made[0].close()
+            if made:  # Not where another process has finished the cell meanwhile.
+                made[0].close()
     return results
-
-
-def agree(todo: list[Cell], ranks: Ranks) -> None:
-    """Raise RunFailed on every rank unless all ranks hold the same tickets and finished cells."""
-    mine = [(cell.name, cell.ticket.content_hash, cell.done) for cell in todo]
-    everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            raise RunFailed(f"rank {rank} holds other tickets or results than rank 0: {theirs}")

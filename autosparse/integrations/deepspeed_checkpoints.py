@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from autosparse.errors import UserError
 from autosparse.files import read_json, remove_tree, sha256_of_file, write_json
 from autosparse.steppers import Ranks
+
+logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint.json"
 UNIVERSAL = "universal"
@@ -97,7 +99,7 @@ def _newest(parent: Path) -> Checkpoint | None:
         if problem is None:
             content = read_json(folder / MARKER)
             return Checkpoint(folder, content["step"], content["world_size"])
-        print(f"warning: checkpoint {folder} is passed over: {problem}", file=sys.stderr)
+        logger.warning("checkpoint %s is passed over: %s", folder, problem)
     return None
 
 

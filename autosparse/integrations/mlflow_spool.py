@@ -6,7 +6,7 @@ into `mlflow_unsent.json` in the cell's folder, and is sent when the same comman
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +18,8 @@ from autosparse.config import SparseTrainConfig
 from autosparse.files import read_json, write_json
 from autosparse.sparse_training import SETTINGS, UNSENT, Cell, Observer, unsent
 from autosparse.steppers import Epoch
+
+logger = logging.getLogger(__name__)
 
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before the second try, the third …; the last for all that follow."""
@@ -92,10 +94,9 @@ class Spooled:
         for folder, events in by_folder.items():
             plain = [[e.method, e.arguments] for e in events if e.method != "begin"]
             write_json(folder / UNSENT, plain)
-            print(
-                f"warning: {folder / UNSENT} keeps what could not be sent to MLflow; the same "
-                "command sends it",
-                file=sys.stderr,
+            logger.warning(
+                "%s keeps what could not be sent to MLflow; the same command sends it",
+                folder / UNSENT,
             )
 
     def _put(self, event: _Event) -> None:
@@ -135,8 +136,8 @@ class Spooled:
         if not self.warned:
             self.warned = True
             reason = " ".join(str(error).split())[:200]
-            print(
-                f"warning: MLflow cannot be reached ({reason}); training goes on, and what is "
-                "tracked is sent later",
-                file=sys.stderr,
+            logger.warning(
+                "MLflow cannot be reached (%s); training goes on, and what is tracked is sent "
+                "later",
+                reason,
             )

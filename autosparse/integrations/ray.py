@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,14 @@ from typing import Any
 
 import ray
 
-from autosparse import corpus, irp, plan
+from autosparse import corpus, data, data_identity, irp, plan
 from autosparse.config import CorpusConfig, IRPConfig
 from autosparse.corpus import Corpus
 from autosparse.errors import RunFailed, UsageError, UserError
 from autosparse.files import is_local, place, read_card, write_json
 from autosparse.progress import Bar, Progress
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 15.0
 RETRIES = 10
@@ -88,6 +89,7 @@ def grow(config: CorpusConfig) -> Grown:
     grown.found = [name for name in runs if corpus.is_finished(folder / name)]
     for name in grown.found:
         irp.tidy(folder / name)
+    _check_found(runs, grown)
     todo = {name: run for name, run in runs.items() if name not in grown.found}
     if todo:
         connect()
@@ -97,6 +99,16 @@ def grow(config: CorpusConfig) -> Grown:
     if grown.found or grown.done:
         Corpus(folder).write_index()
     return grown
+
+
+def _check_found(runs: dict[str, IRPConfig], grown: Grown) -> None:
+    """Raise UsageError if finished runs are of other data of the same name than are there now."""
+    there = {}
+    for name in grown.found:
+        wanted = runs[name].data
+        if wanted not in there:
+            there[wanted] = data.if_there(wanted)
+        irp.check_found(grown.folder / name, there[wanted])
 
 
 def _check_fits(config: CorpusConfig) -> None:
@@ -162,7 +174,7 @@ def _collect(name: str, reference: Any, grown: Grown) -> None:
     try:
         write_json(failed, {"error": error, "time": time.time()})
     except UserError:
-        print(f"warning: {failed} could not be written", file=sys.stderr)
+        logger.warning("%s could not be written", failed)
 
 
 class _Watch:
@@ -238,7 +250,8 @@ def _one_run(run: IRPConfig, cpus: float) -> str | None:
 
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        irp.run_irp(run, wait=True)
+        with data_identity.looked_at_once():
+            irp.run_irp(run, wait=True)
     except UserError as error:
         return " ".join(str(error).split())
     return None

@@ -28,10 +28,10 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-from autosparse import compare, sweep
+from autosparse import compare, data_identity, sweep
 from autosparse.claims import claimed
 from autosparse.compare import Trial
-from autosparse.config import SweepConfig
+from autosparse.config import SweepConfig, run_id
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import write_json
 from autosparse.integrations import ray as cluster
@@ -69,6 +69,7 @@ def run(config: SweepConfig) -> Swept:
     """
     folder = cluster.output_folder(config.out)
     config = replace(config, out=str(folder))
+    sweep.check_whole(config)
     planned = sweep.cells(config)
     if config.search == sweep.OPTUNA:
         _optuna()
@@ -139,8 +140,9 @@ def _study(config: SweepConfig, study: tuple[int, float], watch: _Watch) -> None
     )
     for cell in over:
         search.add_evaluated_point(_suggestion(cell), cell.history()[-1][METRIC])
-    resolve = partial(sweep.write_point, config, *study)
-    _tune(config, resolve, {}, watch, cells, search=search, samples=left)
+    resolve = partial(sweep.suggested, config, *study)
+    begin = partial(sweep.write_point, config, *study)
+    _tune(config, resolve, {}, watch, cells, search=search, samples=left, begin=begin)
 
 
 def _suggestion(cell: SweepCell) -> dict[str, Any]:
@@ -177,13 +179,19 @@ def _tune(
     known: list[SweepCell],
     search: Any = None,
     samples: int = 1,
+    begin: Resolve | None = None,
 ) -> None:
-    """Run one experiment of Tune; raise nothing for cells that fail."""
+    """Run one experiment of Tune; raise nothing for cells that fail.
+
+    `begin` writes down what was suggested, when its cell begins.
+    """
     watch.resolve = resolve
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     if config.memory_gb_per_trial:
         resources["memory"] = int(config.memory_gb_per_trial * 1e9)
-    trainable = tune.with_resources(partial(_train, resolve, config.cpus_per_trial), resources)
+    trainable = tune.with_resources(
+        partial(_train, begin or resolve, config.cpus_per_trial), resources
+    )
     scheduler = PerGroup(config, resolve, known) if config.asha else FIFOScheduler()
     Tuner(
         trainable,
@@ -199,18 +207,19 @@ def _tune(
     ).fit()  # fmt: skip
 
 
-def _train(resolve: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
+def _train(begin: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
     """Train one cell inside a Tune trial, and report its epochs; an error in one line."""
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
-    cell = resolve(suggestion)
     try:
-        finished = partial(compare.is_done, cell.config, cell.trial)
-        with claimed(cell.folder, wait=True, finished=finished):
-            source = _loaded(cell)
+        with data_identity.looked_at_once():
+            cell = begin(suggestion)
             compare.run_trial(
-                cell.config, cell.trial, source, on_epoch=lambda epoch: tune.report(vars(epoch))
+                cell.config,
+                cell.trial,
+                _loaded(cell),
+                on_epoch=lambda epoch: tune.report(vars(epoch)),
             )
         tune.report({"cell": "finished", METRIC: cell.history()[-1][METRIC]})
     except Exception as error:
@@ -222,9 +231,10 @@ _SOURCES: dict[Any, Any] = {}
 
 
 def _loaded(cell: SweepCell) -> Any:
-    """Load the data once per worker."""
-    key = (cell.config.data.name, cell.config.device)
+    """Load the data once per worker; a sweep has one data set."""
+    key = (run_id(cell.config.data), cell.config.data, cell.config.device)
     if key not in _SOURCES:
+        _SOURCES.clear()
         _SOURCES[key] = compare.load(cell.config)
     return _SOURCES[key]
 

@@ -46,6 +46,7 @@ def irp(config: IRPConfig) -> None:
 
     if is_local(config.out):
         config = replace(config, out=str(place(config.out).absolute()))
+    irp.check_whole(config)
     with Progress() as progress:
         total = (config.levels + 1) * config.training.epochs
         bar = progress.bar("IRP", total=total, unit="epochs")
@@ -90,7 +91,10 @@ def fit(config: FitConfig) -> None:
 def prune(config: PruneConfig) -> None:
     """Prune a model and save the ticket."""
     from autosparse import pruning
+    from autosparse.files import check_file
 
+    pruning.check(config)
+    check_file(config.out)
     ticket = pruning.prune_as(config)
     ticket.save(config.out)
     total, card = sum(mask.numel() for mask in ticket.masks.values()), ticket.card
@@ -109,16 +113,25 @@ def prune(config: PruneConfig) -> None:
 
 def compare(config: CompareConfig) -> None:
     """Train tickets and twins, print the table with verdicts, and draw it."""
+    from autosparse import compare
+    from autosparse.claims import claimed
+
+    planned = compare.trials(config)
+    out = Path(config.out)
+    compare.check_whole(config)
+    source = compare.load(config)
+    with claimed(out):
+        _compare(config, planned, source, out)
+
+
+def _compare(config: CompareConfig, planned: list[Any], source: Any, out: Path) -> None:
     from contextlib import nullcontext
 
     from autosparse import compare, verdicts
     from autosparse.figures import comparison
 
-    planned = compare.trials(config)
-    out = Path(config.out)
     left = [trial for trial in planned if not compare.is_done(config, trial)]
     print(f"{len(planned)} trainings, {len(planned) - len(left)} of them found in {out}")
-    source = compare.load(config)
     tracked = config.tracking and bool(left)
     if tracked:
         from autosparse.integrations import mlflow
@@ -147,12 +160,14 @@ def compare(config: CompareConfig) -> None:
 def train(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse import data, models, results
-    from autosparse.sparse_training import cells, train_cell, unsent
-    from autosparse.steppers import PlainStepper, check
+    from autosparse.cells import cells, check_config
+    from autosparse.sparse_training import train_cell, unsent
+    from autosparse.steppers import PlainStepper, check_plain
     from autosparse.watching import StepWatch, told_to_stop
 
     device = models.choose_device(config.device)
-    check(config.training)
+    check_plain(config.training)
+    check_config(config)
     planned = list(cells(fetched(config), device=str(device)))
     found = []
     wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)

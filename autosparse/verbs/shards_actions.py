@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosparse.config import PackConfig
+from autosparse.config import IndexConfig, PackConfig
 from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.progress import Progress, print_table
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autosparse.data.tars import Shard
 
 
-def shards(arguments: list[str], config: PackConfig | None = None) -> None:
+def shards(arguments: list[str], config: PackConfig | IndexConfig | None = None) -> None:
     """Pack images into shards, or look after a folder of shards."""
     action, paths = arguments[0], arguments[1:]
     if action not in SHARDS_ACTIONS:
@@ -23,13 +23,10 @@ def shards(arguments: list[str], config: PackConfig | None = None) -> None:
     if len(paths) != wanted:
         what = "what to pack and a folder for the shards" if wanted == 2 else "one folder of shards"
         raise UsageError(f"autosparse shards {action} takes {what}")
-    if action == "pack":
-        _shards_pack(paths[0], paths[1], config or PackConfig())
-    else:
-        SHARDS_ACTIONS[action](*paths)
+    SHARDS_ACTIONS[action](*paths, *([] if config is None else [config]))
 
 
-def _shards_pack(source: str, folder: str, config: PackConfig) -> None:
+def _shards_pack(source: str, folder: str, config: PackConfig | None = None) -> None:
     from autosparse.data.pack import pack
 
     with Progress() as progress:
@@ -72,12 +69,12 @@ def _shards_verify(folder: str) -> None:
     print(f"{len(found)} shards in {folder}: every byte is what the manifest says")
 
 
-def _shards_index(folder: str) -> None:
-    from autosparse.data.check import adopt
+def _shards_index(folder: str, config: IndexConfig | None = None) -> None:
+    from autosparse.data.check import adopt, tars
 
     with Progress() as progress:
-        bar = progress.bar("reading", len(list(Path(folder).glob("*.tar"))), "shards")
-        found = adopt(folder, on_shard=bar.advance)
+        bar = progress.bar("reading", len(tars(folder)[1]), "shards")
+        found = adopt(folder, config, on_shard=bar.advance)
     _print_shards(folder, found)
 
 

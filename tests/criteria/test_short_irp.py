@@ -105,14 +105,15 @@ def masked_dense(
 )
 def test_against_masked_dense_training(sparsity: float, levels: int, steps: int) -> None:
     # Three batches: the list starts anew when it is used up, and with every level.
-    batches = data(8, 5, 7)
+    batches = [(pixels.double(), labels) for pixels, labels in data(8, 5, 7)]
     found = short_irp(
-        net(), batches, cross_entropy, sparsity=sparsity, levels=levels,
+        net().double(), batches, cross_entropy, sparsity=sparsity, levels=levels,
         steps_per_level=steps, learning_rate=0.02, weight_decay=0.3,
     )  # fmt: skip
-    expected = masked_dense(net(), batches, sparsity, levels, steps)
+    expected = masked_dense(net().double(), batches, sparsity, levels, steps)
     assert torch.equal(flat(found) >= 0, expected >= 0)
-    torch.testing.assert_close(flat(found), expected, rtol=1e-4, atol=1e-6)
+    # The loss of float32 outputs moves the steps by some 1e-7 of their size, 0.02.
+    torch.testing.assert_close(flat(found).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_weights_that_are_not_prunable_are_trained_too() -> None:

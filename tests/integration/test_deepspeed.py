@@ -14,11 +14,13 @@ from autosparse import prune
 from autosparse.files import read_tensors
 from autosparse.ticket import Ticket
 from tests.conftest import make_model
-from tests.integration.masked_dense import CASES, STEPS, reference
+from tests.integration.masked_dense import CASES, STEPS, reference, rounding
 from tests.integration.ranks import ROOT, launcher
 
 
-def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
+def launch(
+    script: Path, *arguments: str, ranks: int = 2, seconds: float = 240
+) -> subprocess.CompletedProcess:
     """Run a script as `deepspeed --num_accelerators N` would on a machine without a GPU."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -26,7 +28,7 @@ def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.Complete
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=seconds,
         check=False,
     )
 
@@ -34,29 +36,37 @@ def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.Complete
 @pytest.fixture(scope="module")
 def compact_trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("losses")
-    done = launch(ROOT / "tests" / "integration" / "losses_on_ranks.py", str(out))
+    script = ROOT / "tests" / "integration" / "losses_on_ranks.py"
+    done = launch(script, str(out), seconds=800)  # Two models, five trainings each.
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(CASES))
 def test_compact_training_equals_masked_dense_training(
     compact_trainings: Path, name: str, digits
 ) -> None:
-    """With clipping, weight decay and a moving average; accumulated over two parts for one."""
-    by_hand, average = reference(name, digits, ranks=2)
-    expected = torch.tensor(by_hand)
+    """With clipping, weight decay and a moving average; accumulated over two parts for one.
+
+    The engine computes in float32, the reference in float64; the tolerance is measured.
+    """
+    exact = expected, average = reference(name, digits, ranks=2)
+    loss_bound, weight_bound = rounding(name, digits, 2, exact)
+    assert max(loss_bound, weight_bound) < 1e-4, "too wide to tell anything"
     losses = [json.loads((compact_trainings / f"rank{r}.json").read_text()) for r in range(2)]
     assert float(expected[0].mean() - expected[-5:].mean()) > 0.2, "nothing was learned"
     for stage in ("0", "1", "2", "3", "1 sparse"):
-        found = torch.tensor([losses[rank][f"{name} {stage}"] for rank in range(2)]).T
+        each = [losses[rank][f"{name} {stage}"] for rank in range(2)]
+        found = torch.tensor(each, dtype=torch.float64).T
         assert found.shape == (STEPS, 2)
-        assert float((found - expected).abs().max()) < 1e-5, f"ZeRO {stage}"
+        assert float((found - expected).abs().max()) < loss_bound, f"ZeRO {stage}"
         if stage != "3":
             weights, _ = read_tensors(compact_trainings / f"{name} {stage}.safetensors")
             assert weights.keys() == average.keys()
             for parameter, wanted in average.items():
-                assert torch.allclose(weights[parameter].double(), wanted, atol=1e-5), parameter
+                distance = float((weights[parameter].double() - wanted).abs().max())
+                assert distance < weight_bound, f"ZeRO {stage}: {parameter}"
 
 
 TINY = [

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from autosparse import prune
+from autosparse.cells import Cell, cells
 from autosparse.config import SparseTrainConfig
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed
 from autosparse.files import read_json
 from autosparse.scorer import AutoS
-from autosparse.sparse_training import SETTINGS, TRAINED, Cell, cells, train_cell
+from autosparse.sparse_training import SETTINGS, TRAINED, train_cell
 from autosparse.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 

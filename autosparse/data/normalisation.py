@@ -1,0 +1,99 @@
+"""`data.normalisation`: by which mean and deviation images are normalised, wherever they are held.
+
+Named sets are measured: their numbers are known and small. Own data takes ImageNet's, as timm's
+transforms and its pretrained weights do unless told otherwise: it costs no look at the images, and
+says the same of a part of the data as of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autosparse import data_identity
+from autosparse.config import DataConfig
+from autosparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from autosparse.data.source import DataSource, Split
+
+Constants = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation of each channel, of pixels scaled to 0..1."""
+IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEASURED = 4096
+"""Images of own data that are measured at the most, evenly spaced."""
+PART = 64
+
+
+def check(wanted: Any) -> None:
+    """Raise UsageError unless `data.normalisation` may say this."""
+    if isinstance(wanted, str) and wanted in ("auto", "imagenet", "measured"):
+        return
+    pair = wanted if isinstance(wanted, list | tuple) and len(wanted) == 2 else None
+    numbers = [_numbers(each) for each in pair] if pair else []
+    if not numbers or not all(numbers) or min(numbers[1]) <= 0:
+        raise UsageError(
+            "data.normalisation must be auto, imagenet, measured, or [mean, std], each a number or "
+            f"one a channel, std above 0: {wanted!r}"
+        )
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """Return the numbers of a list, or one that is alone; none where something else is given."""
+    found = value if isinstance(value, list | tuple) else [value]
+    wrong = any(isinstance(each, bool) or not isinstance(each, int | float) for each in found)
+    return () if wrong else tuple(map(float, found))
+
+
+def normalised(source: DataSource, config: DataConfig) -> DataSource:
+    """Return the source with what `data.normalisation` asks for.
+
+    It comes measured if it is a named set, and with ImageNet's constants if it is own data.
+    """
+    wanted, own = config.normalisation, config.name in data_identity.OWN
+    if wanted in ("auto", "imagenet" if own else "measured"):
+        return source
+    if wanted == "measured":
+        mean, std = measured(source.train, source.in_chans)
+    elif wanted == "imagenet":
+        mean, std = imagenet(source.in_chans)
+    else:
+        mean, std = (_of_channels(each, source.in_chans) for each in wanted)
+    return replace(source, mean=mean, std=std)
+
+
+def imagenet(channels: int) -> Constants:
+    """Return ImageNet's constants; of grey images the means of the three channels'."""
+    if channels == 3:
+        return IMAGENET
+    mean, std = (round(sum(each) / 3, 3) for each in IMAGENET)
+    return (mean,) * channels, (std,) * channels
+
+
+def _of_channels(value: Any, channels: int) -> tuple[float, ...]:
+    numbers = _numbers(value)
+    if len(numbers) not in (1, channels):
+        raise UsageError(
+            f"data.normalisation has {len(numbers)} values for images of {channels} channels"
+        )
+    return numbers * (channels if len(numbers) == 1 else 1)
+
+
+def measured(train: Split, channels: int) -> Constants:
+    """Measure `MEASURED` evenly spaced training images (all, if there are no more): exact sums."""
+    count = min(len(train), MEASURED)
+    numbers = [place * len(train) // count for place in range(count)]
+    histogram = torch.zeros(channels, 256, dtype=torch.int64)
+    parts = [numbers[start : start + PART] for start in range(0, count, PART)]
+    for images, _ in train.plain().chosen(parts):
+        for channel in range(channels):
+            seen = torch.bincount(images[:, channel].flatten().cpu(), minlength=256)
+            histogram[channel] += seen
+    values = torch.arange(256, dtype=torch.float64) / 255
+    total = histogram.sum(1).double()
+    mean = histogram.double() @ values / total
+    squares = (histogram.double() * (values - mean[:, None]) ** 2).sum(1)
+    std = (squares / (total - 1)).sqrt().clamp(min=1e-3)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,192 @@
+"""The samples of a tar, grouped and named as WebDataset does it, for reading at random.
+
+WebDataset's rules: only regular files; a key is the path up to the first dot of the file's name,
+what follows is the extension, in lower case; names without a dot and `__meta__` members are
+skipped. Ours on top: hidden files are skipped (macOS puts them into tars), members of a key need
+not lie side by side, and a key that has the same extension twice is refused wherever the two are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autosparse.errors import UsageError
+
+IMAGES = (
+    "jpg", "jpeg", "png", "webp", "jpe", "jfif", "bmp", "ppm", "pgm", "pnm", "tif", "tiff", "gif",
+)  # fmt: skip
+"""Extensions of images; of several in a sample the first of these is taken."""
+META = re.compile(r"__[^/]*__($|/)")
+"""Members that WebDataset skips."""
+NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+DOTTED_NAME = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
+PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"(\xb5/\xfd", "zstd"))
+MOST_LABEL = 1 << 31
+Parts = dict[str, tuple[int, tarfile.TarInfo]]
+"""Extension -> the member's number in the tar, and the member."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read.
+
+    Attributes:
+        label: extension of the label, or json:KEY.
+        dotted: whether extensions begin at a name's last dot.
+        names: classes, for labels that are names.
+    """
+
+    label: str = "cls"
+    dotted: bool = False
+    names: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """Return 8 hex digits that tell ways of reading apart."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    def key(self, name: str) -> tuple[str, str] | None:
+        """Return a member's key and extension; None for what is no part of a sample."""
+        found = (DOTTED_NAME if self.dotted else NAME).fullmatch(name)
+        if found is None or META.match(name):
+            return None
+        return found[1], found[2].lower()
+
+
+def scan(path: Path, reading: Reading | None = None) -> Tensor:
+    """Walk through a tar's headers; return offset and bytes of each image, and its label [N, 3].
+
+    Raises UsageError that names the tar, and the sample where it is one's fault.
+    """
+    reading = reading or Reading()
+    samples: dict[str, Parts] = {}
+    try:
+        _check_plain(path)
+        with tarfile.open(path, "r:") as tar:
+            for number, member in enumerate(tar):
+                _add(samples, number, member, reading, path)
+            found = [
+                (*_image(parts, where), _label(tar, parts, reading, where))
+                for key, parts in samples.items()
+                if (where := f"shard {path} sample {key}") and not _is_meta(key, parts)
+            ]
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UsageError(
+            f"shard {path} is cut or damaged after {len(samples)} samples ({error})"
+        ) from error
+    return torch.tensor(found, dtype=torch.int64).view(-1, 3)
+
+
+def _check_plain(path: Path) -> None:
+    with path.open("rb") as file:
+        begin = file.read(6)
+    kind = next((kind for magic, kind in PACKED if begin.startswith(magic)), None)
+    if kind:
+        raise UsageError(f"shard {path} is compressed ({kind}), so its images cannot be read at "
+                         "random: unpack it to a plain .tar")  # fmt: skip
+
+
+def _add(
+    samples: dict[str, Parts], number: int, member: tarfile.TarInfo, reading: Reading, path: Path
+) -> None:
+    """Add a member to its sample."""
+    named = reading.key(member.name) if member.isreg() else None
+    if named is None:
+        return
+    key, extension = named
+    parts = samples.setdefault(key, {})
+    if extension in parts:
+        before, first = parts[extension]
+        raise UsageError(
+            f"shard {path} holds the key {key!r} twice: member {before} ({first.name}, at byte "
+            f"{first.offset}) and member {number} ({member.name}, at byte {member.offset})"
+        )
+    parts[extension] = number, member
+
+
+def _is_meta(key: str, parts: Parts) -> bool:
+    """Whether it is a note such as __meta__.json rather than a sample."""
+    return bool(META.match(key)) and not any(_last(each) in IMAGES for each in parts)
+
+
+def _last(extension: str) -> str:
+    return extension.rpartition(".")[2]
+
+
+def _image(parts: Parts, where: str) -> tuple[int, int]:
+    """Return where a sample's image begins, and how many bytes it has."""
+    chosen = next((extension for extension in IMAGES if extension in parts), None)
+    if chosen is None:
+        several = [extension for extension in parts if _last(extension) in IMAGES]
+        if len(several) > 1:
+            raise UsageError(
+                f"{where} has {len(several)} images ({', '.join(several[:2])} …): where keys hold "
+                "dots, index the shards with --dotted true"
+            )
+        if not several:
+            raise UsageError(f"{where} has no image (jpg, png, webp, bmp, ppm …), only "
+                             f"{', '.join(parts)}")  # fmt: skip
+        chosen = several[0]
+    member = parts[chosen][1]
+    return member.offset_data, member.size
+
+
+def _label(tar: tarfile.TarFile, parts: Parts, reading: Reading, where: str) -> int:
+    extension, _, entry = reading.label.partition(":")
+    found = [each for each in parts if each == extension]
+    found = found or [each for each in parts if _last(each) == extension]
+    if len(found) != 1:
+        raise UsageError(f"{where} has no {extension}, only {', '.join(parts)}{_hint(tar, parts)}")
+    content = _content(tar, parts[found[0]][1])
+    if not entry:
+        return _number(content, reading, f"{where}: its {extension}")
+    held = _object(content)
+    if entry not in held:
+        raise UsageError(f"{where}: its json has no {entry!r}, only {', '.join(held)}")
+    return _number(held[entry], reading, f"{where}: {entry!r} of its json")
+
+
+def _hint(tar: tarfile.TarFile, parts: Parts) -> str:
+    """Say how to find the label in a sample's json, if it has one."""
+    if "json" not in parts:
+        return "; name what holds the label by --label when the shards are indexed"
+    keys = ", ".join(_object(_content(tar, parts["json"][1])))
+    return f"; index the shards with --label json:KEY, its keys are {keys}"
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read().decode("utf-8", "replace")
+
+
+def _object(content: str) -> dict[str, Any]:
+    try:
+        held = json.loads(content)
+    except json.JSONDecodeError:
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _number(value: Any, reading: Reading, where: str) -> int:
+    """Return a label that is a number, also as text, or the name of a class."""
+    text = str(value).strip()
+    if text in reading.names and not text.isdigit():
+        return reading.names.index(text)
+    try:
+        number = int(float(text)) if isinstance(value, float) and value.is_integer() else int(text)
+    except ValueError:
+        raise UsageError(
+            f"{where} is {text[:40]!r}, which is no number and none of the classes' names"
+        ) from None
+    if not 0 <= number < MOST_LABEL:
+        raise UsageError(f"{where} says {number}, which is no label")
+    return number

@@ -1,0 +1,110 @@
+"""Balanced batches for scoring: chosen by the labels alone, decoded as they are looked at."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autosparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from autosparse.data.source import Batch, DataSource
+
+
+def choose(labels: Tensor, order: Tensor, classes: int, each: int, batches: int) -> list[list[int]]:
+    """Return the samples of every balanced batch: the first of each class in an order.
+
+    The first `each` of a class go into the first batch, the next ones into the second, and so on;
+    inside a batch they keep the order.
+
+    Args:
+        labels: of all samples [N].
+        order: samples in the order that they are met in.
+        classes: number of classes.
+        each: samples of a class in a batch.
+        batches: how many.
+    """
+    met = labels[order]
+    counts = torch.bincount(met, minlength=classes)
+    by_class = met.argsort(stable=True)
+    begins = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    turn = torch.empty_like(by_class)
+    turn[by_class] = torch.arange(len(met)) - begins
+    place = turn // each
+    return [order[place == batch].tolist() for batch in range(batches)]
+
+
+class ScoreBatches(Sequence["Batch"]):
+    """Normalised batches, made anew each time they are looked at, so that one is held at a time.
+
+    The images are decoded once and kept as uint8 where all of this rank's take no more than
+    `data.memory_limit_gb`, otherwise decoded whenever they are looked at.
+    """
+
+    def __init__(self, source: DataSource, parts: list[list[int]]) -> None:
+        self.source, self.parts = source, parts
+        self._split = source.train.plain()
+        side = source.image_size
+        needed = source.in_chans * side * side * sum(map(len, parts))
+        self._keeps = needed <= source.config.memory_limit_gb * 1e9
+        self._kept: list[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._kept is None and self._keeps:
+            self._kept = list(self._split.chosen(self.parts))
+        found = self._split.chosen(self.parts) if self._kept is None else self._kept
+        for images, labels in found:
+            yield self.source.prepare(images), labels
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self.parts[place]
+        if isinstance(place, slice):
+            return ScoreBatches(self.source, self.parts[place])
+        return next(iter(ScoreBatches(self.source, [found])))
+
+
+def score_batches(
+    source: DataSource,
+    samples_per_class: int,
+    *,
+    seed: int = 0,
+    batches: int = 1,
+    batch_size: int = 128,
+    rank: int = 0,
+    world_size: int = 1,
+) -> ScoreBatches:
+    """Return balanced training batches; see `DataSource.score_batches`."""
+    for name, value in (("samples_per_class", samples_per_class), ("batches", batches),
+                        ("batch_size", batch_size)):  # fmt: skip
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    labels = source.train.labels.cpu()
+    _name_empty(labels, source)
+    order = source.train.order(seed, 0)
+    chosen = choose(labels, order, source.num_classes, samples_per_class, batches)
+    parts = [
+        numbers[start : start + batch_size]
+        for numbers in chosen
+        for start in range(0, len(numbers), batch_size)
+    ]
+    return ScoreBatches(source, parts[rank::world_size])
+
+
+def _name_empty(labels: Tensor, source: DataSource) -> None:
+    """Warn of classes without a training image."""
+    counts = torch.bincount(labels, minlength=source.num_classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        some = ", ".join(map(str, empty[:5])) + (" …" if len(empty) > 5 else "")
+        warnings.warn(
+            f"{source.name} has no training image of {len(empty)} of its {source.num_classes} "
+            f"classes: number {some}",
+            stacklevel=4,
+        )

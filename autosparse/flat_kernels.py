@@ -1,0 +1,146 @@
+"""Triton kernels that scatter and gather many weights at once; see flat_scatter.py.
+
+With TRITON_INTERPRET=1 in the environment they run on a CPU, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+"""Survivors of one weight that a program moves."""
+COLUMNS = 5
+"""Of a row of the table: weight, first and last survivor of the block, the weight's first one, and
+where the weight starts in memory (or its gradient, among the gathered ones)."""
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@triton.jit
+def _scatter(  # noqa: ANN202 - Triton reads what is annotated.
+    addresses,
+    table,
+    places,
+    memory,
+    kind: tl.constexpr,
+    columns: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = table + tl.program_id(0) * columns
+    values = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))
+    at = tl.load(row + 1) + tl.arange(0, block)
+    here = at < tl.load(row + 2)
+    place = tl.load(places + at, mask=here, other=0)
+    value = tl.load(values + (at - tl.load(row + 3)), mask=here, other=0.0)
+    tl.store(memory + place, value.to(memory.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _gather(  # noqa: ANN202
+    addresses,
+    table,
+    places,
+    gathered,
+    kind: tl.constexpr,
+    columns: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = table + tl.program_id(0) * columns
+    gradient = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))
+    at = tl.load(row + 1) + tl.arange(0, block)
+    here = at < tl.load(row + 2)
+    place = tl.load(places + at, mask=here, other=0) - tl.load(row + 4)
+    value = tl.load(gradient + place, mask=here, other=0.0)
+    tl.store(gathered + at, value.to(gathered.dtype.element_ty), mask=here)
+
+
+class Kernels:
+    """The two kernels for one group of weights.
+
+    Args:
+        counts: survivors of each weight.
+        starts: where each weight starts in the group's memory.
+        places: of all survivors in the group's memory, weight by weight, int32 or int64.
+        like: values; theirs are the device and dtype of the gathered gradients.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], starts: Sequence[int], places: Tensor, like: Tensor
+    ) -> None:
+        self.counts, self.places, self.dtype = list(counts), places, like.dtype
+        rows, first = [], 0
+        for weight, (count, start) in enumerate(zip(counts, starts, strict=False)):
+            rows += [
+                (weight, at, min(at + BLOCK, first + count), first, start)
+                for at in range(first, first + count, BLOCK)
+            ]
+            first += count
+        self.blocks = len(rows)
+        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS)
+        self.table = table.to(places.device)
+        self.values, self.gradients = Addresses(places.device), Addresses(places.device)
+
+    def scatter(self, values: Sequence[Tensor], memory: Tensor) -> None:
+        """Write each weight's values, contiguous, into the group's memory, in its dtype."""
+        self._run(_scatter, self.values.of(values), memory, self.dtype)
+
+    def gather(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return each weight's gradient at its survivors.
+
+        Args:
+            gradients: of the dense weights, of one dtype, each as its weight lies in memory.
+        """
+        total = len(self.places)
+        gathered = torch.empty(total, dtype=self.dtype, device=self.places.device)
+        self._run(_gather, self.gradients.of(gradients), gathered, gradients[0].dtype)
+        return gathered.split(self.counts)
+
+    def _run(self, kernel, addresses: Tensor, target: Tensor, kind: torch.dtype) -> None:
+        if self.blocks:
+            kernel[(self.blocks,)](
+                addresses, self.table, self.places, target, TYPES[kind], COLUMNS, BLOCK
+            )
+
+
+class Addresses:
+    """Where some tensors lie, on the device, sent anew only when that has changed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.known = device, None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the address of every tensor, int64."""
+        found = [tensor.data_ptr() for tensor in tensors]
+        if found != self.known:
+            sent = torch.tensor(found, dtype=torch.int64)
+            if self.device.type == "cuda":
+                sent = sent.pin_memory()
+            self.known, self.sent = found, sent.to(self.device, non_blocking=True)
+        return self.sent
+
+
+@cache
+def try_out(device: torch.device) -> None:
+    """Raise whatever keeps the kernels from running on a device."""
+    values = [torch.tensor([1 / 3, 2 / 3], device=device), torch.tensor([3.0], device=device)]
+    places = torch.tensor([3, 1, 6], dtype=torch.int32, device=device)
+    kernels = Kernels([2, 1], [0, 4], places, values[0])
+    # The interpreter does not round to bf16 as a GPU does.
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        memory = torch.zeros(8, dtype=dtype, device=device)
+        kernels.scatter(values, memory)
+        gathered = torch.cat(kernels.gather([memory[:4], memory[4:]]))
+        rounded = torch.cat(values).to(dtype)
+        expected = torch.zeros_like(memory).scatter_(0, places.long(), rounded)
+        if not torch.equal(memory, expected) or not torch.equal(gathered, rounded.float()):
+            raise RuntimeError(f"they give wrong results in {dtype}")

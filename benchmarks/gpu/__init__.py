@@ -1,0 +1,1 @@
+"""What is measured on a GPU, stage by stage; see docs/performance.md."""

@@ -1,0 +1,58 @@
+"""How long pruning takes on the device: SNIP, SynFlow and AutoS on resnet50 and ViT-B at 224 px.
+
+The whole of `prune`, 95 %, on a balanced batch of 100 images; the thinning of AutoS by itself too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from autosparse import reach
+from autosparse.config import ModelConfig
+from autosparse.criteria.autos import TILT, counts
+from autosparse.models import prunable
+from autosparse.pruning import prune
+from benchmarks.gpu.goals import SCORED
+from benchmarks.gpu.measure import Recorder, Setting, dense_model, in_turn, random_batch
+
+SPARSITY, RUNS = 0.95, 3
+MODELS = {"resnet50": ModelConfig("resnet50"), "vit_base": ModelConfig("vit_base_patch16_224")}
+TINY = {
+    "resnet50": ModelConfig("test_resnet"),
+    "vit_base": ModelConfig("test_vit", {"patch_size": 8}),
+}
+CRITERIA = ("snip", "synflow", "autos")
+
+
+def run(setting: Setting, recorder: Recorder) -> None:
+    side, images = (32, 10) if setting.tiny else (224, 100)
+    batch = random_batch(images, side, setting.device)
+    for name in SCORED:
+        config = (TINY if setting.tiny else MODELS)[name]
+        model = dense_model(config, side).to(setting.device)
+        jobs: dict[str, Callable[[], Any]] = {
+            criterion: lambda criterion=criterion: prune(model, [batch], criterion, SPARSITY)
+            for criterion in CRITERIA
+        }
+        for criterion, job in jobs.items():
+            taken = in_turn({criterion: job}, setting, runs=RUNS, warm_up=1)[criterion]
+            recorder.add(f"{criterion}_seconds_{name}", [each / 1e3 for each in taken])
+        taken = in_turn({"thinning": thinning(model, side)}, setting, runs=RUNS, warm_up=1)[
+            "thinning"
+        ]
+        recorder.add(f"thinning_seconds_{name}", [each / 1e3 for each in taken])
+        if setting.on_gpu:
+            recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
+            torch.cuda.empty_cache()
+
+
+def thinning(model: nn.Module, side: int) -> Callable[[], Any]:
+    """Return a job: what AutoS does after it has drawn, on noise of the device."""
+    weights = prunable(model)
+    scores = {name: torch.rand_like(weight) for name, weight in weights.items()}
+    kept = counts(dict.fromkeys(weights, 1 - SPARSITY), weights, SPARSITY)
+    return lambda: reach.best_on_paths(model, scores, kept, (3, side, side), tilt=TILT)
