@@ -36,6 +36,7 @@ from autosparse.config import (
     run_id,
 )
 from autosparse.data import DataSource
+from autosparse.data_identity import looked_at_once
 from autosparse.errors import Stopped, unknown
 from autosparse.files import write_json
 from autosparse.masked_stepper import MaskedStepper
@@ -119,16 +120,17 @@ class Study:
     def run(self) -> corpus.IRPRun:
         """Return the IRP run, finished; stop between levels when the time is over."""
         config = self.irp_config()
+        folder = irp.run_folder(config)
 
         def on_level(entry: dict[str, Any]) -> None:
             say(f"IRP level {entry['level']}: {entry['density']:.2%} of the weights, validation "
                 f"{entry['validation_accuracy']:.2%}, {entry['seconds']:.1f} s")  # fmt: skip
-            following = irp.level_file(config, entry["level"] + 1)
+            following = irp.level_file(folder, entry["level"] + 1)
             if entry["level"] < config.levels and not following.exists():
                 self.clock.check(entry["seconds"])
 
         if self.grown is None:
-            if not corpus.is_finished(irp.run_folder(config)):
+            if not corpus.is_finished(folder):
                 self.clock.check()
             self.grown = corpus.read_run(irp.run_irp(config, on_level=on_level))
         return self.grown
@@ -285,7 +287,7 @@ def main(arguments: list[str]) -> None:
         if asked.json:
             write_json(asked.json, {"environment": environment(), "rows": found})
 
-    with data.remembered():
+    with data.remembered(), looked_at_once():
         found, finished = do(Study(config, asked.out, asked.device, clock), write)
     write(found)
     from autosparse.progress import print_table
