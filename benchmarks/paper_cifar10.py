@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autosparse import cli, corpus, data, fit_scorer, fit_survival, irp, models, sparse_training
+from autosparse import cli, corpus, data, fit_scorer, fit_survival, irp, models
+from autosparse.cells import Cell, cells
 from autosparse.config import (
     DataConfig,
     FitConfig,
@@ -41,7 +42,7 @@ from autosparse.errors import Stopped, unknown
 from autosparse.files import write_json
 from autosparse.masked_stepper import MaskedStepper
 from autosparse.pruning import DENSE
-from autosparse.sparse_training import Cell, train_cell
+from autosparse.sparse_training import train_cell
 from autosparse.steppers import PlainStepper
 from autosparse.versions import environment
 
@@ -176,7 +177,7 @@ class Study:
     def result(self, row: Row) -> dict[str, Any]:
         """Prune and train a row, or find what it gave."""
         training = self.training(row)
-        (cell,) = list(sparse_training.cells(training, device=str(self.device)))
+        (cell,) = list(cells(training, device=str(self.device)))
         if cell.done:
             result = cell.result()
         else:
