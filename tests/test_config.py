@@ -21,6 +21,7 @@ from autosparse.config import (
     from_plain,
     identity,
     keep_count,
+    keep_density,
     plain,
     run_id,
 )
@@ -358,6 +359,30 @@ def test_configs_are_frozen(kind):
 )
 def test_keep_count_is_exact(total, sparsity, kept):
     assert keep_count(total, sparsity) == kept
+
+
+@pytest.mark.parametrize(
+    ("total", "density", "kept"),
+    [
+        (1010, 0.05, 50),  # 50.5, as round() has it.
+        (1030, 0.05, 51),  # 51.5, which round() makes 52.
+        (1000, 0.7, 700),
+        (199_256, 0.0625, 12_453),
+        (10, 1.0, 10),
+        (10, 1, 10),
+        (10, 0.0, 0),
+        (1000, 0.1**0.5, 316),
+    ],
+)
+def test_a_density_is_counted_by_the_rule_of_sparsities(total, density, kept):
+    assert keep_density(total, density) == kept
+
+
+def test_densities_and_sparsities_that_are_the_same_keep_the_same():
+    for total in (1, 2, 10, 50, 1_010, 4_096, 11_166_912):
+        for hundredths in range(1, 101):
+            sparsity = float(f"0.{100 - hundredths:02}")
+            assert keep_density(total, hundredths / 100) == keep_count(total, sparsity)
 
 
 def test_keep_count_rounds_halves_of_what_is_removed_up():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,29 @@ def test_without_zero_all_gradients_are_sent_in_fp32(communicated: dict[str, dic
     """That is DeepSpeed's way with autocast, for dense models too."""
     found = communicated["0"]
     assert (found["float32"], found.get("bfloat16")) == (found["all"], None)
+
+
+def test_plain_pytorch_and_deepspeed_evaluate_alike(tmp_path: Path) -> None:
+    """The same weights give the same results under bf16, averaged or not, and others than fp32."""
+    out = tmp_path / "found.json"
+    script = ROOT / "tests" / "integration" / "evaluations.py"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    for precision in ("fp32", "bf16"):
+        (expected,) = {
+            tuple(each.values()) for ema in ("0.0", "0.5") for each in found[f"{precision} {ema}"]
+        }
+        found[precision] = expected
+    assert found["fp32"][0] != found["bf16"][0]
 
 
 TINY = [
