@@ -148,7 +148,9 @@ def test_what_is_pruned_at_the_start_changes_the_run():
 def test_where_pruning_runs_and_writes_changes_nothing():
     changed = PruneConfig(device="cpu", out="elsewhere.safetensors")
     assert run_id(changed) == run_id(PruneConfig())
-    assert run_id(SparseTrainConfig(prune=changed)) == run_id(SparseTrainConfig(prune=PruneConfig()))
+    assert run_id(SparseTrainConfig(prune=changed)) == run_id(
+        SparseTrainConfig(prune=PruneConfig())
+    )
 
 
 # Defaults that change
