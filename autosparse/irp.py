@@ -113,9 +113,9 @@ def run_folder(config: IRPConfig) -> Path:
     return place(config.out) / run_id(config)
 
 
-def level_file(config: IRPConfig, level: int) -> Path:
+def level_file(folder: Path, level: int) -> Path:
     """Return the file of a finished level, which is there until the run is finished."""
-    return run_folder(config) / "levels" / f"{level:02d}" / "level.safetensors"
+    return folder / "levels" / f"{level:02d}" / "level.safetensors"
 
 
 def run_irp(
@@ -281,7 +281,7 @@ class _Run:
 
     def path(self, level: int) -> Path:
         """Return the file of a finished level."""
-        return level_file(self.config, level)
+        return level_file(self.folder, level)
 
     def rewound(self) -> dict[str, Tensor]:
         """Return the state dict after step k of level 0, which must be finished; {} for k = 0."""

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autosparse import cli, corpus, data, fit_scorer, fit_survival, irp, models, sparse_training
+from autosparse import cli, corpus, data, fit_scorer, fit_survival, irp, models
+from autosparse.cells import Cell, cells
 from autosparse.config import (
     DataConfig,
     FitConfig,
@@ -36,11 +37,12 @@ from autosparse.config import (
     run_id,
 )
 from autosparse.data import DataSource
+from autosparse.data_identity import looked_at_once
 from autosparse.errors import Stopped, unknown
 from autosparse.files import write_json
 from autosparse.masked_stepper import MaskedStepper
 from autosparse.pruning import DENSE
-from autosparse.sparse_training import Cell, train_cell
+from autosparse.sparse_training import train_cell
 from autosparse.steppers import PlainStepper
 from autosparse.versions import environment
 
@@ -119,16 +121,17 @@ class Study:
     def run(self) -> corpus.IRPRun:
         """Return the IRP run, finished; stop between levels when the time is over."""
         config = self.irp_config()
+        folder = irp.run_folder(config)
 
         def on_level(entry: dict[str, Any]) -> None:
             say(f"IRP level {entry['level']}: {entry['density']:.2%} of the weights, validation "
                 f"{entry['validation_accuracy']:.2%}, {entry['seconds']:.1f} s")  # fmt: skip
-            following = irp.level_file(config, entry["level"] + 1)
+            following = irp.level_file(folder, entry["level"] + 1)
             if entry["level"] < config.levels and not following.exists():
                 self.clock.check(entry["seconds"])
 
         if self.grown is None:
-            if not corpus.is_finished(irp.run_folder(config)):
+            if not corpus.is_finished(folder):
                 self.clock.check()
             self.grown = corpus.read_run(irp.run_irp(config, on_level=on_level))
         return self.grown
@@ -174,7 +177,7 @@ class Study:
     def result(self, row: Row) -> dict[str, Any]:
         """Prune and train a row, or find what it gave."""
         training = self.training(row)
-        (cell,) = list(sparse_training.cells(training, device=str(self.device)))
+        (cell,) = list(cells(training, device=str(self.device)))
         if cell.done:
             result = cell.result()
         else:
@@ -285,7 +288,7 @@ def main(arguments: list[str]) -> None:
         if asked.json:
             write_json(asked.json, {"environment": environment(), "rows": found})
 
-    with data.remembered():
+    with data.remembered(), looked_at_once():
         found, finished = do(Study(config, asked.out, asked.device, clock), write)
     write(found)
     from autosparse.progress import print_table

@@ -799,3 +799,13 @@ def test_load_refuses_what_cannot_be(config, named):
 
 def test_load_takes_a_name_and_keeps_the_config():
     assert data.load("digits").config == DataConfig("digits")
+
+
+def test_a_set_that_is_remembered_is_loaded_once():
+    configs = [DIGITS, replace(DIGITS, normalisation=[[0.5], [0.25]])]
+    with data.remembered():
+        first = [data.load(config) for config in configs]
+        assert all(data.load(c) is each for c, each in zip(configs, first, strict=True))
+        assert first[0] is not first[1]
+    assert data.load(DIGITS) is not first[0]
+    assert data.load(DIGITS).fingerprint == first[0].fingerprint

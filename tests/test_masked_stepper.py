@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import corpus, irp, masks, models
+from autosparse.cells import Cell
 from autosparse.compaction import compact, densify
 from autosparse.config import SparseTrainConfig, TrainingConfig
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.masked_stepper import MaskedStepper, can_train
-from autosparse.sparse_training import Cell, train_cell
+from autosparse.sparse_training import train_cell
 from autosparse.steppers import PlainStepper, Stepper
 from autosparse.ticket import Ticket
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 
 from autosparse import cli, irp
-from autosparse.config import CorpusConfig
+from autosparse.config import CorpusConfig, DataConfig
 from autosparse.errors import UsageError
 from benchmarks import paper_cifar10
 from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows
@@ -43,8 +45,11 @@ def test_the_study_is_as_it_is_told() -> None:
 
 def test_the_larger_corpus_can_be_planned() -> None:
     arguments = ["--config", str(CONFIGS / "corpus" / "cifar10_gpu.yaml")]
-    runs = cli.parse(CorpusConfig, arguments, "corpus", None).runs()
-    assert len(runs) == 4 * 2 * 2 * 2
+    config = cli.parse(CorpusConfig, arguments, "corpus", None)
+    assert len(config.data) == 2
+    runs = replace(config, data=[DataConfig()]).runs()  # Own data would have to be there.
+    assert len(runs) == 4 * 2 * 2
+    assert {timm.is_model(run.model.name) for run in runs} == {True}
     for run in runs:
         irp.check(run)
         assert run.device == "cuda"

@@ -58,7 +58,8 @@ _LOADERS: dict[str, Callable[[DataConfig], DataSource]] = {
 }
 
 
-_REMEMBERED: dict[DataConfig, DataSource] | None = None
+_REMEMBERED: dict[str, DataSource] | None = None
+"""By the config's text: what `normalisation` may hold cannot be a key."""
 
 
 @contextmanager
@@ -124,13 +125,13 @@ def load(config: DataConfig | str) -> DataSource:
     """Load a data set by its config or name; raise UsageError when it is unknown or not there."""
     if isinstance(config, str):
         config = DataConfig(name=config)
-    if _REMEMBERED is not None and config in _REMEMBERED:
-        return _REMEMBERED[config]
+    if _REMEMBERED is not None and repr(config) in _REMEMBERED:
+        return _REMEMBERED[repr(config)]
     check_config(config)
     source = replace(_LOADERS[config.name](config), config=config)
     source = normalisation.normalised(source, config)
     if _REMEMBERED is not None:
-        _REMEMBERED[config] = source
+        _REMEMBERED[repr(config)] = source
     return source
 
 
