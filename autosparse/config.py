@@ -459,6 +459,8 @@ class DeepSpeedConfig:
     """ZeRO stage, 0 to 3."""
     gradient_accumulation: int = 1
     """Micro-batches per step."""
+    overlap_comm: bool = _local(True)
+    """On several GPUs: send the first gradients while the others are computed (ZeRO 1 to 3)."""
 
 
 @dataclass(frozen=True)
