@@ -21,7 +21,7 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from autosparse.compaction import CompactWeight
 from autosparse.config import TrainingConfig
@@ -217,7 +217,10 @@ def _slots(model: nn.Module) -> list[Slot]:
     """Return where the compact weights are that layers multiply with as dense ones."""
     found = []
     for module in model.modules():
-        for slot in getattr(module, "parametrizations", nn.ModuleDict()).values():
+        if not is_parametrized(module):
+            continue
+        slots: Any = module.parametrizations
+        for slot in slots.values():
             if isinstance(slot[0], CompactWeight) and slot[0].pattern is None:
                 found.append((slot, len(slot) == 1 and type(module).forward in CASTING))
     return found
