@@ -210,6 +210,8 @@ class TrainingConfig:
     """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
     scatter: str = _local("auto")
     """How weights are made dense: auto (by device), each by itself, all at once (flat, triton)."""
+    deterministic: bool = _local(False)
+    """On a GPU: take only kernels that give the same bits every time; slower."""
     checkpoint_epochs: int = _local(5)
     """Save a checkpoint to resume from every so many epochs; 0: not by epochs."""
     checkpoint_steps: int = _local(0)
@@ -459,6 +461,8 @@ class DeepSpeedConfig:
     """ZeRO stage, 0 to 3."""
     gradient_accumulation: int = 1
     """Micro-batches per step."""
+    overlap_comm: bool = _local(True)
+    """On several GPUs: send the first gradients while the others are computed (ZeRO 1 to 3)."""
 
 
 @dataclass(frozen=True)
