@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Measure everything that needs a GPU, in minutes, on a bare machine with torch and no network:
+# Measure what needs a GPU, in minutes, on a bare machine with torch and no network:
 #
 #   benchmarks/gpu_drill.sh WHEELS DATA OUT [STAGE…]
 #
 # WHEELS  folder of wheels that are missing there (see docs/performance.md); - for none
 # DATA    folder with cifar10-train.tar.xz and cifar10-test.tar.xz (CLASS/NNNN.jpg); - for none
 # OUT     folder for drill.json (all figures, written after every stage) and drill.log
-# STAGE…  of `python -m benchmarks.gpu --help`, in this order; by default all
+# STAGE…  of `python -m benchmarks.gpu --help`, in this order; by default all. One more, `paper`, is
+#         benchmarks/paper_cifar10.py for PAPER_MINUTES (4); its rows go to OUT/paper.json
 #
-# A stage has its own time limit, so that one that hangs or fails costs itself only. PYTHON names
-# the interpreter, DRILL_FLAGS goes to every stage (`--tiny` tries the whole thing on a CPU).
+# A stage has its own time limit, so that one that hangs or fails costs itself only. In the
+# environment: PYTHON, the interpreter; DRILL_FLAGS, given to every stage (`--tiny` tries the whole
+# thing on a CPU); DRILL_WORK, a folder that is kept, with what was installed, unpacked and
+# trained, so that the next call goes on from there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,25 +25,30 @@ shift 3
 stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(probe tests flat irp scoring resnet50 deepspeed shards)
 python=${PYTHON:-python3}
+minutes=${PAPER_MINUTES:-4}
 read -r -a flags <<<"${DRILL_FLAGS:-}"
 
 declare -A limit=(
-    [probe]=40 [tests]=110 [flat]=50 [irp]=120 [scoring]=75 [resnet50]=130 [deepspeed]=80 [shards]=80
+    [probe]=50 [tests]=120 [flat]=60 [irp]=150 [scoring]=80 [resnet50]=140 [deepspeed]=90
+    [shards]=80 [paper]=$((minutes * 60 + 45))
 )
 
 mkdir -p "$out"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 log=$out/drill.log
 : >"$log"
 note() { echo "[${SECONDS}s] $*" | tee -a "$log"; }
+work=${DRILL_WORK:-$(mktemp -d)}
+mkdir -p "$work/figures"
+[ -n "${DRILL_WORK:-}" ] || trap 'rm -rf "$work"' EXIT
 
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 if [ "$wheels" != - ]; then
-    if ! "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
-        --disable-pip-version-check --target "$work/site" "$wheels"/*.whl >>"$log" 2>&1; then
+    if [ ! -d "$work/site" ] && ! "$python" -m pip install -q --no-index --no-deps --no-compile \
+        --no-cache-dir --disable-pip-version-check --target "$work/site" "$wheels"/*.whl \
+        >>"$log" 2>&1; then
         note "the wheels of $wheels could not be installed:"
         tail -n 5 "$log"
+        rm -rf "$work/site"
         exit 1
     fi
     PYTHONPATH=$PWD:$work/site
@@ -48,26 +56,38 @@ if [ "$wheels" != - ]; then
 fi
 if [ "$data" != - ]; then
     for part in train test; do
-        mkdir -p "$work/cifar10/$part"
-        tar xJf "$data/cifar10-$part.tar.xz" -C "$work/cifar10/$part" || exit 1
+        [ ! -d "$work/cifar10/$part" ] || continue
+        mkdir -p "$work/unpacked-$part"
+        tar xJf "$data/cifar10-$part.tar.xz" -C "$work/unpacked-$part" || exit 1
+        mkdir -p "$work/cifar10"
+        mv "$work/unpacked-$part" "$work/cifar10/$part"
     done
     flags+=(--data "$work/cifar10")
     note "CIFAR-10 unpacked"
 fi
 
+run() {
+    if [ "$1" = paper ]; then
+        set -- -m benchmarks.paper_cifar10 --out "$work/paper" --minutes "$minutes" \
+            --data "$work/cifar10" --json "$out/paper.json"
+    else
+        set -- -m benchmarks.gpu "$1" --json "$work/figures/$1.json" "${flags[@]}"
+    fi
+    timeout --kill-after=5 "${limit[$stage]:-60}" "$python" "$@" >"$work/$stage.log" 2>&1
+}
+
 for stage in "${stages[@]}"; do
     begun=$SECONDS
-    timeout --kill-after=5 "${limit[$stage]:-60}" \
-        "$python" -m benchmarks.gpu "$stage" --json "$work/$stage.json" "${flags[@]}" \
-        >"$work/$stage.log" 2>&1
+    run "$stage"
     ended=$?
     { echo "=== $stage"; cat "$work/$stage.log"; } >>"$log"
     case $ended in
         0) note "$stage: done in $((SECONDS - begun)) s" ;;
         124 | 137) note "$stage: cut after $((SECONDS - begun)) s" ;;
-        *) note "$stage: failed ($ended) after $((SECONDS - begun)) s" && tail -n 4 "$work/$stage.log" ;;
+        *) note "$stage: failed ($ended) after $((SECONDS - begun)) s" ;;
     esac
-    written=("$work"/*.json)
+    [ $ended -eq 0 ] && [ "$stage" != paper ] || tail -n 6 "$work/$stage.log"
+    written=("$work"/figures/*.json)
     [ ! -e "${written[0]}" ] ||
         "$python" -m benchmarks.gpu.table "${written[@]}" --json "$out/drill.json" --quiet
 done

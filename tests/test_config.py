@@ -2,13 +2,15 @@
 
 import ast
 import dataclasses
+import inspect
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autosparse import cli, config
+from autosparse import cli, config, criteria
 from autosparse.config import (
     CorpusConfig,
     DataConfig,
@@ -21,11 +23,13 @@ from autosparse.config import (
     from_plain,
     identity,
     keep_count,
+    keep_density,
     plain,
     run_id,
 )
 from autosparse.errors import UsageError
 
+EMPTY = inspect.Parameter.empty
 CONFIGS = [
     kind
     for name, kind in sorted(vars(config).items())
@@ -33,7 +37,7 @@ CONFIGS = [
 ]
 CHANGED = IRPConfig(
     model=ModelConfig("resnet18", exclude=["head"]),
-    data=DataConfig("folder", root="/data/pets", image_size=32),
+    data=DataConfig("mnist", root="/data/pets", image_size=32),
     training=TrainingConfig(epochs=3, optimizer="sgd", optimizer_options={"momentum": 0.9}),
     label="snip",
     seed=7,
@@ -47,7 +51,7 @@ CHANGED = IRPConfig(
     ("given", "name"),
     [
         (IRPConfig(), "18e5bea255e4"),
-        (CHANGED, "8123db4d65c3"),
+        (CHANGED, "54857d538c60"),
         (SparseTrainConfig(), "1b42c57545d4"),
         (SparseTrainConfig(data=DataConfig("cifar10"), seed=3), "f8118e67d2c6"),
     ],
@@ -62,7 +66,7 @@ def test_identity_is_what_differs_from_the_defaults():
     assert identity(IRPConfig()) == {}
     assert identity(CHANGED) == {
         "model": {"name": "resnet18", "exclude": ["head"]},
-        "data": {"name": "folder", "root": "pets", "image_size": 32},
+        "data": {"name": "mnist", "image_size": 32},
         "training": {"epochs": 3, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}},
         "label": "snip",
         "seed": 7,
@@ -90,6 +94,7 @@ def test_defaults_given_explicitly_are_defaults():
         IRPConfig(data=DataConfig(workers=7)),
         IRPConfig(data=DataConfig(memory_limit_gb=0.5)),
         IRPConfig(data=DataConfig(root="/data/digits")),
+        IRPConfig(data=DataConfig(root="/nowhere", cache="/elsewhere")),
         IRPConfig(training=TrainingConfig(checkpoint_epochs=1, checkpoint_steps=7)),
     ],
 )
@@ -141,12 +146,70 @@ def test_what_is_pruned_at_the_start_changes_the_run():
     assert len({run_id(SparseTrainConfig(prune=each)) for each in prunings}) == len(prunings)
 
 
-@pytest.mark.parametrize("name", ["folder", "shards"])
-def test_own_data_is_known_by_its_folders_name(name):
-    roots = ("/a/pets", "/b/c/pets", "pets", "pets/")
-    assert len({run_id(IRPConfig(data=DataConfig(name, root=root))) for root in roots}) == 1
-    others = ("/a/pets", "/a/birds")
-    assert len({run_id(IRPConfig(data=DataConfig(name, root=root))) for root in others}) == 2
+def test_where_pruning_runs_and_writes_changes_nothing():
+    changed = PruneConfig(device="cpu", out="elsewhere.safetensors")
+    assert run_id(changed) == run_id(PruneConfig())
+    assert run_id(SparseTrainConfig(prune=changed)) == run_id(
+        SparseTrainConfig(prune=PruneConfig())
+    )
+
+
+# Defaults that change
+
+SNAPSHOT = Path(__file__).parent / "first_defaults.json"
+WHAT_TO_DO = """
+The default of {name} was {before} and is {now}. Runs are named by what differs from the FIRST
+default of every field, so that results of earlier versions are neither lost nor taken for new ones.
+Where a default changes, enter the first one: FIRST_DEFAULTS["{name}"] of config.py, or FIRST of
+criteria/__init__.py for a criterion's option and for the AutoS file of the package. For a new
+field, add to tests/first_defaults.json the value that stands for how things were before it."""
+
+
+def first_values() -> dict[str, object]:
+    """Return every field's first default, every criterion's options, and the first AutoS file."""
+    found = {
+        f"{kind.__name__}.{spec.name}": config._canonical(config.first_default(kind, spec))
+        for kind in CONFIGS
+        for spec in dataclasses.fields(kind)
+        if spec.metadata.get("identity", True) is not False
+    }
+    for name in criteria.names():
+        first = criteria.get(name).options | criteria.FIRST.get(name, {})
+        found |= {f"{name}.{key}": str(first[key]) for key in first if first[key] is not EMPTY}
+    return json.loads(json.dumps(found))
+
+
+def test_first_defaults_are_for_ever():
+    known, now = json.loads(SNAPSHOT.read_text()), first_values()
+    for name, value in now.items():
+        assert name in known and known[name] == value, WHAT_TO_DO.format(
+            name=name, before=known.get(name, "not there"), now=value
+        )
+    gone = set(known) - set(now)
+    assert not gone, f"{gone} went: what ran with other than the default cannot be found again"
+
+
+def test_a_default_that_changes_makes_new_ids_and_keeps_the_old(monkeypatch):
+    old, explicit = run_id(IRPConfig()), run_id(IRPConfig(levels=12))
+    spec = next(each for each in dataclasses.fields(IRPConfig) if each.name == "levels")
+    monkeypatch.setattr(spec, "default", 12)
+    changed = IRPConfig(levels=12)  # What IRPConfig() would be.
+    assert run_id(changed) == old, "without an entry, an old run is taken for it"
+    monkeypatch.setitem(config.FIRST_DEFAULTS, "IRPConfig.levels", 6)
+    assert run_id(changed) == explicit
+    assert run_id(IRPConfig(levels=6)) == old
+
+
+def test_a_criterions_default_and_file_count_once_they_are_not_the_first(monkeypatch):
+    for name in ("autos", "autos_irp", "iter_snip"):
+        assert criteria.get(name).beyond({}) == {}
+    monkeypatch.setitem(criteria.FIRST, "iter_snip", {"rounds": 1})
+    rounds = criteria.get("iter_snip").options["rounds"]
+    assert criteria.get("iter_snip").beyond({}) == {"rounds": rounds}
+    assert criteria.get("iter_snip").beyond({"rounds": 1}) == {}
+    file = criteria.FIRST["autos"]["autos"]
+    monkeypatch.setitem(criteria.FIRST, "autos", {**criteria.FIRST["autos"], "autos": "earlier"})
+    assert criteria.get("autos").beyond({}) == {"autos": file}
 
 
 def test_run_id_tells_kinds_of_config_and_further_keys_apart():
@@ -358,6 +421,30 @@ def test_configs_are_frozen(kind):
 )
 def test_keep_count_is_exact(total, sparsity, kept):
     assert keep_count(total, sparsity) == kept
+
+
+@pytest.mark.parametrize(
+    ("total", "density", "kept"),
+    [
+        (1010, 0.05, 50),  # 50.5, as round() has it.
+        (1030, 0.05, 51),  # 51.5, which round() makes 52.
+        (1000, 0.7, 700),
+        (199_256, 0.0625, 12_453),
+        (10, 1.0, 10),
+        (10, 1, 10),
+        (10, 0.0, 0),
+        (1000, 0.1**0.5, 316),
+    ],
+)
+def test_a_density_is_counted_by_the_rule_of_sparsities(total, density, kept):
+    assert keep_density(total, density) == kept
+
+
+def test_densities_and_sparsities_that_are_the_same_keep_the_same():
+    for total in (1, 2, 10, 50, 1_010, 4_096, 11_166_912):
+        for hundredths in range(1, 101):
+            sparsity = float(f"0.{100 - hundredths:02}")
+            assert keep_density(total, hundredths / 100) == keep_count(total, sparsity)
 
 
 def test_keep_count_rounds_halves_of_what_is_removed_up():

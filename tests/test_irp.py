@@ -16,7 +16,7 @@ import torch
 
 from autosparse import claims, corpus, data, irp, masks, reach, steppers, training, upkeep
 from autosparse.claims import CLAIM
-from autosparse.config import DataConfig
+from autosparse.config import DataConfig, keep_count, keep_density
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.files import read_card, read_json, read_tensors, write_tensors
@@ -40,9 +40,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> corpus.IRPRun:
 
 def test_survival_holds_every_mask_with_exact_counts(run: corpus.IRPRun) -> None:
     total = sum(tensor.numel() for tensor in run.survival.values())
-    expected = [round(total * density) for density in (1, 0.1**0.5, 0.1)]
+    expected = [keep_density(total, density) for density in (1, 0.1**0.5, 0.1)]
     assert [masks.kept(run.masks(level)) for level in range(3)] == expected
     assert [level["kept"] for level in run.card["levels"]] == expected
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "linear"])
+def test_half_a_weight_is_removed_as_everywhere(tmp_path: Path, schedule: str) -> None:
+    """A sixteenth of the model's 199,256 weights is 12,453.5."""
+    settings = quick_irp(str(tmp_path), levels=1, final_density=0.0625, schedule=schedule)
+    found = corpus.read_run(irp.run_irp(settings))
+    assert masks.total(found.masks(0)) == 199_256
+    assert masks.kept(found.masks(1)) == 12_453 == keep_count(199_256, 0.9375)
+
+
+def test_the_last_density_is_the_one_that_was_asked_for() -> None:
+    for schedule in irp.SCHEDULES:
+        for final in (0.05, 0.02, 0.3):
+            found = irp.densities(7, final, schedule)
+            assert (found[0], found[-1]) == (1, final)
 
 
 def test_masks_are_nested_and_no_layer_is_empty(run: corpus.IRPRun) -> None:

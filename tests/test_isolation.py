@@ -129,7 +129,7 @@ def test_each_edge_is_imported_by_its_own_integration_only(edge):
     more = {
         "ray": {"integrations.tune"},
         "deepspeed": {"integrations.deepspeed_checkpoints"},
-        "mlflow": {"integrations.tracking", "integrations.registry"},
+        "mlflow": {"integrations.tracking", "integrations.registry", "integrations.promotion"},
     }
     assert users == {own} | more[edge]
 

@@ -6,8 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
+from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
+import autosparse
 from autosparse import compact, prune
 from autosparse.config import TrainingConfig
 from autosparse.data import DataSource
@@ -38,6 +41,43 @@ def test_what_timm_exempts_and_what_is_frozen() -> None:
     assert {"pos_embed", "cls_token", "norm.weight", "head.bias"} <= none
     assert "blocks.0.attn.qkv.weight" in decay
     assert "head.weight" not in decay | none
+
+
+def test_what_a_model_exempts_is_exempt_when_it_is_compact_too() -> None:
+    """By its dense name, its compact one, or a pattern, as timm reads them."""
+    plain = make_model()
+    ticket = prune(plain, "digits", "random", 0.9)
+    first = next(iter(ticket.masks))
+    compact_name = f"{first.removesuffix('weight')}parametrizations.weight.original"
+    for exempt in ({first}, {compact_name}, {first.replace("weight", "w*t")}):
+        model = compact(make_model(), ticket)
+        model.no_weight_decay = lambda names=exempt: names  # type: ignore[assignment]
+        decay, none = ({id(p) for p in each["params"]} for each in parameter_groups(model, 0.1))
+        mine = id(model.get_parameter(compact_name))
+        assert mine in none and mine not in decay
+        assert sum(p.numel() for p in model.parameters() if id(p) in decay) == ticket.kept - len(
+            ticket.values[first]
+        )
+
+
+def test_timms_factory_takes_the_groups() -> None:
+    model = make_model()
+    ticket = prune(model, "digits", "random", 0.9)
+    compact(model, ticket)
+    optimizer = create_optimizer_v2(
+        autosparse.parameter_groups(model, 0.05), opt="adamw", lr=0.1, weight_decay=0.0
+    )
+    decays = [(g["weight_decay"], p.numel()) for g in optimizer.param_groups for p in g["params"]]
+    assert sum(count for decay, count in decays if decay == 0.05) == ticket.kept
+
+
+def test_a_parametrization_of_the_users_own_is_no_compact_weight() -> None:
+    """A bias stays a bias, whatever computes it."""
+    model = nn.Linear(3, 3)
+    register_parametrization(model, "bias", nn.Identity())
+    decay, none = parameter_groups(model, 0.1)
+    assert [p.ndim for p in decay["params"]] == [2]
+    assert [p.ndim for p in none["params"]] == [1]
 
 
 def test_a_group_without_parameters_is_left_out() -> None:

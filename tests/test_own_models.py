@@ -498,10 +498,10 @@ def test_a_model_can_be_copied_after_scoring_in_eval_mode() -> None:
     copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("criterion", ["snip", "ntk_sap"])
-def test_batch_norm_has_its_momentum_back_after_an_error(criterion: str) -> None:
+@pytest.mark.parametrize(("criterion", "warm_up"), [("snip", True), ("ntk_sap", False)])
+def test_batch_norm_has_its_momentum_back_after_an_error(criterion: str, warm_up: bool) -> None:
     model = small(Picky)
     model.norm.momentum = 0.3
     with pytest.raises(UsageError, match="32 px"):
-        pruned(model, criterion, scoring=ScoringConfig(warm_up=True))
+        pruned(model, criterion, scoring=ScoringConfig(warm_up=warm_up))
     assert model.norm.momentum == 0.3

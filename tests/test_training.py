@@ -270,6 +270,59 @@ def test_a_gpu_evaluates_more_small_images_at_a_time() -> None:
     assert [evaluation_batch(gpu, side) for side in (32, 224)] == [2048, 256]
 
 
+def test_evaluation_is_as_precise_as_training(digits: DataSource) -> None:
+    config = replace(QUICK, precision="bf16")
+    model = make_model("test_vit")
+    (epoch,) = _trained(model, digits, config)
+    split = digits.validation
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model.eval()(digits.prepare(split.images))
+    assert outputs.dtype == torch.bfloat16
+    expected = float(nn.functional.cross_entropy(outputs.float(), split.labels))
+    whole = evaluate(model, digits, split)
+    assert epoch["validation_loss"] == pytest.approx(expected, rel=1e-6)
+    assert whole.loss != pytest.approx(expected, rel=2e-6)
+    assert evaluate(model, digits, split, config=config).loss == epoch["validation_loss"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "none"])
+def test_the_learning_rate_is_that_of_the_last_step(
+    digits: DataSource, tmp_path: Path, schedule: str
+) -> None:
+    """As the optimizer had it when it made the step; a resumed training tells the same."""
+    config = replace(QUICK, epochs=2, schedule=schedule, warmup_epochs=0.5, checkpoint_steps=1)
+    images, labels = digits.score_batches(2)[0]
+    stepper, used = PlainStepper(make_model(), config, 3), []
+    stepper.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
+    )
+    assert stepper.learning_rate() == stepper.optimizer.param_groups[0]["lr"]
+    for made in range(1, 6):
+        stepper.step(images, labels)
+        following = stepper.optimizer.param_groups[0]["lr"]
+        assert stepper.learning_rate() == used[-1], made
+        assert stepper.optimizer.param_groups[0]["lr"] == following
+    assert (len(set(used)) > 3) == (schedule == "cosine")
+    stepper.save(tmp_path, History())
+    again = PlainStepper(make_model(), config, 3)
+    assert again.load(tmp_path) is not None
+    assert again.learning_rate() == used[-1]
+
+
+def test_outputs_in_float64_stay_so(digits: DataSource) -> None:
+    seen: list[torch.dtype] = []
+    stepper = PlainStepper(make_model("test_vit").double(), QUICK, 3)
+
+    def loss(outputs, labels):
+        seen.append(outputs.dtype)
+        return nn.functional.cross_entropy(outputs, labels)
+
+    stepper.recipe.hard = loss  # type: ignore[assignment]
+    images, labels = digits.score_batches(2)[0]
+    stepper.step(images.double(), labels)
+    assert seen == [torch.float64]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -14,8 +14,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.torch_autocast import get_default_autocast_lower_precision_modules
 from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from autosparse import data as data_module
 from autosparse.cells import cells, check_config
@@ -36,6 +38,11 @@ from autosparse.steppers import History, Ranks, check, set_up
 from autosparse.watching import StepWatch
 
 NEVER = 2**31 - 1
+LOW_PRECISION = [
+    *get_default_autocast_lower_precision_modules(),
+    f"{ParametrizationList.__module__}.{ParametrizationList.__name__}",
+]
+"""Modules whose gradients are sent in the dtype of autocast: also those of compact values."""
 LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -232,6 +239,7 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         "torch_autocast": {
             "enabled": config.training.precision != "fp32",
             "dtype": "float16" if config.training.precision == "fp16" else "bfloat16",
+            "lower_precision_safe_modules": LOW_PRECISION,
         },
         "steps_per_print": NEVER,
     }

@@ -7,6 +7,7 @@ against each other on recorded metrics before it moves the alias.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tempfile
@@ -24,7 +25,7 @@ from torch import nn
 
 from autosparse import drawing, features, models, sweep
 from autosparse.compaction import load_state
-from autosparse.errors import RunFailed, UsageError, unknown
+from autosparse.errors import UsageError
 from autosparse.files import read_json, write_bytes
 from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus
 from autosparse.scorer import AutoS
@@ -34,9 +35,6 @@ from autosparse.ticket import Ticket
 AUTOS = "autos"
 CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
 CHAMPION, CHALLENGER, FORMER = "champion", "challenger", "former-champion"
-LOWER_IS_BETTER = ("validation_mse", "test_loss", "checkpoint_bytes", "parameters")
-SAME = {"sparsity": "sparsity", "data_fingerprint": "data", "corpus": "corpus"}
-"""Tags that two versions must share to be compared -> what they say, for messages."""
 
 
 # Links that work in MLflow's pages
@@ -67,6 +65,7 @@ def register_autos(path: Path, run: str) -> int:
     best = network.card["best"]
     numbers = {name: f"{value:.6g}" for name, value in best.items() if name != "epoch"}
     tags = {"fingerprint": network.fingerprint, "corpus": network.card["corpus"],
+            "held_out": held_out_of(network.card),
             "features": network.kind, "head": network.head, **numbers}  # fmt: skip
     says = "predicted survival"
     if network.head == "survival":
@@ -83,6 +82,11 @@ def register_autos(path: Path, run: str) -> int:
         f"{_irp_links(found, network.card)}"
     )
     return _register(AUTOS, network, example, run, tags, text, path)
+
+
+def held_out_of(card: dict[str, Any]) -> str:
+    """Return 16 hex digits of the runs that an AutoS was validated on."""
+    return hashlib.sha256(" ".join(sorted(card.get("held_out", []))).encode()).hexdigest()[:16]
 
 
 def _irp_links(found: MlflowClient, card: dict[str, Any]) -> str:
@@ -117,7 +121,8 @@ def register_ticket(
         "test_accuracy": f"{result['test_accuracy']:.6g}",
         "validation_accuracy": f"{result['validation_accuracy']:.6g}",
         "data": card["data"]["name"],
-        "data_fingerprint": card.get("data_fingerprint", ""),
+        "data_fingerprint": result.get("data_fingerprint", card.get("data_fingerprint", "")),
+        "test_fingerprint": result.get("test_fingerprint", ""),
         "ticket": ticket.fingerprint,
         "fingerprint": ticket.content_hash,
     }
@@ -364,81 +369,6 @@ def listing() -> list[dict[str, Any]]:
             for version in sorted(versions, key=lambda each: int(each.version)):
                 rows.append(_row(model.name, int(version.version), ""))
     return rows
-
-
-def promote(name: str, version: int, metric: str | None = None, force: bool = False) -> str:
-    """Make a version champion if it is better than the present one; return what was done.
-
-    Both must have been measured on the same data at the same sparsity (AutoS: on the same corpus).
-    Raises UsageError where they cannot be compared, RunFailed where the version is not better;
-    with `force` neither is asked.
-    """
-    client()
-    metric = metric or ("validation_mse" if name == AUTOS else "test_accuracy")
-    challenger = _version(name, version)
-    number = alias_of(name, CHAMPION)
-    if number == version:
-        return f"{name} version {version} is champion already"
-    if number is None:
-        said = "there was no champion"
-    else:
-        champion = _version(name, number)
-        said = (
-            f"forced, over version {number}" if force else _compared(challenger, champion, metric)
-        )
-        set_alias(name, FORMER, number)
-    set_alias(name, CHAMPION, version)
-    if alias_of(name, CHALLENGER) == version:
-        MlflowClient().delete_registered_model_alias(name, CHALLENGER)
-        describe(name)
-    return f"{name} version {version} is champion: {said}"
-
-
-def _compared(challenger: Any, champion: Any, metric: str) -> str:
-    """Return in words that the challenger is better; raise UserError if it is not."""
-    name, new, old = challenger.name, challenger.version, champion.version
-    for tag, what in SAME.items():
-        mine, theirs = (each.tags.get(tag, "") for each in (challenger, champion))
-        if mine != theirs and not (tag == "corpus" and name != AUTOS):
-            raise UsageError(
-                f"{name} versions {new} and {old} cannot be compared: their {what} differs "
-                f"({mine or 'none'}, {theirs or 'none'}); --force true promotes all the same"
-            )
-    values = [_recorded(each, metric) for each in (challenger, champion)]
-    mine, theirs = values
-    better = mine < theirs if metric in LOWER_IS_BETTER else mine > theirs
-    if not better:
-        raise RunFailed(
-            f"{name} version {new} is not better than the champion, version {old}: {metric} "
-            f"{mine:g} against {theirs:g}; --force true promotes all the same"
-        )
-    return f"{metric} {mine:g} against {theirs:g} of version {old}"
-
-
-def _recorded(version: Any, metric: str) -> float:
-    """Return a number from a version's tags, or from the metrics of the run that trained it."""
-    metrics = MlflowClient().get_run(version.run_id).data.metrics if version.run_id else {}
-    known: dict[str, float] = {str(k).removeprefix("final/"): v for k, v in metrics.items()}
-    try:
-        return float(version.tags[metric])
-    except (KeyError, ValueError):
-        if metric in known:
-            return known[metric]
-    raise UsageError(
-        f"{version.name} version {version.version} has no {metric}. Known: test_accuracy, "
-        f"{', '.join(sorted(known))}"
-    )
-
-
-def _version(name: str, version: int) -> Any:
-    found = MlflowClient()
-    try:
-        return found.get_model_version(name, str(version))
-    except MlflowException:
-        names = [model.name for model in found.search_registered_models()]
-        if name not in names:
-            raise unknown("registered model", name, names) from None
-        raise UsageError(f"{name} has no version {version}") from None
 
 
 def fetch_ticket(uri: str) -> Path:

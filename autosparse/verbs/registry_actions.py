@@ -40,13 +40,13 @@ def _registry_add(arguments: list[str]) -> None:
 
 
 def _registry_promote(arguments: list[str]) -> None:
-    from autosparse.integrations import registry
+    from autosparse.integrations import promotion
 
-    (name,), given = _options(arguments, 1, {"version": int, "metric": str, "force": _truth})
+    known = {"version": int, "metric": str, "force": _truth, "better": str}
+    (name,), given = _options(arguments, 1, known)
     if "version" not in given:
         raise UsageError("autosparse registry promote needs --version N")
-    force = given.get("force", False)
-    print(registry.promote(name, given["version"], given.get("metric"), force))
+    print(promotion.promote(name, **given))
 
 
 def _truth(text: str) -> bool:

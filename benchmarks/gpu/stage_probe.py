@@ -24,14 +24,18 @@ def run(setting: Setting, recorder: Recorder) -> None:
     recorder.note("gpu", described())
     shared = os.statvfs("/dev/shm")
     recorder.note("dev_shm_bytes", shared.f_bavail * shared.f_frsize)
+    copy_on_device(setting, recorder)
+    multiply(setting, recorder)
+    from_host(setting, recorder)
+
+
+def copy_on_device(setting: Setting, recorder: Recorder) -> None:
+    """Measure a copy from device memory to device memory."""
     size = TINY_BYTES if setting.tiny else BYTES
     source = torch.empty(size, dtype=torch.uint8, device=setting.device).random_()
     target = torch.empty_like(source)
     found = in_turn({"copy": lambda: target.copy_(source)}, setting, steps=3)["copy"]
     recorder.add("copy_gb_per_s", [2 * size / 1e6 / each for each in found])
-    del source, target
-    multiply(setting, recorder)
-    from_host(setting, recorder)
 
 
 def described() -> str:

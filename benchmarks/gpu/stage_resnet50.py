@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from benchmarks.gpu.measure import (
 
 BATCHES, EPOCHS = 6, 4
 """Of the loop that is timed whole; the first epoch is not counted."""
-DENSE, BARE = "dense", "bare"
+DENSE, BARE, EACH = "dense", "bare", "each"
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,13 @@ def measure(name: str, network: Network, setting: Setting, recorder: Recorder) -
         key: lambda each=each: each.step(*batch) for key, each in steppers.items()
     }
     jobs[BARE] = bare_step(model, network, setting, batch)
+    jobs[EACH] = one_by_one(model, network, setting, batch)
     taken = in_turn(jobs, setting, steps=network.steps)
     recorder.add(f"step_ms_{name}_dense", taken[DENSE])
     recorder.add(f"dense_vs_bare_{name}", ratios(taken, DENSE, BARE))
     for sparsity in SPARSITIES:
         recorder.add(f"step_vs_dense_{sparsity}_{name}", ratios(taken, f"{sparsity}", DENSE))
+    recorder.add(f"each_vs_ours_95_{name}", ratios(taken, EACH, "95"))
     if setting.on_gpu:
         recorder.note(f"peak_bytes_{name}", peaks)
         for sparsity in SPARSITIES:
@@ -111,10 +113,20 @@ def measure(name: str, network: Network, setting: Setting, recorder: Recorder) -
         torch.cuda.empty_cache()
 
 
-def stepper_of(model: nn.Module, network: Network, setting: Setting) -> PlainStepper:
+def stepper_of(
+    model: nn.Module, network: Network, setting: Setting, **changes: Any
+) -> PlainStepper:
     """Return what trains a model on the device."""
     model = model.to(setting.device).train()
-    return PlainStepper(model, network.training(), BATCHES)
+    return PlainStepper(model, replace(network.training(), **changes), BATCHES)
+
+
+def one_by_one(
+    model: nn.Module, network: Network, setting: Setting, batch: tuple[Tensor, Tensor]
+) -> Callable[[], Any]:
+    """Return the step at 95 % that scatters every weight by itself."""
+    stepper = stepper_of(compacted(model, 0.95), network, setting, scatter="each")
+    return lambda: stepper.step(*batch)
 
 
 def bare_step(

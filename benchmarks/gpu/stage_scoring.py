@@ -6,6 +6,7 @@ The whole of `prune`, 95 %, on a balanced batch of 100 images; the thinning of A
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,20 +35,19 @@ def run(setting: Setting, recorder: Recorder) -> None:
     for name in SCORED:
         config = (TINY if setting.tiny else MODELS)[name]
         model = dense_model(config, side).to(setting.device)
-        jobs: dict[str, Callable[[], Any]] = {
-            criterion: lambda criterion=criterion: prune(model, [batch], criterion, SPARSITY)
-            for criterion in CRITERIA
-        }
-        for criterion, job in jobs.items():
-            taken = in_turn({criterion: job}, setting, runs=RUNS, warm_up=1)[criterion]
-            recorder.add(f"{criterion}_seconds_{name}", [each / 1e3 for each in taken])
-        taken = in_turn({"thinning": thinning(model, side)}, setting, runs=RUNS, warm_up=1)[
-            "thinning"
-        ]
-        recorder.add(f"thinning_seconds_{name}", [each / 1e3 for each in taken])
+        for criterion in CRITERIA:
+            job = partial(prune, model, [batch], criterion, SPARSITY)
+            recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting))
+        recorder.add(f"thinning_seconds_{name}", seconds(thinning(model, side), setting))
         if setting.on_gpu:
             recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
             torch.cuda.empty_cache()
+
+
+def seconds(job: Callable[[], Any], setting: Setting) -> list[float]:
+    """Return the seconds of every run."""
+    taken = in_turn({"job": job}, setting, runs=RUNS, warm_up=1)["job"]
+    return [each / 1e3 for each in taken]
 
 
 def thinning(model: nn.Module, side: int) -> Callable[[], Any]:

@@ -1,7 +1,8 @@
 """One table of all stages: `python -m benchmarks.gpu.table FILE… [--json FILE] [--docs FILE]`.
 
 Each file is what a stage wrote, or what this module wrote before. A later file's figures replace
-those of an earlier one; all figures of a stage are of one machine. The standard library only: it also runs where torch does not.
+those of an earlier one; all figures of a stage are of one machine. The standard library only: it
+also runs where torch does not.
 """
 
 from __future__ import annotations

@@ -21,11 +21,16 @@ def main(out: Path) -> None:
     source = data.load(SMALL_DIGITS)
     losses = {}
     for name, case in CASES.items():
-        for stage, products in ((0, ""), (1, ""), (2, ""), (3, ""), (1, " sparse")):
-            compaction.pays = (lambda kept, shape: kept > 0) if products else sparse_products.pays
+        ways = [(1, " sparse"), *((stage, how) for stage in range(4) for how in ("", " flat"))]
+        for stage, how in ways:
+            if (stage, how) == (3, " flat"):
+                continue  # Parameters are only there while their layer is at work.
+            many = how == " sparse"
+            compaction.pays = (lambda kept, shape: kept > 0) if many else sparse_products.pays
             model = make_model(name, **case.options)
             compact(model, prune(model, source, "erk", case.sparsity))
             settings = replace(case.settings(), ema=0.0) if stage == 3 else case.settings()
+            settings = replace(settings, scatter="flat" if how == " flat" else "auto")
             config = SparseTrainConfig(
                 training=settings, deepspeed=DeepSpeedConfig(stage, case.accumulation)
             )
@@ -33,13 +38,13 @@ def main(out: Path) -> None:
             stepper.model.train()
             half = BATCH // ranks.world_size
             mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
-            losses[f"{name} {stage}{products}"] = [
+            losses[f"{name} {stage}{how}"] = [
                 float(stepper.step(images[mine], labels[mine]))
                 for images, labels in batches(source)
             ]
             if stepper.ema and ranks.rank == 0:
                 average = dict(densify(stepper.ema.module).named_parameters())
-                write_tensors(out / f"{name} {stage}{products}.safetensors", average, {})
+                write_tensors(out / f"{name} {stage}{how}.safetensors", average, {})
             stepper.close()
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(losses))
 

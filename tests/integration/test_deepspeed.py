@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_compact_training_equals_masked_dense_training(
     assert max(loss_bound, weight_bound) < 1e-4, "too wide to tell anything"
     losses = [json.loads((compact_trainings / f"rank{r}.json").read_text()) for r in range(2)]
     assert float(expected[0].mean() - expected[-5:].mean()) > 0.2, "nothing was learned"
-    for stage in ("0", "1", "2", "3", "1 sparse"):
+    for stage in ("0", "1", "2", "3", "1 sparse", "0 flat", "1 flat", "2 flat"):
         each = [losses[rank][f"{name} {stage}"] for rank in range(2)]
         found = torch.tensor(each, dtype=torch.float64).T
         assert found.shape == (STEPS, 2)
@@ -67,6 +68,57 @@ def test_compact_training_equals_masked_dense_training(
             for parameter, wanted in average.items():
                 distance = float((weights[parameter].double() - wanted).abs().max())
                 assert distance < weight_bound, f"ZeRO {stage}: {parameter}"
+        if "flat" in stage:
+            assert each == [losses[rank][f"{name} {stage[0]}"] for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def communicated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    out = tmp_path_factory.mktemp("communicated") / "bytes.json"
+    done = launch(ROOT / "tests" / "integration" / "dtypes_on_ranks.py", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_compact_gradients_are_sent_in_the_dtype_of_training(
+    communicated: dict[str, dict], stage: str
+) -> None:
+    """Norms, biases of compact layers and embeddings go in fp32; ZeRO pads with a few entries."""
+    found = communicated[stage]
+    assert found["bfloat16"] >= found["values"] > 0.8 * found["all"]
+    assert found["float32"] <= found["all"] - found["values"]
+    assert found["all"] <= found["bfloat16"] + found["float32"] <= found["all"] + 100
+    assert found["losses"] == pytest.approx(communicated["0"]["losses"], abs=5e-3)
+
+
+def test_without_zero_all_gradients_are_sent_in_fp32(communicated: dict[str, dict]) -> None:
+    """That is DeepSpeed's way with autocast, for dense models too."""
+    found = communicated["0"]
+    assert (found["float32"], found.get("bfloat16")) == (found["all"], None)
+
+
+def test_plain_pytorch_and_deepspeed_evaluate_alike(tmp_path: Path) -> None:
+    """The same weights give the same results under bf16, averaged or not, and others than fp32."""
+    out = tmp_path / "found.json"
+    script = ROOT / "tests" / "integration" / "evaluations.py"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    for precision in ("fp32", "bf16"):
+        (expected,) = {
+            tuple(each.values()) for ema in ("0.0", "0.5") for each in found[f"{precision} {ema}"]
+        }
+        found[precision] = expected
+    assert found["fp32"][0] != found["bf16"][0]
 
 
 TINY = [

@@ -20,7 +20,7 @@ from autosparse.criteria.autos import PRETRAINED
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError
 from autosparse.fit_scorer import fit
-from autosparse.integrations import registry
+from autosparse.integrations import promotion, registry
 from autosparse.integrations.mlflow import client
 from autosparse.integrations.tracking import sweep_tracker
 from autosparse.irp import run_irp
@@ -163,25 +163,89 @@ def challenger(folder: Path, accuracy: str, **tags: str) -> int:
 def test_only_a_better_version_of_the_same_kind_is_promoted(added: list[dict], folder: Path):
     worse = challenger(folder, "0.01")
     with pytest.raises(RunFailed, match="not better than the champion, version 2"):
-        registry.promote(NAME, worse)
+        promotion.promote(NAME, worse)
     other = challenger(folder, "0.98", sparsity="0.5")
     with pytest.raises(UsageError, match="their sparsity differs"):
-        registry.promote(NAME, other)
-    elsewhere = challenger(folder, "0.97", data_fingerprint="other")
-    with pytest.raises(UsageError, match="their data differs"):
-        registry.promote(NAME, elsewhere)
+        promotion.promote(NAME, other)
+    elsewhere = challenger(folder, "0.97", test_fingerprint="other")
+    with pytest.raises(UsageError, match="their test data differs"):
+        promotion.promote(NAME, elsewhere)
     with pytest.raises(UsageError, match="has no speed"):
-        registry.promote(NAME, worse, metric="speed")
+        promotion.promote(NAME, worse, metric="speed")
     assert registry.alias_of(NAME, "champion") == 2
     better = challenger(folder, "0.99")
     registry.set_alias(NAME, "challenger", better)
-    assert "0.99 against" in registry.promote(NAME, better)
+    assert "0.99 against" in promotion.promote(NAME, better)
     assert registry.alias_of(NAME, "champion") == better
     assert registry.alias_of(NAME, "challenger") is None
     assert registry.alias_of(NAME, "former-champion") == 2
-    assert "forced" in registry.promote(NAME, worse, force=True)
+    assert "forced" in promotion.promote(NAME, worse, force=True)
     assert registry.alias_of(NAME, "champion") == worse
-    registry.promote(NAME, 2, force=True)
+    promotion.promote(NAME, 2, force=True)
+
+
+def with_metric(name: str, value: float, folder: Path, **tags: str) -> int:
+    """A version of the champion's kind, of a run in which something else was measured."""
+    found, experiment = client()
+    run = found.create_run(experiment).info.run_id
+    found.log_metric(run, name, value)
+    champion = version(2)
+    claims = {**champion.tags, "fingerprint": f"{name} {value}", **tags}
+    made = found.create_model_version(NAME, champion.source, run_id=run, tags=claims)
+    return int(made.version)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["validation_loss", "train_loss", "final/test_loss", "seconds", "final/checkpoint_bytes"],
+)
+def test_of_losses_and_costs_the_lower_is_better(added: list[dict], folder: Path, metric: str):
+    name = metric.removeprefix("final/")
+    champion, worse, better = (with_metric(metric, each, folder) for each in (0.5, 0.7, 0.3))
+    promotion.promote(NAME, champion, force=True)
+    try:
+        with pytest.raises(RunFailed, match=f"{name} 0.7 against 0.5 .lower is better"):
+            promotion.promote(NAME, worse, name)
+        assert "0.3 against 0.5" in promotion.promote(NAME, better, name)
+    finally:
+        promotion.promote(NAME, 2, force=True)
+
+
+def test_which_is_better_is_asked_where_it_is_not_known(added: list[dict], folder: Path):
+    champion, other = (with_metric("latency", each, folder) for each in (5.0, 4.0))
+    promotion.promote(NAME, champion, force=True)
+    try:
+        with pytest.raises(UsageError, match="is lower or higher latency better"):
+            promotion.promote(NAME, other, "latency")
+        with pytest.raises(UsageError, match="unknown --better 'less'"):
+            promotion.promote(NAME, other, "latency", better="less")
+        with pytest.raises(RunFailed, match="higher is better"):
+            promotion.promote(NAME, other, "latency", better="higher")
+        assert "4 against 5" in promotion.promote(NAME, other, "latency", better="lower")
+    finally:
+        promotion.promote(NAME, 2, force=True)
+
+
+def test_versions_are_compared_on_the_images_that_they_were_measured_on(
+    added: list[dict], folder: Path
+):
+    assert version(2).tags["test_fingerprint"] != version(2).tags["data_fingerprint"]
+    more = challenger(folder, "0.995", data_fingerprint="more training images")
+    with pytest.raises(UsageError, match="their data differs"):
+        promotion.promote(NAME, more, "validation_accuracy")
+    unknown = challenger(folder, "0.996", test_fingerprint="", data="folder")
+    with pytest.raises(UsageError, match="their test data differs"):
+        promotion.promote(NAME, unknown)
+    assert "0.995 against" in promotion.promote(NAME, more)
+    promotion.promote(NAME, 2, force=True)
+
+
+def test_autos_models_are_compared_on_the_same_held_out_runs(added: list[dict]):
+    found, first = registry.MlflowClient(), registry.MlflowClient().get_model_version("autos", "1")
+    tags = {**first.tags, "validation_mse": "0.0001", "fingerprint": "x", "held_out": "others"}
+    other = int(found.create_model_version("autos", first.source, tags=tags).version)
+    with pytest.raises(UsageError, match="their choice of held-out runs differs"):
+        promotion.promote("autos", other)
 
 
 @pytest.mark.parametrize(

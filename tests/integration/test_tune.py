@@ -140,6 +140,25 @@ def test_optuna_that_is_missing_is_said_in_one_line(tmp_path: Path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_suggestion_is_written_down_when_its_cell_begins(tmp_path: Path, monkeypatch):
+    """Whoever asks which cell a suggestion is (brackets, bars, MLflow) leaves no file."""
+    pytest.importorskip("optuna")
+    settings = config(tmp_path, search="optuna", sparsities=[0.5], space={"learning_rate": [0.1]})
+    handed: list[dict] = []
+    monkeypatch.setattr(
+        tune,
+        "_tune",
+        lambda config, resolve, *_, **more: handed.append({"resolve": resolve, **more}),
+    )
+    tune._study(settings, (0, 0.5), SimpleNamespace())  # type: ignore[arg-type]
+    suggestion = {"label": "snip", "learning_rate": 0.1}
+    cell = handed[0]["resolve"](suggestion)
+    assert not list(tmp_path.rglob("*"))
+    assert handed[0]["begin"](suggestion).key == cell.key
+    assert [path.parent for path in tmp_path.rglob("*.json")] == [cell.folder]
+    assert sweep.points(settings, 0, 0.5) == [suggestion]
+
+
 def test_optuna_goes_on_from_what_is_over(local_ray, tmp_path: Path):
     pytest.importorskip("optuna")
     settings = config(

@@ -1,0 +1,95 @@
+"""Run by `deepspeed` on two ranks: write what a step under bf16 reduces, in entries by dtype."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepspeed.comm import comm
+
+from autosparse import compact, data, prune
+from autosparse.compaction import MARK
+from autosparse.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.integrations import deepspeed
+from tests.conftest import SMALL_DIGITS, make_model
+from tests.integration.masked_dense import BATCH, CASES, batches
+
+NAME, STEPS = "test_vit", 12
+REDUCED = {
+    "all_reduce": (0, "tensor"),
+    "reduce": (0, "tensor"),
+    "reduce_scatter_tensor": (1, "input_tensor"),
+}
+"""Collectives, and which of their arguments is the whole tensor, by place and by name."""
+REFUSED = ("all_reduce_coalesced", "reduce_scatter")
+
+
+@contextmanager
+def counted() -> Iterator[Counter]:
+    """Count the floats of the whole tensors that DeepSpeed reduces."""
+    found: Counter = Counter()
+    backend: Any = comm.cdb
+    for kind in REDUCED:
+        setattr(backend, kind, _counting(getattr(backend, kind), kind, found))
+    for kind in REFUSED:
+        setattr(backend, kind, _refusing(kind))
+    yield found
+    for kind in (*REDUCED, *REFUSED):
+        delattr(backend, kind)
+
+
+def _counting(call: Callable, kind: str, found: Counter) -> Callable:
+    place, name = REDUCED[kind]
+
+    def count(*arguments: Any, **named: Any) -> Any:
+        tensor = arguments[place] if len(arguments) > place else named[name]
+        if tensor.is_floating_point():
+            found[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        return call(*arguments, **named)
+
+    return count
+
+
+def _refusing(kind: str) -> Callable:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError(f"{kind} is not counted")
+
+    return refuse
+
+
+def main(out: Path) -> None:
+    ranks, _ = deepspeed.start()
+    source = data.load(SMALL_DIGITS)
+    written = {}
+    case = CASES[NAME]
+    for stage in range(4):
+        model = make_model(NAME, **case.options)
+        compact(model, prune(model, source, "erk", case.sparsity))
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        settings = replace(case.settings(), ema=0.0, precision="bf16", clip_grad=None)
+        config = SparseTrainConfig(training=settings, deepspeed=DeepSpeedConfig(stage))
+        stepper = deepspeed.DeepSpeedStepper(model, config, STEPS, ranks)
+        stepper.model.train()
+        half = BATCH // ranks.world_size
+        mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
+        losses = []
+        for (images, labels), _ in zip(batches(source), range(STEPS), strict=False):
+            with counted() as found:
+                losses.append(float(stepper.step(images[mine], labels[mine])))
+        values = sum(size for name, size in sizes.items() if MARK in name)
+        written[str(stage)] = {
+            **found, "values": values, "all": sum(sizes.values()), "losses": losses
+        }  # fmt: skip
+        stepper.close()
+    if ranks.rank == 0:
+        out.write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

@@ -1,0 +1,41 @@
+"""Run by a test: evaluate the same model under bf16, in plain PyTorch and in DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from autosparse import compact, data, prune
+from autosparse.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.integrations import deepspeed
+from autosparse.steppers import PlainStepper
+from autosparse.training import evaluate
+from tests.conftest import QUICK, SMALL_DIGITS, make_model
+
+STEPS = 3
+
+
+def main(out: Path) -> None:
+    ranks, _ = deepspeed.start()
+    source = data.load(SMALL_DIGITS)
+    ticket = prune(make_model("test_vit"), source, "erk", 0.5)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for ema in (0.0, 0.5):
+            training = replace(QUICK, precision=precision, ema=ema)
+            config = SparseTrainConfig(training=training, deepspeed=DeepSpeedConfig(1))
+            mine, theirs = (compact(make_model("test_vit"), ticket) for _ in range(2))
+            plain = PlainStepper(mine, training, STEPS)
+            engine = deepspeed.DeepSpeedStepper(theirs, config, STEPS, ranks)
+            found[f"{precision} {ema}"] = [
+                vars(evaluate(each.evaluated(), source, source.test, ranks, training))
+                for each in (plain, engine)
+            ]
+            engine.close()
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))
