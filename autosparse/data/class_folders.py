@@ -78,9 +78,7 @@ def _class_folders(root: Path) -> list[Path]:
             left.append(f"{link.name} (the same folder as {other.name})")
     for what, names in (("followed", followed), ("left out", left)):
         if names:
-            warnings.warn(
-                f"{root}: links that are {what}: {', '.join(names)}", stacklevel=5
-            )
+            warnings.warn(f"{root}: links that are {what}: {', '.join(names)}", stacklevel=5)
     return sorted(known.values())
 
 
