@@ -9,9 +9,10 @@ with ours, with the same number of processes: decoding alone (the same decoder o
 each copy by itself and in random order, as a reader meets them; nothing collected), timm's reader
 of WebDataset with its loader, torchvision's ImageFolder with a DataLoader; the last two as they
 come, centre crop, without augmentation. Then what a shard costs where there are very many of two
-images, and no index: a first epoch by one process, over the number of shards. All keep their processes from one run, an epoch, to the
-next; they are started, and the SHA-256 of the shards is checked, before the clock starts, as in a
-training's first epoch.
+images, and no index: a first epoch by one process, over the number of shards.
+
+The readers above keep their processes from one run, an epoch, to the next; they are started, and
+the SHA-256 of the shards is checked, before the clock starts, as in a training's first epoch.
 """
 
 from __future__ import annotations
