@@ -23,7 +23,7 @@ from webdataset import TarWriter
 
 from autosparse import data
 from autosparse.config import DataConfig, run_id
-from autosparse.data import crew
+from autosparse.data import crew, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.crew import Rooms
 from autosparse.data.pack import write_shards
@@ -587,7 +587,8 @@ def test_foreign_tars_are_adopted(tmp_path):
     assert all(problem is None for _, problem in verify(tmp_path / "insects"))
 
 
-def test_shards_without_index_are_walked_through_once(root):
+def test_shards_without_index_are_walked_through_once(root, monkeypatch):
+    monkeypatch.setattr(tars, "WORTH_KEEPING", 1)
     (root / INDEX).unlink()
     everything = [pair for split in COUNTS for pair in expected(split)]
     assert read_everything(root, True) == everything
@@ -596,6 +597,12 @@ def test_shards_without_index_are_walked_through_once(root):
     before = [path.stat().st_mtime_ns for path in kept]
     assert read_everything(root, True) == everything
     assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_what_is_walked_past_quickly_is_not_kept(root):
+    (root / INDEX).unlink()
+    assert read_everything(root, True) == [pair for split in COUNTS for pair in expected(split)]
+    assert not (root.parent / "cache" / "index").exists()
 
 
 def test_index_of_other_shards_is_not_used(root):
