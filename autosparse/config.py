@@ -472,9 +472,10 @@ class SparseTrainConfig:
     tickets: list[str] | str = _local([])
     """A ticket file, pattern or registered models:/NAME@ALIAS, or a list; one folder for each."""
     prune: PruneConfig | None = None
-    """Prune at the start, if no ticket is given: what `autosparse prune` takes."""
+    """Prune at the start, if no ticket is given: what `autosparse prune` takes. Its model and data
+    are those below, unless it names others."""
     model: ModelConfig | None = None
-    """The model, if there is neither ticket nor pruning: trained dense."""
+    """The model that is pruned; if there is neither ticket nor pruning, it is trained dense."""
     data: DataConfig | None = None
     """The data; by default what the ticket was made on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
