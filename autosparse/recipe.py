@@ -139,7 +139,8 @@ class Average(ModelEmaV3):
         theirs = model.state_dict()
         pairs = {t.data_ptr(): (t, theirs[name]) for name, t in self.module.state_dict().items()}
         floats = [pair for pair in pairs.values() if pair[0].is_floating_point()]
-        self._foreach_lerp_([t for t, _ in floats], [t for _, t in floats], 1 - decay)
+        averages, values = [pair[0] for pair in floats], [pair[1] for pair in floats]
+        torch._foreach_lerp_(averages, values, 1 - decay)
         for mine, new in pairs.values():
             if not mine.is_floating_point():
                 mine.copy_(new)
