@@ -111,7 +111,7 @@ def test_compact_weights_are_the_masked_dense_ones(case: str, device: torch.devi
         off = gradients[name].flatten().cpu() - parameter.grad[mask]
         assert off.norm() <= 1e-4 * largest, (
             name
-        )  # A bias below batch norm has 0, but for rounding.
+        )  # Some are 0 but for rounding.
     for name, part in compact_weights(found):
         if name in ticket.masks:
             assert torch.equal(part.mask().cpu(), ticket.masks[name])
