@@ -13,10 +13,11 @@ from torch import nn
 from autosparse import data as data_module
 from autosparse import masks, models, reach
 from autosparse.config import DataConfig, PruneConfig, ScoringConfig
-from autosparse.errors import UsageError
+from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import LossFn
 from autosparse.masks import Masks
 from autosparse.models import prunable
+from autosparse.paths import CannotFollow
 from autosparse.scoring import (
     Data,
     Scored,
@@ -31,6 +32,7 @@ from autosparse.ticket import Ticket
 from autosparse.versions import library_versions
 
 DENSE = "dense"
+DEAD = ("warn", "error")
 
 
 def prune(
@@ -141,7 +143,7 @@ def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
         raise UsageError("guard live needs to know the images' shape: prune with named data")
     try:
         return reach.onto_paths(model, chosen, scored.scores, scored.shape)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except CannotFollow as error:
         raise UsageError(
             f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "
             "use guard layer"
@@ -151,28 +153,47 @@ def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
 def finish_card(
     model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None, card: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Add to a card what the masks came to: sparsity, and the weights on a live path."""
+    """Add to a card what the masks came to: sparsity, the weights on a live path, and `dead`.
+
+    `dead` is the first layer from which on nothing depends on the image, where the ticket's output
+    does not; told in a warning too. `paths` says why it is not known how much lies on a path.
+    """
     total = masks.total(chosen)
     card = {**card, "sparsity": card["sparsity"], "kept": masks.kept(chosen)}
     if card.get("selection", {}).get("pattern"):
         card["sparsity"] = masks.sparsity(chosen)
-    live = _live(model, chosen, shape)
-    if live is not None:
-        card["live"] = {name: int(mask.count_nonzero()) for name, mask in live.items()}
-        card["effective_density"] = sum(card["live"].values()) / total
-    return card
-
-
-def _live(model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None) -> Masks | None:
     if shape is None:
-        return None
+        return card
     try:
-        return reach.live(model, chosen, shape)
-    except (RuntimeError, TypeError, AttributeError) as error:
+        live = reach.live(model, chosen, shape)
+        if not any(mask.any() for mask in live.values()):
+            card["dead"] = reach.first_dead(model, chosen, shape)
+            warnings.warn(dead_line(card), stacklevel=2)
+    except CannotFollow as error:
+        card["paths"] = f"cannot be followed: {error}"
         warnings.warn(
             f"effective density of {type(model).__name__} is not known: {error}", stacklevel=2
         )
-        return None
+        return card
+    card["live"] = {name: int(mask.count_nonzero()) for name, mask in live.items()}
+    card["effective_density"] = sum(card["live"].values()) / total
+    return card
+
+
+def dead_line(card: Mapping[str, Any]) -> str:
+    """Return what to tell of a dead ticket."""
+    return (
+        f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
+        "prune with guard live, at a lower sparsity or by another criterion"
+    )
+
+
+def refuse_dead(card: Mapping[str, Any], dead: str) -> None:
+    """Raise RunFailed for a dead ticket where that is asked for; see PruneConfig.dead."""
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
+    if dead == "error" and "dead" in card:
+        raise RunFailed(dead_line(card))
 
 
 def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> Ticket:

@@ -16,6 +16,7 @@ LAYERS = (
     ("errors",),
     ("config", "files", "memory", "progress", "versions"),
     ("style", "gradients"),
+    ("roles",),
     (
         "masks",
         "models",
