@@ -394,6 +394,8 @@ class PruneConfig:
     """Fixes the initial weights, the scored images and random criteria."""
     device: str = "auto"
     """auto, cpu, cuda …"""
+    dead: str = _local("warn")
+    """What becomes of a ticket whose output does not depend on the image: warn, or error."""
     out: str = "ticket.safetensors"
     """The ticket file to write."""
 
@@ -430,6 +432,8 @@ class SparseTrainConfig:
     """auto, cpu, cuda …"""
     tracking: bool = _local(True)
     """Log to MLflow."""
+    dead: str = _local("warn")
+    """What becomes of a ticket whose output does not depend on the image: warn, or error."""
     out: str = _local("trained")
     """Folder for the trained tickets."""
 

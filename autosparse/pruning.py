@@ -49,8 +49,12 @@ def prune(
     exclude: Sequence[str] = (),
     loss_fn: LossFn = nn.functional.cross_entropy,
     ranks: Ranks | None = None,
+    dead: str = "warn",
 ) -> Ticket:
     """Score a model's weights at initialization and return the ticket; the model is not changed.
+
+    What hides layers from scores in a model of your own (norms, LayerScale, heads that start at or
+    near zero) is taken to be one, or drawn, while it is scored; the card says so (`revealed`).
 
     Args:
         model: a timm model (or any module with Conv and Linear layers), at initialization.
@@ -69,9 +73,13 @@ def prune(
         ranks: this process's place, if several prune the same model together (under
             torch.distributed): named data are shared out, own batches are taken to be this
             rank's share; every rank gets the same ticket.
+        dead: what becomes of a ticket whose output does not depend on the image: warn, or error.
 
-    Raises UsageError for an unknown name or a sparsity out of range.
+    Raises UsageError for an unknown name or a sparsity out of range; RunFailed for a dead ticket,
+    if that is asked for.
     """
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
     if criterion == DENSE:
         return _dense(model, data, exclude, seed)
     selection = selection or Selection()
@@ -81,7 +89,10 @@ def prune(
         model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
     )  # fmt: skip
-    return choose(model, scores, card, ranks=ranks)
+    ticket = choose(model, scores, card, ranks=ranks)
+    if dead == "error":
+        refuse_dead(ticket.card)
+    return ticket
 
 
 def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
@@ -105,6 +116,7 @@ def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
         seed=config.seed,
         options=config.options,
         ranks=ranks,
+        dead=config.dead,
     )
 
 
@@ -113,12 +125,29 @@ def choose(
 ) -> Ticket:
     """Do the second half of `prune`: from scores to the ticket."""
     chosen = select(scored, card["sparsity"])
+    card = {**card, **_ties(scored, chosen)}
     if scored.selection.guard == "live":
         chosen = _onto_paths(model, chosen, scored)
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(ticket.fingerprint, "chose other weights", ranks)
     return ticket
+
+
+def _ties(scored: Scored, chosen: Masks) -> dict[str, int]:
+    """Return the card's entry on ties at the threshold, told in a warning too, if they are many."""
+    if scored.selection.pattern is not None:
+        return {}
+    by_layer = scored.counts is not None or scored.selection.scope == "layer"
+    found, kept = masks.ties(scored.scores, chosen, by_layer=by_layer), masks.kept(chosen)
+    if found <= masks.MANY_TIES * kept:
+        return {}
+    warnings.warn(
+        f"{found:,} weights have the very score that the threshold fell on ({kept:,} are kept): "
+        "which of them stay was settled by their position; use another criterion or more data",
+        stacklevel=4,
+    )
+    return {"ties": found}
 
 
 def select(scored: Scored, sparsity: float) -> Masks:
@@ -188,11 +217,9 @@ def dead_line(card: Mapping[str, Any]) -> str:
     )
 
 
-def refuse_dead(card: Mapping[str, Any], dead: str) -> None:
-    """Raise RunFailed for a dead ticket where that is asked for; see PruneConfig.dead."""
-    if dead not in DEAD:
-        raise unknown("value of dead", dead, DEAD)
-    if dead == "error" and "dead" in card:
+def refuse_dead(card: Mapping[str, Any]) -> None:
+    """Raise RunFailed for a dead ticket."""
+    if "dead" in card:
         raise RunFailed(dead_line(card))
 
 

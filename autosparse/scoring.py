@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ def score(
     started = time.perf_counter()
     with counting() as cost:
         scores = context.run(found, sparsity, asked)
+        _tell_level(scores, criterion, sparsity)
         counts = context.allocated(selection, scores, sparsity)
     card = {
         **describe(model, source),
@@ -278,6 +280,26 @@ def _held(data: Any, used: list[criteria.Criterion]) -> Any:
     if any(criterion.needs_data for criterion in used):
         return list(data)
     return list(islice(data, 1))
+
+
+def _tell_level(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
+    """Warn of layers in which a criterion tells no weight from another, and note them on the card.
+
+    Whole layers that fell in a round of pruning have scores below zero; those are no such ones.
+    """
+    level = [
+        name
+        for name, score in scores.items()
+        if score.numel() > 1 and score.max() >= 0 and score.min() == score.max()
+    ]
+    if level and sparsity:
+        note("level", level)
+        warnings.warn(
+            f"{criterion} tells no weight from another in {len(level)} of {len(scores)} layers "
+            f"({', '.join(level[:3])}{' …' if len(level) > 3 else ''}): no signal or gradient "
+            "comes through there; give larger images, or exclude these layers",
+            stacklevel=4,
+        )
 
 
 def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,9 +29,9 @@ from autosparse.config import (
     run_id,
 )
 from autosparse.data import DataSource
-from autosparse.errors import Stopped, UsageError
+from autosparse.errors import Stopped, UsageError, unknown
 from autosparse.files import read_json, write_json
-from autosparse.pruning import DENSE, prune, prune_as
+from autosparse.pruning import DEAD, DENSE, dead_line, prune, prune_as, refuse_dead
 from autosparse.steppers import Epoch, Ranks, Stepper
 from autosparse.ticket import Ticket
 from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
@@ -185,6 +186,7 @@ def train_cell(
         if observer:
             observer.found(cell, config)
         return cell.result()
+    _tell_dead(cell, config.dead, ranks)
     model = build(cell.ticket, source).to(models.choose_device(device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stepper = make_stepper(model, steps_per_epoch(source.train, config.training, ranks.world_size))
@@ -221,6 +223,16 @@ def train_cell(
         if observer:
             observer.end(cell, result)
     return result
+
+
+def _tell_dead(cell: Cell, dead: str, ranks: Ranks) -> None:
+    """Warn of a ticket that is known to be dead, or refuse it, before it is trained."""
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
+    if dead == "error":
+        refuse_dead(cell.ticket.card)
+    elif "dead" in cell.ticket.card and ranks.rank == 0:
+        warnings.warn(f"{cell.name}: {dead_line(cell.ticket.card)}", stacklevel=3)
 
 
 @contextmanager
