@@ -50,9 +50,14 @@ def onto_paths(
 
     What is dead (see `live`) makes room for the highest scores among the weights that would lie
     on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
-    layer keeps as many weights as before.
+    layer keeps as many weights as before. Where nothing is live, no single weight would be, and the
+    whole network is thinned (see `thinned`).
     """
     alive = live(model, masks, shape)
+    if not any(mask.any() for mask in alive.values()):
+        counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        found = thinned(model, scores, counts, shape)
+        return {name: mask.to(masks[name].device) for name, mask in found.items()}
     return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
 
 
