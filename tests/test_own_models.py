@@ -476,7 +476,7 @@ def test_the_model_says_what_images_it_takes(name, options, shape, criterion: st
 
 def test_a_model_that_does_not_say_it_asks_for_a_batch() -> None:
     with pytest.raises(
-        UsageError, match=r"^Small does not say what images it takes: give one batch"
+        UsageError, match=r"^Small does not say what images it takes: give a batch"
     ):
         pruned(small(), "synflow", [])
     assert pruned(small(), "random", []).kept
