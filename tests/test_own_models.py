@@ -147,7 +147,14 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 
 
-WRAPPERS = {"compiled": compiled, "parallel": nn.DataParallel}
+def parallel(model: nn.Module) -> nn.Module:
+    """On the CPU, also where there are GPUs."""
+    wrapped = nn.DataParallel(model).cpu()
+    wrapped.device_ids = []
+    return wrapped
+
+
+WRAPPERS = {"compiled": compiled, "parallel": parallel}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -475,9 +482,7 @@ def test_the_model_says_what_images_it_takes(name, options, shape, criterion: st
 
 
 def test_a_model_that_does_not_say_it_asks_for_a_batch() -> None:
-    with pytest.raises(
-        UsageError, match=r"^Small does not say what images it takes: give a batch"
-    ):
+    with pytest.raises(UsageError, match=r"^Small does not say what images it takes: give a batch"):
         pruned(small(), "synflow", [])
     assert pruned(small(), "random", []).kept
     with pytest.raises(UsageError, match=r"guard live needs .*: give a batch"):
