@@ -71,7 +71,7 @@ def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
     shape = tuple(first[0].shape[1:]) if first is not None else expected_shape(model)
     if shape is None:
         raise UsageError(
-            f"{type(model).__name__} does not say what images it takes: give one batch as data"
+            f"{type(model).__name__} does not say what images it takes: give a batch as data"
         )
     return shape
 
