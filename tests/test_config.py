@@ -33,7 +33,7 @@ CONFIGS = [
 ]
 CHANGED = IRPConfig(
     model=ModelConfig("resnet18", exclude=["head"]),
-    data=DataConfig("folder", root="/data/pets", image_size=32),
+    data=DataConfig("mnist", root="/data/pets", image_size=32),
     training=TrainingConfig(epochs=3, optimizer="sgd", optimizer_options={"momentum": 0.9}),
     label="snip",
     seed=7,
@@ -47,7 +47,7 @@ CHANGED = IRPConfig(
     ("given", "name"),
     [
         (IRPConfig(), "18e5bea255e4"),
-        (CHANGED, "8123db4d65c3"),
+        (CHANGED, "54857d538c60"),
         (SparseTrainConfig(), "1b42c57545d4"),
         (SparseTrainConfig(data=DataConfig("cifar10"), seed=3), "f8118e67d2c6"),
     ],
@@ -62,7 +62,7 @@ def test_identity_is_what_differs_from_the_defaults():
     assert identity(IRPConfig()) == {}
     assert identity(CHANGED) == {
         "model": {"name": "resnet18", "exclude": ["head"]},
-        "data": {"name": "folder", "root": "pets", "image_size": 32},
+        "data": {"name": "mnist", "image_size": 32},
         "training": {"epochs": 3, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}},
         "label": "snip",
         "seed": 7,
