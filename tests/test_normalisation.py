@@ -99,11 +99,11 @@ def test_named_sets_keep_what_is_measured_on_them():
     assert constants(data.load(DataConfig(normalisation=[0.5, 0.5]))) == ((0.5,), (0.5,))
 
 
-def test_ids_of_named_sets_stay_and_own_data_says_what_it_is():
+def test_ids_of_named_sets_stay_and_own_data_says_what_it_is(own):
     assert identity(DataConfig(normalisation="measured")) == identity(DataConfig()) == {}
     assert identity(DataConfig("cifar10")) == {"name": "cifar10"}
     assert identity(DataConfig(normalisation="imagenet")) == {"normalisation": "imagenet"}
-    folder = DataConfig("folder", "/a/pets")
+    folder = own["folder"]
     assert identity(folder)["normalisation"] == "imagenet"
     assert run_id(folder) == run_id(replace(folder, normalisation="imagenet"))
     others = [folder, *(replace(folder, normalisation=n) for n in ("measured", [0.5, 0.5]))]
