@@ -39,7 +39,7 @@ def compact_trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = ROOT / "tests" / "integration" / "losses_on_ranks.py"
     done = launch(
         script, str(out), seconds=800
-    )  # Two models, five trainings each, and three short.
+    )  # Two models, eight trainings each.
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
