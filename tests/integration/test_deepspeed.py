@@ -37,9 +37,7 @@ def launch(
 def compact_trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("losses")
     script = ROOT / "tests" / "integration" / "losses_on_ranks.py"
-    done = launch(
-        script, str(out), seconds=800
-    )  # Two models, eight trainings each.
+    done = launch(script, str(out), seconds=800)  # Two models, eight trainings each.
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
