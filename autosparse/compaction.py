@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".original"
 MARK = "parametrizations."
+GIVEN = "_dense_"
+"""Before an attribute's name: the dense weight that was handed over to a module."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,6 @@ class CompactWeight(nn.Module):
         self.register_buffer("moved", None, persistent=False)
         self.pattern: Pattern | None = None
         """Set where layers multiply with the survivors alone; see sparse_products.py."""
-        self.at_once: Tensor | None = None
-        """The weight, while all weights are scattered at once; see flat_scatter.py."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,11 +179,7 @@ class CompactWeight(nn.Module):
         self.moved = None if same else self.layout.places(self.index)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return the weight of shape `self.shape`, dense or sparse, for its own values [kept]."""
-        return self.of(values) if self.at_once is None else self.at_once
-
-    def of(self, values: Tensor) -> Tensor:
-        """Return the weight of shape `self.shape`, dense or sparse, for any values [kept]."""
+        """Return the weight of shape `self.shape` for values of shape [kept], dense or sparse."""
         if self.pattern is None or values.device != self.pattern.ends.device:
             return self.dense(values)
         return sparse_weight(values, self.pattern, lambda: self.dense(values))
@@ -260,11 +256,34 @@ def _register(model: nn.Module, name: str, mask: Tensor) -> None:
         parametrization = CompactWeight(mask.to(weight.device))
         mask_kernel(module)
         parametrize.register_parametrization(module, attribute, parametrization)
+        _look_first(module, attribute)
         slot = module.parametrizations[attribute]  # type: ignore[index]
         if first is None:
             first = slot.original
         else:
             slot.original = first
+
+
+def _look_first(module: nn.Module, attribute: str) -> None:
+    """Have a module look for its weight where `hand_over` leaves it, before it makes one.
+
+    (Asking a parametrization takes the host 10 microseconds, which count for small models.)
+    """
+    kind, given = type(module), GIVEN + attribute
+    usual = getattr(kind, attribute)
+
+    def weight(self: nn.Module) -> Tensor:
+        return self.__dict__[given] if given in self.__dict__ else usual.fget(self)
+
+    setattr(kind, attribute, property(weight, usual.fset))
+
+
+def hand_over(module: nn.Module, attribute: str, weight: Tensor | None) -> None:
+    """Give a module its compact weight, made dense elsewhere, or take it away again (None)."""
+    if weight is None:
+        module.__dict__.pop(GIVEN + attribute, None)
+    else:
+        module.__dict__[GIVEN + attribute] = weight
 
 
 def _holders(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:

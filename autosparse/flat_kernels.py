@@ -107,9 +107,10 @@ class Kernels:
 
     def _run(self, kernel, addresses: Tensor, target: Tensor, kind: torch.dtype) -> None:
         if self.blocks:
-            kernel[(self.blocks,)](
-                addresses, self.table, self.places, target, TYPES[kind], COLUMNS, BLOCK
-            )
+            with torch.cuda.device_of(target):  # Triton launches on the current device.
+                kernel[(self.blocks,)](
+                    addresses, self.table, self.places, target, TYPES[kind], COLUMNS, BLOCK
+                )
 
 
 class Addresses:

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ from timm.layers.linear import Linear
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from autosparse.compaction import CompactWeight
+from autosparse.compaction import CompactWeight, hand_over
 from autosparse.config import TrainingConfig
 from autosparse.errors import UsageError, unknown
 
@@ -46,8 +47,26 @@ CASTING = {
 """Forward passes in which autocast does nothing to a weight but to cast it, whole."""
 INT32 = 1 << 31
 
-Slot = tuple[ParametrizationList, bool]
-"""Where a compact weight and its values are, and whether autocast casts it, whole."""
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a compact weight is."""
+
+    module: nn.Module
+    attribute: str
+    holder: ParametrizationList
+    """Of its values."""
+    cast: bool
+    """Whether autocast casts it, whole, and nothing else is done to it."""
+
+    @property
+    def weight(self) -> CompactWeight:
+        return self.holder[0]  # type: ignore[return-value]
+
+    @property
+    def size(self) -> int:
+        """Entries of the dense weight."""
+        return math.prod(self.weight.shape)
 
 
 class _ScatterAll(torch.autograd.Function):
@@ -66,9 +85,10 @@ class _ScatterAll(torch.autograd.Function):
         group: Group = ctx.group
         if ctx.turn != group.turn:
             raise RuntimeError("compact values were changed between forward and backward")
-        group.let_go()
-        pairs = zip(gradients, ctx.needs_input_grad[1:], strict=True)
-        wanted = [gradient if needed else None for gradient, needed in pairs]
+        if group.recomputed:
+            group.let_go()
+        needed = ctx.needs_input_grad[1:]
+        wanted = [g if n else None for g, n in zip(gradients, needed, strict=True)]
         return None, *(group.each(wanted) if torch.is_grad_enabled() else group.gather(wanted))
 
 
@@ -80,23 +100,24 @@ class Group:
         dtype: of the dense weights.
         kernels: flat_kernels, or None for torch's own operations.
         index_dtype: of the places in the whole group; int64 where int32 is too small.
+        recomputed: layers keep their weights until gradients are gathered.
     """
 
     def __init__(
         self,
-        slots: Sequence[ParametrizationList],
+        slots: Sequence[Slot],
         dtype: torch.dtype,
         kernels: ModuleType | None,
-        index_dtype: torch.dtype = torch.int32,
+        index_dtype: torch.dtype,
+        recomputed: bool,
     ) -> None:
-        self.slots = slots
-        self.weights: list[CompactWeight] = [slot[0] for slot in slots]  # type: ignore[misc]
-        first = slots[0].original
+        self.slots, self.recomputed = slots, recomputed
+        self.weights = [slot.weight for slot in slots]
+        first = slots[0].holder.original
         self.device, self.value_dtype = first.device, first.dtype
         starts = [0]
-        for weight in self.weights:
-            size = math.prod(weight.shape)
-            starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
+        for slot in slots:
+            starts.append(starts[-1] + -(-slot.size // ALIGNED) * ALIGNED)
         if starts[-1] >= INT32:
             index_dtype = torch.int64
         self.places = torch.cat(
@@ -104,9 +125,10 @@ class Group:
         ).to(index_dtype)
         self.memory = torch.zeros(starts[-1], dtype=dtype, device=self.device)
         self.views = [
-            weight.layout.dense(self.memory[at : at + math.prod(weight.shape)])
-            for weight, at in zip(self.weights, starts, strict=False)
+            slot.weight.layout.dense(self.memory[at : at + slot.size])
+            for slot, at in zip(slots, starts, strict=False)
         ]
+        self.strides = [view.stride() for view in self.views]
         self.turn, self.versions = 0, ()
         self.awaited = False
         """Whether there are gradients to come."""
@@ -129,7 +151,8 @@ class Group:
         """Return the gradients of the values for those of the dense weights."""
         captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self.kernels and not captured and all(each is not None for each in gradients):
-            alike = [self.laid_out(*pair) for pair in zip(gradients, self.views, strict=True)]  # type: ignore[arg-type]
+            three = zip(gradients, self.views, self.strides, strict=True)
+            alike = [self.laid_out(*each) for each in three]  # type: ignore[arg-type]
             return self.kernels.gather(alike)
         return self.each(gradients)
 
@@ -142,25 +165,27 @@ class Group:
                 found = weight.layout.memory(gradient).index_select(0, weight.places)
                 yield found.to(self.value_dtype)
 
-    def laid_out(self, gradient: Tensor, view: Tensor) -> Tensor:
+    def laid_out(self, gradient: Tensor, view: Tensor, strides: tuple[int, ...]) -> Tensor:
         """Return a gradient that lies in memory as its weight does."""
-        if gradient.dtype == view.dtype and _same_order(gradient, view):
+        same = gradient.stride() == strides or _same_order(gradient, view)
+        if same and gradient.dtype == view.dtype:
             return gradient
-        return torch.empty_strided(
-            view.shape, view.stride(), dtype=view.dtype, device=view.device
-        ).copy_(gradient)
+        return torch.empty_strided(view.shape, strides, dtype=view.dtype, device=view.device).copy_(
+            gradient
+        )
 
     def begin(self) -> None:
         """Scatter, and hand the weights to their layers."""
-        made: Any = _ScatterAll.apply(self, *(slot.original for slot in self.slots))
+        values = [slot.holder.original for slot in self.slots]
+        made: Any = _ScatterAll.apply(self, *values)
         self.awaited = any(view.requires_grad for view in made)
-        for weight, view in zip(self.weights, made, strict=True):
-            weight.at_once = view
+        for slot, view in zip(self.slots, made, strict=True):
+            hand_over(slot.module, slot.attribute, view)
 
     def let_go(self) -> None:
         """Take the weights from the layers."""
-        for weight in self.weights:
-            weight.at_once = None
+        for slot in self.slots:
+            hand_over(slot.module, slot.attribute, None)
 
 
 def _same_order(one: Tensor, other: Tensor) -> bool:
@@ -195,9 +220,8 @@ class FlatScatter(AbstractContextManager):
         index_dtype: torch.dtype = torch.int32,
         recomputed: bool = False,
     ) -> None:
-        self.recomputed = recomputed
         self.groups = [
-            Group(slots, kind, kernels, index_dtype)
+            Group(slots, kind, kernels, index_dtype, recomputed)
             for slots, kind in _grouped(_slots(model), dtype, largest)
         ]
 
@@ -209,7 +233,7 @@ class FlatScatter(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         for group in self.groups:
             # Where layers run again in backward, it lets go once its gradients are gathered.
-            if not (self.recomputed and group.awaited) or error != (None, None, None):
+            if not (group.recomputed and group.awaited) or error != (None, None, None):
                 group.let_go()
 
 
@@ -219,31 +243,30 @@ def _slots(model: nn.Module) -> list[Slot]:
     for module in model.modules():
         if not is_parametrized(module):
             continue
-        slots: Any = module.parametrizations
-        for slot in slots.values():
-            if isinstance(slot[0], CompactWeight) and slot[0].pattern is None:
-                found.append((slot, len(slot) == 1 and type(module).forward in CASTING))
+        holders: Any = module.parametrizations
+        for attribute, holder in holders.items():
+            if len(holder) == 1 and isinstance(holder[0], CompactWeight):
+                slot = Slot(module, attribute, holder, type(module).forward in CASTING)
+                found += [slot] if slot.weight.pattern is None else []
     return found
 
 
 def _grouped(
     slots: list[Slot], dtype: torch.dtype | None, largest: int
-) -> list[tuple[list[ParametrizationList], torch.dtype]]:
+) -> list[tuple[list[Slot], torch.dtype]]:
     """Return groups of neighbours with the dtype of their dense weights."""
-    groups: list[tuple[list[ParametrizationList], torch.dtype]] = []
-    open_: dict[tuple, tuple[list[ParametrizationList], int]] = {}
-    for slot, cast in slots:
-        values = slot.original
-        low = cast and dtype is not None and values.dtype == torch.float32
+    groups: list[tuple[list[Slot], torch.dtype]] = []
+    open_: dict[tuple[Any, ...], tuple[list[Slot], int]] = {}
+    for slot in slots:
+        values = slot.holder.original
+        low = slot.cast and dtype is not None and values.dtype == torch.float32
         kind = (dtype if low else values.dtype, values.dtype, values.device)
-        weight: CompactWeight = slot[0]  # type: ignore[assignment]
-        size = math.prod(weight.shape)
         mine, total = open_.get(kind, ([], 0))
-        if not mine or total + size > largest:
+        if not mine or total + slot.size > largest:
             mine, total = [], 0
             groups.append((mine, kind[0]))  # type: ignore[arg-type]
         mine.append(slot)
-        open_[kind] = (mine, total + size)
+        open_[kind] = (mine, total + slot.size)
     return groups
 
 
@@ -280,7 +303,7 @@ def scatterer(
     Where Triton's kernels do not run, one line says so, and torch's own operations are taken.
     """
     kind = chosen(config, device, sharded=sharded)
-    sizes = [math.prod(slot[0].shape) for slot, _ in _slots(model)]  # type: ignore[arg-type]
+    sizes = [slot.size for slot in _slots(model)]
     if kind == EACH or not sizes:
         return nullcontext
     flat = FlatScatter(

@@ -157,7 +157,7 @@ def _standardised(module: Any) -> Tensor:
 def _masked(module: Any, kernel: Tensor) -> Tensor:
     if parametrize.is_parametrized(module, "weight"):
         compact = module.parametrizations["weight"][0]
-        return compact.of(compact.right_inverse(kernel))
+        return compact(compact.right_inverse(kernel))
     mask = getattr(module, MASK, None)
     return kernel * (module.weight.detach() != 0 if mask is None else mask)
 
