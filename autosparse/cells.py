@@ -28,7 +28,6 @@ from autosparse.config import (
 from autosparse.errors import UsageError
 from autosparse.files import check_folder, read_json
 from autosparse.pruning import DENSE, prune, prune_as
-from autosparse.scoring import UNIFORM
 from autosparse.steppers import Ranks, check_whole, set_up
 from autosparse.ticket import Ticket
 
@@ -128,7 +127,7 @@ def _check_shapes(wanted: Any, data: DataConfig, what: str) -> None:
         mine, theirs = getattr(wanted, key, None), getattr(found, key)
         if mine is not None and theirs is not None and mine != theirs:
             raise UsageError(
-                f"{what} has {key} {mine}, the data {data.name} to train on {theirs}; set "
+                f"{what} has {key} {mine}, the data {data.name} {theirs}; set "
                 f"{'data.image_size' if key == 'image_size' else 'data'} alike"
             )
 
@@ -158,10 +157,8 @@ def _pruned_cell(config: SparseTrainConfig, asked: PruneConfig, ranks: Ranks, de
 
 def _scored_path(config: SparseTrainConfig, asked: PruneConfig) -> Path:
     """Return where the ticket goes: named by all that makes it."""
-    used = {asked.criterion: asked.options}
-    if asked.allocation not in (None, UNIFORM):
-        used[asked.allocation] = asked.allocation_options
-    beyond = [criteria.get(name).beyond(used[name]) for name in used if name != DENSE]
+    used = pruning.criteria_of(asked)
+    beyond = [criteria.get(name).beyond(options) for name, options in used]
     more = [json.dumps(each, sort_keys=True) for each in beyond if each]
     key = run_id(asked, *more)
     name = f"{asked.model.name}-{asked.criterion}-{asked.sparsity:g}-{key}"
@@ -171,6 +168,7 @@ def _scored_path(config: SparseTrainConfig, asked: PruneConfig) -> Path:
 def _scored(config: SparseTrainConfig, asked: PruneConfig, path: Path) -> Cell | None:
     """Return the cell of a ticket that is there, if it was scored on the data that are there."""
     if not path.is_file():
+        data_identity.tell_of_former(lambda: _scored_path(config, asked), "")
         return None
     cell = _ticket_cell(config, path, config.data or asked.data)
     there = data_module.if_there(asked.data)

@@ -60,6 +60,8 @@ class Claim:
             os.link(temporary, self.path)
         except FileExistsError:
             return False
+        except FileNotFoundError:  # Removed just now, empty, by who had it before.
+            return False
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -121,6 +123,7 @@ def claimed(
     """
     path = folder / name
     claim = Claim(path)
+    made = _missing(folder)
     try:
         taken = _taken(claim, wait, finished)
     except OSError as error:
@@ -133,6 +136,16 @@ def claimed(
         yield claim
     finally:
         claim.release()
+        for empty in made:  # Where the body wrote nothing, nothing is left.
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Return a local folder and those above it, as far as they are not there yet."""
+    if not is_local(folder):
+        return []
+    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _taken(claim: Claim, wait: bool, finished: Callable[[], bool]) -> bool:

@@ -45,7 +45,7 @@ USAGE = {
     "figures": "DIR … | AUTOS.safetensors CORPUS",
     "report": "DIR …",
     "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
-                         [--force true]""",
+                         [--better lower|higher] [--force true]""",
 }
 """What follows a verb that takes paths."""
 

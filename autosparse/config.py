@@ -210,6 +210,8 @@ class TrainingConfig:
     """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
     scatter: str = _local("auto")
     """How weights are made dense: auto (by device), each by itself, all at once (flat, triton)."""
+    deterministic: bool = _local(False)
+    """On a GPU: take only kernels that give the same bits every time; slower."""
     checkpoint_epochs: int = _local(5)
     """Save a checkpoint to resume from every so many epochs; 0: not by epochs."""
     checkpoint_steps: int = _local(0)
@@ -459,6 +461,8 @@ class DeepSpeedConfig:
     """ZeRO stage, 0 to 3."""
     gradient_accumulation: int = 1
     """Micro-batches per step."""
+    overlap_comm: bool = _local(True)
+    """On several GPUs: send the first gradients while the others are computed (ZeRO 1 to 3)."""
 
 
 @dataclass(frozen=True)
@@ -468,9 +472,10 @@ class SparseTrainConfig:
     tickets: list[str] | str = _local([])
     """A ticket file, pattern or registered models:/NAME@ALIAS, or a list; one folder for each."""
     prune: PruneConfig | None = None
-    """Prune at the start, if no ticket is given: what `autosparse prune` takes."""
+    """Prune at the start, if no ticket is given: what `autosparse prune` takes. Its model and data
+    are those below, unless it names others."""
     model: ModelConfig | None = None
-    """The model, if there is neither ticket nor pruning: trained dense."""
+    """The model that is pruned; if there is neither ticket nor pruning, it is trained dense."""
     data: DataConfig | None = None
     """The data; by default what the ticket was made on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -70,7 +70,7 @@ def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
 
     Args:
         folder: returns the folder that the work goes to.
-        finished: the file in it that is written last.
+        finished: the file in it that is written last; "" where `folder` is a file itself.
     """
     global _by_name
     now = folder()

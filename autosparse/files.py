@@ -79,29 +79,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise UsageError unless a file or folder can be made (or written) at a local path."""
+    """Raise RunFailed unless a file or folder can be made (or written) at a local path."""
     path = place(path)
     if not is_local(path):
         return
     there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     if there != path.absolute() and not there.is_dir():
-        raise UsageError(f"cannot write {path}: {there} is not a folder")
+        raise RunFailed(f"cannot write {path}: {there} is not a folder")
     if not os.access(there, os.W_OK):
-        raise UsageError(f"cannot write {path}: {there} may not be written to")
+        raise RunFailed(f"cannot write {path}: {there} may not be written to")
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise UsageError unless a folder can be made (or written to) at a local path."""
+    """Raise RunFailed unless a folder can be made (or written to) at a local path."""
     check_writable(path)
     if is_local(path) and place(path).is_file():
-        raise UsageError(f"cannot write into {path}: it is a file, not a folder")
+        raise RunFailed(f"cannot write into {path}: it is a file, not a folder")
 
 
 def check_file(path: str | Path) -> None:
-    """Raise UsageError unless a file can be made (or replaced) at a local path."""
+    """Raise RunFailed unless a file can be made (or replaced) at a local path."""
     check_writable(path)
     if is_local(path) and place(path).is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; name a file")
+        raise RunFailed(f"cannot write {path}: it is a folder; name a file")
 
 
 @contextmanager

@@ -153,15 +153,15 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
 
 
 @lru_cache(maxsize=1)
-def _loaded(config: DataConfig) -> DataSource:
-    """Load a data set; the runs of a corpus mostly share one."""
-    return data_module.load(config)
+def _loaded(config: str) -> DataSource:
+    """Load a data set by its config as JSON; the runs of a corpus mostly share one."""
+    return data_module.load(from_plain(DataConfig, json.loads(config)))
 
 
 def initial_gradients(run: IRPRun) -> dict[str, Tensor]:
     """Compute the gradients at init again, by the recipe on the run's card."""
     card = run.card
-    source = _loaded(from_plain(DataConfig, card["config"]["data"]))
+    source = _loaded(json.dumps(card["config"]["data"], sort_keys=True))
     if source.fingerprint != card["data_fingerprint"]:
         raise UsageError(
             f"run {card['run_id']} was made on other data than {source.name} is now "

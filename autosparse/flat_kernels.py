@@ -37,7 +37,7 @@ def _scatter(  # noqa: ANN202 - Triton reads what is annotated.
     block: tl.constexpr,
 ):
     row = table + tl.program_id(0) * columns
-    values = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))
+    values = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))  # type: ignore[arg-type]
     at = tl.load(row + 1) + tl.arange(0, block)
     here = at < tl.load(row + 2)
     place = tl.load(places + at, mask=here, other=0)
@@ -56,7 +56,7 @@ def _gather(  # noqa: ANN202
     block: tl.constexpr,
 ):
     row = table + tl.program_id(0) * columns
-    gradient = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))
+    gradient = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))  # type: ignore[arg-type]
     at = tl.load(row + 1) + tl.arange(0, block)
     here = at < tl.load(row + 2)
     place = tl.load(places + at, mask=here, other=0) - tl.load(row + 4)

@@ -10,8 +10,8 @@ A group's dense weights stay between steps, and its dense gradients until the la
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -21,12 +21,13 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from autosparse.compaction import CompactWeight
 from autosparse.config import TrainingConfig
 from autosparse.errors import UsageError, unknown
 
+logger = logging.getLogger(__name__)
 EACH, FLAT, TRITON, AUTO = "each", "flat", "triton", "auto"
 KINDS = (AUTO, EACH, FLAT, TRITON)
 """What `training.scatter` may say."""
@@ -216,9 +217,12 @@ def _slots(model: nn.Module) -> list[Slot]:
     """Return where the compact weights are that layers multiply with as dense ones."""
     found = []
     for module in model.modules():
-        for slot in getattr(module, "parametrizations", nn.ModuleDict()).values():
+        if not is_parametrized(module):
+            continue
+        slots: Any = module.parametrizations
+        for slot in slots.values():
             if isinstance(slot[0], CompactWeight) and slot[0].pattern is None:
-                found.append((slot, type(module).forward in CASTING))
+                found.append((slot, len(slot) == 1 and type(module).forward in CASTING))
     return found
 
 
@@ -232,7 +236,8 @@ def _grouped(
         values = slot.original
         low = cast and dtype is not None and values.dtype == torch.float32
         kind = (dtype if low else values.dtype, values.dtype, values.device)
-        size = math.prod(slot[0].shape)  # type: ignore[arg-type]
+        weight: CompactWeight = slot[0]  # type: ignore[assignment]
+        size = math.prod(weight.shape)
         mine, total = open_.get(kind, ([], 0))
         if not mine or total + size > largest:
             mine, total = [], 0
@@ -275,14 +280,14 @@ def scatterer(
     Where Triton's kernels do not run, one line says so, and torch's own operations are taken.
     """
     kind = chosen(config, device, sharded=sharded)
-    if kind == EACH:
+    sizes = [math.prod(slot[0].shape) for slot, _ in _slots(model)]  # type: ignore[arg-type]
+    if kind == EACH or not sizes:
         return nullcontext
-    total = sum(math.prod(slot[0].shape) for slot, _ in _slots(model))  # type: ignore[arg-type]
     flat = FlatScatter(
         model,
         {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
         kernels=_kernels(device) if kind == TRITON else None,
-        largest=LARGEST if ranks == 1 else min(LARGEST, -(-total // STAGES)),
+        largest=LARGEST if ranks == 1 else min(LARGEST, -(-sum(sizes) // STAGES)),
         recomputed=config.grad_checkpointing,
     )
     return lambda: flat
@@ -295,11 +300,9 @@ def _kernels(device: torch.device) -> ModuleType | None:
         flat_kernels.try_out(device)
     except Exception as error:  # Whatever hinders a compiler on a strange machine.
         first = (str(error).strip().splitlines() or [""])[0]
-        print(
-            f"warning: Triton's kernels do not run here ({type(error).__name__}: {first}); "
-            "compact weights are gathered one by one",
-            file=sys.stderr,
-            flush=True,
-        )
+        logger.warning(
+            "Triton's kernels do not run here (%s: %s); compact weights are gathered one by one",
+            type(error).__name__, first,
+        )  # fmt: skip
         return None
     return flat_kernels

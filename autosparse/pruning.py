@@ -120,14 +120,18 @@ def check(config: PruneConfig) -> None:
     models.choose_device(config.device)
     check_sparsity(config.sparsity)
     selection_of(config).check()
-    used = {config.criterion: config.options}
-    if config.allocation not in (None, UNIFORM):
-        used[config.allocation] = config.allocation_options
-    for name, options in used.items():
-        if name != DENSE:
-            criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+    for name, options in criteria_of(config):
+        criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
     check_scoring(config.scoring)
     check_model(config.model, config.data)
+
+
+def criteria_of(config: PruneConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Return the criteria that score, with their options: one, or another that allocates too."""
+    found = [(config.criterion, config.options)] if config.criterion != DENSE else []
+    if config.allocation not in (None, UNIFORM):
+        found.append((str(config.allocation), config.allocation_options))
+    return found
 
 
 def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:

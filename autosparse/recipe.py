@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autosparse import models
-from autosparse.compaction import load_state
+from autosparse.compaction import lay_out, load_state
 from autosparse.config import TrainingConfig
 from autosparse.errors import UsageError
 from autosparse.models import device_of
@@ -52,6 +52,8 @@ class Recipe:
                 num_classes=classes,
             )
         self.teacher = load_teacher(config.teacher, model) if config.teacher else None
+        if self.teacher is not None and config.channels_last:
+            lay_out(self.teacher, channels_last=True)
 
     def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return images and targets of a step: labels [B], or probabilities [B, classes].
@@ -75,7 +77,7 @@ class Recipe:
         loss = criterion(outputs, targets)
         if self.teacher is None:
             return loss
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.config, images.device):
             taught = self.teacher(images).float()
         weight, temperature = self.config.distill_weight, self.config.temperature
         divergence = functional.kl_div(
@@ -85,6 +87,12 @@ class Recipe:
             log_target=True,
         )
         return (1 - weight) * loss + weight * temperature**2 * divergence
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
+    """Return the autocast context that `precision` asks for: training, evaluation, a teacher."""
+    kind = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=config.precision != "fp32")
 
 
 def check(config: TrainingConfig) -> None:
@@ -131,7 +139,8 @@ class Average(ModelEmaV3):
         theirs = model.state_dict()
         pairs = {t.data_ptr(): (t, theirs[name]) for name, t in self.module.state_dict().items()}
         floats = [pair for pair in pairs.values() if pair[0].is_floating_point()]
-        self._foreach_lerp_([t for t, _ in floats], [t for _, t in floats], 1 - decay)
+        averages, values = [pair[0] for pair in floats], [pair[1] for pair in floats]
+        torch._foreach_lerp_(averages, values, 1 - decay)
         for mine, new in pairs.values():
             if not mine.is_floating_point():
                 mine.copy_(new)

@@ -125,6 +125,7 @@ def score(
     changed = found.changed_defaults(asked)
     card = {
         **describe(model, source),
+        "device": models.device_name(models.device_of(model)),
         "criterion": criterion,
         "options": asked,
         **({"changed_defaults": changed} if changed else {}),

@@ -176,6 +176,7 @@ class _Training:
         state = stepper.state_dict()
         result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
         result["training_passes"] = steps * config.training.epochs * config.training.batch_size
+        result["device"] = models.device_name(models.device_of(model))
         result["data_fingerprint"] = source.fingerprint
         result["test_fingerprint"] = test_fingerprint(source)
         if ranks.rank == 0:
@@ -229,6 +230,7 @@ def _settings(cell: Cell, config: SparseTrainConfig, stepper: Stepper) -> dict[s
         "config": {**plain(config), "data": plain(cell.data), "seed": cell.seed},
         "deepspeed": stepper.settings,
         "ranks": stepper.ranks.world_size,
+        "device": models.device_name(models.device_of(stepper.model)),
         "environment": environment(),
     }
 

@@ -26,7 +26,7 @@ from autosparse.files import write_bytes
 from autosparse.flat_scatter import scatterer
 from autosparse.models import device_of
 from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
-from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
+from autosparse.recipe import Recipe, autocast, make_ema, seed_step, step_seed
 
 Answer = TypeVar("Answer")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -287,9 +287,3 @@ def check_plain(config: TrainingConfig) -> None:
     check_whole(config)
     if config.precision == "fp16":
         raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
-
-
-def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
-    """Return the autocast context that `precision` asks for, in training and evaluation alike."""
-    kind = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, kind, enabled=config.precision != "fp32")

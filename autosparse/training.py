@@ -6,6 +6,7 @@ The loop knows nothing of how a step is made: a `Stepper` does that; see stepper
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,10 +96,11 @@ def fit(
     """
     if device_of(stepper.model).type == "cpu":
         keep_freed_blocks()
-    return _Fit(
-        stepper, source, config, seed, folder, on_epoch, span or Span(), on_step, watch or Watch(),
-        stop or (lambda: False),
-    ).run()  # fmt: skip
+    with same_bits(config.deterministic):
+        return _Fit(
+            stepper, source, config, seed, folder, on_epoch, span or Span(), on_step,
+            watch or Watch(), stop or (lambda: False),
+        ).run()  # fmt: skip
 
 
 @dataclass
@@ -288,6 +290,32 @@ def evaluation_batch(device: torch.device, side: int) -> int:
     if device.type != "cuda":
         return EVALUATION_BATCH
     return max(EVALUATION_BATCH, EVALUATION_PIXELS // side**2)
+
+
+@contextmanager
+def same_bits(enabled: bool) -> Iterator[None]:
+    """Run with kernels that give the same bits every time, where torch has them.
+
+    Where it has none, it warns. cuBLAS must be told by the environment before it is first used.
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before = cudnn.deterministic, cudnn.benchmark, fill
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms, warn_only=only_warned)
+        cudnn.deterministic, cudnn.benchmark, fill = before
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from autosparse.progress import Progress
@@ -14,7 +15,21 @@ from autosparse.steppers import Stepper
 from autosparse.training import Watch
 
 EVERY = 2.0
-"""Seconds between looks at the loss, which make the device catch up."""
+"""Seconds between looks at the loss."""
+
+
+class Fetched:
+    """A number that is on its way from its device; nobody waits for it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.number, self.event = number.to("cpu", non_blocking=True), None
+        if number.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def there(self) -> bool:
+        """Return whether `number` has come."""
+        return self.event is None or self.event.query()
 
 
 class StepWatch(Watch):
@@ -22,6 +37,7 @@ class StepWatch(Watch):
 
     def __init__(self, progress: Progress, name: str) -> None:
         self.progress, self.name, self.last = progress, name, 0.0
+        self.loss: Fetched | None = None
 
     def begin(self, made: int, total: int, images: int) -> None:
         self.images = images
@@ -30,11 +46,13 @@ class StepWatch(Watch):
 
     def stepped(self, loss: Tensor, stepper: Stepper, wait_share: float) -> None:
         now = time.monotonic()
-        if now - self.last >= EVERY:
-            self.last = now
+        if self.loss is None and now - self.last >= EVERY:
+            self.last, self.loss = now, Fetched(loss)
+        if self.loss is not None and self.loss.there():
+            value, self.loss = float(self.loss.number), None
             skipped = getattr(stepper, "skipped", 0)
             self.bar.describe(
-                f"{self.name}: loss {float(loss):.3f}, rate {stepper.learning_rate():.2g}, "
+                f"{self.name}: loss {value:.3f}, rate {stepper.learning_rate():.2g}, "
                 f"waits for data {wait_share:.0%}" + (f", {skipped} skipped" if skipped else "")
             )
         self.bar.set(stepper.updates * self.images)

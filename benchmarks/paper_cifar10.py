@@ -41,6 +41,7 @@ from autosparse.data_identity import looked_at_once
 from autosparse.errors import Stopped, unknown
 from autosparse.files import write_json
 from autosparse.masked_stepper import MaskedStepper
+from autosparse.progress import print_table
 from autosparse.pruning import DENSE
 from autosparse.sparse_training import train_cell
 from autosparse.steppers import PlainStepper
@@ -247,6 +248,19 @@ def row_of(row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per model, criterion and seed, with the test accuracy at each sparsity."""
+    columns = sorted({row["sparsity"] for row in found})
+    whole: dict[tuple, dict[str, Any]] = {}
+    for row in found:
+        key = row["model"], row["criterion"], row["seed"]
+        blank = {f"at {sparsity:.0%}": "" for sparsity in columns}
+        named = dict(zip(("model", "criterion", "seed"), key, strict=True))
+        line = whole.setdefault(key, named | blank)
+        line[f"at {row['sparsity']:.0%}"] = f"{row['test_accuracy']:.2%}"
+    return list(whole.values())
+
+
 def say(line: str) -> None:
     """Print a line at once."""
     print(line, flush=True)
@@ -286,14 +300,14 @@ def main(arguments: list[str]) -> None:
 
     def write(found: list[dict[str, Any]]) -> None:
         if asked.json:
-            write_json(asked.json, {"environment": environment(), "rows": found})
+            levels = study.grown.card["levels"] if study.grown else []
+            write_json(asked.json, {"environment": environment(), "levels": levels, "rows": found})
 
+    study = Study(config, asked.out, asked.device, clock)
     with data.remembered(), looked_at_once():
-        found, finished = do(Study(config, asked.out, asked.device, clock), write)
+        found, finished = do(study, write)
     write(found)
-    from autosparse.progress import print_table
-
-    print_table(found)
+    print_table(table(found), "Test accuracy by sparsity")
     total = sum(1 for _ in rows(config))
     say(f"{len(found)} of {total} trainings{'' if finished else '; the same command goes on'}")
 

@@ -8,9 +8,11 @@ so that an epoch takes seconds and starting the processes little of it. Peers, i
 with ours, with the same number of processes: decoding alone (the same decoder on images in memory,
 each copy by itself and in random order, as a reader meets them; nothing collected), timm's reader
 of WebDataset with its loader, torchvision's ImageFolder with a DataLoader; the last two as they
-come, centre crop, without augmentation. All keep their processes from one run, an epoch, to the
-next; they are started, and the SHA-256 of the shards is checked, before the clock starts, as in a
-training's first epoch.
+come, centre crop, without augmentation. Then what a shard costs where there are very many of two
+images, and no index: a first epoch by one process, over the number of shards.
+
+The readers above keep their processes from one run, an epoch, to the next; they are started, and
+the SHA-256 of the shards is checked, before the clock starts, as in a training's first epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import io
 import multiprocessing
 import os
 import random
+import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,10 +35,13 @@ from PIL import Image
 
 from autosparse import data
 from autosparse.config import DataConfig, PackConfig
+from autosparse.data.check import adopt
 from autosparse.data.decode import decode
 from autosparse.data.pack import pack
-from benchmarks.report import figure, publish, seconds_in_turn
+from autosparse.data.tars import INDEX
+from benchmarks.report import RUNS, figure, publish, seconds_in_turn
 
+SMALL = 1500
 PICTURES, COPIES, CLASSES, SIZE, BATCH = 960, 16, 10, 224, 64
 IMAGES = PICTURES * COPIES
 SIDES = ((500, 375), (375, 500), (500, 333), (400, 300), (300, 400))
@@ -142,6 +149,39 @@ def image_folder(root: Path, workers: int) -> Callable[[], None]:
     return job
 
 
+def write_small(root: Path) -> None:
+    """Write very many tars of two small images, as others would."""
+    rng = np.random.default_rng(0)
+    root.mkdir()
+    for number in range(SMALL):
+        split = "train" if number > 1 else ("val", "test")[number]
+        with tarfile.open(root / f"{split}-{number:05d}.tar", "w") as tar:
+            for place in range(2):
+                stream = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
+                for ending, content in (("jpg", stream.getvalue()), ("cls", b"%d" % place)):
+                    member = tarfile.TarInfo(f"{number}_{place}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def ms_per_small_shard(root: Path) -> list[float]:
+    """Return milliseconds a shard of a first epoch without an index, run by run."""
+    write_small(root)
+    adopt(root)
+    (root / INDEX).unlink()
+    config = DataConfig("shards", str(root), image_size=64, memory_limit_gb=0, workers=0,
+                        cache=str(root / "cache"))  # fmt: skip
+    found = []
+    for _ in range(RUNS):
+        split = data.load(config).train
+        started = time.perf_counter()
+        seen = sum(len(labels) for _, labels in split.shuffled(BATCH, seed=0, epoch=0))
+        found.append((time.perf_counter() - started) * 1000 / SMALL)
+        assert seen > 2 * (SMALL - BATCH)
+    return found
+
+
 def ratios(taken: dict[str, list[float]], peer: str) -> list[float]:
     """Return how many times as fast as a peer ours was, run by run."""
     return [b / a for a, b in zip(taken["ours"], taken[peer], strict=True)]
@@ -169,6 +209,10 @@ def main() -> None:
         figures[f"images_per_s_{name}"] = figure(rates, "images/s", "none", "none")
         figures[f"vs_decode_{name}"] = figure(
             ratios(taken, "alone"), "times as fast", ">= 0.85", "decoding alone"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        figures["ms_per_small_shard"] = figure(
+            ms_per_small_shard(Path(folder, "small")), "ms", "<= 2", "none"
         )
     peers = (("vs_timm_reader", "timm", ">= 1.2", "timm's wds reader"),
              ("vs_image_folder", "folder", ">= 1", "ImageFolder + DataLoader"))  # fmt: skip

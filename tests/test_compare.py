@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autosparse import compare, controls, criteria, scoring
+from autosparse import claims, compare, controls, criteria, irp, scoring
 from autosparse.cli import guarded, parse
 from autosparse.compare import Trial
-from autosparse.config import CompareConfig, ModelConfig
+from autosparse.config import FIRST_DEFAULTS, CompareConfig, ModelConfig
+from autosparse.corpus import is_finished
 from autosparse.data import DataSource
 from autosparse.errors import UsageError
 from autosparse.files import read_json
 from autosparse.verbs import compare as compare_verb
 from autosparse.verdicts import paired, verdict
-from tests.conftest import QUICK, SMALL_DIGITS
+from tests.conftest import QUICK, SMALL_DIGITS, holder
 
 
 def config(out: Path, **changes) -> CompareConfig:
@@ -264,3 +267,61 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys):
     assert code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# Side by side
+
+
+def test_a_cell_waits_for_the_irp_run_that_another_makes(tmp_path: Path, digits, monkeypatch):
+    monkeypatch.setattr(claims, "POLL", 0.02)
+    settings = config(tmp_path, criteria="irp", seeds=[0], options={"irp": {"levels": 1}})
+    run = irp.run_folder(compare._irp_config(settings, {"levels": 1}, 0.5, 0))
+    with holder(run) as process, ThreadPoolExecutor(1) as pool:
+        twin = Trial("irp", "shuffled", 0.5, 0)
+        waiting = pool.submit(compare.ticket_of, settings, twin, digits)
+        time.sleep(2)
+        assert not waiting.done(), waiting.exception()
+        process.kill()
+        assert waiting.result(60).card["criterion"] == "irp"
+    assert is_finished(run)
+
+
+def test_cells_that_need_one_ticket_make_it_once(tmp_path: Path, digits, monkeypatch):
+    monkeypatch.setattr(claims, "POLL", 0.02)
+    settings, made = config(tmp_path), []
+    real = compare._make
+    monkeypatch.setattr(compare, "_make", lambda *given: made.append(1) or real(*given))
+    trials = [Trial("magnitude", twin, 0.5, 0) for twin in ("ticket", "shuffled", "inverted")]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda trial: compare.ticket_of(settings, trial, digits), trials))
+    assert len(made) == 1
+    assert len({ticket.fingerprint for ticket in found}) == 3
+    assert len(list((tmp_path / "tickets").iterdir())) == 2, "no claim is left"
+
+
+def test_a_second_comparison_in_the_folder_is_told_of_the_first(tmp_path: Path):
+    with holder(tmp_path / "out") as process:
+        with pytest.raises(UsageError, match=f"being worked on by process {process.pid} "):
+            compare_verb(config(tmp_path / "out"))
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["claim.json"]
+
+
+def test_what_other_criteria_allocate_by_counts(tmp_path: Path, monkeypatch):
+    trial, settings = Trial("snip", "ticket", 0.5, 0), config(tmp_path, allocation="iter_snip")
+    before = compare.folder_of(settings, trial)
+    monkeypatch.setitem(criteria.FIRST, "iter_snip", {"rounds": 1})
+    assert compare.folder_of(settings, trial) != before
+
+
+def test_an_irp_default_that_changes_makes_another_cell(tmp_path: Path, monkeypatch):
+    trial, settings = Trial("irp", "ticket", 0.5, 0), config(tmp_path, criteria="irp")
+    before = compare.folder_of(settings, trial)
+    monkeypatch.setitem(FIRST_DEFAULTS, "IRPConfig.levels", 99)
+    assert compare.folder_of(settings, trial) != before
+
+
+def test_a_comparison_of_other_images_is_not_taken(done: CompareConfig, digits: DataSource):
+    trial = Trial("snip", "ticket", 0.5, 0)
+    assert compare.run_trial(done, trial, digits)["label"] == "snip"
+    with pytest.raises(UsageError, match="is of other images"):
+        compare.run_trial(done, trial, replace(digits, fingerprint="another"))

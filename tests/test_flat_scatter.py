@@ -98,11 +98,11 @@ def test_trainings_are_equal(
     ],
 )
 def test_triton_kernels_train_the_same(
-    kernels: ModuleType, name: str, changes: dict, capsys: pytest.CaptureFixture
+    kernels: ModuleType, name: str, changes: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = trained(name, steps=2, **changes)
     found = trained(name, steps=2, **{**changes, "scatter": "triton"})
-    assert not capsys.readouterr().err
+    assert not caplog.messages
     assert_equal(found, expected)
 
 
@@ -146,7 +146,7 @@ def test_addresses_are_sent_when_they_change(kernels: ModuleType) -> None:
 
 
 def test_where_triton_does_not_run_one_line_says_so(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*arguments) -> None:
         raise RuntimeError("Failed to find C compiler.\nmore")
@@ -154,10 +154,10 @@ def test_where_triton_does_not_run_one_line_says_so(
     expected = trained("test_vit", steps=1)
     monkeypatch.setattr(kernels.Kernels, "_run", no_compiler)
     found = trained("test_vit", steps=1, scatter="triton")
-    assert capsys.readouterr().err == (
-        "warning: Triton's kernels do not run here (RuntimeError: Failed to find C compiler.); "
-        "compact weights are gathered one by one\n"
-    )
+    assert caplog.messages == [
+        "Triton's kernels do not run here (RuntimeError: Failed to find C compiler.); "
+        "compact weights are gathered one by one"
+    ]
     assert_equal(found, expected)
 
 

@@ -13,7 +13,7 @@ from autosparse import cli, irp
 from autosparse.config import CorpusConfig, DataConfig
 from autosparse.errors import UsageError
 from benchmarks import paper_cifar10
-from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows
+from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows, table
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = """
@@ -63,6 +63,19 @@ def test_a_criterion_that_is_none_is_named() -> None:
 def test_the_nearest_density_is_nearest_as_a_ratio() -> None:
     assert nearest([1.0, 0.1, 0.02], 0.04) == 2
     assert nearest([1.0, 0.1, 0.02], 0.05) == 1
+
+
+def test_the_table_has_a_column_per_sparsity() -> None:
+    place = {"model": "m", "seed": 1}
+    found = [
+        {**place, "criterion": "dense", "sparsity": 0.0, "test_accuracy": 0.9},
+        {**place, "criterion": "snip", "sparsity": 0.95, "test_accuracy": 0.8},
+        {**place, "criterion": "snip", "sparsity": 0.98, "test_accuracy": 0.71234},
+    ]
+    assert table(found) == [
+        {**place, "criterion": "dense", "at 0%": "90.00%", "at 95%": "", "at 98%": ""},
+        {**place, "criterion": "snip", "at 0%": "", "at 95%": "80.00%", "at 98%": "71.23%"},
+    ]
 
 
 def run_small(folder: Path, *more: str) -> list[dict]:

@@ -247,3 +247,19 @@ def test_settings_that_cannot_be(changes: dict, said: str) -> None:
 def test_mixing_needs_to_know_the_classes() -> None:
     with pytest.raises(UsageError, match="num_classes"):
         Recipe(replace(QUICK, mixup=0.2), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_teacher_has_the_precision_of_training(
+    batch, teacher: Path, precision: str, kind: torch.dtype
+) -> None:
+    config = replace(QUICK, teacher=str(teacher), precision=precision, channels_last=True)
+    recipe = Recipe(config, make_model())
+    assert recipe.teacher is not None
+    seen: list[Tensor] = []
+    recipe.teacher.register_forward_hook(lambda module, given, outputs: seen.append(outputs))
+    images, labels = batch
+    recipe.loss(torch.zeros(len(labels), 10, requires_grad=True), images, labels).backward()
+    assert [outputs.dtype for outputs in seen] == [kind]
+    kernels = [weight for weight in recipe.teacher.parameters() if weight.ndim == 4]
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in kernels)

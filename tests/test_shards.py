@@ -14,6 +14,7 @@ import threading
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from webdataset import TarWriter
 
 from autosparse import data
 from autosparse.config import DataConfig, run_id
+from autosparse.data import crew, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.crew import Rooms
 from autosparse.data.pack import write_shards
@@ -585,7 +587,8 @@ def test_foreign_tars_are_adopted(tmp_path):
     assert all(problem is None for _, problem in verify(tmp_path / "insects"))
 
 
-def test_shards_without_index_are_walked_through_once(root):
+def test_shards_without_index_are_walked_through_once(root, monkeypatch):
+    monkeypatch.setattr(tars, "WORTH_KEEPING", 1)
     (root / INDEX).unlink()
     everything = [pair for split in COUNTS for pair in expected(split)]
     assert read_everything(root, True) == everything
@@ -594,6 +597,12 @@ def test_shards_without_index_are_walked_through_once(root):
     before = [path.stat().st_mtime_ns for path in kept]
     assert read_everything(root, True) == everything
     assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_what_is_walked_past_quickly_is_not_kept(root):
+    (root / INDEX).unlink()
+    assert read_everything(root, True) == [pair for split in COUNTS for pair in expected(split)]
+    assert not (root.parent / "cache" / "index").exists()
 
 
 def test_index_of_other_shards_is_not_used(root):
@@ -857,3 +866,21 @@ def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(r
     with pytest.raises(RunFailed, match=r"images died: killed by SIGKILL \(out of memory"):
         list(batches)
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, workers: int) -> None:
+    """Room for 2 x 2 + 3 batches of 4 images; a process that touched more would be killed."""
+    monkeypatch.setattr(crew, "SHARED", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    needed = (2 * 2 + 3) * 4 * 3 * 128 * 128
+    assert len(Rooms(2, 2, 128).memory) == 7, "there is room for a smaller batch"
+    if not workers:
+        assert len(Rooms(0, 4, 128).memory) == 0
+        return
+    with pytest.raises(UsageError) as error:
+        Rooms(2, 4, 128)
+    assert str(error.value) == (
+        f"{tmp_path} has 1 MB free, and 2 data.workers need {needed / 1e6:.0f} MB for their "
+        "batches: give it more (docker run --shm-size), or lower data.workers or the batch"
+    )

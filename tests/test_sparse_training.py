@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from autosparse import prune
+from autosparse import claims, criteria, prune, training
+from autosparse import pruning as pruning_module
 from autosparse.cells import Cell, cells
+from autosparse.claims import CLAIM
+from autosparse.cli import _main, guarded
 from autosparse.compaction import load_state
 from autosparse.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.data import DataSource
+from autosparse.data.source import MemorySplit
 from autosparse.errors import RunFailed, Stopped, UsageError
+from autosparse.files import write_json
+from autosparse.scorer import AutoS
 from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, train_cell
 from autosparse.steppers import PlainStepper
 from autosparse.ticket import Ticket
 from autosparse.training import evaluate
-from tests.conftest import QUICK, SMALL_DIGITS, make_model
+from tests.conftest import QUICK, SMALL_DIGITS, holder, make_model
 
 
 @pytest.fixture()
@@ -242,3 +251,167 @@ def test_the_average_is_what_is_kept_and_evaluated(config, digits: DataSource) -
     key = next(each for each in kept.values if each.startswith("stem"))
     assert torch.equal(kept.values[key], average[name])
     assert not torch.equal(kept.values[key], last[name])
+
+
+# One process at a time
+
+
+def test_a_cell_that_another_process_trains_is_left_alone(config, digits: DataSource) -> None:
+    (cell,) = cells(config)
+    with holder(cell.folder) as process:
+        (cell.folder / "checkpoint.pt").write_text("theirs")
+        (cell.folder / ".checkpoint.pt.0123.tmp").write_text("theirs")
+        with pytest.raises(UsageError, match=f"being worked on by process {process.pid} "):
+            _train(cell, config, digits, on_epoch=lambda _: pytest.fail("trained"))
+        assert (cell.folder / "checkpoint.pt").read_text() == "theirs"
+        assert (cell.folder / ".checkpoint.pt.0123.tmp").read_text() == "theirs"
+
+
+def test_one_that_waits_finds_the_result_of_the_other(
+    config, digits: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "POLL", 0.02)
+    (cell,) = cells(config)
+    with holder(cell.folder), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            _train, cell, config, digits, wait=True, on_epoch=lambda _: pytest.fail("trained")
+        )
+        time.sleep(0.3)
+        assert not waiting.done()
+        write_json(cell.folder / RESULT, {"name": "theirs"})
+        assert waiting.result(20) == {"name": "theirs"}
+
+
+def test_a_training_whose_folder_was_taken_over_writes_no_result(
+    config, digits: DataSource
+) -> None:
+    (cell,) = cells(config)
+
+    def stolen(_: object) -> None:
+        write_json(cell.folder / CLAIM, {"token": "0" * 16, "host": "another"})
+
+    real, claims.BEAT = claims.BEAT, 0.02
+    try:
+        with pytest.raises(RunFailed, match="taken over by another process"):
+            _train(
+                cell,
+                replace(config, training=replace(QUICK, epochs=200)),
+                digits,
+                on_epoch=lambda epoch: stolen(epoch) or time.sleep(0.1),
+            )
+    finally:
+        claims.BEAT = real
+    assert not cell.done
+
+
+def test_only_what_is_left_of_its_own_files_is_removed(config, digits: DataSource) -> None:
+    (cell,) = cells(config)
+    cell.folder.mkdir(parents=True)
+    for name in (".result.json.12.tmp", ".mlflow.json.12.tmp", ".claim.json.12.tmp"):
+        (cell.folder / name).write_text("")
+    _train(cell, config, digits)
+    left = sorted(path.name for path in cell.folder.iterdir())
+    assert left == [".claim.json.12.tmp", ".mlflow.json.12.tmp", RESULT, SETTINGS, TRAINED]
+
+
+# Other data, other defaults
+
+
+def test_a_result_of_other_images_is_not_taken(config, digits: DataSource) -> None:
+    (cell,) = cells(config)
+    result = _train(cell, config, digits)
+    assert result["data_fingerprint"] == digits.fingerprint
+    assert isinstance(digits.test, MemorySplit)
+    assert result["test_fingerprint"] == digits.test.fingerprint() != digits.fingerprint
+    with pytest.raises(UsageError, match=f"{cell.folder} is of other images"):
+        _train(cell, config, replace(digits, fingerprint="another"))
+
+
+def test_what_a_criterion_hangs_on_makes_another_ticket(
+    pruning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_autos = replace(pruning, prune=replace(pruning.prune, criterion="autos"))
+    paths = [next(cells(by_autos)).folder]
+    for seed in (0, 1):  # The same path, another AutoS.
+        torch.manual_seed(seed)
+        AutoS("context").save(tmp_path / "autos.safetensors")
+        asked = replace(by_autos.prune, options={"scorer": str(tmp_path / "autos.safetensors")})
+        paths.append(next(cells(replace(by_autos, prune=asked))).folder)
+    assert len(set(paths)) == 3
+    assert len(list((Path(pruning.out) / "tickets").iterdir())) == 3
+    (before,) = cells(pruning)
+    monkeypatch.setitem(criteria.FIRST, "random", {"seed": 99})
+    (now,) = cells(pruning)
+    assert now.name != before.name
+
+
+# Said once, checked first
+
+
+def test_what_is_pruned_is_the_trainings_model_and_data(pruning) -> None:
+    assert isinstance(pruning.prune, PruneConfig)
+    once = replace(
+        pruning, model=pruning.prune.model, data=SMALL_DIGITS,
+        prune=PruneConfig(criterion="random", sparsity=0.875, seed=4),
+    )  # fmt: skip
+    (cell,), (twice,) = cells(once), cells(pruning)
+    assert cell.ticket.content_hash == twice.ticket.content_hash
+    assert cell.data == SMALL_DIGITS
+    assert len(list((Path(pruning.out) / "tickets").iterdir())) == 1
+
+
+def test_two_models_cannot_be_meant(pruning) -> None:
+    with pytest.raises(UsageError, match=r"prune\.model is test_byobnet and model test_vit"):
+        list(cells(replace(pruning, model=ModelConfig("test_vit"))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prune.data.image_size", "32"], "image_size 32, the data digits 16"),
+        (["--prune.data.name", "cifar10"], "num_classes|in_chans 3"),
+        (["--prune.criterion", "snyp"], "unknown criterion 'snyp'"),
+        (["--prune.options", "{rounds: 3}"], "unknown option of snip 'rounds'"),
+        (["--prune.sparsity", "1.5"], "sparsity must be"),
+        (["--prune.guard", "layers"], "unknown guard"),
+        (["--prune.scoring.batches", "0"], "batches must be at least 1"),
+        (
+            ["--prune.criterion", "autos", "--prune.options", "{scorer: nothing}"],
+            "no AutoS file at nothing",
+        ),
+        (["--training.optimizer", "adamv"], "unknown optimizer"),
+        (["--training.optimizer_options", "{momentun: 0.9}"], "optimizer adamw: "),
+        (["--training.schedule", "cosin"], "unknown schedule"),
+        (["--training.precision", "fp16"], "under DeepSpeed only"),
+        (["--training.mixup", "0.1", "--training.batch_size", "25"], "even number"),
+        (["--training.teacher", "nobody"], "no such file: nobody"),
+        (["--model.name", "test_byobnett"], "unknown model 'test_byobnett'"),
+        (["--model.exclude", "[nothing]"], "unknown layer to exclude 'nothing'"),
+        (["--model.options", "{colour: red}"], "timm cannot build test_byobnet"),
+        (["--data.name", "folder", "--data.root", "nowhere"], "nowhere is not a folder"),
+        (["--out", "taken"], "taken: it is a file"),
+        (["--out", "taken/below"], "taken is not a folder"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_scored(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("work has begun")
+
+    for module, name in ((pruning_module, "score"), (pruning_module.data_module, "load"),
+                         (training, "fit")):  # fmt: skip
+        monkeypatch.setattr(module, name, never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    command = ["train", "--model.name", "test_byobnet", "--prune.criterion", "snip", "--data.name",
+               "digits", "--device", "cpu", "--tracking", "false"]  # fmt: skip
+    assert guarded(_main, [*command, *arguments]) == (1 if "--out" in arguments else 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line), line
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_tickets_that_do_not_fit_the_data_are_told_of_before_the_first_is_trained(config) -> None:
+    with pytest.raises(UsageError, match="the model of erk has image_size 16, the data digits"):
+        list(cells(replace(config, data=DataConfig(image_size=32))))

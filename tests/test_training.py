@@ -42,6 +42,21 @@ def test_a_seed_fixes_everything(digits: DataSource) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
+def test_kernels_with_the_same_bits_every_time(digits: DataSource) -> None:
+    def states() -> tuple[bool, ...]:
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        cudnn, told = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+        return told, cudnn.deterministic, cudnn.benchmark, bool(fill)
+
+    before, seen = states(), []
+    for asked in (True, False):
+        config = replace(QUICK, deterministic=asked)
+        _trained(make_model(), digits, config, on_step=lambda step: seen.append(states()))
+        assert states() == before
+    assert set(seen[: len(seen) // 2]) == {(True, True, False, False)}
+    assert set(seen[len(seen) // 2 :]) == {before} != {(True, True, False, False)}
+
+
 def test_a_resumed_training_ends_as_the_unbroken_one(digits: DataSource, tmp_path: Path) -> None:
     config = replace(QUICK, epochs=4, checkpoint_epochs=2)
     whole, broken, resumed = (make_model(drop_path_rate=0.2) for _ in range(3))

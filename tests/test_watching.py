@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autosparse.progress import Bar, Progress
-from autosparse.watching import StepWatch, told_to_stop
+from autosparse.watching import Fetched, StepWatch, told_to_stop
 
 
 def _stepper(updates: int, skipped: int = 0) -> Any:
@@ -42,6 +42,20 @@ def test_the_text_says_loss_rate_waiting_and_skipped_steps() -> None:
         assert watch.bar.description.endswith(
             "loss 0.500, rate 0.013, waits for data 0%, 2 skipped"
         )
+
+
+def test_nobody_waits_for_a_loss_that_is_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[int] = []
+    monkeypatch.setattr(Fetched, "there", lambda fetched: bool(there))
+    with Progress(enabled=False) as progress:
+        watch = StepWatch(progress, "erk")
+        watch.begin(made=0, total=10, images=50)
+        for step in (1, 2):
+            watch.stepped(torch.tensor(float(step)), _stepper(step), 0.0)
+            assert watch.bar.description == "erk"
+        there.append(1)
+        watch.stepped(torch.tensor(3.0), _stepper(3), 0.0)
+        assert "loss 1.000" in watch.bar.description, "the one that was asked for"
 
 
 def test_sigterm_is_heard_and_the_old_handler_comes_back() -> None:

@@ -105,6 +105,7 @@ def short_levels(
         raise UsageError("short levels: levels and steps_per_level must be at least 1")
     if iter(batches) is batches:
         batches = list(islice(batches, steps))
+    alive = {name: mask.cpu() for name, mask in alive.items()}
     fell = {name: torch.zeros(mask.shape, dtype=torch.int16) for name, mask in alive.items()}
     scores: Scores = {}
     for level, count in enumerate(_counts(alive, horizon), start=1):
@@ -114,6 +115,7 @@ def short_levels(
             alive,
             count,
         )
+        smaller = {name: mask.cpu() for name, mask in smaller.items()}
         for name, mask in smaller.items():
             fell[name][alive[name] & ~mask] = level
         alive = smaller

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
+import shutil
 import signal
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from autosparse.errors import UsageError
 
 Task = tuple[list[int], tuple[int, int] | None]
 """The samples of a batch, and (seed, epoch) where they are augmented."""
@@ -26,6 +31,7 @@ PREFETCH = 2
 """Batches that a worker process is asked for in advance."""
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """What launchers send to all processes of a training that is to save and end."""
+SHARED = Path("/dev/shm")
 LENT = 2
 """Rooms that batches keep to themselves: the one in use, and the one before, not yet let go."""
 
@@ -153,6 +159,7 @@ class Rooms:
         # One more: the next batch is asked for before the last one received is handed out.
         count = workers * PREFETCH + LENT + 1 if workers else 0
         shape = (count, images, 3, size, size)
+        check_room(math.prod(shape), workers)
         self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self.free, self.lent = list(range(count)), set[int]()
 
@@ -174,6 +181,23 @@ class Rooms:
     def _back(self, room: int) -> None:
         self.lent.discard(room)
         self.free.append(room)
+
+
+def check_room(needed: int, workers: int) -> None:
+    """Raise UsageError if so many bytes do not fit into the memory that processes share.
+
+    Linux has it in a file system of its own, 64 MB in a container by default; where it is full,
+    a process is killed (SIGBUS) that touches what it was given.
+    """
+    if not workers or not SHARED.is_dir():
+        return
+    free = shutil.disk_usage(SHARED).free
+    if free < needed:
+        raise UsageError(
+            f"{SHARED} has {free / 1e6:.0f} MB free, and {workers} data.workers need "
+            f"{needed / 1e6:.0f} MB for their batches: give it more (docker run --shm-size), or "
+            "lower data.workers or the batch"
+        )
 
 
 @contextmanager

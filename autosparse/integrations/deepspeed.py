@@ -234,7 +234,7 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.training.batch_size // parts,
         "gradient_accumulation_steps": config.deepspeed.gradient_accumulation,
         "gradient_clipping": config.training.clip_grad or 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **_overlapping(config, ranks)},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
             "enabled": config.training.precision != "fp32",
@@ -243,6 +243,17 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         },
         "steps_per_print": NEVER,
     }
+
+
+def _overlapping(config: SparseTrainConfig, ranks: Ranks) -> dict[str, bool]:
+    """Return what sends gradients of several GPUs while the others are computed."""
+    several = _on_gpu() and ranks.world_size > 1
+    return {"overlap_comm": config.deepspeed.overlap_comm} if several else {}
+
+
+def _on_gpu() -> bool:
+    accelerator = deepspeed.get_accelerator()
+    return accelerator is not None and accelerator.device_name() == "cuda"
 
 
 def take_place() -> None:
@@ -274,17 +285,28 @@ def start() -> tuple[Ranks, str]:
     """Join the other ranks (or stand alone); return our place and device."""
     take_place()
     _silence()
-    accelerator = deepspeed.get_accelerator()
-    gpu = accelerator is not None and accelerator.device_name() == "cuda"
+    gpu = _on_gpu()
+    device = own_gpu(torch.cuda.device_count()) if gpu else "cpu"
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
     if gpu:
         torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def own_gpu(visible: int) -> str:
+    """Return this rank's GPU of those that it sees: under Slurm that may be one for each task.
+
+    DeepSpeed takes LOCAL_RANK for the GPU, so that is changed too.
+    """
+    local = str(int(os.environ["LOCAL_RANK"]) % visible)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            os.environ[name] = local
+    return f"cuda:{local}"
 
 
 def _silence() -> None:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 import autosparse
 from autosparse import criteria
+from autosparse.cells import RESULT, cells
+from autosparse.files import write_json
 from autosparse.scorer import AutoS
+from tests.integration.cells_on_ranks import configs
 from tests.integration.prune_on_ranks import CASES, WORLD, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,13 +27,13 @@ ROOT = Path(autosparse.__file__).parent.parent
 SCRIPT = ROOT / "tests" / "integration" / "prune_on_ranks.py"
 
 
-def launch(out: Path, *arguments: str) -> list[tuple[int, str]]:
+def launch(out: Path, *arguments: str, script: Path = SCRIPT) -> list[tuple[int, str]]:
     """Run the script on every rank; return exit codes and what was said on stderr."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [str(out / "store"), str(out), *arguments]
     running = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), *command],
+            [sys.executable, str(script), str(rank), *command],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -120,3 +123,20 @@ def test_another_kind_of_model_on_a_rank_fails_on_every_rank(tmp_path: Path) -> 
     assert [code for code, _ in done] == [0, 0]
     for rank in range(WORLD):
         assert (tmp_path / f"rank{rank}.txt").read_text().startswith("RunFailed")
+
+
+def test_ranks_are_told_what_the_first_one_finds_on_its_disk(tmp_path: Path) -> None:
+    """Of ticket and result: on a file system that lags, or belongs to a node, others find none."""
+    disk = tmp_path / "disk0"
+    (cell,) = cells(configs(disk)["pruned"])
+    (named,) = cells(configs(disk)["tickets"])
+    for each in (cell, named):
+        write_json(each.folder / RESULT, {"name": each.name})
+    for code, said in launch(tmp_path, script=SCRIPT.with_name("cells_on_ranks.py")):
+        assert code == 0, said[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["pruned"] == [str(cell.folder), cell.ticket.content_hash, {"name": cell.name}]
+    assert first["tickets"][0] == str(named.folder)
+    assert "no ticket matches" in first["error"] and "disk1" in first["error"]
+    assert not (tmp_path / "disk1").exists()

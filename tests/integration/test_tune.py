@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from autosparse import sweep
+from autosparse.config import DataConfig
 from autosparse.errors import RunFailed, UsageError
 from autosparse.files import read_json, write_json
 from autosparse.integrations import tune
@@ -184,3 +185,11 @@ def test_a_stopped_cell_is_not_done_again(local_ray, tmp_path: Path):
     swept = tune.run(settings)
     assert sorted(swept.found) == sorted([dense.key, ticket.key])
     assert not (ticket.folder / RESULT).exists()
+
+
+def test_a_worker_that_is_used_again_reads_the_data_of_its_sweep(tmp_path: Path):
+    sizes = []
+    for limit in (100, 200, 100):
+        cells = sweep.cells(config(tmp_path, data=DataConfig(train_limit=limit)))
+        sizes.append(len(tune._loaded(cells[0]).train))
+    assert sizes == [100, 200, 100]

@@ -1,0 +1,42 @@
+"""Which GPU a rank takes, and what DeepSpeed is told on several; no GPU and no engine is needed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from autosparse.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
+from autosparse.integrations import deepspeed
+from autosparse.steppers import Ranks
+
+OPENMPI = "OMPI_COMM_WORLD_LOCAL_RANK"
+
+
+@pytest.mark.parametrize(
+    ("local", "visible", "expected"), [("0", 1, "0"), ("3", 1, "0"), ("3", 4, "3"), ("5", 4, "1")]
+)
+@pytest.mark.parametrize("openmpi", [False, True])
+def test_a_rank_takes_one_of_the_gpus_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch, local: str, visible: int, expected: str, openmpi: bool
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.delenv(OPENMPI, raising=False)
+    if openmpi:
+        monkeypatch.setenv(OPENMPI, local)
+    assert deepspeed.own_gpu(visible) == f"cuda:{expected}"
+    assert os.environ["LOCAL_RANK"] == expected
+    assert os.environ.get(OPENMPI) == (expected if openmpi else None)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize(("gpu", "ranks"), [(True, 2), (True, 1), (False, 2)])
+def test_gradients_are_sent_meanwhile_on_several_gpus(
+    monkeypatch: pytest.MonkeyPatch, asked: bool, gpu: bool, ranks: int
+) -> None:
+    monkeypatch.setattr(deepspeed, "_on_gpu", lambda: gpu)
+    config = SparseTrainConfig(
+        training=TrainingConfig(batch_size=8), deepspeed=DeepSpeedConfig(2, overlap_comm=asked)
+    )
+    told = deepspeed.engine_config(config, Ranks(0, ranks))["zero_optimization"]
+    assert told == {"stage": 2, **({"overlap_comm": asked} if gpu and ranks > 1 else {})}
