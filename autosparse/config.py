@@ -449,6 +449,8 @@ class PruneConfig:
     """Fixes the initial weights, the scored images and random criteria."""
     device: str = _local("auto")
     """auto, cpu, cuda …"""
+    dead: str = _local("warn")
+    """What becomes of a ticket whose output does not depend on the image: warn, or error."""
     out: str = _local("ticket.safetensors")
     """The ticket file to write."""
 
@@ -488,6 +490,8 @@ class SparseTrainConfig:
     """auto, cpu, cuda …"""
     tracking: bool = _local(True)
     """Log to MLflow."""
+    dead: str = _local("warn")
+    """What becomes of a ticket whose output does not depend on the image: warn, or error."""
     out: str = _local("trained")
     """Folder for the trained tickets."""
 

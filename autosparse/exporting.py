@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from autosparse import models
-from autosparse.compaction import load_state
+from autosparse.compaction import compact, densify
 from autosparse.errors import UsageError, unknown
 from autosparse.files import replacing, write_tensors
 from autosparse.sparse_training import TRAINED
+from autosparse.standardised import differs_from_plain
 from autosparse.ticket import Ticket
 
 FORMATS = ("dense", "ticket", "onnx")
@@ -31,15 +32,14 @@ def trained_ticket(path: str | Path) -> Ticket:
 
 def dense_model(ticket: Ticket) -> nn.Module:
     """Return the ticket's model with ordinary weights, zero where pruned, in eval mode."""
-    model = models.from_recipe(ticket.card["model"])
-    load_state(model, ticket)
-    return model.eval()
+    return densify(compact(models.from_recipe(ticket.card["model"]), ticket)).eval()
 
 
 def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
     """Write a ticket in a format of `FORMATS`; return what is worth telling.
 
-    dense: safetensors that `timm.create_model(…).load_state_dict` takes; the card in its header.
+    dense: safetensors that `timm.create_model(…).load_state_dict` takes, and with which it gives
+        the trained logits (UsageError where that cannot be); the card in its header.
     onnx: the network from normalised images [batch, C, H, W] to logits, the batch free.
     ticket: the ticket itself, e.g. to train on from trained values.
     """
@@ -48,11 +48,28 @@ def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
     if kind == "ticket":
         ticket.save(path)
     elif kind == "dense":
-        state = dense_model(ticket).state_dict()
+        model = dense_model(ticket)
+        _check_plain(model, str(ticket.card["model"]["name"]))
+        state = model.state_dict()
         write_tensors(path, {name: t.contiguous() for name, t in _once(state).items()}, ticket.card)
     else:
         _write_onnx(ticket, path)
     return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept}
+
+
+def _check_plain(model: nn.Module, name: str) -> None:
+    """Raise UsageError where timm's own model would not say what this one says.
+
+    Networks that standardise their kernels (NFNet, BiT) take every filter's mean away, which turns
+    pruned zeros into other numbers; here the kernel is masked again (see standardised.py). No
+    weights make a plain one do that.
+    """
+    layer = differs_from_plain(model)
+    if layer is not None:
+        raise UsageError(
+            f"{name} standardises its kernels: no weights give timm's own model the trained "
+            f"logits (first at {layer}); use --format onnx or ticket"
+        )
 
 
 def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

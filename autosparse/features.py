@@ -113,7 +113,7 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
 
         return hook
 
-    hooks = [_called(model, name).register_forward_hook(note(name)) for name in found]
+    hooks = [called(model, name).register_forward_hook(note(name)) for name in found]
     modes = [(module, module.training) for module in model.modules()]
     try:
         outputs_of(model.eval(), image)
@@ -128,7 +128,7 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
     return {name: count or usual for name, count in found.items()}
 
 
-def _called(model: nn.Module, name: str) -> nn.Module:
+def called(model: nn.Module, name: str) -> nn.Module:
     """Return the module whose call uses a weight: attention does not call its projection."""
     owner = name.rpartition(".")[0]
     parent = model.get_submodule(owner.rpartition(".")[0])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,8 @@ class Cost:
     """What was computed, in forward-backward passes of one image each."""
 
     image_passes: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What was not done as it was asked for, for the ticket's card."""
 
 
 _COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
@@ -77,13 +80,56 @@ def spend(images: float, passes: float = 1.0) -> None:
         cost.image_passes += images * passes
 
 
+def note(key: str, value: Any) -> None:
+    """Leave an entry for the card of the ticket that is being made."""
+    cost = _COST.get()
+    if cost is not None:
+        cost.notes[key] = value
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Compute float32 in full precision, the same way every time: for what is compared bit by bit.
+
+    GPUs may round the factors of products to TF32 (10 bits), in which two signals that differ are
+    equal; autocast rounds more. All settings are put back afterwards.
+    """
+    backends: list[tuple[Any, str, Any]] = [
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+    ]
+    before = [(where, key, getattr(where, key)) for where, key, _ in backends]
+    try:
+        for where, key, value in backends:
+            setattr(where, key, value)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for where, key, value in before:
+            setattr(where, key, value)
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error tells of memory or of the device, not of what was computed."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", "cuda error"))
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put gradients, buffers, modes, `requires_grad` and the CPU and GPU RNGs back afterwards."""
+    """Put all back afterwards: gradients, buffers, modes and whatever else modules hold or cache.
+
+    `requires_grad` and the CPU and GPU RNGs too.
+    """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = {name: module.training for name, module in model.named_modules()}
+    attributes = _attributes(model)
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
@@ -94,9 +140,46 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        model.train()  # Some modules (LeViT's attention) drop what they cached in eval mode.
-        for name, module in model.named_modules():
-            module.training = modes[name]
+        _put_back(attributes)
+
+
+def _attributes(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
+    """Return all that modules hold beside tensors and hooks, with copies of dicts and lists."""
+    return {
+        module: {
+            key: (value, copy.copy(value) if isinstance(value, dict | list) else None)
+            for key, value in vars(module).items()
+            if not key.startswith("_")
+        }
+        for module in model.modules()
+    }
+
+
+def _put_back(attributes: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> None:
+    """Undo what was set, and forget what was cached, since `_attributes`."""
+    for module, before in attributes.items():
+        for key in [key for key in vars(module) if not key.startswith("_") and key not in before]:
+            delattr(module, key)
+        for key, (value, content) in before.items():
+            if vars(module).get(key, module) is not value:
+                vars(module)[key] = value
+            if isinstance(value, dict):
+                value.clear()
+                value.update(content)
+            elif isinstance(value, list):
+                value[:] = content
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model that has kept tensors with a graph (a cache)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            held = value.values() if isinstance(value, dict) else [value]
+            for each in held:
+                if isinstance(each, Tensor) and not each.is_leaf:
+                    memo[id(each)] = each.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -16,6 +17,8 @@ from autosparse.errors import UsageError, unknown
 
 Masks = dict[str, Tensor]
 SCOPES = ("global", "layer")
+MANY_TIES = 0.01
+"""Ties at the threshold that are more than this share of what is kept are worth a warning."""
 SAMPLE = 1 << 14
 """How many scores are looked at first to find about where the threshold lies."""
 
@@ -315,6 +318,31 @@ def _in_proportion(
     free = [name for name in share if name not in fixed]
     mass = sum(share[name] for name in free)
     return {name: left * share[name] / mass if mass else Fraction(left, len(free)) for name in free}
+
+
+def ties(scores: Mapping[str, Tensor], chosen: Mapping[str, Tensor], *, by_layer: bool) -> int:
+    """Return how many weights share a score of which some were kept and some removed, by position.
+
+    That is the highest score among the removed; kept weights that a guard has raised may lie below.
+
+    Args:
+        scores: what was chosen by.
+        chosen: the masks.
+        by_layer: whether every layer had a threshold of its own.
+    """
+    groups = [[name] for name in chosen] if by_layer else [list(chosen)]
+    return sum(_ties_of([(scores[name], chosen[name]) for name in names]) for names in groups)
+
+
+def _ties_of(layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    threshold = max(
+        float(score.masked_fill(mask.to(score.device), -torch.inf).max()) for score, mask in layers
+    )
+    if threshold == -math.inf:
+        return 0
+    level = [(score == threshold, mask.to(score.device)) for score, mask in layers]
+    kept_ones = sum(int((equal & mask).count_nonzero()) for equal, mask in level)
+    return sum(int(equal.count_nonzero()) for equal, _ in level) if kept_ones else 0
 
 
 def kept(masks: Mapping[str, Tensor]) -> int:

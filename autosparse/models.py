@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from autosparse import roles
 from autosparse.config import ModelConfig
 from autosparse.errors import UsageError, unknown
+from autosparse.gradients import of_the_machine
 
 COMPILED = "_orig_mod"
 """Under which name `torch.compile` holds a module."""
@@ -51,7 +53,7 @@ def create(
         if config.small_stem:
             _shrink_stem(model)
         if not config.zero_init and "zero_init_last" not in config.options:
-            _fill_zeros(model)
+            _reveal(model, config.name, torch.zeros(1, in_chans, image_size, image_size))
     settings = dataclasses.asdict(config)
     for name in ("zero_init", "small_stem"):
         if not settings[name]:
@@ -111,16 +113,38 @@ def _shrink_stem(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fill_zeros(model: nn.Module) -> None:
-    """Let no gain, norm weight or layer start at zero."""
+def revealing(model: nn.Module, image: torch.Tensor, limit: float) -> dict[str, torch.Tensor]:
+    """Return, by name, values for the parameters that hide layers from gradients.
+
+    They are one for gains (see roles.py) that are nowhere larger than `limit`, and drawn from a
+    normal distribution of standard deviation 0.02 for prunable weights that are all zero.
+
+    Args:
+        model: is not changed.
+        image: [1, C, H, W], on the model's device.
+        limit: 0 for gains that are zero; roles.FAINT for those that are near zero, too.
+    """
     layers = {id(weight) for weight in prunable(model).values()}
+    gains = set(roles.faint(model, image, limit))
+    values = {}
     for name, parameter in model.named_parameters():
-        if parameter.count_nonzero():
-            continue
-        if id(parameter) in layers:
-            nn.init.trunc_normal_(parameter, std=0.02)
-        elif name.rpartition(".")[2] in ("weight", "gain", "skipinit_gain", "gamma"):
-            parameter.fill_(1)
+        if id(parameter) in layers and not parameter.count_nonzero():
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype)
+            values[name] = nn.init.trunc_normal_(drawn, std=0.02)
+        elif name in gains:
+            values[name] = torch.ones_like(parameter)
+    return values
+
+
+def _reveal(model: nn.Module, name: str, image: torch.Tensor) -> None:
+    """Let no gain or layer start at zero."""
+    try:
+        roles.set_values(model, revealing(model, image, 0.0))
+    except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError) as error:
+        if of_the_machine(error):
+            raise
+        side = image.shape[-1]
+        raise UsageError(f"{name} cannot take images of {side} px: {error}") from error
 
 
 class Images(Protocol):

@@ -5,16 +5,17 @@ Used by criteria that sum over paths, and to tell which weights lie on one (reac
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 
 from autosparse.contract import joined
-from autosparse.errors import UsageError
+from autosparse.errors import UsageError, UserError
+from autosparse.gradients import copied, of_the_machine
 from autosparse.models import CONV_OR_LINEAR, expected_shape
 from autosparse.standardised import as_plain
 
@@ -34,10 +35,34 @@ GATES = (
     "MultiheadAttention",
 )
 """Kept as they are: factors between 0 and 1, and what is no function of single values."""
+POOLS: dict[type, type] = {nn.MaxPool2d: nn.AvgPool2d, MaxPool2dSame: AvgPool2dSame}
+"""Pools that take the largest value, and those that take the mean of the same ones."""
 SINGLY = ("batch", "instance", "filterresponse", "evonorm2db")
 """Norms that scale every channel by itself, by part of their name."""
 DOUBLED = 64
 """How many blocks are doubled in one test: 2^64 is far from float32's end."""
+
+
+class CannotFollow(Exception):
+    """The sum over a network's paths cannot be had; says why."""
+
+
+@contextmanager
+def followed(network: nn.Module) -> Iterator[None]:
+    """Turn what goes wrong while a stand-in for a network is computed into CannotFollow.
+
+    What tells of memory or of the device passes through: it says nothing about the network.
+    """
+    try:
+        yield
+    except (UserError, CannotFollow):
+        raise
+    except Exception as error:
+        if of_the_machine(error):
+            raise
+        message = (str(error).strip() or "no message").splitlines()[0]
+        name = type(network).__name__
+        raise CannotFollow(f"{name} without norms: {type(error).__name__}: {message}") from error
 
 
 def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
@@ -46,7 +71,7 @@ def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
     shape = tuple(first[0].shape[1:]) if first is not None else expected_shape(model)
     if shape is None:
         raise UsageError(
-            f"{type(model).__name__} does not say what images it takes: give one batch as data"
+            f"{type(model).__name__} does not say what images it takes: give a batch as data"
         )
     return shape
 
@@ -54,15 +79,19 @@ def image_shape(model: nn.Module, batches: Any = ()) -> tuple[int, ...]:
 def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy with absolute weights and no biases, in eval mode.
 
-    Only the parameters named in `trainable` need a gradient. Kernels are not standardised.
+    Only the parameters named in `trainable` need a gradient. Kernels are not standardised, and
+    activations do not overwrite their input, which may be another's by now.
     """
-    plain = as_plain(copy.deepcopy(model)).eval()
+    plain = as_plain(copied(model)).eval()
     with torch.no_grad():
         for name, tensor in plain.state_dict().items():
             if name.rpartition(".")[2] in ("bias", "running_mean"):
                 tensor.zero_()
             elif tensor.is_floating_point():
                 tensor.abs_()
+    for module in plain.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
     for parameter in plain.parameters():
         parameter.requires_grad_(False)
     for name in trainable:
@@ -108,8 +137,8 @@ def only_paths(model: nn.Module, *, mixing: bool = False) -> dict[str, Gate]:
                     gates[f"{path}.act"] = gate = Gate()
                     stand_in = nn.Sequential(stand_in, gate) if mixing else gate
                 setattr(parent, name, stand_in)
-            elif isinstance(child, nn.MaxPool2d) and child.dilation in (1, (1, 1)):
-                setattr(parent, name, _average_like(child))
+            elif type(child) in POOLS and child.dilation in (1, (1, 1)):
+                setattr(parent, name, _average_like(cast(nn.MaxPool2d, child)))
     return gates
 
 
@@ -163,7 +192,7 @@ def _mixing_like(norm: nn.Module) -> nn.Module:
 
 
 def _average_like(pool: nn.MaxPool2d) -> nn.Module:
-    return nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+    return POOLS[type(pool)](pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
 
 
 def activation_patterns(
@@ -220,13 +249,16 @@ def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | Non
         return None
     powers: dict[nn.Module, Tensor] = {}
 
-    def divide(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def divide(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
         powers[module], _ = _power(output)
         return output / powers[module]
 
     with torch.no_grad():
         with _hooked(blocks, divide):
             before = linear(images)
+        blocks = [block for block in blocks if block in powers]
         for start in range(0, len(blocks), DOUBLED):
             some = blocks[start : start + DOUBLED]
             factors = {each: (2.0 if each in some else 1.0) / powers[each] for each in powers}
@@ -234,6 +266,8 @@ def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | Non
                 after = linear(images)
             if not torch.isfinite(after).all() or not torch.equal(after, before * 2.0 ** len(some)):
                 return None
+    if not blocks:
+        return None
     rescaling = Rescaling()
     for block in blocks:
         block.register_forward_hook(rescaling)

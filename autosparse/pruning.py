@@ -20,10 +20,11 @@ from autosparse.config import (
     check_sparsity,
 )
 from autosparse.contract import gradients_on
-from autosparse.errors import UsageError
+from autosparse.errors import RunFailed, UsageError, unknown
 from autosparse.gradients import LossFn
 from autosparse.masks import Masks
 from autosparse.models import prunable
+from autosparse.paths import CannotFollow
 from autosparse.scoring import (
     UNIFORM,
     Data,
@@ -42,6 +43,7 @@ from autosparse.versions import library_versions
 DENSE = "dense"
 SOME_CLASSES = 10
 """Where only the data themselves tell how many there are."""
+DEAD = ("warn", "error")
 
 
 @gradients_on()
@@ -59,8 +61,12 @@ def prune(
     exclude: Sequence[str] = (),
     loss_fn: LossFn = nn.functional.cross_entropy,
     ranks: Ranks | None = None,
+    dead: str = "warn",
 ) -> Ticket:
     """Score a model's weights at initialization and return the ticket; the model is not changed.
+
+    What hides layers from scores in a model of your own (norms, LayerScale, heads that start at or
+    near zero) is taken to be one, or drawn, while it is scored; the card says so (`revealed`).
 
     Args:
         model: a timm model (or any module with Conv and Linear layers), at initialization. A
@@ -80,10 +86,14 @@ def prune(
         ranks: this process's place, if several prune the same model together (under
             torch.distributed): named data are shared out, own batches are taken to be this
             rank's share; every rank gets the same ticket.
+        dead: what becomes of a ticket whose output does not depend on the image: warn, or error.
 
     Works under `torch.no_grad` and `inference_mode` too. Raises UsageError, in one line, for an
-    unknown name or a sparsity out of range, and for a model, loss or batch that cannot be used.
+    unknown name or a sparsity out of range, and for a model, loss or batch that cannot be used;
+    RunFailed for a dead ticket, if that is asked for.
     """
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
     model = models.unwrapped(model)
     models.check_values(model)
     if criterion == DENSE:
@@ -95,7 +105,10 @@ def prune(
         model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
     )  # fmt: skip
-    return choose(model, scores, card, ranks=ranks)
+    ticket = choose(model, scores, card, ranks=ranks)
+    if dead == "error":
+        refuse_dead(ticket.card)
+    return ticket
 
 
 def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
@@ -112,6 +125,7 @@ def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
         seed=config.seed,
         options=config.options,
         ranks=ranks,
+        dead=config.dead,
     )
 
 
@@ -161,12 +175,29 @@ def choose(
 ) -> Ticket:
     """Do the second half of `prune`: from scores to the ticket."""
     chosen = select(scored, card["sparsity"])
+    card = {**card, **_ties(scored, chosen)}
     if scored.selection.guard == "live":
         chosen = _onto_paths(model, chosen, scored)
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(ticket.fingerprint, "chose other weights", ranks)
     return ticket
+
+
+def _ties(scored: Scored, chosen: Masks) -> dict[str, int]:
+    """Return the card's entry on ties at the threshold, told in a warning too, if they are many."""
+    if scored.selection.pattern is not None:
+        return {}
+    by_layer = scored.counts is not None or scored.selection.scope == "layer"
+    found, kept = masks.ties(scored.scores, chosen, by_layer=by_layer), masks.kept(chosen)
+    if found <= masks.MANY_TIES * kept:
+        return {}
+    warnings.warn(
+        f"{found:,} weights have the very score that the threshold fell on ({kept:,} are kept): "
+        "which of them stay was settled by their position; use another criterion or more data",
+        stacklevel=4,
+    )
+    return {"ties": found}
 
 
 def select(scored: Scored, sparsity: float) -> Masks:
@@ -191,7 +222,7 @@ def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
         raise UsageError("guard live needs to know the images' shape: give a batch, or named data")
     try:
         return reach.onto_paths(model, chosen, scored.scores, scored.shape)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except CannotFollow as error:
         raise UsageError(
             f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "
             "use guard layer"
@@ -201,28 +232,45 @@ def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
 def finish_card(
     model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None, card: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Add to a card what the masks came to: sparsity, and the weights on a live path."""
+    """Add to a card what the masks came to: sparsity, the weights on a live path, and `dead`.
+
+    `dead` is the first layer from which on nothing depends on the image, where the ticket's output
+    does not; told in a warning too. `paths` says why it is not known how much lies on a path.
+    """
     total = masks.total(chosen)
     card = {**card, "sparsity": card["sparsity"], "kept": masks.kept(chosen)}
     if card.get("selection", {}).get("pattern"):
         card["sparsity"] = masks.sparsity(chosen)
-    live = _live(model, chosen, shape)
-    if live is not None:
-        card["live"] = {name: int(mask.count_nonzero()) for name, mask in live.items()}
-        card["effective_density"] = sum(card["live"].values()) / total
-    return card
-
-
-def _live(model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None) -> Masks | None:
     if shape is None:
-        return None
+        return card
     try:
-        return reach.live(model, chosen, shape)
-    except (RuntimeError, TypeError, AttributeError) as error:
+        live = reach.live(model, chosen, shape)
+        if not any(mask.any() for mask in live.values()):
+            card["dead"] = reach.first_dead(model, chosen, shape)
+            warnings.warn(dead_line(card), stacklevel=2)
+    except CannotFollow as error:
+        card["paths"] = f"cannot be followed: {error}"
         warnings.warn(
             f"effective density of {type(model).__name__} is not known: {error}", stacklevel=2
         )
-        return None
+        return card
+    card["live"] = {name: int(mask.count_nonzero()) for name, mask in live.items()}
+    card["effective_density"] = sum(card["live"].values()) / total
+    return card
+
+
+def dead_line(card: Mapping[str, Any]) -> str:
+    """Return what to tell of a dead ticket."""
+    return (
+        f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
+        "prune with guard live, at a lower sparsity or by another criterion"
+    )
+
+
+def refuse_dead(card: Mapping[str, Any]) -> None:
+    """Raise RunFailed for a dead ticket."""
+    if "dead" in card:
+        raise RunFailed(dead_line(card))
 
 
 def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> Ticket:

@@ -8,25 +8,24 @@ at most.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autosparse.gradients import spend
+from autosparse import roles
+from autosparse.features import called
+from autosparse.gradients import exactly, note, spend
 from autosparse.masks import Masks, keep_counts, top
 from autosparse.memory import keep_freed_blocks
 from autosparse.models import device_of
-from autosparse.paths import only_paths, without_shifts
+from autosparse.paths import CannotFollow, followed, only_paths, without_shifts
 
 SIDE = 64
 """Of the images by which networks are thinned, where they take smaller ones: paths through a weight
 are the same at any size, but for kernels that see padding only."""
-NO_INPUT = ("token", "pos_embed")
-"""Parts of the names of parameters that are added to the signal."""
 ROUNDS = 32
 """In how many rounds a network is thinned, unless said otherwise."""
 
@@ -54,9 +53,14 @@ def onto_paths(
 
     What is dead (see `live`) makes room for the highest scores among the weights that would lie
     on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
-    layer keeps as many weights as before.
+    layer keeps as many weights as before. Where nothing is live, no single weight would be, and the
+    whole network is thinned (see `thinned`).
     """
     alive = live(model, masks, shape)
+    if not any(mask.any() for mask in alive.values()):
+        counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        found = thinned(model, scores, counts, shape)
+        return {name: mask.to(masks[name].device) for name, mask in found.items()}
     return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
 
 
@@ -81,16 +85,33 @@ def within_reach(
 ) -> dict[str, Tensor]:
     """Return which weights lie on a path, or would if they were kept too.
 
-    Every kept weight gets a random positive value, all other parameters are one (tokens and
-    positions zero), and norms, activations and biases are left out; where a norm computes with
-    several channels, these hear of each other. A weight is in reach if the gradient of the output
-    by it depends on the image. Signals are rescaled after every module, so that no gate saturates.
+    Every kept weight gets a random positive value. Other parameters are one, but zero where they
+    are added to the signal (biases, positions; see roles.py), and norms and activations are left
+    out; where a norm computes with several channels, these hear of each other. A weight is in
+    reach if the gradient of the output by it depends on the image. Signals are rescaled after
+    every module, so that no gate saturates.
+
+    Raises CannotFollow where such a network cannot be computed.
     """
-    with _repeatable(device_of(model)):
-        network = _Network(model, masks, shape, torch.float64)
-        network.keep(masks)
+    network = _Network(model, masks, shape, torch.float64)
+    network.keep(masks)
+    with exactly(network.images.device):
         first, second = network.gradients(), network.gradients(image=1)
     return {name: (first[name] != second[name]).to(mask.device) for name, mask in masks.items()}
+
+
+def first_dead(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> str:
+    """Return the first layer from which on nothing depends on the image, of a dead network.
+
+    Args: see `live`.
+    """
+    network = _Network(model, masks, shape, torch.float64)
+    network.keep(masks)
+    with exactly(network.images.device):
+        hears = network.hears_of_the_image()
+    last = max((place for place, hearing in enumerate(hears.values()) if hearing), default=-1)
+    called = list(hears) or list(masks)
+    return called[min(last + 1, len(called) - 1)]
 
 
 @torch.no_grad()
@@ -128,7 +149,7 @@ def thinned(
     scores = {name: score.to(device) for name, score in scores.items()}
     begun = within or {n: torch.ones_like(s, dtype=torch.bool) for n, s in scores.items()}
     begun = {name: mask.to(device) for name, mask in begun.items()}
-    with _repeatable(device):
+    with exactly(device):
         network = _small_network(model, begun, shape)
         network.keep(begun)
         layers = {n: _Layer(begun[n], score, counts[n], tilt) for n, score in scores.items()}
@@ -155,16 +176,18 @@ def best_on_paths(
 ) -> Masks:
     """Thin a network (see `thinned`, whose `options` these are); if that cannot be, go by scores.
 
-    A network whose paths cannot be followed is told in a warning.
+    A network whose paths cannot be followed is told in a warning, and on the ticket's card. What
+    else goes wrong (memory that runs out, say) is raised.
     """
     try:
         return thinned(model, scores, counts, shape, **options)
-    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+    except CannotFollow as error:
         warnings.warn(
             f"the paths through {type(model).__name__} cannot be followed ({error}); weights are "
             "chosen without them",
             stacklevel=2,
         )
+        note("chosen_without_paths", str(error))
         return keep_counts(scores, counts, within=options.get("within"))
 
 
@@ -234,38 +257,18 @@ def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
     return torch.where(on_path | ~on_path.any(), lifted, dead)
 
 
-@contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """Compute so that the same sums come to the same bits: paths are told apart by these.
-
-    On a GPU that asks for deterministic convolutions, and for none of TF32's rounding.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        with cudnn.flags(
-            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-        ):
-            yield
-    finally:
-        matmul.allow_tf32 = before
-
-
 def _small_network(
     model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> _Network:
     """Return the network for images of at most `SIDE`, or of `shape` where it takes no other."""
     small = (shape[0], *(min(side, SIDE) for side in shape[1:]))
     if small != tuple(shape):
-        network = _Network(model, masks, small, torch.float32)
         try:
+            network = _Network(model, masks, small, torch.float32)
             network.gradients()
             return network
-        except (RuntimeError, AssertionError, TypeError, AttributeError):
-            del network  # It takes images of one size only.
+        except CannotFollow:
+            pass  # It takes images of one size only.
     return _Network(model, masks, shape, torch.float32)
 
 
@@ -281,19 +284,31 @@ class _Network:
     ) -> None:
         plain = without_shifts(model, masks).to(dtype)
         self.copy = plain.to(memory_format=torch.contiguous_format)
-        only_paths(self.copy, mixing=True)
         generator = torch.Generator().manual_seed(0)
         self.weights = {name: self.copy.get_parameter(name) for name in masks}
+        others = {n: each for n, each in self.copy.named_parameters() if n not in masks}
         with torch.no_grad():
             for name, parameter in self.copy.named_parameters():
                 if name in masks:
                     drawn = torch.rand(parameter.shape, generator=generator, dtype=dtype)
                     parameter.copy_(drawn.add_(0.5))
-                elif name.rpartition(".")[2] != "bias":
-                    parameter.fill_(0 if any(word in name for word in NO_INPUT) else 1)
-        self.remeasure = _rescale_everywhere(self.copy)
         device = next(iter(self.weights.values())).device
         self.images = (torch.rand(2, *shape, generator=generator, dtype=dtype) + 0.5).to(device)
+        with followed(model):
+            found = roles.of(self.copy, self.images[:1])
+        with torch.no_grad():
+            for name, parameter in others.items():
+                parameter.fill_(0 if name in found.shifts else 1)
+        only_paths(self.copy, mixing=True)
+        self.remeasure = _rescale_everywhere(self.copy)
+        self._wake([others[name] for name in found.tokens])
+
+    @torch.no_grad()
+    def _wake(self, tokens: list[Tensor]) -> None:
+        """Let tokens be one where the whole network has dead layers without: class attention."""
+        if tokens and not all(each.any() for each in self.gradients().values()):
+            for token in tokens:
+                token.fill_(1)
 
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """Set what is masked to zero; it stays so."""
@@ -308,19 +323,50 @@ class _Network:
         """
         if image == 0:
             self.remeasure()
-        with torch.enable_grad():
-            total = self.copy(self.images[image : image + 1]).sum()
+        with torch.enable_grad(), followed(self.copy):
+            total = _sum(self.copy(self.images[image : image + 1]))
+            if not torch.isfinite(total):
+                raise CannotFollow(
+                    f"the sum over the paths of {type(self.copy).__name__} is not finite"
+                )
             found = torch.autograd.grad(total, list(self.weights.values()), materialize_grads=True)
         spend(1)
         return dict(zip(self.weights, found, strict=True))
 
     def paths_through(self) -> dict[str, Tensor]:
         """Return the sum over the paths through every weight, kept or not; 0: dead."""
-        first, second = self.gradients(), self.gradients(image=1)
+        with exactly(self.images.device):
+            first, second = self.gradients(), self.gradients(image=1)
         return {
             name: torch.where(each == second.pop(name), 0, each.abs_())
             for name, each in first.items()
         }
+
+    @torch.no_grad()
+    def hears_of_the_image(self) -> dict[str, bool]:
+        """Return, by layer in the order of calls, whether its output depends on the image."""
+        outputs: dict[str, list[Tensor]] = {}
+
+        def record(name: str) -> Callable:
+            return lambda module, given, output: outputs.setdefault(name, []).append(_sum(output))
+
+        hooks = [called(self.copy, n).register_forward_hook(record(n)) for n in self.weights]
+        self.remeasure()
+        with followed(self.copy):
+            for image in self.images.split(1):
+                self.copy(image)
+        for hook in hooks:
+            hook.remove()
+        halves = {name: len(found) // 2 for name, found in outputs.items()}
+        return {n: found[: halves[n]] != found[halves[n] :] for n, found in outputs.items()}
+
+
+def _sum(output: Any) -> Tensor:
+    """Return the sum over all that a model or module puts out: a tensor, or many in any nest."""
+    if isinstance(output, Tensor):
+        return output.sum()
+    parts = list(output.values()) if isinstance(output, Mapping) else list(output)
+    return torch.stack([_sum(part) for part in parts if part is not None]).sum()
 
 
 def _rescale_everywhere(model: nn.Module) -> Callable[[], None]:

@@ -29,6 +29,7 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
             "accuracy": statistics.fmean(r["test_accuracy"] for r in group),
             "spread": _spread([r["test_accuracy"] for r in group]),
             "seeds": len(group),
+            "dead": dead(group),
             "parameters": round(statistics.fmean(r["parameters"] for r in group)),
             "checkpoint_bytes": round(statistics.fmean(r["checkpoint_bytes"] for r in group)),
             "seconds": statistics.fmean(r["seconds"] for r in group),
@@ -39,6 +40,18 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
         for (model, sparsity, criterion), group in groups.items()
     ]
     return sorted(rows, key=lambda row: (row["model"], row["sparsity"], -row["accuracy"]))
+
+
+def dead(results: Iterable[Result]) -> int:
+    """Return how many results are of tickets whose output does not depend on the image."""
+    return sum(result.get("effective_density") == 0 for result in results)
+
+
+def mark(row: dict[str, Any]) -> str:
+    """Return what stands behind a criterion's name in a table where its tickets are dead."""
+    if not row["dead"]:
+        return ""
+    return " (dead)" if row["dead"] == row["seeds"] else f" ({row['dead']} of {row['seeds']} dead)"
 
 
 def _cost_share(result: Result) -> float:
@@ -60,7 +73,7 @@ def show(results: Iterable[Result]) -> None:
         [
             {
                 "model": row["model"],
-                "criterion": row["criterion"],
+                "criterion": row["criterion"] + mark(row),
                 "sparsity": f"{row['sparsity']:.1%}",
                 "test accuracy": f"{row['accuracy']:.1%} ± {row['spread']:.1%}",
                 "seeds": row["seeds"],

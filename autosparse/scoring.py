@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse import criteria, masks, models, paths
+from autosparse import criteria, masks, models, paths, roles
 from autosparse import data as data_module
 from autosparse.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
 from autosparse.contract import Checked, gradients_on
 from autosparse.data import DataSource
-from autosparse.errors import RunFailed, UsageError, unknown
-from autosparse.gradients import LossFn, Shared, counting
+from autosparse.errors import RunFailed, UsageError, UserError, unknown
+from autosparse.gradients import LossFn, Shared, counting, note, of_the_machine
 from autosparse.models import device_of
+from autosparse.paths import CannotFollow
 from autosparse.steppers import Ranks
 from autosparse.training import seeded
 from autosparse.versions import library_versions
@@ -121,6 +124,7 @@ def score(
     started = time.perf_counter()
     with counting() as cost:
         scores = context.run(found, sparsity, asked)
+        _tell_level(scores, criterion, sparsity)
         counts = context.allocated(selection, scores, sparsity)
     changed = found.changed_defaults(asked)
     card = {
@@ -135,6 +139,7 @@ def score(
         "seed": seed,
         "exclude": list(exclude),
         **(found.provenance(**asked) if found.provenance else {}),
+        **cost.notes,
         "image_passes": round(cost.image_passes, 3),
         "seconds": round(time.perf_counter() - started, 3),
         "versions": library_versions(),
@@ -169,7 +174,7 @@ class _Context:
         """Return the criterion's scores; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
         usual = {key: value for key, value in known.items() if key in criterion.options}
-        with seeded(self.seed):
+        with seeded(self.seed), self._revealed(criterion), self._told(criterion):
             scores = criterion(
                 self.model,
                 self._batches(criterion, usual | options),
@@ -184,6 +189,45 @@ class _Context:
                 scores[name] = scores[name].contiguous()
                 dist.broadcast(scores[name], 0)
         return scores
+
+    @contextmanager
+    def _revealed(self, criterion: criteria.Criterion) -> Iterator[None]:
+        """Let nothing hide layers from the scores, for a while; see models.revealing.
+
+        A model that `models.create` made is taken as it is: it has a setting for that.
+        """
+        shape = self.shape()
+        if shape is None or hasattr(self.model, "autosparse_recipe"):
+            yield
+            return
+        weight = next(self.model.parameters())
+        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        limit = 0.0 if criterion.learned else roles.FAINT
+        try:
+            with torch.random.fork_rng(devices=[]):
+                values = models.revealing(self.model, image, limit)
+        except Exception as error:
+            if of_the_machine(error) or isinstance(error, UserError):
+                raise
+            if criterion.needs_data:
+                raise UsageError(own_failure(self.model, shape, error)) from error
+            values = {}  # It need not run; what does run it, says what is wrong.
+        if values:
+            note("revealed", sorted(values))
+        with roles.replaced(self.model, values):
+            yield
+
+    @contextmanager
+    def _told(self, criterion: criteria.Criterion) -> Iterator[None]:
+        """Say it in one line if a criterion needs the paths of a network that has none."""
+        try:
+            yield
+        except CannotFollow as error:
+            name = type(self.model).__name__
+            raise UsageError(
+                f"{criterion.name} has no scores for {name}, whose paths cannot be followed "
+                f"({error}); use a criterion that needs none, such as snip"
+            ) from error
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
@@ -258,6 +302,34 @@ def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
     """Return how many classes the labels may name, where that is known."""
     found = getattr(model, "num_classes", None)
     return found if isinstance(found, int) and loss_fn is nn.functional.cross_entropy else None
+
+
+def _tell_level(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
+    """Warn of layers in which a criterion tells no weight from another, and note them on the card.
+
+    Whole layers that fell in a round of pruning have scores below zero; those are no such ones.
+    """
+    level = [
+        name
+        for name, score in scores.items()
+        if score.numel() > 1 and score.max() >= 0 and score.min() == score.max()
+    ]
+    if level and sparsity:
+        note("level", level)
+        warnings.warn(
+            f"{criterion} tells no weight from another in {len(level)} of {len(scores)} layers "
+            f"({', '.join(level[:3])}{' …' if len(level) > 3 else ''}): no signal or gradient "
+            "comes through there; give larger images, or exclude these layers",
+            stacklevel=4,
+        )
+
+
+def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
+    """Return one line on what a model raised when it was called."""
+    message = " ".join(str(error).split()) or "no message"
+    kind = type(error).__name__
+    name = type(model).__name__
+    return f"{name} raised {kind} in its own forward, on an image {list(shape)}: {message}"
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:

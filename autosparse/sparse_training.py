@@ -6,6 +6,7 @@ One process at a time is at a cell. Where there are several ranks, rank 0 looks 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from autosparse.compaction import compact
 from autosparse.config import SparseTrainConfig, plain
 from autosparse.data import DataSource
 from autosparse.data.source import MemorySplit
-from autosparse.errors import Stopped, UsageError
+from autosparse.errors import Stopped, UsageError, unknown
 from autosparse.files import write_json
+from autosparse.pruning import DEAD, dead_line, refuse_dead
 from autosparse.steppers import Epoch, Ranks, Stepper
 from autosparse.ticket import Ticket
 from autosparse.training import Span, Watch, evaluate, fit, seeded, steps_per_epoch
@@ -144,6 +146,7 @@ class _Training:
     ) -> dict[str, Any]:
         """Train and evaluate; rank 0 writes the trained ticket and the result."""
         cell, config, source, ranks = self.cell, self.config, self.source, self.ranks
+        _tell_dead(cell, config.dead, ranks)
         model = build(cell.ticket, source).to(models.choose_device(device))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         steps = steps_per_epoch(source.train, config.training, ranks.world_size)
@@ -208,6 +211,16 @@ def test_fingerprint(source: DataSource) -> str:
         return source.test.fingerprint()
     content = data_identity.content(source.config) or source.fingerprint
     return f"{content}-{source.image_size}"
+
+
+def _tell_dead(cell: Cell, dead: str, ranks: Ranks) -> None:
+    """Warn of a ticket that is known to be dead, or refuse it, before it is trained."""
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
+    if dead == "error":
+        refuse_dead(cell.ticket.card)
+    elif "dead" in cell.ticket.card and ranks.rank == 0:
+        warnings.warn(f"{cell.name}: {dead_line(cell.ticket.card)}", stacklevel=3)
 
 
 @contextmanager

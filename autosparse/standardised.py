@@ -126,6 +126,20 @@ def as_plain(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def differs_from_plain(model: nn.Module) -> str | None:
+    """Return the first convolution whose masked kernel is not the one that timm's class makes.
+
+    Zeros that are masked again are the same only where whole filters are kept or removed.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _Masked):
+            kernel = _standardised(module)
+            if not torch.allclose(_masked(module, kernel), kernel, rtol=1e-5, atol=1e-6):
+                return name
+    return None
+
+
 def _standardised(module: Any) -> Tensor:
     weight = module.weight
     gain = (module.gain * module.scale).view(-1) if hasattr(module, "gain") else None

@@ -15,6 +15,7 @@ from autosparse.config import CompareConfig, plain
 from autosparse.data import DataSource
 from autosparse.files import write_json
 from autosparse.pruning import DENSE
+from autosparse.results import dead, mark
 from autosparse.training import steps_per_epoch
 
 SHORT = {
@@ -74,6 +75,7 @@ def _row(
         "label": label,
         "sparsity": sparsity,
         "seeds": len(own),
+        "dead": dead(mine),
         **_mean_and_spread("accuracy", own),
         "validation_accuracy": statistics.fmean(each["validation_accuracy"] for each in mine),
         "kept": mine[0]["kept"],
@@ -164,7 +166,7 @@ def shown(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         effective = row["effective_density"]
         yield {
             "at %": f"{row['sparsity'] * 100:g}",
-            "criterion": row["label"],
+            "criterion": row["label"] + mark(row),
             "accuracy": f"{row['accuracy'] * 100:.1f}±{row['spread'] * 100:.1f}",
             **twins,
             "verdict": row["verdict"] or "",

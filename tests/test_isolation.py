@@ -18,6 +18,7 @@ LAYERS = (
     ("data_identity",),
     ("config",),
     ("style", "gradients"),
+    ("roles",),
     (
         "masks",
         "models",

@@ -49,6 +49,8 @@ class Criterion:
     """Whether it trains, and so wants an endless stream of training batches, not a sample."""
     provenance: Callable[..., dict[str, str]] | None = None
     """Options -> what else the scores depend on, for the ticket's card."""
+    learned: bool = False
+    """Whether it was fitted on networks as `models.create` makes them, and wants such ones."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -160,11 +162,12 @@ def register(
     needs_data: bool,
     trains: bool = False,
     provenance: Callable[..., dict[str, str]] | None = None,
+    learned: bool = False,
 ) -> Callable:
     """Register the decorated function as the criterion `name`."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
-        _REGISTRY[name] = Criterion(name, function, needs_data, trains, provenance)
+        _REGISTRY[name] = Criterion(name, function, needs_data, trains, provenance, learned)
         return function
 
     return add

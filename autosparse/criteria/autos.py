@@ -40,7 +40,7 @@ def fingerprints(scorer: str | None = None, **_) -> dict[str, str]:
     return {"autos": network.fingerprint, "corpus": network.card.get("corpus", "unknown")}
 
 
-@register("autos", needs_data=True, provenance=fingerprints)
+@register("autos", needs_data=True, provenance=fingerprints, learned=True)
 def autos(
     model,
     parameters,

@@ -29,7 +29,7 @@ BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
 
 
-@register("autos_irp", needs_data=True, trains=True, provenance=autos.fingerprints)
+@register("autos_irp", needs_data=True, trains=True, provenance=autos.fingerprints, learned=True)
 def autos_irp(
     model,
     parameters,

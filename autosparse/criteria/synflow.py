@@ -19,16 +19,24 @@ every score is scaled alike. Elsewhere everything is computed in float64.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from autosparse import roles
 from autosparse.contract import outputs_of
 from autosparse.criteria import Scores, register
 from autosparse.gradients import backward_one_by_one, spend
 from autosparse.models import owner
-from autosparse.paths import image_shape, rescale_between_blocks, without_shifts
+from autosparse.paths import (
+    CannotFollow,
+    followed,
+    image_shape,
+    rescale_between_blocks,
+    without_shifts,
+)
 from autosparse.rounds import Take, any_along, nonzero, shrink
 
 
@@ -45,18 +53,25 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
     linear = without_shifts(model, parameters)
     _simplify(linear)
     _channels_last(linear)
-    channels = _Channels(linear, list(parameters))
     weights: dict[str, Tensor] = {name: linear.get_parameter(name) for name in parameters}
     like = next(iter(weights.values()))
     ones = torch.ones((1, *image_shape(model, batches)), dtype=like.dtype, device=like.device)
-    if rescale_between_blocks(linear, ones):
+    with followed(model):
+        elsewhere = roles.of(linear, ones).elsewhere
+        rescaled = rescale_between_blocks(linear, ones)
+    channels = _Channels(linear, list(parameters), elsewhere)
+    if rescaled:
         _without_relu(linear)
     else:
         linear, ones = linear.double(), ones.double()
 
     def gradient(take: Take) -> None:
         spend(len(ones))
-        backward_one_by_one(outputs_of(linear, ones).sum(), channels.weights(), take)
+        with followed(model):
+            flow = outputs_of(linear, ones).sum()
+            if not torch.isfinite(flow):
+                raise CannotFollow("the sum over all paths, with weights >= 0, is not finite")
+            backward_one_by_one(flow, channels.weights(), take)
 
     return shrink(weights, gradient, sparsity, rounds, min_per_layer=0, narrow=channels.narrow)
 
@@ -64,17 +79,22 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
 class _Channels:
     """Computes, of every layer, only the channels that a living weight reads or writes.
 
-    A weight that several modules share stays whole, and so does that of a grouped convolution.
+    A weight that several modules share stays whole, and so does that of a grouped convolution, or
+    one that is used `elsewhere` than in its own module's forward.
     """
 
-    def __init__(self, linear: nn.Module, names: list[str]) -> None:
+    def __init__(self, linear: nn.Module, names: list[str], elsewhere: Collection[str]) -> None:
         self.linear, self.names = linear, names
         modules = linear.modules()
         held = Counter(id(each) for one in modules for each in one.parameters(recurse=False))
         self.layers: dict[str, _Layer] = {}
         for name in names:
             module, _ = owner(linear, name)
-            if _maps_channels(module) and held[id(linear.get_parameter(name))] == 1:
+            if (
+                name not in elsewhere
+                and _maps_channels(module)
+                and held[id(linear.get_parameter(name))] == 1
+            ):
                 self.layers[name] = _Layer(module)
 
     def weights(self) -> list[Tensor]:
