@@ -107,8 +107,10 @@ def _flat() -> dict[str, Expected]:
     found: dict[str, Expected] = {}
     for model in SCORED:
         for way, what in SCATTERS.items():
+            found[f"round_ms_{model}_{way}"] = ("ms", "", what)
+        for way, what in SCATTERS.items():
             goal = "<= 1" if way == "triton" else ""
-            found[f"round_ms_{model}_{way}"] = ("ms", goal, what)
+            found[f"device_ms_{model}_{way}"] = ("ms", goal, f"{what}; the device alone")
     return found
 
 
