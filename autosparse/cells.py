@@ -23,8 +23,10 @@ from autosparse.config import (
     PruneConfig,
     SparseTrainConfig,
     from_plain,
+    plain,
     run_id,
 )
+from autosparse.corpus import data_name
 from autosparse.errors import UsageError
 from autosparse.files import check_folder, read_json
 from autosparse.pruning import DENSE, prune, prune_as
@@ -127,7 +129,7 @@ def _check_shapes(wanted: Any, data: DataConfig, what: str) -> None:
         mine, theirs = getattr(wanted, key, None), getattr(found, key)
         if mine is not None and theirs is not None and mine != theirs:
             raise UsageError(
-                f"{what} has {key} {mine}, the data {data.name} {theirs}; set "
+                f"{what} has {key} {mine}, the data {data_name(plain(data))} {theirs}; set "
                 f"{'data.image_size' if key == 'image_size' else 'data'} alike"
             )
 

@@ -184,7 +184,7 @@ def test_ticket_for_another_data_set(folder, capsys):
     assert run(*PRUNE, "--out", "t.safetensors") == 0
     train = ["train", "--tickets", "[t.safetensors]", *QUICK]
     pets = ["--data.name", "folder", "--data.root", "pets", "--data.image_size", "16"]
-    refuse(capsys, [*train, *pets], "num_classes 10", "pets 2")
+    refuse(capsys, [*train, *pets], "in_chans 1", "pets 3")
     refuse(capsys, [*train, "--data.image_size", "8"], "image_size 16", "digits 8")
 
 
