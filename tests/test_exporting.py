@@ -78,3 +78,33 @@ def test_mistakes_are_one_line(ticket, tmp_path):
     with pytest.raises(UsageError, match=r"unknown format 'onx'.*onnx"):
         export(ExportConfig(ticket=str(tmp_path / "t.safetensors"), format="onx"))
     assert [each.name for each in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def standardised(digits) -> Ticket:
+    """A ticket of a network whose kernels are standardised."""
+    return prune(make_model("test_nfnet"), digits, "erk", 0.9)
+
+
+def test_what_timms_own_model_cannot_say_is_refused(standardised, tmp_path):
+    with pytest.raises(UsageError, match=r"test_nfnet standardises .* \(first at \S+\); use --fo"):
+        exporting.export(standardised, "dense", tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_whole_filters_are_kept_timms_own_model_says_it(standardised, images, tmp_path):
+    masks = {name: torch.ones_like(mask) for name, mask in standardised.masks.items()}
+    ticket = Ticket.from_model(make_model("test_nfnet"), masks, standardised.card)
+    exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+    plain = make_model("test_nfnet", seed=3)
+    plain.load_state_dict(load_file(tmp_path / "x.safetensors"))
+    with torch.no_grad():
+        expected = compact(make_model("test_nfnet"), ticket).eval()(images)
+        torch.testing.assert_close(plain.eval()(images), expected)
+
+
+def test_a_standardised_network_is_exported_as_it_was_trained(standardised, images):
+    """Kernels are masked once more after they are standardised; timm's own are not."""
+    with torch.no_grad():
+        expected = compact(make_model("test_nfnet", seed=5), standardised).eval()(images)
+        torch.testing.assert_close(exporting.dense_model(standardised)(images), expected)
