@@ -109,9 +109,7 @@ def test_compact_weights_are_the_masked_dense_ones(case: str, device: torch.devi
     for name, parameter in dense.named_parameters():
         mask = ticket.masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
         off = gradients[name].flatten().cpu() - parameter.grad[mask]
-        assert off.norm() <= 1e-4 * largest, (
-            name
-        )  # Some are 0 but for rounding.
+        assert off.norm() <= 1e-4 * largest, name  # Some are 0 but for rounding.
     for name, part in compact_weights(found):
         if name in ticket.masks:
             assert torch.equal(part.mask().cpu(), ticket.masks[name])
