@@ -135,7 +135,7 @@ def test_every_setting_of_training_changes_the_run():
         "precision": "bf16", "channels_last": True, "compile": True, "grad_checkpointing": True,
         "rescatter": True, "sparse_products": False, "bias_rate": 64.0,
     }  # fmt: skip
-    local = {"checkpoint_epochs", "checkpoint_steps"}
+    local = {"checkpoint_epochs", "checkpoint_steps", "deterministic", "scatter"}
     assert set(changed) == {spec.name for spec in dataclasses.fields(TrainingConfig)} - local
     ids = {run_id(replace(TrainingConfig(), **{key: value})) for key, value in changed.items()}
     assert len(ids | {run_id(TrainingConfig())}) == len(changed) + 1

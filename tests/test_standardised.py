@@ -336,8 +336,8 @@ def test_state_dict_round_trip(name: str) -> None:
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(images()), model(images()))
     names = {key.removeprefix("layer.") for key in model.state_dict()}
-    known = {"parametrizations.weight.original", "bias", "gain"}
-    assert names <= known
+    known = {f"parametrizations.weight.{each}" for each in ("original", "0.fingerprint")}
+    assert names <= known | {"bias", "gain"}
 
 
 @ALL
