@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autosparse import masks, models, prune, reach, roles
 from autosparse.compaction import compact, densify
 from autosparse.errors import UsageError
-from autosparse.standardised import STANDARDISED, differs_from_plain
+from autosparse.standardised import STANDARDISED, differs_from_plain, kernels_masked
 from autosparse.ticket import Ticket
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -246,7 +246,8 @@ def pruned(model: nn.Module, family: str, criterion: str, sparsity: float) -> Ti
     lines = [str(each.message) for each in told]
     assert any("ticket is dead" in line for line in lines) == ("dead" in ticket.card)
     assert "paths" not in ticket.card and "chosen_without_paths" not in ticket.card, lines
-    collapsed = criterion == "synflow" and "dead" in ticket.card  # All flow is zero then.
+    live = ticket.card["effective_density"]
+    collapsed = criterion == "synflow" and live < (1 - sparsity) / 2  # Most flow is zero then.
     if not collapsed:
         assert "ties" not in ticket.card, ticket.card["ties"]
         assert set(ticket.card.get("level", ())) <= set(SAY_NOTHING.get(family, ()))
@@ -318,10 +319,11 @@ def test_what_is_called_dead_has_no_gradient_that_depends_on_the_image(family: s
     roles.set_values(model, values)
     real = masked_dense(model, Ticket(chosen, {}, {}))
     weights = {name: real.get_parameter(name) for name in chosen}
-    one, other = (_gradients(real, weights, image) for image in images.split(1))
+    with kernels_masked(real):
+        one, other = (_gradients(real, weights, image) for image in images.split(1))
+    largest = max(float(each.abs().max()) for each in one.values())
     for name, mask in chosen.items():
-        size = max(float(one[name].abs().max()), float(other[name].abs().max()))
-        moves = (one[name] - other[name]).abs() > 1e-9 * size
+        moves = (one[name] - other[name]).abs() > 1e-12 * largest  # Beyond rounding.
         assert not (moves & mask & ~live[name]).any(), name
 
 
