@@ -128,7 +128,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = [
+        (module, dict(module._buffers), _clones(module._buffers)) for module in model.modules()
+    ]
     attributes = _attributes(model)
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -138,9 +140,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradients[name]
             parameter.requires_grad_(needed[name])
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for module, held, values in buffers:  # A forward may have put others in their place.
+                module._buffers.clear()
+                module._buffers.update(held)
+                for name, value in values.items():
+                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
         _put_back(attributes)
+
+
+def _clones(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
 
 
 def _attributes(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
@@ -137,8 +137,8 @@ def only_paths(model: nn.Module, *, mixing: bool = False) -> dict[str, Gate]:
                     gates[f"{path}.act"] = gate = Gate()
                     stand_in = nn.Sequential(stand_in, gate) if mixing else gate
                 setattr(parent, name, stand_in)
-            elif type(child) in POOLS and child.dilation in (1, (1, 1)):
-                setattr(parent, name, _average_like(cast(nn.MaxPool2d, child)))
+            elif _is_pool(child):
+                setattr(parent, name, _average_like(child))
     return gates
 
 
@@ -189,6 +189,10 @@ def _mixing_like(norm: nn.Module) -> nn.Module:
     last = -1 if "2d" not in kind and not groups else 1
     shifts = isinstance(norm, nn.LayerNorm | nn.GroupNorm)
     return Mixing(groups, getattr(norm, "channel_dim", last), shifts=shifts)
+
+
+def _is_pool(module: nn.Module) -> TypeGuard[nn.MaxPool2d]:
+    return type(module) in POOLS and module.dilation in (1, (1, 1))
 
 
 def _average_like(pool: nn.MaxPool2d) -> nn.Module:

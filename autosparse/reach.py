@@ -26,6 +26,9 @@ from autosparse.paths import CannotFollow, followed, only_paths, without_shifts
 SIDE = 64
 """Of the images by which networks are thinned, where they take smaller ones: paths through a weight
 are the same at any size, but for kernels that see padding only."""
+GAIN = 0.75
+"""Of what is neither weight nor shift, where only being live counts. Not one, for which paths would
+cancel: x + gain * (f(x) - x), (1 - gain) * x + gain * f(x)."""
 ROUNDS = 32
 """In how many rounds a network is thinned, unless said otherwise."""
 
@@ -85,7 +88,7 @@ def within_reach(
 ) -> dict[str, Tensor]:
     """Return which weights lie on a path, or would if they were kept too.
 
-    Every kept weight gets a random positive value. Other parameters are one, but zero where they
+    Every kept weight gets a random positive value. Other parameters are `GAIN`, but zero where they
     are added to the signal (biases, positions; see roles.py), and norms and activations are left
     out; where a norm computes with several channels, these hear of each other. A weight is in
     reach if the gradient of the output by it depends on the image. Signals are rescaled after
@@ -93,7 +96,7 @@ def within_reach(
 
     Raises CannotFollow where such a network cannot be computed.
     """
-    network = _Network(model, masks, shape, torch.float64)
+    network = _Network(model, masks, shape, torch.float64, GAIN)
     network.keep(masks)
     with exactly(network.images.device):
         first, second = network.gradients(), network.gradients(image=1)
@@ -105,7 +108,7 @@ def first_dead(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, 
 
     Args: see `live`.
     """
-    network = _Network(model, masks, shape, torch.float64)
+    network = _Network(model, masks, shape, torch.float64, GAIN)
     network.keep(masks)
     with exactly(network.images.device):
         hears = network.hears_of_the_image()
@@ -281,6 +284,7 @@ class _Network:
         masks: Mapping[str, Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        gain: float = 1.0,
     ) -> None:
         plain = without_shifts(model, masks).to(dtype)
         self.copy = plain.to(memory_format=torch.contiguous_format)
@@ -298,7 +302,7 @@ class _Network:
             found = roles.of(self.copy, self.images[:1])
         with torch.no_grad():
             for name, parameter in others.items():
-                parameter.fill_(0 if name in found.shifts else 1)
+                parameter.fill_(0 if name in found.shifts else gain)
         only_paths(self.copy, mixing=True)
         self.remeasure = _rescale_everywhere(self.copy)
         self._wake([others[name] for name in found.tokens])

@@ -292,6 +292,30 @@ def test_a_model_that_holds_tensors_with_a_graph_is_pruned() -> None:
     assert model.cache["it"] is held
 
 
+class Indexing(nn.Module):
+    """As ConViT's attention: a buffer is put in the place of another once the size is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.register_buffer("places", torch.zeros(1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(self.places) != images.shape[1]:
+            self.places = torch.arange(images.shape[1]) + 1.0
+        return self.layer(images.flatten(1) * self.places)
+
+
+def test_a_buffer_that_was_put_in_anothers_place_is_taken_out_again() -> None:
+    """Copied into it, the old values (one zero) would have made all places zero."""
+    model, images = Indexing(), torch.randn(4, 3, 1, 1)
+    before = model.places
+    ticket = prune(model, [(images, torch.arange(4))], "snip", 0.5)
+    assert model.places is before
+    assert torch.equal(model(images), model.layer(images.flatten(1) * torch.tensor([1.0, 2, 3])))
+    assert "level" not in ticket.card
+
+
 # Models as timm makes them, from the command line's side
 
 
