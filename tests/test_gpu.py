@@ -216,7 +216,9 @@ def test_criteria_choose_what_they_choose_on_the_cpu(
     assert {mask.device.type for mask in found.masks.values()} == {"cpu"}
     least = 0.6 if name in TRAINS or name.startswith("autos") else 0.99
     if name == "ntk_sap" and device.type != "cpu":
-        least = 0.3  # Weights are drawn by the device's own generator; chance would be 0.2.
+        # Weights are drawn by the device's own generator: another sample. Chance would be 0.2.
+        assert overlap(expected.masks, found.masks) >= 0.3
+        return
     assert overlap(expected.masks, found.masks) >= least
     for layer, mask in expected.masks.items():
         kept = int(mask.sum())
