@@ -57,11 +57,11 @@ def onto_paths(
     What is dead (see `live`) makes room for the highest scores among the weights that would lie
     on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
     layer keeps as many weights as before. Where nothing is live, no single weight would be, and the
-    whole network is thinned (see `thinned`).
+    whole network is thinned (see `thinned`), unless a layer keeps none: then nothing can be done.
     """
     alive = live(model, masks, shape)
-    if not any(mask.any() for mask in alive.values()):
-        counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    if all(counts.values()) and not any(mask.any() for mask in alive.values()):
         found = thinned(model, scores, counts, shape)
         return {name: mask.to(masks[name].device) for name, mask in found.items()}
     return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
@@ -305,6 +305,7 @@ class _Network:
                 parameter.fill_(0 if name in found.shifts else gain)
         only_paths(self.copy, mixing=True)
         self.remeasure = _rescale_everywhere(self.copy)
+        self.finite = False
         self._wake([others[name] for name in found.tokens])
 
     @torch.no_grad()
@@ -329,11 +330,12 @@ class _Network:
             self.remeasure()
         with torch.enable_grad(), followed(self.copy):
             total = _sum(self.copy(self.images[image : image + 1]))
-            if not torch.isfinite(total):
+            if not self.finite and not torch.isfinite(total):
                 raise CannotFollow(
                     f"the sum over the paths of {type(self.copy).__name__} is not finite"
                 )
             found = torch.autograd.grad(total, list(self.weights.values()), materialize_grads=True)
+        self.finite = True  # Asked once: later passes have fewer weights, and the device goes on.
         spend(1)
         return dict(zip(self.weights, found, strict=True))
 

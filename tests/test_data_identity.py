@@ -182,7 +182,7 @@ def test_data_that_are_not_there_are_said_at_once(tmp_path: Path, name: str):
 
 
 def test_what_is_no_manifest_is_said_in_one_line(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"no such file: .*manifest.json"):
+    with pytest.raises(UsageError, match=r"manifest.json is not there: `autosparse shards index"):
         run_id(DataConfig("shards", str(tmp_path)))
     write_json(tmp_path / "manifest.json", {"shards": [{"name": "x"}]})
     with pytest.raises(UsageError, match="is not a manifest of shards"):
@@ -217,7 +217,7 @@ def test_two_folders_of_one_name_are_two_runs(tmp_path: Path, capsys):
     assert first == third != second
 
 
-def test_a_run_of_data_known_by_name_is_told_of(tmp_path: Path, capsys):
+def test_a_run_of_data_known_by_name_is_told_of(tmp_path: Path, caplog):
     settings = small(pets(tmp_path / "v1" / "pets"), tmp_path)
     finished = irp.run_irp(settings)
     former = []
@@ -228,9 +228,9 @@ def test_a_run_of_data_known_by_name_is_told_of(tmp_path: Path, capsys):
 
     data_identity.tell_of_former(former_folder, "finished.json")
     finished.rename(former[1])
-    capsys.readouterr()
+    caplog.clear()
     assert irp.run_irp(settings) == finished != former[1]
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("note")]
+    (line,) = [each for each in caplog.messages if "is not used" in each]
     assert f"{former[1]} is of data of that folder's name" in line
 
 
