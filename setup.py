@@ -21,7 +21,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["autosparse", "autosparse.*"]),
-    package_data={"autosparse": ["py.typed", "pretrained/*.safetensors"]},
+    package_data={"autosparse": ["py.typed", "autos/pretrained/*.safetensors"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -52,5 +52,5 @@ setup(
         "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff~=0.17.6", "pyright[nodejs]==1.1.414"],
     },
-    entry_points={"console_scripts": ["autosparse = autosparse.cli:main"]},
+    entry_points={"console_scripts": ["autosparse = autosparse.cli.main:main"]},
 )

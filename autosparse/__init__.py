@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autosparse import criteria
-    from autosparse.compaction import compact, densify
-    from autosparse.corpus import Corpus
-    from autosparse.optimizers import parameter_groups
-    from autosparse.pruning import prune
-    from autosparse.scorer import AutoS
-    from autosparse.ticket import Ticket
+    from autosparse.autos.network import AutoS
+    from autosparse.corpus.store import Corpus
+    from autosparse.criteria.prune import prune
+    from autosparse.sparsity.compact import compact, densify
+    from autosparse.sparsity.ticket import Ticket
+    from autosparse.training.optimizers import parameter_groups
 
 _HOMES = {
-    "AutoS": "scorer",
-    "Corpus": "corpus",
-    "Ticket": "ticket",
-    "compact": "compaction",
-    "densify": "compaction",
-    "parameter_groups": "optimizers",
-    "prune": "pruning",
+    "AutoS": "autos.network",
+    "Corpus": "corpus.store",
+    "Ticket": "sparsity.ticket",
+    "compact": "sparsity.compact",
+    "densify": "sparsity.compact",
+    "parameter_groups": "training.optimizers",
+    "prune": "criteria.prune",
 }
 __all__ = [
     "AutoS",

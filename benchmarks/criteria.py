@@ -25,8 +25,9 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, masks
-from autosparse.gradients import Batch, counting
+from autosparse import criteria
+from autosparse.models.gradients import Batch, counting
+from autosparse.sparsity import masks
 from benchmarks.report import figure, publish, seconds_in_turn
 
 IMAGES, FEW_IMAGES, SIDE, SPARSITY = 16, 2, 64, 0.95

@@ -35,12 +35,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from autosparse import corpus, masks, models, optimizers, steppers, training
-from autosparse.compaction import compact
-from autosparse.config import CorpusConfig, ModelConfig, TrainingConfig
-from autosparse.data import DataSource
+from autosparse.core.config import CorpusConfig, ModelConfig, TrainingConfig
+from autosparse.corpus import store
+from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit, in_memory
-from autosparse.ticket import Ticket
+from autosparse.models import zoo
+from autosparse.sparsity import masks
+from autosparse.sparsity.compact import compact
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training import loop, optimizers, steppers
 from benchmarks.report import figure, publish, seconds_in_turn
 
 THREADS, WORKERS, SEED = 2, 2, 0
@@ -80,7 +83,7 @@ def random_images(count: int = IMAGES) -> DataSource:
 def random_masks(model: nn.Module) -> masks.Masks:
     """Return masks of random weights at `DENSITY`."""
     generator = torch.Generator().manual_seed(SEED)
-    weights = models.prunable(model).items()
+    weights = zoo.prunable(model).items()
     scores = {name: torch.rand(weight.shape, generator=generator) for name, weight in weights}
     return masks.from_scores(scores, 1 - DENSITY)
 
@@ -89,12 +92,12 @@ def level(source: DataSource, dense: nn.Module) -> Callable[[], Any]:
     """Return a job: an epoch of an IRP level."""
     model = copy.deepcopy(dense)
     model = compact(model, Ticket.from_model(model, random_masks(model), {}))
-    steps = training.steps_per_epoch(source.train, TRAINING)
+    steps = loop.steps_per_epoch(source.train, TRAINING)
     stepper = steppers.PlainStepper(model, TRAINING, steps)
 
     def job() -> None:
-        with training.seeded(SEED):
-            training.fit(stepper, source, TRAINING, seed=SEED, on_step=lambda number: None)
+        with loop.seeded(SEED):
+            loop.fit(stepper, source, TRAINING, seed=SEED, on_step=lambda number: None)
 
     return job
 
@@ -182,10 +185,10 @@ def training_figures(images: int = IMAGES) -> Figures:
     torch.set_num_threads(THREADS)
     source, found, peer = random_images(images), {}, "same model dense, bare loop"
     for kind, config in (("conv", CONV), ("vit", VIT)):
-        dense = models.create_for(source, config, SEED)
+        dense = zoo.create_for(source, config, SEED)
         ratios = times_as_fast(level(source, dense), bare_loop(source, dense))
         found[f"vs_bare_loop_{kind}"] = figure(ratios, "times as fast", ">= 0.9", peer)
-    dense = models.create_for(source, CONV, SEED)
+    dense = zoo.create_for(source, CONV, SEED)
     ratios = times_as_fast(level(source, dense), usual_way(source, dense))
     peer = "torchvision, DataLoader, masks multiplied"
     found["vs_usual_way"] = figure(ratios, "times as fast", ">= 1.5", peer)
@@ -217,7 +220,7 @@ def grown(config: CorpusConfig, cpus: int) -> tuple[float, list[float]]:
     fresh = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     with tempfile.TemporaryDirectory() as folder, fresh:
         whole = fresh.submit(seconds_to_grow, replace(config, out=folder), cpus).result()
-        cards = list(corpus.Corpus(folder).cards())
+        cards = list(store.Corpus(folder).cards())
     return whole, [entry["seconds"] for card in cards for entry in card["levels"]]
 
 

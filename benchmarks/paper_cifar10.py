@@ -23,9 +23,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autosparse import cli, corpus, data, fit_scorer, fit_survival, irp, models
-from autosparse.cells import Cell, cells
-from autosparse.config import (
+from autosparse.autos import fit as fit_scorer
+from autosparse.autos import fit_heads
+from autosparse.cli import main as cli
+from autosparse.core.config import (
     DataConfig,
     FitConfig,
     IRPConfig,
@@ -36,16 +37,21 @@ from autosparse.config import (
     from_plain,
     run_id,
 )
-from autosparse.data import DataSource
-from autosparse.data_identity import looked_at_once
-from autosparse.errors import Stopped, unknown
-from autosparse.files import write_json
-from autosparse.masked_stepper import MaskedStepper
-from autosparse.progress import print_table
-from autosparse.pruning import DENSE
-from autosparse.sparse_training import train_cell
-from autosparse.steppers import PlainStepper
-from autosparse.versions import environment
+from autosparse.core.errors import Stopped, unknown
+from autosparse.core.files import write_json
+from autosparse.core.progress import print_table
+from autosparse.core.versions import environment
+from autosparse.corpus import store
+from autosparse.criteria.prune import DENSE
+from autosparse.data import sets as data
+from autosparse.data.identity import looked_at_once
+from autosparse.data.sets import DataSource
+from autosparse.irp import run as irp
+from autosparse.models import zoo
+from autosparse.study.cells import Cell, cells
+from autosparse.study.trainings import train_cell
+from autosparse.training.masked_stepper import MaskedStepper
+from autosparse.training.steppers import PlainStepper
 
 IRP = "irp"
 
@@ -106,9 +112,9 @@ class Study:
 
     def __init__(self, config: PaperConfig, out: Path, device: str, clock: Clock) -> None:
         self.config, self.out, self.clock = config, out, clock
-        self.device = models.choose_device(device)
+        self.device = zoo.choose_device(device)
         self.source: DataSource | None = None
-        self.grown: corpus.IRPRun | None = None
+        self.grown: store.IRPRun | None = None
         self.steppers: dict[str, MaskedStepper] = {}
         check(config)
 
@@ -119,7 +125,7 @@ class Study:
         place = {"device": str(self.device), "out": str(self.out / "corpus")}
         return from_plain(IRPConfig, {**config.irp, **settings, **place})
 
-    def run(self) -> corpus.IRPRun:
+    def run(self) -> store.IRPRun:
         """Return the IRP run, finished; stop between levels when the time is over."""
         config = self.irp_config()
         folder = irp.run_folder(config)
@@ -132,19 +138,19 @@ class Study:
                 self.clock.check(entry["seconds"])
 
         if self.grown is None:
-            if not corpus.is_finished(folder):
+            if not store.is_finished(folder):
                 self.clock.check()
-            self.grown = corpus.read_run(irp.run_irp(config, on_level=on_level))
+            self.grown = store.read_run(irp.run_irp(config, on_level=on_level))
         return self.grown
 
-    def scorer(self, name: str, run: corpus.IRPRun) -> Path:
+    def scorer(self, name: str, run: store.IRPRun) -> Path:
         """Return the file of an AutoS that was fitted on the run alone."""
         folder = str(self.out / "corpus")
         fitting = from_plain(FitConfig, {**self.config.scorers[name], "corpus": folder})
         path = self.out / f"{name}-{run_id(fitting, run.card['run_id'])}.safetensors"
         if not path.is_file():
             self.clock.check()
-            fit = (fit_survival if fitting.head == "survival" else fit_scorer).fit
+            fit = (fit_heads if fitting.head == "survival" else fit_scorer).fit
             network = fit(fitting)
             network.save(path)
             say(f"{name} fitted: MSE {network.card['best']['validation_mse']:.4f}")
@@ -207,7 +213,7 @@ class Study:
         key = run_id(kind)
         if key not in self.steppers:
             self.steppers.clear()  # One network at a time.
-            dense = models.from_recipe(cell.ticket.card["model"]).to(self.device)
+            dense = zoo.from_recipe(cell.ticket.card["model"]).to(self.device)
             self.steppers[key] = MaskedStepper(dense, training, steps, list(cell.ticket.masks))
         return self.steppers[key].begin(cell.ticket)
 

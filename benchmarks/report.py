@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from autosparse.files import write_json
-from autosparse.progress import print_table
+from autosparse.core.files import write_json
+from autosparse.core.progress import print_table
 
 RUNS = 5
 

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autosparse.errors import RunFailed
-from autosparse.files import read_json
+from autosparse.core.errors import RunFailed
+from autosparse.core.files import read_json
 from benchmarks import cost_model, shapes
 from benchmarks.cost_model import Collective, Plan, Shape
 from benchmarks.report import figure, options, publish

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from autosparse.style import STYLE, save
+from autosparse.report.style import STYLE, save
 from benchmarks.cost_model import memory_bytes
 from benchmarks.scale_predictions import GIGABITS, GPUS, Case, cases, cluster, predict
 

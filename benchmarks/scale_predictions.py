@@ -23,7 +23,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from autosparse.progress import print_table
+from autosparse.core.progress import print_table
 from benchmarks import shapes
 from benchmarks.cost_model import (
     GPU,

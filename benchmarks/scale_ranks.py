@@ -25,13 +25,13 @@ import torch.distributed as dist
 from deepspeed.comm import comm
 from torch import Tensor, nn
 
-from autosparse.compaction import compact, compact_weights
-from autosparse.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig, keep_count
-from autosparse.files import write_json
+from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig, keep_count
+from autosparse.core.files import write_json
 from autosparse.integrations.deepspeed import engine_config
-from autosparse.models import prunable
-from autosparse.steppers import Ranks
-from autosparse.ticket import Ticket
+from autosparse.models.zoo import prunable
+from autosparse.sparsity.compact import compact, compact_weights
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.steppers import Ranks
 
 SPARSITIES = (0.0, 0.9, 0.95, 0.98)
 BATCH, SIDE, CLASSES, WARM_UP = 32, 32, 10, 2

@@ -17,11 +17,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autosparse import masks
+from autosparse.autos.network import AutoS
 from autosparse.criteria.autos import TILT, counts, drawn, marked
-from autosparse.models import prunable
-from autosparse.reach import best_on_paths
-from autosparse.scorer import AutoS
+from autosparse.models.zoo import prunable
+from autosparse.sparsity import masks
+from autosparse.sparsity.reach import best_on_paths
 from benchmarks.report import figure, publish, seconds_in_turn
 
 SPARSITY = 0.95

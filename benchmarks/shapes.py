@@ -6,7 +6,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from autosparse.models import prunable
+from autosparse.models.zoo import prunable
 from benchmarks.cost_model import Shape
 
 BATCH = 2

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosparse import data
-from autosparse.config import DataConfig, PackConfig
+from autosparse.core.config import DataConfig, PackConfig
+from autosparse.data import sets
 from autosparse.data.check import adopt
 from autosparse.data.decode import decode
 from autosparse.data.pack import pack
@@ -99,7 +99,7 @@ def alone(pool: ProcessPoolExecutor, workers: int) -> None:
 def ours(root: Path, workers: int) -> Callable[[], None]:
     """Return a job that reads an epoch from shards."""
     config = DataConfig("shards", str(root), image_size=SIZE, memory_limit_gb=0, workers=workers)
-    split = data.load(config).train
+    split = sets.load(config).train
 
     def job() -> None:
         seen = sum(len(labels) for _, labels in split.shuffled(BATCH, seed=0, epoch=0))
@@ -174,7 +174,7 @@ def ms_per_small_shard(root: Path) -> list[float]:
                         cache=str(root / "cache"))  # fmt: skip
     found = []
     for _ in range(RUNS):
-        split = data.load(config).train
+        split = sets.load(config).train
         started = time.perf_counter()
         seen = sum(len(labels) for _, labels in split.shuffled(BATCH, seed=0, epoch=0))
         found.append((time.perf_counter() - started) * 1000 / SMALL)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from autosparse import compare, verdicts
-from autosparse.autos_figures import frontier
-from autosparse.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
-from autosparse.controls import SHUFFLED
-from autosparse.pruning import DENSE
-from autosparse.style import LABELS as LEGENDS
+from autosparse.core.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
+from autosparse.criteria.prune import DENSE
+from autosparse.report.autos_figures import frontier
+from autosparse.report.style import LABELS as LEGENDS
+from autosparse.sparsity.twins import SHUFFLED
+from autosparse.study import compare, verdicts
 from benchmarks.report import figure, options, publish
 
 HELD_OUT = {

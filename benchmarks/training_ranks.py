@@ -22,13 +22,14 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from autosparse import masks, models
-from autosparse.compaction import compact
-from autosparse.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
+from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
+from autosparse.core.memory import keep_freed_blocks
 from autosparse.integrations import deepspeed as ours
-from autosparse.memory import keep_freed_blocks
-from autosparse.steppers import History, Ranks
-from autosparse.ticket import Ticket
+from autosparse.models import zoo
+from autosparse.sparsity import masks
+from autosparse.sparsity.compact import compact
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.steppers import History, Ranks
 
 SIDE, BATCH, STEPS, TURNS = 32, 32, 4, 9
 """Pixels, images per rank, steps per measurement, measurements of each."""
@@ -44,7 +45,7 @@ def make_model(name: str = "resnet18") -> nn.Module:
 def random_masks(model: nn.Module, sparsity: float) -> masks.Masks:
     """Return masks of random weights, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
-    weights = models.prunable(model).items()
+    weights = zoo.prunable(model).items()
     scores = {name: torch.rand(weight.shape, generator=generator) for name, weight in weights}
     return masks.from_scores(scores, sparsity)
 
@@ -157,7 +158,7 @@ def measure(out: Path) -> dict[str, Any]:
         stepper.save(folder, History())
         files = [p for p in (folder / "deepspeed").glob("step*/**/*") if p.is_file()]
         written[name] = sum(p.stat().st_size for p in files)
-    prunable = sum(weight.numel() for weight in models.prunable(make_model()).values())
+    prunable = sum(weight.numel() for weight in zoo.prunable(make_model()).values())
     return {
         "seconds": seconds,
         "sent": sent,

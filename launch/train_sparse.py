@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import sys
 
-from autosparse.cli import guarded, parse
-from autosparse.config import SparseTrainConfig
+from autosparse.cli.main import guarded, parse
+from autosparse.core.config import SparseTrainConfig
 
 
 def main(arguments: list[str]) -> None:
     """Train what the config names, on this rank."""
     arguments = [each for each in arguments if not each.startswith("--local_rank")]
     config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
+    from autosparse.cli.verbs import fetched, tracking
     from autosparse.integrations import deepspeed
-    from autosparse.results import show
-    from autosparse.verbs import fetched, tracking
+    from autosparse.study.results import show
 
     if not deepspeed.is_first():
         deepspeed.train(config)  # Rank 0 tells which tickets there are.

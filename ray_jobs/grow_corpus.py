@@ -13,20 +13,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from autosparse.cli import guarded, parse
-from autosparse.config import CorpusConfig
+from autosparse.cli.main import guarded, parse
+from autosparse.core.config import CorpusConfig
 
 
 def main(arguments: list[str]) -> None:
     """Grow the corpus of the config; print its table."""
     config = parse(CorpusConfig, arguments, "grow_corpus.py", __doc__)
-    from autosparse.corpus import Corpus, shown
+    from autosparse.core.progress import print_table
+    from autosparse.corpus.store import Corpus, shown
     from autosparse.integrations import ray
-    from autosparse.progress import print_table
 
     folder = ray.output_folder(config.out)
     if config.dry_run:
-        from autosparse import plan
+        from autosparse.irp import plan
 
         rows = plan.table(config, folder)
         print_table([plan.shown(row) for row in rows], title=f"plan of {folder}")
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
 
 def _draw(config: CorpusConfig, folder: Path) -> None:
     """Draw the corpus's figures, and log them if the plan is tracked."""
-    from autosparse.corpus_report import write_report
+    from autosparse.report.corpus import write_report
 
     figures = write_report(folder)
     print(f"figures: {figures[0].parent}")

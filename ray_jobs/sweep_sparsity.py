@@ -14,8 +14,8 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autosparse.cli import guarded, parse
-from autosparse.config import SweepConfig
+from autosparse.cli.main import guarded, parse
+from autosparse.core.config import SweepConfig
 
 if TYPE_CHECKING:
     from autosparse.integrations.tune import Swept
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     """Do the sweep of the config; print its table."""
     config = parse(SweepConfig, arguments, "sweep_sparsity.py", __doc__)
-    from autosparse import sweep
+    from autosparse.core.progress import print_table
     from autosparse.integrations import ray
-    from autosparse.progress import print_table
+    from autosparse.study import sweep
 
     sweep.check(config)
     config = replace(config, out=str(ray.output_folder(config.out)))
@@ -44,10 +44,11 @@ def main(arguments: list[str]) -> None:
 
 def _report(config: SweepConfig, swept: Swept) -> None:
     """Write table, figures and report of what is finished, and print the table."""
-    from autosparse import data, sweep
-    from autosparse.progress import print_table
+    from autosparse.core.progress import print_table
+    from autosparse.data import sets
+    from autosparse.study import sweep
 
-    rows = sweep.table(config, swept.cells, data.load(config.data))
+    rows = sweep.table(config, swept.cells, sets.load(config.data))
     path = sweep.write_report(config, rows, swept.cells)
     if rows:
         title = "per cent; passes: of one image; cost: of one training"
@@ -62,7 +63,7 @@ def _report(config: SweepConfig, swept: Swept) -> None:
         print_table([{"failed": key, "error": error} for key, error in failed.items()])
     if not rows:
         return
-    from autosparse import report
+    from autosparse.report import page as report
 
     if all(row["label"] == "dense" for row in rows):
         print(f"all intervals: {path}; nothing sparse is finished yet")

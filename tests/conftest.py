@@ -20,10 +20,13 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse import corpus, data, logs, models
-from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
-from autosparse.data import DataSource
-from autosparse.files import place, remove_tree
+from autosparse.core import logs
+from autosparse.core.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
+from autosparse.core.files import place, remove_tree
+from autosparse.corpus import store
+from autosparse.data import sets
+from autosparse.data.sets import DataSource
+from autosparse.models import zoo
 
 logs.to_stderr()  # Tests read what a command says.
 
@@ -56,7 +59,7 @@ SMALL_DIGITS = DataConfig(train_limit=300)
 
 @pytest.fixture(scope="session")
 def digits() -> DataSource:
-    return data.load(SMALL_DIGITS)
+    return sets.load(SMALL_DIGITS)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -89,7 +92,7 @@ def make_model(name: str = "test_byobnet", seed: int = 0, **options) -> nn.Modul
     if "vit" in name:
         options.setdefault("patch_size", 4)
     config = ModelConfig(name, options)
-    return models.create(config, num_classes=10, in_chans=1, image_size=16, seed=seed)
+    return zoo.create(config, num_classes=10, in_chans=1, image_size=16, seed=seed)
 
 
 def quick_irp(out: str, **changes) -> IRPConfig:
@@ -105,7 +108,7 @@ def quick_irp(out: str, **changes) -> IRPConfig:
     return IRPConfig(**{**settings, "out": out, **changes})
 
 
-def tiny_run(run_id: str = "run1", scale: float = 1.0) -> corpus.IRPRun:
+def tiny_run(run_id: str = "run1", scale: float = 1.0) -> store.IRPRun:
     """A run of two levels over a layer of four weights and one of three, made by hand."""
     initial = {
         "a.weight": torch.tensor([[0.5, -1.0], [2.0, 0.25]]) * scale,
@@ -133,7 +136,7 @@ def tiny_run(run_id: str = "run1", scale: float = 1.0) -> corpus.IRPRun:
             for level in range(3)
         ],
     }  # fmt: skip
-    return corpus.IRPRun(initial, survival, {"a.bias": torch.zeros(2)}, card)
+    return store.IRPRun(initial, survival, {"a.bias": torch.zeros(2)}, card)
 
 
 def flip(path: Path, position: int, bit: int = 1) -> None:
@@ -146,7 +149,7 @@ def flip(path: Path, position: int, bit: int = 1) -> None:
 HOLDER = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from autosparse.claims import claimed\n"
+    "from autosparse.core.locks import claimed\n"
     "with claimed(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"

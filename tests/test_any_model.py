@@ -17,11 +17,13 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from autosparse import criteria, masks, models, reach
-from autosparse.compaction import compact, compact_weights, densify
-from autosparse.config import ModelConfig
-from autosparse.scorer import AutoS
-from autosparse.ticket import Ticket
+from autosparse import criteria
+from autosparse.autos.network import AutoS
+from autosparse.core.config import ModelConfig
+from autosparse.models import zoo
+from autosparse.sparsity import masks, reach
+from autosparse.sparsity.compact import compact, compact_weights, densify
+from autosparse.sparsity.ticket import Ticket
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +67,7 @@ class Attention(nn.Module):
 def timm_model(name: str, size: int = SIDE) -> nn.Module:
     options = {"patch_size": 8} if name.startswith("test_vit") else {}
     config = ModelConfig(name, options)
-    return models.create(config, num_classes=CLASSES, in_chans=3, image_size=size, seed=0)
+    return zoo.create(config, num_classes=CLASSES, in_chans=3, image_size=size, seed=0)
 
 
 def mixer() -> nn.Module:
@@ -161,7 +163,7 @@ def scores_of(name: str, criterion: str, scorer: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("criterion", criteria.names())
 @pytest.mark.parametrize("name", MODELS)
 def test_a_criterion_on_a_model(name: str, criterion: str, scorer: str) -> None:
-    weights = models.prunable(model_of(name))
+    weights = zoo.prunable(model_of(name))
     untouched(name)
     scores = scores_of(name, criterion, scorer)
     assert_left_alone(name)
@@ -234,7 +236,7 @@ def not_only_padding(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         twin(images)
     found = {}
-    for name, weight in models.prunable(model).items():
+    for name, weight in zoo.prunable(model).items():
         found[name] = torch.ones(weight.shape, dtype=torch.bool)
         path = name.removesuffix(".weight")
         if path in sizes:
@@ -253,7 +255,7 @@ def not_only_padding(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def dense_masks(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: torch.ones(weight.shape, dtype=torch.bool)
-        for name, weight in models.prunable(model).items()
+        for name, weight in zoo.prunable(model).items()
     }
 
 
@@ -280,7 +282,7 @@ def test_all_of_a_dense_model_is_live_but_what_sees_padding_only(name: str) -> N
 def test_what_is_live_lies_within_the_masks(name: str) -> None:
     model = model_of(name)
     generator = torch.Generator().manual_seed(1)
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     scores = {key: torch.rand(each.shape, generator=generator) for key, each in weights.items()}
     chosen = masks.from_scores(scores, SPARSITY)
     untouched(name)
@@ -299,7 +301,7 @@ def test_live_weights_of_a_resnet_are_those_that_change_the_output() -> None:
     """With nothing negative, norms at the identity and no shifts, raise one weight at a time."""
     model = copy.deepcopy(model_of("test_resnet")).double().eval()
     generator = torch.Generator().manual_seed(2)
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     scores = {key: torch.rand(each.shape, generator=generator) for key, each in weights.items()}
     chosen = masks.from_scores(scores, 0.97)
     with torch.no_grad():
@@ -367,7 +369,7 @@ def test_a_tied_weights_gradient_is_that_of_both_its_uses() -> None:
 def test_any_model_is_compacted_and_densified(name: str) -> None:
     """Compact, the model gives what it gives with zeros, and the same again when dense."""
     generator = torch.Generator().manual_seed(3)
-    weights = models.prunable(model_of(name))
+    weights = zoo.prunable(model_of(name))
     scores = {key: torch.rand(each.shape, generator=generator) for key, each in weights.items()}
     chosen = masks.from_scores(scores, SPARSITY)
     model = copy.deepcopy(model_of(name)).double().eval()

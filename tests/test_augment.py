@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from autosparse import data
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
 from autosparse.data import decode as decoding
+from autosparse.data import sets
 from autosparse.data.augment import parse, python_rng, rand_augment, random_crop
 from autosparse.data.decode import decode
 from autosparse.data.folder import FolderSamples
 from autosparse.data.pack import write_shards
 from autosparse.data.source import MemorySplit
 from autosparse.data.stream import Stream
-from autosparse.errors import UsageError
 
 RAND = "rand-m9-mstd0.5-inc1"
 
@@ -39,8 +39,8 @@ def root(tmp_path_factory):
     return folder
 
 
-def load(root, augment: str, workers: int = 0, **changes) -> data.DataSource:
-    return data.load(DataConfig(
+def load(root, augment: str, workers: int = 0, **changes) -> sets.DataSource:
+    return sets.load(DataConfig(
         "shards", str(root), image_size=16, augment=augment, workers=workers,
         **{"memory_limit_gb": 0, **changes},
     ))  # fmt: skip
@@ -126,7 +126,7 @@ def test_crop_is_for_streams(root):
     small = DataConfig("shards", str(root), image_size=16, augment="crop+flip")
     for config in (DataConfig(augment="crop+flip"), small):
         with pytest.raises(UsageError, match="streamed"):
-            data.load(config)
+            sets.load(config)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_unknown_augmentation_is_refused(text):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load(DataConfig("digits", train_limit=60, augment=f"shift+flip+{RAND}"))
+    return sets.load(DataConfig("digits", train_limit=60, augment=f"shift+flip+{RAND}"))
 
 
 def test_rand_augment_comes_from_the_generator(digits):
@@ -271,7 +271,7 @@ def test_alternating_flips_by_hand():
 
 
 def test_alternating_flips_are_asked_for_by_name(root):
-    source = data.load(DataConfig("digits", train_limit=60, augment="shift+altflip"))
+    source = sets.load(DataConfig("digits", train_limit=60, augment="shift+altflip"))
     assert source.train.alternating and source.to(torch.device("cpu")).train.alternating
     assert not source.validation.alternating and not source.test.alternating
     drawn = source.prepare(source.train.images[:9], torch.Generator().manual_seed(0))

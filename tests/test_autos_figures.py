@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import autos_figures
-from autosparse.corpus import Corpus, write_run
-from autosparse.errors import UsageError
-from autosparse.scorer import AutoS
+from autosparse.autos.network import AutoS
+from autosparse.core.errors import UsageError
+from autosparse.corpus.store import Corpus, write_run
+from autosparse.report import autos_figures
 from tests.conftest import tiny_run
 
 

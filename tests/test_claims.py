@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import claims
-from autosparse.claims import CLAIM, claimed
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import write_json
+from autosparse.core import locks
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import write_json
+from autosparse.core.locks import CLAIM, claimed
 from tests.conftest import holder
 
 ELSEWHERE = {"token": "0" * 16, "host": "another machine", "pid": 7, "started": "x", "beats": 3}
@@ -22,7 +22,7 @@ ELSEWHERE = {"token": "0" * 16, "host": "another machine", "pid": 7, "started": 
 @pytest.fixture()
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BEAT", 0.02), ("POLL", 0.02), ("EXPIRY", 0.4), ("SETTLE", 0.1)):
-        monkeypatch.setattr(claims, name, seconds)
+        monkeypatch.setattr(locks, name, seconds)
 
 
 def content(folder: Path) -> dict:
@@ -126,7 +126,7 @@ def test_waiting_ends_when_the_owner_is_through(tmp_path: Path, quick: None) -> 
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(20)
-        time.sleep(1.5 * claims.EXPIRY)  # Longer than a dead one would last.
+        time.sleep(1.5 * locks.EXPIRY)  # Longer than a dead one would last.
         order.append("first")
     thread.join(20)
     assert order == ["first", "second, True"]
@@ -147,7 +147,7 @@ def test_waiting_ends_when_there_is_nothing_left_to_do(tmp_path: Path, quick: No
 @pytest.mark.parametrize("reaped", [True, False])
 def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path, reaped: bool) -> None:
     """Also one that its parent has not waited for. A claim would expire after a minute."""
-    assert claims.EXPIRY >= 60
+    assert locks.EXPIRY >= 60
     with holder(tmp_path) as process:
         process.kill()
         if reaped:
@@ -180,7 +180,7 @@ def test_a_machine_of_the_same_name_is_another_one(tmp_path: Path, quick: None) 
     write_json(tmp_path / CLAIM, owner | {"started": "another boot:123"})
     started = time.monotonic()
     with claimed(tmp_path):
-        assert time.monotonic() - started > claims.EXPIRY
+        assert time.monotonic() - started > locks.EXPIRY
 
 
 def test_a_file_beside_others_is_claimed_by_a_name_of_its_own(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_claim_of_another_machine_expires(tmp_path: Path, quick: None, wait: b
     started = time.monotonic()
     with claimed(tmp_path, wait=wait) as claim:
         assert claim is not None
-        assert time.monotonic() - started > claims.EXPIRY
+        assert time.monotonic() - started > locks.EXPIRY
         assert content(tmp_path)["pid"] == os.getpid()
     assert names(tmp_path) == []
 
@@ -213,13 +213,13 @@ def test_a_claim_of_another_machine_that_changes_is_alive(tmp_path: Path, quick:
         for number in range(4, 34):
             write_json(tmp_path / CLAIM, ELSEWHERE | {"beats": number})
             last[0] = time.monotonic()
-            time.sleep(claims.EXPIRY / 10)
+            time.sleep(locks.EXPIRY / 10)
 
     write_json(tmp_path / CLAIM, ELSEWHERE)
     thread = threading.Thread(target=beat)
     thread.start()
     with claimed(tmp_path, wait=True):
-        assert time.monotonic() - last[0] > claims.EXPIRY / 2
+        assert time.monotonic() - last[0] > locks.EXPIRY / 2
     thread.join()
 
 
@@ -228,7 +228,7 @@ def test_a_claim_of_another_machine_that_changes_is_refused(tmp_path: Path, quic
 
     def beat() -> None:
         number = 3
-        while not stop.wait(claims.EXPIRY / 10):
+        while not stop.wait(locks.EXPIRY / 10):
             number += 1
             write_json(tmp_path / CLAIM, ELSEWHERE | {"beats": number})
 
@@ -261,7 +261,7 @@ def test_an_owner_that_had_stalled_notices_and_leaves_the_new_claim(
 ) -> None:
     with claimed(tmp_path) as claim:
         assert claim is not None
-        with claims._alone_in(tmp_path / CLAIM):
+        with locks._alone_in(tmp_path / CLAIM):
             write_json(tmp_path / CLAIM, ELSEWHERE)
         wait_until(lambda: claim.lost)
         with pytest.raises(RunFailed, match=f"{tmp_path} was taken over by another process"):
@@ -277,15 +277,15 @@ def test_a_claim_is_not_taken_over_in_the_middle_of_a_heartbeat(
 
     def slow_write(path: Path, found: dict) -> None:
         stalled.set()
-        others.wait(3 * claims.EXPIRY)
+        others.wait(3 * locks.EXPIRY)
         write_json(path, found)
         written.append(found["token"])
 
     with claimed(tmp_path) as claim:
         assert claim is not None
-        monkeypatch.setattr(claims, "write_json", slow_write)
+        monkeypatch.setattr(locks, "write_json", slow_write)
         assert stalled.wait(20)
-        claims._remove_dead(tmp_path / CLAIM, (tmp_path / CLAIM).read_text(), "0" * 16)
+        locks._remove_dead(tmp_path / CLAIM, (tmp_path / CLAIM).read_text(), "0" * 16)
         others.set()
         assert written, "removed while the owner was writing"
         assert content(tmp_path)["token"] == claim.token
@@ -322,7 +322,7 @@ def race(folder: Path, threads: int = 8) -> int:
 
 
 def dead_claim() -> dict:
-    here = claims.Claim(Path("nowhere"))
+    here = locks.Claim(Path("nowhere"))
     return here.content() | {"started": "another boot:1"}
 
 
@@ -354,14 +354,14 @@ def test_a_remote_claim_expires(remote: Path, quick: None) -> None:
     started = time.monotonic()
     with claimed(remote) as claim:
         assert claim is not None
-        assert time.monotonic() - started > claims.EXPIRY
+        assert time.monotonic() - started > locks.EXPIRY
         assert content(remote)["pid"] == os.getpid()
 
 
 def test_of_several_who_want_a_remote_folder_one_gets_it(
     remote: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "SETTLE", 1.5)
+    monkeypatch.setattr(locks, "SETTLE", 1.5)
     for number in range(2):
         write_json(remote / str(number) / CLAIM, dead_claim())
         assert race(remote / str(number)) == 1

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autosparse import data
-from autosparse.config import DataConfig, PackConfig
+from autosparse.core.config import DataConfig, PackConfig
+from autosparse.core.errors import UsageError
+from autosparse.data import sets
 from autosparse.data.class_folders import listed
 from autosparse.data.pack import pack
 from autosparse.data.tars import MANIFEST, read_manifest
-from autosparse.errors import UsageError
 from tests.test_data import contents, fill, in_memory_config, streamed_config
 
 
@@ -85,7 +85,7 @@ def test_parts_are_known_in_any_case_and_by_the_usual_names(tmp_path, make, word
     for place, word in enumerate(words):
         fill(tmp_path / word / "cat", 60 * place, 3)
         fill(tmp_path / word / "dog", 60 * place + 30, 3)
-    source = data.load(make(tmp_path))
+    source = sets.load(make(tmp_path))
     assert source.num_classes == 2
     for place, name in enumerate(("train", "validation", "test")):
         first = 60 * place
@@ -108,13 +108,13 @@ def test_parts_that_cannot_be_told_are_one_line(tmp_path, words, named):
         fill(tmp_path / word / "cat", 0, 2)
         fill(tmp_path / word / "dog", 9, 2)
     with pytest.raises(UsageError, match=named):
-        data.load(in_memory_config(tmp_path))
+        sets.load(in_memory_config(tmp_path))
 
 
 def test_a_class_may_be_called_train(tmp_path):
     for place, name in enumerate(("bus", "train", "tram")):
         fill(tmp_path / name, 50 * place, 4)
-    assert data.load(in_memory_config(tmp_path)).num_classes == 3
+    assert sets.load(in_memory_config(tmp_path)).num_classes == 3
 
 
 # damaged files
@@ -174,8 +174,8 @@ def test_packing_leaves_out_and_counts_as_many_damaged_files_as_allowed(
     assert (tmp_path / "s" / MANIFEST).read_bytes() == (tmp_path / "t" / MANIFEST).read_bytes()
     (left,) = read_manifest(tmp_path / "s" / MANIFEST).content["left_out"]
     assert "001.png" in left and KINDS[kind] in left
-    source = data.load(in_memory_config(parts, max_bad_images=1))
-    packed = data.load(DataConfig("shards", str(tmp_path / "s"), image_size=8, workers=0))
+    source = sets.load(in_memory_config(parts, max_bad_images=1))
+    packed = sets.load(DataConfig("shards", str(tmp_path / "s"), image_size=8, workers=0))
     assert (1, 0) not in contents(packed.train) and len(packed.train) == 7
     assert len(source.train) == 8
 
@@ -202,7 +202,7 @@ def test_damaged_files_are_replaced_alike_in_memory_and_streamed(parts, kind):
     for make in (in_memory_config, streamed_config):
         with pytest.raises(UsageError, match="max_bad_images allows 0 bad images"):
             pairs(make(parts))
-        source = data.load(make(parts, max_bad_images=2))
+        source = sets.load(make(parts, max_bad_images=2))
         assert contents(source.test) == left
         batches = source.train.shuffled(3, seed=1, epoch=0)
         found.append([(images[:, 0, 0, 0].tolist(), labels.tolist()) for images, labels in batches])
@@ -212,6 +212,6 @@ def test_damaged_files_are_replaced_alike_in_memory_and_streamed(parts, kind):
 
 def pairs(config) -> None:
     """Read an epoch of training, and the test images."""
-    source = data.load(config)
+    source = sets.load(config)
     list(source.train.shuffled(3, seed=0, epoch=0))
     contents(source.test)

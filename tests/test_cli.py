@@ -12,12 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from autosparse import cli, config, irp
-from autosparse import corpus as corpora
-from autosparse.config import DataConfig, IRPConfig, ModelConfig, PruneConfig, SparseTrainConfig
-from autosparse.errors import UsageError
-from autosparse.files import read_json
-from autosparse.verbs.corpus_actions import CORPUS_ACTIONS, USAGE_OF
+from autosparse.cli import main
+from autosparse.cli.verbs.corpus_actions import CORPUS_ACTIONS, USAGE_OF
+from autosparse.core import config
+from autosparse.core.config import (
+    DataConfig,
+    IRPConfig,
+    ModelConfig,
+    PruneConfig,
+    SparseTrainConfig,
+)
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json
+from autosparse.corpus import store as corpora
+from autosparse.irp import run as irp
 from tests.conftest import flip, quick_irp, tiny_run
 
 DENSE = ("train", "--model.name", "test_resnet", "--data.train_limit", "64")
@@ -39,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def run(*arguments: str) -> int:
-    return cli.guarded(cli._main, list(arguments))
+    return main.guarded(main._main, list(arguments))
 
 
 def refuse(capsys, arguments, *named: str, code: int = 2) -> str:
@@ -216,9 +224,9 @@ def test_place_that_cannot_be_written_is_a_failure(folder, capsys):
 # settings
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in cli.VERBS.items() if kind])
+@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in main.VERBS.items() if kind])
 def test_printed_config_can_be_given_back(verb, folder, capsys):
-    kind = getattr(config, cli.VERBS[verb][0])
+    kind = getattr(config, main.VERBS[verb][0])
     given = {
         "quickstart": ["--seeds", "1"],
         "irp": ["--model.name", "resnet18", "--data.root", "x", "--training.clip_grad", "1"],
@@ -232,17 +240,17 @@ def test_printed_config_can_be_given_back(verb, folder, capsys):
         run(verb, *given, "--print_config")
     assert caught.value.code == 0
     (folder / "printed.yaml").write_text(capsys.readouterr().out)
-    again = cli.parse(kind, ["--config", "printed.yaml"], verb, None)
-    assert again == cli.parse(kind, given, verb, None)
+    again = main.parse(kind, ["--config", "printed.yaml"], verb, None)
+    assert again == main.parse(kind, given, verb, None)
     assert again != kind()
 
 
 def parsed(kind: type, *arguments: str):
-    return cli.parse(kind, list(arguments), "autosparse", None)
+    return main.parse(kind, list(arguments), "autosparse", None)
 
 
 def test_nothing_given_is_the_default():
-    for kind, _ in filter(lambda entry: entry[0], cli.VERBS.values()):
+    for kind, _ in filter(lambda entry: entry[0], main.VERBS.values()):
         assert parsed(getattr(config, kind)) == getattr(config, kind)()
 
 
@@ -325,7 +333,7 @@ def test_prune_then_inspect(folder, capsys):
 def test_help_lists_the_verbs(flag, capsys):
     assert run(*([flag] if flag else [])) == 0
     said = capsys.readouterr().out
-    for verb, (_, description) in cli.VERBS.items():
+    for verb, (_, description) in main.VERBS.items():
         assert re.search(rf"^ +{verb} +{re.escape(description)}$", said, flags=re.MULTILINE)
 
 
@@ -482,7 +490,7 @@ def test_corpus_report_draws_figures(folder, capsys):
 
 
 def test_irp_writes_to_a_url_and_inspect_reads_it(remote, folder, monkeypatch, capsys):
-    monkeypatch.setattr("autosparse.claims.SETTLE", 0.01)
+    monkeypatch.setattr("autosparse.core.locks.SETTLE", 0.01)
     given = ["--model.name", "test_byobnet", "--data.train_limit", "300", "--levels", "1",
              "--training.epochs", "1", "--training.batch_size", "100",
              "--store_initial", "false", "--ticket", "t.safetensors"]  # fmt: skip
@@ -503,7 +511,7 @@ def test_irp_writes_to_a_url_and_inspect_reads_it(remote, folder, monkeypatch, c
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from autosparse.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from autosparse.cli.main import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -526,5 +534,5 @@ def test_mistake_ends_the_process_with_code_two():
 
 @pytest.mark.parametrize("heavy", ["torch", "numpy", "timm", "jsonargparse"])
 def test_importing_the_command_line_is_light(heavy):
-    program = f"import sys, autosparse.cli; sys.exit({heavy!r} in sys.modules)"
+    program = f"import sys, autosparse.cli.main; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

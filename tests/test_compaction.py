@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
-from autosparse import compaction, data, masks, models, steppers
-from autosparse.compaction import compact, compact_weights, dense_name, densify, rescattering
-from autosparse.config import ModelConfig, TrainingConfig
-from autosparse.errors import UsageError
-from autosparse.ticket import Ticket
+from autosparse.core.config import ModelConfig, TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.data import sets
+from autosparse.models import zoo
+from autosparse.sparsity import compact as compaction
+from autosparse.sparsity import masks
+from autosparse.sparsity.compact import compact, compact_weights, dense_name, densify, rescattering
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training import steppers
 
 STEPS, BATCH, RATE, DECAY = 50, 32, 1e-3, 0.5
 
@@ -41,7 +45,7 @@ def images(count: int = 4) -> Tensor:
 
 def random_ticket(model: nn.Module, sparsity: float = 0.7) -> Ticket:
     generator = torch.Generator().manual_seed(3)
-    parameters = models.prunable(model)
+    parameters = zoo.prunable(model)
     scores = {name: torch.rand(w.shape, generator=generator) for name, w in parameters.items()}
     return Ticket.from_model(model, masks.from_scores(scores, sparsity), {})
 
@@ -133,7 +137,7 @@ class Run:
 
     def model(self) -> nn.Module:
         config = ModelConfig(self.name, self.options)
-        model = models.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
+        model = zoo.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
         return model.double().train()
 
 
@@ -144,7 +148,7 @@ RUNS = {
 
 
 def digits_batches() -> list[tuple[Tensor, Tensor]]:
-    source = data.load("digits")
+    source = sets.load("digits")
     found = [
         (source.prepare(pixels).double(), labels)
         for epoch in range(2)
@@ -456,7 +460,7 @@ def _some_model(name: str) -> tuple[nn.Module, Tensor]:
     else:
         options = {"patch_size": 4} if "vit" in name else {}
         config = ModelConfig(name, {"drop_path_rate": 0.2, **options})
-        model = models.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
+        model = zoo.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
         inputs = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(7))
     return compact(model, random_ticket(model)), inputs
 

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import claims, compare, controls, criteria, irp, scoring
-from autosparse.cli import guarded, parse
-from autosparse.compare import Trial
-from autosparse.config import FIRST_DEFAULTS, CompareConfig, ModelConfig
-from autosparse.corpus import is_finished
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.files import read_json
-from autosparse.verbs import compare as compare_verb
-from autosparse.verdicts import paired, verdict
+from autosparse import criteria
+from autosparse.cli.main import guarded, parse
+from autosparse.cli.verbs import compare as compare_verb
+from autosparse.core import locks
+from autosparse.core.config import FIRST_DEFAULTS, CompareConfig, ModelConfig
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json
+from autosparse.corpus.store import is_finished
+from autosparse.criteria import scoring
+from autosparse.data.sets import DataSource
+from autosparse.irp import run as irp
+from autosparse.sparsity import twins
+from autosparse.study import compare
+from autosparse.study.compare import Trial
+from autosparse.study.verdicts import paired, verdict
 from tests.conftest import QUICK, SMALL_DIGITS, holder
 
 
@@ -171,7 +176,7 @@ def test_a_comparison_writes_table_figure_and_results(done: CompareConfig):
         ("dense", 0.0), ("snip", 0.5), ("magnitude", 0.5), ("erk", 0.5), ("uniform", 0.5),
     ]  # fmt: skip
     snip = report["rows"][1]
-    assert set(snip["twins"]) == {*controls.TWINS, "erk", "uniform"}
+    assert set(snip["twins"]) == {*twins.TWINS, "erk", "uniform"}
     accuracies = [
         each["test_accuracy"]
         for each in report["results"]
@@ -261,7 +266,7 @@ def test_the_command_line(tmp_path: Path):
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys):
-    from autosparse.cli import _main
+    from autosparse.cli.main import _main
 
     code = guarded(_main, ["compare", "--criteria", "snyp", "--out", str(tmp_path / "out")])
     assert code == 2
@@ -273,7 +278,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys):
 
 
 def test_a_cell_waits_for_the_irp_run_that_another_makes(tmp_path: Path, digits, monkeypatch):
-    monkeypatch.setattr(claims, "POLL", 0.02)
+    monkeypatch.setattr(locks, "POLL", 0.02)
     settings = config(tmp_path, criteria="irp", seeds=[0], options={"irp": {"levels": 1}})
     run = irp.run_folder(compare._irp_config(settings, {"levels": 1}, 0.5, 0))
     with holder(run) as process, ThreadPoolExecutor(1) as pool:
@@ -287,7 +292,7 @@ def test_a_cell_waits_for_the_irp_run_that_another_makes(tmp_path: Path, digits,
 
 
 def test_cells_that_need_one_ticket_make_it_once(tmp_path: Path, digits, monkeypatch):
-    monkeypatch.setattr(claims, "POLL", 0.02)
+    monkeypatch.setattr(locks, "POLL", 0.02)
     settings, made = config(tmp_path), []
     real = compare._make
     monkeypatch.setattr(compare, "_make", lambda *given: made.append(1) or real(*given))

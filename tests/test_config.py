@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import cli, config, criteria
-from autosparse.config import (
+from autosparse import criteria
+from autosparse.cli import main
+from autosparse.core import config
+from autosparse.core.config import (
     CorpusConfig,
     DataConfig,
     IRPConfig,
@@ -27,7 +29,7 @@ from autosparse.config import (
     plain,
     run_id,
 )
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 EMPTY = inspect.Parameter.empty
 CONFIGS = [
@@ -489,7 +491,7 @@ def test_every_field_has_a_docstring(kind):
 
 def help_of(kind: type, capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        cli.parse(kind, list(arguments), "autosparse", "what it does")
+        main.parse(kind, list(arguments), "autosparse", "what it does")
     assert caught.value.code == 0
     return capsys.readouterr().out
 
@@ -507,10 +509,10 @@ def options_without_help(text: str) -> list[str]:
     return lacking
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in cli.VERBS.items() if kind])
+@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in main.VERBS.items() if kind])
 def test_every_option_of_a_verb_has_help(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
-    assert not options_without_help(help_of(getattr(config, cli.VERBS[verb][0]), capsys, "--help"))
+    assert not options_without_help(help_of(getattr(config, main.VERBS[verb][0]), capsys, "--help"))
 
 
 def test_every_option_of_a_corpus_has_help(capsys, monkeypatch):
@@ -532,5 +534,5 @@ def test_help_shows_the_docstring(capsys, monkeypatch):
 
 
 def test_verbs_config_classes_exist():
-    kinds = {kind for kind, _ in cli.VERBS.values() if kind}
+    kinds = {kind for kind, _ in main.VERBS.values() if kind}
     assert kinds <= {kind.__name__ for kind in CONFIGS}

@@ -11,22 +11,23 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from autosparse import corpus, irp
-from autosparse.corpus import FINISHED, INDEX, RUN, Corpus
-from autosparse.corpus_report import level_rows
-from autosparse.errors import UsageError
-from autosparse.files import read_json, read_tensors, write_json, write_tensors
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json, read_tensors, write_json, write_tensors
+from autosparse.corpus import store
+from autosparse.corpus.store import FINISHED, INDEX, RUN, Corpus
+from autosparse.irp import run as irp
+from autosparse.report.corpus import level_rows
 from tests.conftest import quick_irp, tiny_run
 
 
 @pytest.fixture()
 def folder(tmp_path: Path) -> Path:
-    corpus.write_run(tmp_path / "run1", tiny_run())
+    store.write_run(tmp_path / "run1", tiny_run())
     return tmp_path
 
 
 def test_masks_are_survival_at_least_level(folder: Path) -> None:
-    run = corpus.read_run(folder / "run1")
+    run = store.read_run(folder / "run1")
     assert run.masks(0)["a.weight"].tolist() == [[True, True], [True, True]]
     assert run.masks(1)["a.weight"].tolist() == [[False, True], [True, True]]
     assert run.masks(2)["a.weight"].tolist() == [[False, False], [True, True]]
@@ -35,7 +36,7 @@ def test_masks_are_survival_at_least_level(folder: Path) -> None:
 
 
 def test_tickets_hold_the_survivors_initial_values(folder: Path) -> None:
-    ticket = corpus.read_run(folder / "run1").ticket(2)
+    ticket = store.read_run(folder / "run1").ticket(2)
     assert ticket.values["a.weight"].tolist() == [2.0, 0.25]
     assert ticket.sparsity == pytest.approx(4 / 7)
 
@@ -45,16 +46,16 @@ def test_unfinished_runs_are_not_part_of_it(folder: Path) -> None:
     (folder / "half" / "card.json").write_text("{}")
     assert [path.name for path in Corpus(folder).folders()] == ["run1"]
     with pytest.raises(UsageError, match="no finished IRP run"):
-        corpus.read_run(folder / "half")
+        store.read_run(folder / "half")
 
 
 def test_a_changed_file_is_noticed(folder: Path) -> None:
-    path = folder / "run1" / corpus.RUN
+    path = folder / "run1" / store.RUN
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(UsageError, match=r"run1/run\.safetensors.*SHA-256"):
-        corpus.read_run(folder / "run1")
+        store.read_run(folder / "run1")
 
 
 def test_a_corpus_without_finished_runs_says_so(tmp_path: Path) -> None:
@@ -101,10 +102,10 @@ def test_the_marker_holds_the_hash_of_the_file_and_of_every_tensor(folder: Path)
 def test_the_hash_of_a_tensor_is_that_of_its_bytes_in_row_major_order() -> None:
     tensor = torch.arange(6, dtype=torch.uint8).view(2, 3)
     expected = hashlib.sha256(bytes([0, 3, 1, 4, 2, 5])).hexdigest()
-    assert corpus.sha256_of_tensor(tensor.t()) == expected
+    assert store.sha256_of_tensor(tensor.t()) == expected
     nothing = hashlib.sha256(b"").hexdigest()
-    assert corpus.sha256_of_tensor(torch.zeros(0, 4)) == nothing
-    assert corpus.sha256_of_tensor(torch.tensor(1.0)) == hashlib.sha256(b"\0\0\x80?").hexdigest()
+    assert store.sha256_of_tensor(torch.zeros(0, 4)) == nothing
+    assert store.sha256_of_tensor(torch.tensor(1.0)) == hashlib.sha256(b"\0\0\x80?").hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +114,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("corpora")
     config = [quick_irp(str(out / name), levels=1) for name in ("whole", "small")]
     whole = irp.run_irp(config[0])
-    run = corpus.read_run(whole)
-    corpus.write_run(out / "small" / whole.name, run, store_initial=False)
+    run = store.read_run(whole)
+    store.write_run(out / "small" / whole.name, run, store_initial=False)
     return whole, out / "small" / whole.name
 
 
@@ -127,7 +128,7 @@ def test_without_its_initial_weights_a_run_takes_a_byte_per_weight(
     stored: tuple[Path, Path],
 ) -> None:
     whole, small = stored
-    run = corpus.read_run(whole)
+    run = store.read_run(whole)
     weights = sum(tensor.numel() for tensor in run.survival.values())
     rest = sum(tensor.numel() * tensor.element_size() for tensor in run.rest.values())
     assert size_of_tensors(small / RUN) == weights
@@ -137,7 +138,7 @@ def test_without_its_initial_weights_a_run_takes_a_byte_per_weight(
 def test_initial_weights_that_are_made_again_are_the_same_bit_for_bit(
     stored: tuple[Path, Path],
 ) -> None:
-    whole, small = (corpus.read_run(folder) for folder in stored)
+    whole, small = (store.read_run(folder) for folder in stored)
     for group in ("initial", "survival", "rest"):
         expected, found = getattr(whole, group), getattr(small, group)
         assert found.keys() == expected.keys()
@@ -165,7 +166,7 @@ def test_initial_weights_that_cannot_be_made_again_are_refused(
     sha256 = hashlib.sha256((folder / RUN).read_bytes()).hexdigest()
     write_json(folder / FINISHED, {"sha256": sha256})
     with pytest.raises(UsageError) as caught:
-        corpus.read_run(folder)
+        store.read_run(folder)
     assert f"{folder}: its initial weights cannot be made again" in str(caught.value)
     assert f"'timm': '{card['versions']['timm']}'" in str(caught.value)
 
@@ -174,7 +175,7 @@ def test_initial_weights_that_cannot_be_made_again_are_refused(
 def test_a_garbled_marker_is_named(folder: Path, content: str) -> None:
     (folder / "run1" / FINISHED).write_text(content)
     for read in (
-        lambda: corpus.read_run(folder / "run1"),
+        lambda: store.read_run(folder / "run1"),
         lambda: Corpus(folder).fingerprint,
         lambda: Corpus(folder).table(),
         lambda: Corpus(folder).write_index(),
@@ -257,7 +258,7 @@ def test_an_empty_corpus_has_an_empty_table(tmp_path: Path) -> None:
 
 def test_a_remote_corpus(remote: Path) -> None:
     run = tiny_run()
-    corpus.write_run(remote / "run1", run)
+    store.write_run(remote / "run1", run)
     Corpus(remote).write_index()
     found = Corpus(str(remote))
     assert [folder.name for folder in found.folders()] == ["run1"]

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autosparse import corpus_figures, style
-from autosparse.corpus import IRPRun
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
+from autosparse.corpus.store import IRPRun
+from autosparse.report import corpus_figures, style
 
 Gradients = dict[str, Tensor]
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, features, masks, models
-from autosparse.config import ModelConfig
-from autosparse.errors import UsageError
-from autosparse.scorer import AutoS
+from autosparse import criteria
+from autosparse.autos import features
+from autosparse.autos.network import AutoS
+from autosparse.core.config import ModelConfig
+from autosparse.core.errors import UsageError
+from autosparse.models import zoo
+from autosparse.sparsity import masks
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -98,7 +101,7 @@ def test_scores_are_a_finite_tensor_per_prunable_weight(
     model, batches = net_with_everything(), batches_of(8, 5, shape=(1, 8, 8), classes=4)
     options = needed(name, scorer)
     scores = criteria.get(name)(model, batches, cross_entropy, exclude=exclude, **options)
-    parameters = models.prunable(model, exclude)
+    parameters = zoo.prunable(model, exclude)
     assert list(scores) == list(parameters)
     for layer, score in scores.items():
         assert score.shape == parameters[layer].shape
@@ -185,10 +188,10 @@ def test_data_is_needed(name: str, scorer: str) -> None:
 @pytest.mark.parametrize("name", ["erk", "lamp", "magnitude", "random", "synflow"])
 def test_data_is_not_needed(name: str, scorer: str) -> None:
     config = ModelConfig("test_byobnet")
-    model = models.create(config, num_classes=3, in_chans=1, image_size=16, seed=0)
+    model = zoo.create(config, num_classes=3, in_chans=1, image_size=16, seed=0)
     assert not criteria.get(name).needs_data
     scores = criteria.get(name)(model, [], cross_entropy, **needed(name, scorer))
-    assert list(scores) == list(models.prunable(model))
+    assert list(scores) == list(zoo.prunable(model))
 
 
 def test_an_unknown_criterion_names_the_nearest() -> None:
@@ -504,7 +507,7 @@ def test_autos_scores_weight_and_initial_gradient(kind: str, tmp_path: Path) -> 
     network.save(tmp_path / "autos.safetensors")
     trained = copy.deepcopy(model).train()
     cross_entropy(trained(pixels), labels).backward()
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     gradients = {name: trained.get_parameter(name).grad for name in weights}
     contexts = features.contexts(weights, gradients)
     path = str(tmp_path / "autos.safetensors")

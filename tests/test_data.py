@@ -16,12 +16,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from autosparse import data, steppers, training
-from autosparse.config import DataConfig, TrainingConfig
+from autosparse.core.config import DataConfig, TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.data import sets
 from autosparse.data.decode import decode
 from autosparse.data.source import DataSource, MemorySplit, augmented
 from autosparse.data.stream import Stream
-from autosparse.errors import UsageError
+from autosparse.training import loop, steppers
 
 SPLITS = ("train", "validation", "test")
 DIGITS = DataConfig("digits", image_size=8)
@@ -58,7 +59,7 @@ def source_of(split: MemorySplit, **changes) -> DataSource:
 
 
 def test_digits_splits_share_out_all_images_once():
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     together = [row for name in SPLITS for row in rows(getattr(source, name))]
     bunch = load_digits()
     pixels = np.rint(bunch.images.astype(np.float32) * (255 / 16)).astype(np.uint8)
@@ -70,7 +71,7 @@ def test_digits_splits_share_out_all_images_once():
 
 
 def test_digits_splits_are_stratified():
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     for label, total in Counter(load_digits().target.tolist()).items():
         test, held, train = (
             int((getattr(source, name).labels == label).sum())
@@ -82,7 +83,7 @@ def test_digits_splits_are_stratified():
 
 
 def test_digits_splits_have_the_exact_share():
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     # 20 % of 1,797 is 359.4; 15 % of the other 1,438 is 215.7.
     sizes = (len(source.test), len(source.validation), len(source.train))
     assert sizes == (359, 216, 1222)
@@ -91,11 +92,11 @@ def test_digits_splits_have_the_exact_share():
 def test_digits_splits_do_not_depend_on_any_seed_and_leave_it_alone():
     torch.manual_seed(1)
     np.random.seed(1)
-    first = data.load(DIGITS)
+    first = sets.load(DIGITS)
     torch.manual_seed(2)
     np.random.seed(2)
     before = torch.get_rng_state()
-    second = data.load(DIGITS)
+    second = sets.load(DIGITS)
     assert torch.equal(torch.get_rng_state(), before)
     for name in SPLITS:
         assert rows(getattr(first, name)) == rows(getattr(second, name))
@@ -103,21 +104,21 @@ def test_digits_splits_do_not_depend_on_any_seed_and_leave_it_alone():
 
 def test_digits_test_split_is_pinned():
     """A test image must never become a training image in a later version."""
-    labels = data.load(DIGITS).test.labels
+    labels = sets.load(DIGITS).test.labels
     digest = hashlib.sha256(bytes(labels.tolist())).hexdigest()
     assert (len(labels), digest[:12]) == (359, "6cc9dc628005")
 
 
 def test_image_size_changes_the_pixels_and_not_the_splits():
-    small, large = data.load(DIGITS), data.load(DataConfig("digits", image_size=16))
+    small, large = sets.load(DIGITS), sets.load(DataConfig("digits", image_size=16))
     assert large.test.images.shape == (len(small.test), 1, 16, 16)
     for name in SPLITS:
         assert torch.equal(getattr(small, name).labels, getattr(large, name).labels)
 
 
 def test_validation_fraction_leaves_the_test_split_alone():
-    usual = data.load(DIGITS)
-    half = data.load(DataConfig("digits", image_size=8, validation_fraction=0.5))
+    usual = sets.load(DIGITS)
+    half = sets.load(DataConfig("digits", image_size=8, validation_fraction=0.5))
     assert rows(half.test) == rows(usual.test)
     assert abs(len(half.train) - len(half.validation)) <= 10
 
@@ -125,13 +126,13 @@ def test_validation_fraction_leaves_the_test_split_alone():
 @pytest.mark.parametrize("limit", [-3, 0, 5])
 def test_train_limit_of_less_than_one_per_class_is_refused(limit):
     with pytest.raises(UsageError, match="train_limit must be at least 10"):
-        data.load(DataConfig("digits", image_size=8, train_limit=limit))
+        sets.load(DataConfig("digits", image_size=8, train_limit=limit))
 
 
 @pytest.mark.parametrize("limit", [10, 100, 150, 777])
 def test_train_limit_is_exact_and_stratified(limit):
-    whole = data.load(DIGITS)
-    limited = data.load(DataConfig("digits", image_size=8, train_limit=limit))
+    whole = sets.load(DIGITS)
+    limited = sets.load(DataConfig("digits", image_size=8, train_limit=limit))
     assert len(limited.train) == limit
     counts = Counter(limited.train.labels.tolist())
     for label, total in Counter(whole.train.labels.tolist()).items():
@@ -140,7 +141,7 @@ def test_train_limit_is_exact_and_stratified(limit):
 
 def test_train_limit_takes_the_same_training_images_and_no_others():
     config = DataConfig("digits", image_size=8, train_limit=100)
-    whole, first, second = data.load(DIGITS), data.load(config), data.load(config)
+    whole, first, second = sets.load(DIGITS), sets.load(config), sets.load(config)
     assert rows(first.train) == rows(second.train)
     assert not Counter(rows(first.train)) - Counter(rows(whole.train))
     assert rows(first.test) == rows(whole.test)
@@ -148,14 +149,14 @@ def test_train_limit_takes_the_same_training_images_and_no_others():
 
 
 def test_train_limit_beyond_the_set_keeps_all():
-    limited = data.load(DataConfig("digits", image_size=8, train_limit=5000))
-    assert rows(limited.train) == rows(data.load(DIGITS).train)
+    limited = sets.load(DataConfig("digits", image_size=8, train_limit=5000))
+    assert rows(limited.train) == rows(sets.load(DIGITS).train)
 
 
 @pytest.mark.parametrize("limit", [0, -3])
 def test_train_limit_below_one_is_refused(limit):
     with pytest.raises(UsageError, match="train_limit"):
-        data.load(DataConfig("digits", train_limit=limit))
+        sets.load(DataConfig("digits", train_limit=limit))
 
 
 # order
@@ -257,7 +258,7 @@ def test_augmented_shifts_by_an_eighth_and_mirrors_half(side, reach):
 
 
 def test_augmented_treats_each_image_by_itself():
-    images = data.load(DataConfig("digits", image_size=16)).train.images[:6]
+    images = sets.load(DataConfig("digits", image_size=16)).train.images[:6]
     batch = augmented(images, torch.Generator().manual_seed(4), flip=True)
     drawn = [
         all_shifts(image, 2)[one.numpy().tobytes()]
@@ -288,13 +289,13 @@ def test_augmented_comes_from_its_generator_alone():
 
 def test_prepare_normalises_each_channel():
     images = torch.tensor([[[[255, 0]], [[51, 102]]]], dtype=torch.uint8)
-    floats = data.prepare(images, (0.5, 0.2), (0.25, 0.1))
+    floats = sets.prepare(images, (0.5, 0.2), (0.25, 0.1))
     expected = torch.tensor([[[[2.0, -2.0]], [[0.0, 2.0]]]])
     torch.testing.assert_close(floats, expected)
 
 
 def test_training_images_are_prepared_to_mean_zero_and_deviation_one():
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     floats = source.prepare(source.train.images)
     assert floats.mean().abs() < 1e-4
     assert abs(floats.std() - 1) < 1e-4
@@ -320,7 +321,7 @@ def scored(source: DataSource, *arguments, **options) -> tuple[torch.Tensor, tor
 
 
 def test_score_batches_are_the_first_of_each_class_in_epoch_zero():
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     images, labels = scored(source, 5, seed=7, batch_size=16)
     left, expected = Counter(dict.fromkeys(range(10), 5)), []
     for image, label in source.train.shuffled(1, seed=7, epoch=0):
@@ -332,12 +333,12 @@ def test_score_batches_are_the_first_of_each_class_in_epoch_zero():
 
 
 def test_score_batches_have_the_size_asked_for():
-    sizes = [len(labels) for _, labels in data.load(DIGITS).score_batches(5, batch_size=16)]
+    sizes = [len(labels) for _, labels in sets.load(DIGITS).score_batches(5, batch_size=16)]
     assert sizes == [16, 16, 16, 2]
 
 
 def test_score_batches_are_fixed_by_the_seed():
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     torch.manual_seed(0)
     first = scored(source, 4, seed=1)[0]
     torch.manual_seed(1)
@@ -355,12 +356,12 @@ def test_score_batches_are_balanced_where_the_images_suffice():
 
 def test_score_batches_of_no_image_are_refused():
     with pytest.raises(UsageError, match="samples_per_class"):
-        data.load(DIGITS).score_batches(0)
+        sets.load(DIGITS).score_batches(0)
 
 
 def test_score_batches_that_are_several_hold_other_images():
     """Each is balanced; the first is what a single one would be; all follow epoch 0's order."""
-    source = data.load(DIGITS)
+    source = sets.load(DIGITS)
     first, second, third = source.score_batches(4, seed=3, batches=3)
     alone = source.score_batches(4, seed=3)
     assert len(alone) == 1
@@ -398,7 +399,7 @@ def test_score_batches_beyond_the_images_use_each_once():
 def test_score_batches_of_nothing_are_refused(name):
     options = {"samples_per_class": 2, "batches": 1, "batch_size": 8, name: 0}
     with pytest.raises(UsageError, match=f"{name} must be at least 1"):
-        data.load(DIGITS).score_batches(**options)
+        sets.load(DIGITS).score_batches(**options)
 
 
 # training_batches
@@ -417,13 +418,13 @@ def fitted(source: DataSource, size: int, *, seed: int, epochs: int):
         return step(images, labels)
 
     stepper.step = recorded
-    training.fit(stepper, source, config, seed=seed)
+    loop.fit(stepper, source, config, seed=seed)
     return seen
 
 
 @pytest.mark.parametrize("augment", ["none", "shift+flip"])
 def test_training_batches_are_those_of_training_epoch_after_epoch(augment):
-    source = data.load(DataConfig("digits", image_size=8, train_limit=100, augment=augment))
+    source = sets.load(DataConfig("digits", image_size=8, train_limit=100, augment=augment))
     seen = fitted(source, 30, seed=5, epochs=3)
     assert len(seen) == 9
     found = list(islice(source.training_batches(30, seed=5), 9))
@@ -434,7 +435,7 @@ def test_training_batches_are_those_of_training_epoch_after_epoch(augment):
 
 
 def test_training_batches_start_the_same_each_time_and_never_end():
-    source = data.load(DataConfig("digits", image_size=8, train_limit=100, augment="shift"))
+    source = sets.load(DataConfig("digits", image_size=8, train_limit=100, augment="shift"))
     batches = source.training_batches(40, seed=1)
     first, again = ([images for images, _ in islice(batches, 7)] for _ in range(2))
     assert len(first) == 7 > 3 * source.train.steps(40)
@@ -444,7 +445,7 @@ def test_training_batches_start_the_same_each_time_and_never_end():
 
 
 def test_training_batches_leave_the_global_rng_alone():
-    source = data.load(DataConfig("digits", image_size=8, train_limit=100, augment="shift"))
+    source = sets.load(DataConfig("digits", image_size=8, train_limit=100, augment="shift"))
     state = torch.get_rng_state()
     next(iter(source.training_batches(40, seed=1)))
     assert torch.equal(torch.get_rng_state(), state)
@@ -575,7 +576,7 @@ def flat_folder(tmp_path):
 
 
 def test_folder_without_parts_is_split_by_class(flat_folder):
-    source = data.load(in_memory_config(flat_folder))
+    source = sets.load(in_memory_config(flat_folder))
     assert (source.num_classes, source.in_chans, source.image_size) == (2, 3, 8)
     # 15 % of 40 is 6, of the other 34 it is 5.1.
     sizes = {name: torch.bincount(getattr(source, name).labels).tolist() for name in SPLITS}
@@ -586,8 +587,8 @@ def test_folder_without_parts_is_split_by_class(flat_folder):
 
 
 def test_streamed_folder_gives_the_same_images(flat_folder):
-    whole = data.load(in_memory_config(flat_folder))
-    stream = data.load(streamed_config(flat_folder, workers=1))
+    whole = sets.load(in_memory_config(flat_folder))
+    stream = sets.load(streamed_config(flat_folder, workers=1))
     assert isinstance(stream.train, Stream)
     for name in SPLITS:
         assert contents(getattr(stream, name)) == contents(getattr(whole, name))
@@ -595,12 +596,12 @@ def test_streamed_folder_gives_the_same_images(flat_folder):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_streamed_folder_shares_out_every_image_once(flat_folder, world_size):
-    stream = data.load(streamed_config(flat_folder)).train
+    stream = sets.load(streamed_config(flat_folder)).train
     assert sorted(contents(stream, world_size)) == sorted(contents(stream))
 
 
 def test_streamed_folder_shuffles_as_memory_does(flat_folder):
-    stream = data.load(streamed_config(flat_folder)).train
+    stream = sets.load(streamed_config(flat_folder)).train
     whole = order(stream, 6, seed=0, epoch=0)
     pixels = [images[:, 0, 0, 0].tolist() for images, _ in stream.shuffled(6, seed=0, epoch=0)]
     halves = [
@@ -617,7 +618,7 @@ def test_streamed_folder_shuffles_as_memory_does(flat_folder):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_folder_limit_is_exact(flat_folder, streamed):
     config = (streamed_config if streamed else in_memory_config)(flat_folder, train_limit=9)
-    assert len(contents(data.load(config).train)) == 9
+    assert len(contents(sets.load(config).train)) == 9
 
 
 @pytest.mark.parametrize("make", [in_memory_config, streamed_config])
@@ -626,7 +627,7 @@ def test_folder_with_parts_uses_them(tmp_path, make, validation):
     for place, part in enumerate(("train", validation, "test")):
         fill(tmp_path / part / "cat", 60 * place, 4 + place)
         fill(tmp_path / part / "dog", 60 * place + 30, 4 + place)
-    source = data.load(make(tmp_path))
+    source = sets.load(make(tmp_path))
     for place, name in enumerate(SPLITS):
         expected = [(60 * place + n, 0) for n in range(4 + place)]
         expected += [(60 * place + 30 + n, 1) for n in range(4 + place)]
@@ -638,7 +639,7 @@ def test_folder_whose_only_held_out_part_is_val_tests_on_it(tmp_path):
     fill(tmp_path / "train" / "dog", 50, 20)
     fill(tmp_path / "val" / "cat", 100, 2)
     fill(tmp_path / "val" / "dog", 200, 2)
-    source = data.load(in_memory_config(tmp_path))
+    source = sets.load(in_memory_config(tmp_path))
     assert contents(source.test) == [(100, 0), (101, 0), (200, 1), (201, 1)]
     assert (len(source.train), len(source.validation)) == (34, 6)
 
@@ -650,7 +651,7 @@ def test_folder_takes_all_modes_in_memory_and_streamed(tmp_path):
             for mode, (content, _) in DECODED.items():
                 # A PNG named .jpg among them: files are known by their content.
                 (tmp_path / part / name / f"{mode}.jpg").write_bytes(content)
-    splits = [data.load(make(tmp_path)).train for make in (in_memory_config, streamed_config)]
+    splits = [sets.load(make(tmp_path)).train for make in (in_memory_config, streamed_config)]
     images = [torch.cat([batch for batch, _ in split.once(5)]) for split in splits]
     assert images[0].shape == (2 * len(DECODED), 3, 8, 8)
     assert torch.equal(images[0], images[1])
@@ -661,13 +662,13 @@ def test_folder_names_a_damaged_image(flat_folder, streamed):
     for number in range(20):
         (flat_folder / "cat" / f"{number:03d}.png").write_bytes(b"damaged")
     with pytest.raises(UsageError, match=r"cat/0\d\d\.png"):
-        contents(data.load((streamed_config if streamed else in_memory_config)(flat_folder)).train)
+        contents(sets.load((streamed_config if streamed else in_memory_config)(flat_folder)).train)
 
 
 def test_worker_names_a_damaged_image_in_one_line(flat_folder):
     for number in range(20):
         (flat_folder / "cat" / f"{number:03d}.png").write_bytes(b"damaged")
-    stream = data.load(streamed_config(flat_folder, workers=1)).train
+    stream = sets.load(streamed_config(flat_folder, workers=1)).train
     with pytest.raises(UsageError, match=r"cat/0\d\d\.png") as caught:
         contents(stream)
     assert "Traceback" not in str(caught.value)
@@ -678,14 +679,14 @@ def test_folder_whose_parts_differ_in_classes_names_the_class(tmp_path):
     fill(tmp_path / "train" / "dog", 9, 3)
     fill(tmp_path / "test" / "cat", 20, 3)
     with pytest.raises(UsageError, match="dog"):
-        data.load(in_memory_config(tmp_path))
+        sets.load(in_memory_config(tmp_path))
 
 
 def test_folder_that_is_missing_or_empty_is_named(tmp_path):
     (tmp_path / "bare").mkdir()
     for name in ("nowhere", "bare"):
         with pytest.raises(UsageError, match=name):
-            data.load(in_memory_config(tmp_path / name))
+            sets.load(in_memory_config(tmp_path / name))
 
 
 # torchvision
@@ -713,7 +714,7 @@ def write_mnist(root: Path, folder: str = "MNIST") -> None:
 )
 def test_mnist_files_are_read(tmp_path, name, folder):
     write_mnist(tmp_path, folder)
-    source = data.load(DataConfig(name, str(tmp_path)))
+    source = sets.load(DataConfig(name, str(tmp_path)))
     assert (source.num_classes, source.in_chans, source.image_size) == (10, 1, 28)
     assert contents(source.test) == [(place, place % 10) for place in range(20)]
     both = sorted(contents(source.train) + contents(source.validation))
@@ -723,7 +724,7 @@ def test_mnist_files_are_read(tmp_path, name, folder):
 def test_mnist_is_resized_and_found_through_the_environment(tmp_path, monkeypatch):
     write_mnist(tmp_path)
     monkeypatch.setenv("AUTOSPARSE_DATA", str(tmp_path))
-    assert data.load(DataConfig("mnist", image_size=14)).test.images.shape == (20, 1, 14, 14)
+    assert sets.load(DataConfig("mnist", image_size=14)).test.images.shape == (20, 1, 14, 14)
 
 
 def write_cifar(root: Path, monkeypatch) -> None:
@@ -750,7 +751,7 @@ def write_cifar(root: Path, monkeypatch) -> None:
 
 def test_cifar_files_are_read(tmp_path, monkeypatch):
     write_cifar(tmp_path, monkeypatch)
-    source = data.load(DataConfig("cifar10", str(tmp_path)))
+    source = sets.load(DataConfig("cifar10", str(tmp_path)))
     assert source.test.images.shape == (20, 3, 32, 32)
     assert contents(source.test) == [(place, place % 10) for place in range(20)]
     assert source.test.images[:, 1].unique().tolist() == [100]
@@ -765,7 +766,7 @@ def test_no_data_and_no_network_names_the_folder(tmp_path, monkeypatch, name, ki
 
     monkeypatch.setattr(getattr(datasets, kind), "download", download)
     with pytest.raises(UsageError, match="elsewhere") as caught:
-        data.load(DataConfig(name, str(tmp_path / "elsewhere")))
+        sets.load(DataConfig(name, str(tmp_path / "elsewhere")))
     assert kind in str(caught.value)
 
 
@@ -775,7 +776,7 @@ def test_cut_mnist_file_names_the_folder(tmp_path, kept):
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UsageError, match=str(tmp_path)):
-        data.load(DataConfig("mnist", str(tmp_path)))
+        sets.load(DataConfig("mnist", str(tmp_path)))
 
 
 # load
@@ -794,18 +795,18 @@ def test_cut_mnist_file_names_the_folder(tmp_path, kept):
 )
 def test_load_refuses_what_cannot_be(config, named):
     with pytest.raises(UsageError, match=named):
-        data.load(config)
+        sets.load(config)
 
 
 def test_load_takes_a_name_and_keeps_the_config():
-    assert data.load("digits").config == DataConfig("digits")
+    assert sets.load("digits").config == DataConfig("digits")
 
 
 def test_a_set_that_is_remembered_is_loaded_once():
     configs = [DIGITS, replace(DIGITS, normalisation=[[0.5], [0.25]])]
-    with data.remembered():
-        first = [data.load(config) for config in configs]
-        assert all(data.load(c) is each for c, each in zip(configs, first, strict=True))
+    with sets.remembered():
+        first = [sets.load(config) for config in configs]
+        assert all(sets.load(c) is each for c, each in zip(configs, first, strict=True))
         assert first[0] is not first[1]
-    assert data.load(DIGITS) is not first[0]
-    assert data.load(DIGITS).fingerprint == first[0].fingerprint
+    assert sets.load(DIGITS) is not first[0]
+    assert sets.load(DIGITS).fingerprint == first[0].fingerprint

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autosparse import data, data_identity, irp
-from autosparse.config import DataConfig, IRPConfig, run_id
-from autosparse.data_identity import content, looked_at_once
-from autosparse.errors import UsageError
-from autosparse.files import write_json
+from autosparse.core.config import DataConfig, IRPConfig, run_id
+from autosparse.core.errors import UsageError
+from autosparse.core.files import write_json
+from autosparse.data import identity, sets
+from autosparse.data.identity import content, looked_at_once
+from autosparse.irp import run
 from tests.conftest import QUICK, quick_irp
 from tests.test_data import write_mnist
 
@@ -95,9 +96,9 @@ def test_links_are_followed_but_not_in_circles(folder: DataConfig):
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
-    real = data_identity.sha256_of_file
+    real = identity.sha256_of_file
     monkeypatch.setattr(
-        data_identity, "sha256_of_file", lambda path: read.append(Path(path).name) or real(path)
+        identity, "sha256_of_file", lambda path: read.append(Path(path).name) or real(path)
     )
     return read
 
@@ -105,7 +106,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture()
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all files that are there pass for long finished."""
-    monkeypatch.setattr(data_identity, "SETTLED", -60)
+    monkeypatch.setattr(identity, "SETTLED", -60)
 
 
 def test_a_file_is_read_once(folder: DataConfig, settled: None, monkeypatch: pytest.MonkeyPatch):
@@ -177,7 +178,7 @@ def test_shards_are_known_by_the_hashes_of_their_manifest(tmp_path: Path):
 def test_data_that_are_not_there_are_said_at_once(tmp_path: Path, name: str):
     settings = replace(quick_irp(str(tmp_path / "out")), data=DataConfig(name, "nowhere"))
     with pytest.raises(UsageError, match=r"data\.root nowhere is not a folder"):
-        irp.run_irp(settings)
+        run.run_irp(settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -211,25 +212,25 @@ def small(root: Path, tmp_path: Path) -> IRPConfig:
 
 
 def test_two_folders_of_one_name_are_two_runs(tmp_path: Path, capsys):
-    first = irp.run_irp(small(pets(tmp_path / "v1" / "pets"), tmp_path))
-    second = irp.run_irp(small(pets(tmp_path / "v2" / "pets", shade=20), tmp_path))
-    third = irp.run_irp(small(pets(tmp_path / "copy" / "animals"), tmp_path))
+    first = run.run_irp(small(pets(tmp_path / "v1" / "pets"), tmp_path))
+    second = run.run_irp(small(pets(tmp_path / "v2" / "pets", shade=20), tmp_path))
+    third = run.run_irp(small(pets(tmp_path / "copy" / "animals"), tmp_path))
     assert first == third != second
 
 
 def test_a_run_of_data_known_by_name_is_told_of(tmp_path: Path, caplog):
     settings = small(pets(tmp_path / "v1" / "pets"), tmp_path)
-    finished = irp.run_irp(settings)
+    finished = run.run_irp(settings)
     former = []
 
     def former_folder() -> Path:
-        former.append(irp.run_folder(settings))
+        former.append(run.run_folder(settings))
         return former[-1]
 
-    data_identity.tell_of_former(former_folder, "finished.json")
+    identity.tell_of_former(former_folder, "finished.json")
     finished.rename(former[1])
     caplog.clear()
-    assert irp.run_irp(settings) == finished != former[1]
+    assert run.run_irp(settings) == finished != former[1]
     (line,) = [each for each in caplog.messages if "is not used" in each]
     assert f"{former[1]} is of data of that folder's name" in line
 
@@ -242,8 +243,8 @@ def test_a_named_set_with_other_images_is_not_taken_for_the_same(tmp_path: Path)
         training=replace(QUICK, batch_size=10),
         samples_per_class=1,
     )
-    finished = irp.run_irp(settings)
-    assert irp.run_irp(settings) == finished
+    finished = run.run_irp(settings)
+    assert run.run_irp(settings) == finished
     write_mnist(tmp_path / "two")
     path = tmp_path / "two" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     content_ = bytearray(path.read_bytes())
@@ -251,16 +252,16 @@ def test_a_named_set_with_other_images_is_not_taken_for_the_same(tmp_path: Path)
     path.write_bytes(bytes(content_))
     other = replace(settings, data=replace(settings.data, root=str(tmp_path / "two")))
     with pytest.raises(UsageError, match=f"{finished} is of other images .*two holds now") as told:
-        irp.run_irp(other)
+        run.run_irp(other)
     assert "\n" not in str(told.value)
     gone = replace(settings, data=replace(settings.data, root=str(tmp_path / "nowhere")))
-    assert irp.run_irp(gone) == finished, "where there is nothing to compare with, it is as found"
+    assert run.run_irp(gone) == finished, "where there is nothing to compare with, it is as found"
 
 
 def test_what_settings_say_of_images_is_what_they_are(tmp_path: Path):
     write_mnist(tmp_path)
     root = pets(tmp_path / "pets")
     for config in (DataConfig(), DataConfig("mnist", str(tmp_path)), wanted(root, tmp_path)):
-        found, said = data.load(config), data.shape(config)
+        found, said = sets.load(config), sets.shape(config)
         assert said.num_classes in (None, found.num_classes)
         assert (said.in_chans, said.image_size) == (found.in_chans, found.image_size)

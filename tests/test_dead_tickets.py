@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse import prune, results
-from autosparse.config import PruneConfig, SparseTrainConfig, run_id
-from autosparse.errors import RunFailed, UsageError
-from autosparse.sparse_training import Cell, train_cell
-from autosparse.steppers import PlainStepper
+from autosparse import prune
+from autosparse.core.config import PruneConfig, SparseTrainConfig, run_id
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.study import results
+from autosparse.study.trainings import Cell, train_cell
+from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +52,7 @@ def test_it_is_an_error_where_that_is_asked_for() -> None:
 
 
 def test_the_remedy_helps() -> None:
-    from autosparse.scoring import Selection
+    from autosparse.criteria.scoring import Selection
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

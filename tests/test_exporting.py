@@ -6,11 +6,12 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from autosparse import compact, exporting, prune
-from autosparse.config import ExportConfig
-from autosparse.errors import UsageError
-from autosparse.ticket import Ticket
-from autosparse.verbs import export
+from autosparse import compact, prune
+from autosparse.cli.verbs import export
+from autosparse.core.config import ExportConfig
+from autosparse.core.errors import UsageError
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study import export as exporting
 from tests.conftest import make_model
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosparse import features, models
-from autosparse.config import ModelConfig
-from autosparse.errors import UsageError
+from autosparse.autos import features
+from autosparse.core.config import ModelConfig
+from autosparse.core.errors import UsageError
+from autosparse.models import zoo
 
 Tensors = dict[str, Tensor]
 SHAPES = {
@@ -255,8 +256,8 @@ def test_uses_by_hand() -> None:
 
 def test_uses_in_a_transformer_are_tokens() -> None:
     config = ModelConfig("test_vit", {"patch_size": 8})
-    model = models.create(config, num_classes=10, in_chans=3, image_size=32, seed=0)
-    found = features.uses(model, models.prunable(model), torch.zeros(1, 3, 32, 32))
+    model = zoo.create(config, num_classes=10, in_chans=3, image_size=32, seed=0)
+    found = features.uses(model, zoo.prunable(model), torch.zeros(1, 3, 32, 32))
     # 4 x 4 patches and a class token, whose value alone the classifier sees.
     assert found.pop("patch_embed.proj.weight") == 16
     assert found.pop("head.weight") == 1
@@ -266,7 +267,7 @@ def test_uses_in_a_transformer_are_tokens() -> None:
 def test_uses_in_torchs_attention() -> None:
     """Five tokens see all four layers, though attention does not call its projection."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    found = features.uses(layer, models.prunable(layer), torch.zeros(1, 5, 8))
+    found = features.uses(layer, zoo.prunable(layer), torch.zeros(1, 5, 8))
     assert len(found) == 4
     assert set(found.values()) == {5}
 

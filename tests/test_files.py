@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse.config import TrainingConfig
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import (
+from autosparse.core.config import TrainingConfig
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import (
     is_local,
     place,
     read_card,
@@ -30,7 +30,7 @@ from autosparse.files import (
     write_tensors,
     write_text,
 )
-from autosparse.steppers import History, PlainStepper
+from autosparse.training.steppers import History, PlainStepper
 
 TENSORS = {
     "mask": torch.tensor([3, 0, 255], dtype=torch.uint8),
@@ -96,7 +96,7 @@ def test_kill_leaves_the_old_content(tmp_path):
     path.write_text("old")
     program = (
         "import os, signal, sys\n"
-        "from autosparse.files import replacing\n"
+        "from autosparse.core.files import replacing\n"
         "with replacing(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half of the n')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import fit_scorer, fit_survival, irp, table
-from autosparse.config import FitConfig
-from autosparse.corpus import Corpus, IRPRun, read_run, write_run
-from autosparse.errors import UsageError
-from autosparse.scorer import AutoS
+from autosparse.autos import fit, fit_heads, table
+from autosparse.autos.network import AutoS
+from autosparse.core.config import FitConfig
+from autosparse.core.errors import UsageError
+from autosparse.corpus.store import Corpus, IRPRun, read_run, write_run
+from autosparse.irp import run as irp
 from tests.conftest import quick_irp
 
 FIT = FitConfig(head="survival", epochs=8, rows_per_run=3000, batch_size=500, hidden=[8])
@@ -36,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_learns_what_layers_keep_and_which_weights(corpus: Path) -> None:
-    card = fit_survival.fit(replace(FIT, corpus=str(corpus), learning_rate=0.03)).card
+    card = fit_heads.fit(replace(FIT, corpus=str(corpus), learning_rate=0.03)).card
     assert len(card["trained_on"]) == len(card["held_out"]) == 1
     assert card["allocation_error"]["autos"] < 0.5 * card["allocation_error"]["erk"]
     assert card["best"]["validation_mse"] < 0.3 * card["baseline_mse"]
@@ -47,7 +48,7 @@ def test_it_learns_what_layers_keep_and_which_weights(corpus: Path) -> None:
 def test_the_same_corpus_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     config = replace(FIT, corpus=str(corpus), epochs=1, holdout=0.0)
     for name in ("one", "two"):
-        fit_survival.fit(config).save(tmp_path / name)
+        fit_heads.fit(config).save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     loaded = AutoS.load(tmp_path / "one")
     assert loaded.head == "survival"
@@ -57,13 +58,13 @@ def test_the_same_corpus_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> N
 def test_runs_are_left_out_by_pattern(corpus: Path) -> None:
     ids = [folder.name for folder in Corpus(corpus).folders()]
     config = replace(FIT, corpus=str(corpus), holdout=0.0)
-    assert fit_scorer.split_runs(Corpus(corpus), config) == (ids, [])
+    assert fit.split_runs(Corpus(corpus), config) == (ids, [])
     one = replace(config, exclude=[{"seed": 1, "label": "mag*"}])
-    assert len(fit_scorer.split_runs(Corpus(corpus), one)[0]) == 1
+    assert len(fit.split_runs(Corpus(corpus), one)[0]) == 1
     with pytest.raises(UsageError, match="matches no run"):
-        fit_scorer.split_runs(Corpus(corpus), replace(config, exclude=[{"seed": 7}]))
+        fit.split_runs(Corpus(corpus), replace(config, exclude=[{"seed": 7}]))
     with pytest.raises(UsageError, match="label"):
-        fit_scorer.split_runs(Corpus(corpus), replace(config, exclude=[{"labl": "x"}]))
+        fit.split_runs(Corpus(corpus), replace(config, exclude=[{"labl": "x"}]))
 
 
 def test_calibration_by_hand() -> None:
@@ -71,17 +72,17 @@ def test_calibration_by_hand() -> None:
     network = AutoS("context", [3], head="survival")
     for parameter in network.heads.selection.parameters():
         torch.nn.init.zeros_(parameter)
-    layers = fit_survival.Layers(
+    layers = fit_heads.Layers(
         torch.zeros(1, 7), torch.zeros(1, 1), torch.tensor([[0.25]]), torch.tensor([4.0]),
         torch.eye(8)[:1], torch.tensor([0.25]),
     )  # fmt: skip
-    weights = fit_survival.Weights(
+    weights = fit_heads.Weights(
         torch.zeros(4, 14), torch.tensor([0, 1, 0, 0]), torch.zeros(4, dtype=torch.long)
     )
-    found = fit_survival.calibration(network.heads, [(layers, weights)])
+    found = fit_heads.calibration(network.heads, [(layers, weights)])
     assert found == [{"predicted": 0.5, "alive": 0.25, "weights": 4}]
     # log2(1/2) is one above log2(1/4), for both.
-    errors = fit_survival.allocation_error(network.heads, [layers])
+    errors = fit_heads.allocation_error(network.heads, [layers])
     assert errors == {"autos": pytest.approx(1.0), "erk": pytest.approx(1.0)}
 
 
@@ -93,7 +94,7 @@ def test_a_resnet18_is_saved_as_its_table(
         corpus=str(corpus), features="paper", backbone="resnet18", rows_per_run=64, epochs=1,
         batch_size=64,
     )  # fmt: skip
-    network = fit_scorer.fit(config)
+    network = fit.fit(config)
     network.save(tmp_path / "autos")
     loaded = AutoS.load(tmp_path / "autos")
     assert loaded.fingerprint == network.fingerprint

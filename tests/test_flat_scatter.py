@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from autosparse import flat_scatter, models
-from autosparse.compaction import GIVEN, compact, compact_weights, densify, rescattering
-from autosparse.config import ModelConfig, TrainingConfig
-from autosparse.errors import UsageError
-from autosparse.flat_scatter import FlatScatter, chosen
-from autosparse.steppers import PlainStepper, lay_out
+from autosparse.core.config import ModelConfig, TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.models import zoo
+from autosparse.sparsity import flat_scatter
+from autosparse.sparsity.compact import GIVEN, compact, compact_weights, densify, rescattering
+from autosparse.sparsity.flat_scatter import FlatScatter, chosen
+from autosparse.training.steppers import PlainStepper, lay_out
 from tests.test_compaction import Attention, Tied, random_ticket
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -33,7 +34,7 @@ SETTINGS = TrainingConfig(
 @pytest.fixture()
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Triton's kernels, run by its interpreter."""
-    name = "autosparse.flat_kernels"
+    name = "autosparse.sparsity.flat_kernels"
     before = sys.modules.pop(name, None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     yield import_module(name)
@@ -46,7 +47,7 @@ def net(name: str, sparsity: float = 0.8, **options) -> nn.Module:
     if "vit" in name:
         options.setdefault("patch_size", 4)
     config = ModelConfig(name, options)
-    model = models.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
+    model = zoo.create(config, num_classes=10, in_chans=1, image_size=16, seed=0)
     return compact(model, random_ticket(model, sparsity))
 
 

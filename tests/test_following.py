@@ -12,9 +12,11 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autosparse import criteria, gradients, masks, models, paths, prune, reach
-from autosparse.errors import UsageError
-from autosparse.scoring import Selection
+from autosparse import criteria, prune
+from autosparse.core.errors import UsageError
+from autosparse.criteria.scoring import Selection
+from autosparse.models import gradients, zoo
+from autosparse.sparsity import masks, paths, reach
 from tests.conftest import make_model
 from tests.test_reach import Named, chain, ones_for
 
@@ -106,7 +108,7 @@ class Joined(nn.Module):
 def test_modules_that_give_lists_are_no_points_to_rescale_at() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), Branches(), Joined(), nn.Linear(4, 2))
-    copied = paths.without_shifts(model, models.prunable(model))
+    copied = paths.without_shifts(model, zoo.prunable(model))
     ones = torch.ones(1, 3)
     expected = copied(ones)
     assert paths.rescale_between_blocks(copied, ones) is not None
@@ -150,7 +152,7 @@ def test_activations_that_overwrite_do_not_in_a_copy() -> None:
 
 
 def scores_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:
-    scores = {name: torch.rand(each.shape) for name, each in models.prunable(model).items()}
+    scores = {name: torch.rand(each.shape) for name, each in zoo.prunable(model).items()}
     return scores, {name: max(each.numel() // 2, 1) for name, each in scores.items()}
 
 
@@ -271,7 +273,7 @@ class Caching(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_that_was_cached_is_left_behind(training: bool) -> None:
-    from autosparse.config import ScoringConfig
+    from autosparse.core.config import ScoringConfig
 
     model = Caching().train(training)
     data = [(torch.randn(4, 3, 1, 1), torch.arange(4))]

@@ -14,12 +14,12 @@ from PIL import Image
 from webdataset import ShardWriter, TarWriter, WebDataset
 from webdataset.tariterators import base_plus_ext
 
-from autosparse import data
-from autosparse.config import DataConfig, IndexConfig
+from autosparse.core.config import DataConfig, IndexConfig
+from autosparse.core.errors import UsageError
+from autosparse.data import sets
 from autosparse.data.check import adopt, verify
 from autosparse.data.samples import Reading, scan
 from autosparse.data.tars import INDEX, MANIFEST, read_manifest
-from autosparse.errors import UsageError
 from tests.test_cli import refuse, run
 from tests.test_shards import CLASSES, COUNTS, expected, pairs, picture, samples, write_shards
 
@@ -209,7 +209,7 @@ def test_dotted_keys_take_an_option_that_the_line_names(tmp_path):
     adopt(tmp_path, IndexConfig(dotted=True))
     assert [p for _, p in verify(tmp_path) if p] == []
     (tmp_path / INDEX).unlink()
-    assert pairs(data.load(config(tmp_path, tmp_path, memory_limit_gb=1)).test.once(4)) == [
+    assert pairs(sets.load(config(tmp_path, tmp_path, memory_limit_gb=1)).test.once(4)) == [
         (0, 0), (1, 1), (2, 2)
     ]  # fmt: skip
 
@@ -240,7 +240,7 @@ def test_labels_in_json_take_an_option_that_the_line_names(tmp_path):
         0, 1, 2
     ]  # fmt: skip
     (tmp_path / INDEX).unlink()
-    source = data.load(config(tmp_path, tmp_path, memory_limit_gb=1))
+    source = sets.load(config(tmp_path, tmp_path, memory_limit_gb=1))
     assert source.test.labels.tolist() == [0, 1, 2]
 
 
@@ -273,7 +273,7 @@ def test_shards_in_folders_are_read(tmp_path):
     assert [(shard.name, shard.split) for shard in shards] == [
         ("test/0000.tar", "test"), ("train/0000.tar", "train"), ("val/0000.tar", "validation")
     ]  # fmt: skip
-    source = data.load(config(tmp_path / "s", tmp_path))
+    source = sets.load(config(tmp_path / "s", tmp_path))
     assert pairs(source.validation.once(4)) == [(10, 0), (11, 1)]
 
 
@@ -284,17 +284,17 @@ def test_a_pattern_or_a_tar_as_root_takes_these_shards_of_the_manifest(tmp_path)
     for word in ("val", "test"):
         write_tar(root / f"{word}-000.tar", plain([90, 91]))
     with pytest.raises(UsageError, match=r"manifest\.json is not there: `autosparse shards index"):
-        data.load(config(root, tmp_path))
+        sets.load(config(root, tmp_path))
     adopt(root)
     pattern = f"{root}/{{train-{{001..002}},val-000,test-000}}.tar"
-    some = data.load(config(pattern, tmp_path))
+    some = sets.load(config(pattern, tmp_path))
     assert pairs(some.train.once(9)) == [(10, 0), (11, 1), (20, 0), (21, 1)]
-    whole = data.load(config(root, tmp_path))
+    whole = sets.load(config(root, tmp_path))
     assert len(whole.train) == 6 and whole.fingerprint != some.fingerprint
     with pytest.raises(UsageError, match=r"lists no shard train-003\.tar"):
-        data.load(config(f"{root}/train-{{002..003}}.tar", tmp_path))
+        sets.load(config(f"{root}/train-{{002..003}}.tar", tmp_path))
     with pytest.raises(UsageError, match="lists no test shard"):
-        data.load(config(f"{root}/train-001.tar", tmp_path))
+        sets.load(config(f"{root}/train-001.tar", tmp_path))
 
 
 def test_a_pattern_is_indexed(tmp_path):
@@ -314,7 +314,7 @@ def test_many_small_shards_are_opened_once_and_nothing_waits_for_the_disk(tmp_pa
         write_tar(tmp_path / "s" / f"{word}-000.tar", plain([1, 2]))
     adopt(tmp_path / "s")
     (tmp_path / "s" / INDEX).unlink()
-    split = data.load(config(tmp_path / "s", tmp_path)).train
+    split = sets.load(config(tmp_path / "s", tmp_path)).train
     opened: list[str] = []
     open_, reading = Path.open, tarfile.open
 
@@ -363,7 +363,7 @@ def test_we_read_what_shard_writer_writes(tmp_path):
     adopt(tmp_path)
     pattern = f"{tmp_path}/{{train-00{{0..6}},validation-00{{0..1}},test-00{{0..2}}}}.tar"
     for root in (tmp_path, pattern):
-        source = data.load(config(root, tmp_path))
+        source = sets.load(config(root, tmp_path))
         for split in COUNTS:
             assert pairs(getattr(source, split).once(4)) == expected(split)
     by_json = scan(tmp_path / "test-001.tar", Reading("json:label"))

@@ -20,16 +20,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from autosparse import corpus, criteria, masks, models, prune, reach
-from autosparse.compaction import compact, compact_weights, dense_name, densify
-from autosparse.config import ModelConfig, TrainingConfig
-from autosparse.data import DataSource
-from autosparse.errors import Stopped
-from autosparse.irp import run_irp
-from autosparse.recipe import Recipe
-from autosparse.steppers import History, PlainStepper
-from autosparse.ticket import Ticket
-from autosparse.training import evaluate, fit, seeded, steps_per_epoch
+from autosparse import criteria, prune
+from autosparse.core.config import ModelConfig, TrainingConfig
+from autosparse.core.errors import Stopped
+from autosparse.corpus import store
+from autosparse.data.sets import DataSource
+from autosparse.irp.run import run_irp
+from autosparse.models import zoo
+from autosparse.sparsity import masks, reach
+from autosparse.sparsity.compact import compact, compact_weights, dense_name, densify
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.loop import evaluate, fit, seeded, steps_per_epoch
+from autosparse.training.recipe import Recipe
+from autosparse.training.steppers import History, PlainStepper
 from tests.conftest import QUICK, make_model, quick_irp
 from tests.test_compaction import CASES, masked, random_ticket
 from tests.test_standardised import CASES as STANDARDISED
@@ -210,7 +213,7 @@ def test_criteria_choose_what_they_choose_on_the_cpu(
     for place in (CPU, device):
         model = make_model("test_vit" if name in OF_ATTENTION else "test_byobnet").to(place)
         tickets.append(prune(model, digits.to(place), name, 0.8, options=options, seed=1))
-        assert models.device_of(model) == next(model.parameters()).device
+        assert zoo.device_of(model) == next(model.parameters()).device
     expected, found = tickets
     assert found.kept == expected.kept
     assert {mask.device.type for mask in found.masks.values()} == {"cpu"}
@@ -254,7 +257,7 @@ def test_thinning_chooses_what_it_chooses_on_the_cpu(
     model = make_model(name)
     scores = {
         layer: noise(*weight.shape, seed=place)
-        for place, (layer, weight) in enumerate(models.prunable(model).items())
+        for place, (layer, weight) in enumerate(zoo.prunable(model).items())
     }
     kept = {layer: max(1, each.numel() // 10) for layer, each in scores.items()}
 
@@ -383,7 +386,7 @@ def test_however_weights_are_scattered_the_training_is_bit_equal(
 ) -> None:
     """Without a GPU, `triton` falls back on torch's operations."""
     if device.type == "cuda" and kind == "triton":
-        from autosparse import flat_kernels
+        from autosparse.sparsity import flat_kernels
 
         flat_kernels.try_out(device)
     images, labels = digits.to(device).score_batches(3)[0]
@@ -420,7 +423,7 @@ def test_an_irp_run_on_the_device(device: torch.device, tmp_path: Path) -> None:
     entries: list[dict] = []
     config = quick_irp(str(tmp_path), device=str(device))
     folder = run_irp(config, on_level=entries.append)
-    run = corpus.read_run(folder)
+    run = store.read_run(folder)
     total = run.card["prunable_weights"]
     counts = [masks.kept(run.masks(level)) for level in range(3)]
     assert counts == [total, round(total * 0.1**0.5), round(total * 0.1)]
@@ -434,7 +437,7 @@ def test_a_ticket_goes_from_device_to_device(
     """Pruned and trained on the device, saved, and evaluated the same on a CPU."""
     source = digits.to(device)
     ticket = prune(make_model().to(device), source, "snip", 0.9)
-    model = models.create(
+    model = zoo.create(
         ModelConfig("test_byobnet"), num_classes=10, in_chans=1, image_size=16, seed=0
     )
     stepper = PlainStepper(compact(model, ticket).to(device), PLAIN, 3)

@@ -10,9 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autosparse import criteria, masks, models, prune
-from autosparse.config import ModelConfig
-from autosparse.ticket import Ticket
+from autosparse import criteria, prune
+from autosparse.core.config import ModelConfig
+from autosparse.models import zoo
+from autosparse.sparsity import masks
+from autosparse.sparsity.ticket import Ticket
 from tests.test_reach import Named
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +108,7 @@ def test_a_head_that_starts_at_zero_is_drawn_for_a_while() -> None:
 
 def test_what_is_made_by_its_recipe_is_scored_as_it_is() -> None:
     config = ModelConfig("test_convnext")
-    model = models.create(config, num_classes=4, in_chans=3, image_size=SIDE, seed=0)
+    model = zoo.create(config, num_classes=4, in_chans=3, image_size=SIDE, seed=0)
     ticket = prune(model, batches(), "snip", 0.9)
     assert "revealed" not in ticket.card
     scores = criteria.get("snip")(model, batches(), nn.functional.cross_entropy)
@@ -117,7 +119,7 @@ def test_what_is_made_by_its_recipe_is_scored_as_it_is() -> None:
 def test_autos_sees_gains_as_it_did_when_it_was_fitted() -> None:
     """What is near zero stays so, what is zero is one: as models.create makes networks."""
     config = ModelConfig("test_convnext")
-    made = models.create(config, num_classes=4, in_chans=3, image_size=SIDE, seed=0)
+    made = zoo.create(config, num_classes=4, in_chans=3, image_size=SIDE, seed=0)
     own = as_timm_makes_it("test_convnext")
     own.load_state_dict(made.state_dict())
     with warnings.catch_warnings():

@@ -14,12 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import claims, corpus, data, irp, masks, reach, steppers, training, upkeep
-from autosparse.claims import CLAIM
-from autosparse.config import DataConfig, keep_count, keep_density
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.files import read_card, read_json, read_tensors, write_tensors
+from autosparse.core import locks
+from autosparse.core.config import DataConfig, keep_count, keep_density
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_card, read_json, read_tensors, write_tensors
+from autosparse.core.locks import CLAIM
+from autosparse.corpus import store, upkeep
+from autosparse.data import sets
+from autosparse.data.sets import DataSource
+from autosparse.irp import run as irp
+from autosparse.sparsity import masks, reach
+from autosparse.training import loop, steppers
 from tests.conftest import QUICK, SMALL_DIGITS, flip, holder, make_model, quick_irp
 
 
@@ -33,12 +38,12 @@ def test_linear_schedule_subtracts_the_same_amount() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> corpus.IRPRun:
+def run(tmp_path_factory: pytest.TempPathFactory) -> store.IRPRun:
     folder = irp.run_irp(quick_irp(str(tmp_path_factory.mktemp("corpus"))))
-    return corpus.read_run(folder)
+    return store.read_run(folder)
 
 
-def test_survival_holds_every_mask_with_exact_counts(run: corpus.IRPRun) -> None:
+def test_survival_holds_every_mask_with_exact_counts(run: store.IRPRun) -> None:
     total = sum(tensor.numel() for tensor in run.survival.values())
     expected = [keep_density(total, density) for density in (1, 0.1**0.5, 0.1)]
     assert [masks.kept(run.masks(level)) for level in range(3)] == expected
@@ -49,7 +54,7 @@ def test_survival_holds_every_mask_with_exact_counts(run: corpus.IRPRun) -> None
 def test_half_a_weight_is_removed_as_everywhere(tmp_path: Path, schedule: str) -> None:
     """A sixteenth of the model's 199,256 weights is 12,453.5."""
     settings = quick_irp(str(tmp_path), levels=1, final_density=0.0625, schedule=schedule)
-    found = corpus.read_run(irp.run_irp(settings))
+    found = store.read_run(irp.run_irp(settings))
     assert masks.total(found.masks(0)) == 199_256
     assert masks.kept(found.masks(1)) == 12_453 == keep_count(199_256, 0.9375)
 
@@ -61,20 +66,20 @@ def test_the_last_density_is_the_one_that_was_asked_for() -> None:
             assert (found[0], found[-1]) == (1, final)
 
 
-def test_masks_are_nested_and_no_layer_is_empty(run: corpus.IRPRun) -> None:
+def test_masks_are_nested_and_no_layer_is_empty(run: store.IRPRun) -> None:
     for name, survival in run.survival.items():
         assert survival.dtype == torch.uint8
         assert bool((run.masks(2)[name] <= run.masks(1)[name]).all())
         assert int(run.masks(2)[name].sum()) >= 1
 
 
-def test_a_run_holds_the_seeded_initial_state(run: corpus.IRPRun) -> None:
+def test_a_run_holds_the_seeded_initial_state(run: store.IRPRun) -> None:
     state = make_model(seed=0).state_dict()
     for name, tensor in (run.initial | run.rest).items():
         assert torch.equal(tensor, state[name]), name
 
 
-def test_a_levels_ticket_is_at_its_initial_values(run: corpus.IRPRun) -> None:
+def test_a_levels_ticket_is_at_its_initial_values(run: store.IRPRun) -> None:
     ticket = run.ticket(2)
     model = make_model(seed=0)
     ticket.check(model)
@@ -89,10 +94,10 @@ def test_level_one_keeps_the_largest_trained_weights_of_the_dense_training(
 
     Layers that keep a single weight are left out: there the guard may have kept a small one.
     """
-    from autosparse.steppers import PlainStepper
-    from autosparse.training import fit, seeded, steps_per_epoch
+    from autosparse.training.loop import fit, seeded, steps_per_epoch
+    from autosparse.training.steppers import PlainStepper
 
-    found = corpus.read_run(irp.run_irp(quick_irp(str(tmp_path))))
+    found = store.read_run(irp.run_irp(quick_irp(str(tmp_path))))
     model = make_model(seed=0)
     stepper = PlainStepper(model, QUICK, steps_per_epoch(digits.train, QUICK))
     with seeded(0):
@@ -105,8 +110,8 @@ def test_level_one_keeps_the_largest_trained_weights_of_the_dense_training(
     assert float(kept.min()) >= float(pruned.max())
 
 
-def test_snip_labels_differ_from_magnitude_labels(tmp_path: Path, run: corpus.IRPRun) -> None:
-    other = corpus.read_run(irp.run_irp(quick_irp(str(tmp_path), label="snip")))
+def test_snip_labels_differ_from_magnitude_labels(tmp_path: Path, run: store.IRPRun) -> None:
+    other = store.read_run(irp.run_irp(quick_irp(str(tmp_path), label="snip")))
     assert masks.fingerprint(other.masks(1)) != masks.fingerprint(run.masks(1))
 
 
@@ -115,7 +120,7 @@ def test_live_runs_keep_their_weights_on_paths(tmp_path: Path) -> None:
     found = {}
     for live in (False, True):
         config = quick_irp(str(tmp_path), final_density=0.01, label="lamp", live=live)
-        found[live] = corpus.read_run(irp.run_irp(config))
+        found[live] = store.read_run(irp.run_irp(config))
     model, first = make_model(seed=0), {live: run.masks(1) for live, run in found.items()}
     for name in first[True]:
         assert int(first[True][name].sum()) == int(first[False][name].sum()), name
@@ -130,9 +135,9 @@ def test_live_runs_keep_their_weights_on_paths(tmp_path: Path) -> None:
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     config = quick_irp(str(tmp_path))
     folder = irp.run_irp(config)
-    before = (folder / corpus.RUN).stat().st_mtime_ns
+    before = (folder / store.RUN).stat().st_mtime_ns
     assert irp.run_irp(config, on_epoch=lambda *_: pytest.fail("trained again")) == folder
-    assert (folder / corpus.RUN).stat().st_mtime_ns == before
+    assert (folder / store.RUN).stat().st_mtime_ns == before
 
 
 def test_finished_levels_are_read_not_redone(tmp_path: Path) -> None:
@@ -158,7 +163,7 @@ def _stop_after_level(config, last: int) -> None:
 
 
 def _survival_bytes(folder: Path) -> dict[str, bytes]:
-    run = corpus.read_run(folder)
+    run = store.read_run(folder)
     return {name: tensor.numpy().tobytes() for name, tensor in run.survival.items()}
 
 
@@ -190,7 +195,7 @@ def test_bad_settings_are_named(tmp_path: Path, changes: dict, named: str) -> No
 @pytest.mark.slow
 def test_killed_in_level_three_of_six_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-c", "from autosparse.cli import main; main()", "irp",
+        sys.executable, "-c", "from autosparse.cli.main import main; main()", "irp",
         "--model.name", "test_byobnet", "--data.train_limit", str(SMALL_DIGITS.train_limit),
         "--training.epochs", "6", "--training.batch_size", "50", "--levels", "6", "--device", "cpu",
     ]  # fmt: skip
@@ -204,7 +209,7 @@ def test_killed_in_level_three_of_six_goes_on_and_ends_the_same(tmp_path: Path) 
     assert sorted(levels) == ["00", "01", "02"]
     for out in (broken, whole):
         subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
-    resumed = corpus.read_run(folder)
+    resumed = store.read_run(folder)
     assert resumed.card["levels"][:3] == [
         {k: v for k, v in levels[name].items() if k != "next"} for name in sorted(levels)
     ]
@@ -225,21 +230,21 @@ def _wait_for_level(out: Path, level: int, process: subprocess.Popen) -> Path:
 
 
 @pytest.fixture(scope="module")
-def late(tmp_path_factory: pytest.TempPathFactory) -> corpus.IRPRun:
+def late(tmp_path_factory: pytest.TempPathFactory) -> store.IRPRun:
     config = quick_irp(str(tmp_path_factory.mktemp("late")), rewind_steps=2)
-    return corpus.read_run(irp.run_irp(config))
+    return store.read_run(irp.run_irp(config))
 
 
 def state_after(steps: int) -> dict[str, torch.Tensor]:
     """Train the dense model for some steps, as level 0 does."""
-    source, model = data.load(SMALL_DIGITS), make_model(seed=0)
-    stepper = steppers.PlainStepper(model, QUICK, training.steps_per_epoch(source.train, QUICK))
-    with training.seeded(0):
-        training.fit(stepper, source, QUICK, seed=0, span=training.Span(last=steps))
+    source, model = sets.load(SMALL_DIGITS), make_model(seed=0)
+    stepper = steppers.PlainStepper(model, QUICK, loop.steps_per_epoch(source.train, QUICK))
+    with loop.seeded(0):
+        loop.fit(stepper, source, QUICK, seed=0, span=loop.Span(last=steps))
     return model.state_dict()
 
 
-def test_late_rewinding_goes_back_to_the_dense_state_after_step_k(late: corpus.IRPRun) -> None:
+def test_late_rewinding_goes_back_to_the_dense_state_after_step_k(late: store.IRPRun) -> None:
     expected = state_after(2)
     assert set(late.rewound) == set(expected)
     for name, tensor in late.rewound.items():
@@ -250,7 +255,7 @@ def test_late_rewinding_goes_back_to_the_dense_state_after_step_k(late: corpus.I
         assert torch.equal(tensor, initial[name]), name
 
 
-def test_a_late_ticket_holds_the_values_after_step_k(late: corpus.IRPRun) -> None:
+def test_a_late_ticket_holds_the_values_after_step_k(late: store.IRPRun) -> None:
     ticket = late.ticket(2)
     ticket.check(make_model())
     assert ticket.card["rewind_steps"] == 2
@@ -261,14 +266,14 @@ def test_a_late_ticket_holds_the_values_after_step_k(late: corpus.IRPRun) -> Non
 
 
 def test_the_first_level_is_the_same_wherever_it_rewinds_to(
-    run: corpus.IRPRun, late: corpus.IRPRun
+    run: store.IRPRun, late: store.IRPRun
 ) -> None:
     for name, mask in run.masks(1).items():
         assert torch.equal(late.masks(1)[name], mask)
     assert masks.fingerprint(run.masks(2)) != masks.fingerprint(late.masks(2))
 
 
-def test_cost_is_what_was_trained(run: corpus.IRPRun, late: corpus.IRPRun) -> None:
+def test_cost_is_what_was_trained(run: store.IRPRun, late: store.IRPRun) -> None:
     # An epoch of 300 images in batches of 100; late levels leave out two of the three steps.
     assert [level["image_passes"] for level in run.card["levels"]] == [300, 300, 300]
     assert [level["image_passes"] for level in late.card["levels"]] == [300, 100, 100]
@@ -284,7 +289,7 @@ def test_a_short_horizon_makes_so_many_steps_at_a_constant_rate(tmp_path: Path) 
         on_epoch=lambda level, epoch: rates.append(epoch.learning_rate),
     )
     assert rates == [QUICK.learning_rate] * 2
-    assert [level["image_passes"] for level in corpus.read_run(folder).card["levels"]] == [400, 400]
+    assert [level["image_passes"] for level in store.read_run(folder).card["levels"]] == [400, 400]
 
 
 def test_a_late_run_goes_on_from_its_levels(tmp_path: Path) -> None:
@@ -298,7 +303,7 @@ def test_a_late_run_goes_on_from_its_levels(tmp_path: Path) -> None:
         irp.run_irp(config, on_level=stop)
     folder = irp.run_irp(config)
     whole = irp.run_irp(quick_irp(str(tmp_path / "whole"), rewind_steps=2))
-    cut, unbroken = corpus.read_run(folder), corpus.read_run(whole)
+    cut, unbroken = store.read_run(folder), store.read_run(whole)
     for name, survival in unbroken.survival.items():
         assert torch.equal(cut.survival[name], survival)
     for name, tensor in unbroken.rewound.items():
@@ -358,7 +363,7 @@ def no_masks(path: Path) -> None:
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("damage", [cut, other_masks, other_fingerprint, no_masks])
 def test_a_damaged_level_is_set_aside_and_done_again_the_same(
-    half: Path, run: corpus.IRPRun, damage, level: int
+    half: Path, run: store.IRPRun, damage, level: int
 ) -> None:
     path = half / "levels" / f"{level:02d}" / "level.safetensors"
     damage(path)
@@ -374,12 +379,12 @@ def test_a_damaged_level_is_set_aside_and_done_again_the_same(
     trained: list[int] = []
     irp.run_irp(config, on_epoch=lambda level, _: trained.append(level))
     assert trained == [level, 2]
-    again = corpus.read_run(half)
+    again = store.read_run(half)
     for name, survival in run.survival.items():
         assert torch.equal(again.survival[name], survival)
 
 
-def test_the_bytes_of_a_levels_header_are_looked_at(half: Path, run: corpus.IRPRun) -> None:
+def test_the_bytes_of_a_levels_header_are_looked_at(half: Path, run: store.IRPRun) -> None:
     """Whatever is flipped, the masks that are read are right, or the file is set aside."""
     path = half / "levels" / "00" / "level.safetensors"
     whole, expected = path.read_bytes(), run.masks(1)
@@ -422,17 +427,17 @@ def test_a_run_that_another_process_is_at_is_refused_until_that_dies(half: Path)
             irp.run_irp(config, on_epoch=lambda *_: pytest.fail("trained"))
         assert f"{half} is being worked on by process {process.pid}" in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert not corpus.is_finished(half)
+        assert not store.is_finished(half)
     assert json.loads((half / CLAIM).read_text())["pid"] == process.pid
     assert irp.run_irp(config) == half
-    assert corpus.is_finished(half)
+    assert store.is_finished(half)
     assert not (half / CLAIM).exists()
 
 
 def test_who_waits_for_a_run_finds_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "POLL", 0.02)
+    monkeypatch.setattr(locks, "POLL", 0.02)
     config, at_work, go_on = quick_irp(str(tmp_path)), threading.Event(), threading.Event()
     found: list[Path] = []
 
@@ -458,16 +463,16 @@ def test_who_waits_for_a_run_finds_it_finished(
     first.join(60)
     second.join(60)
     assert found == [irp.run_folder(config)]
-    assert corpus.is_finished(found[0])
+    assert store.is_finished(found[0])
     assert not (found[0] / CLAIM).exists()
 
 
 def test_who_was_taken_over_stops_and_leaves_the_rest_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autosparse.errors import RunFailed
+    from autosparse.core.errors import RunFailed
 
-    monkeypatch.setattr(claims, "BEAT", 0.01)
+    monkeypatch.setattr(locks, "BEAT", 0.01)
     config = quick_irp(str(tmp_path))
     folder = irp.run_folder(config)
     other = json.dumps({"token": "other", "host": "another machine", "pid": 1})
@@ -499,7 +504,7 @@ def next_masks_by_hand(
     return {name: tensor >= threshold for name, tensor in scores.items()}
 
 
-def check_replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource) -> None:
+def check_replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> None:
     """A level's trained weights, by magnitude, must give the next level's masks."""
     weights = irp.replay(run, level, steps, source)
     expected = run.masks(level + 1)
@@ -510,7 +515,7 @@ def check_replay(run: corpus.IRPRun, level: int, steps: int, source: DataSource)
 
 
 def test_a_replayed_level_gives_the_next_levels_masks(
-    run: corpus.IRPRun, late: corpus.IRPRun, digits: DataSource
+    run: store.IRPRun, late: store.IRPRun, digits: DataSource
 ) -> None:
     check_replay(run, 0, 3, digits)
     check_replay(run, 1, 3, digits)
@@ -522,11 +527,11 @@ def test_a_replayed_short_level_gives_the_next_levels_masks(
     tmp_path: Path, digits: DataSource
 ) -> None:
     config = quick_irp(str(tmp_path), steps_per_level=4, store_initial=False)
-    check_replay(corpus.read_run(irp.run_irp(config)), 1, 4, digits)
+    check_replay(store.read_run(irp.run_irp(config)), 1, 4, digits)
 
 
 def test_some_steps_of_the_dense_level_are_those_of_the_training(
-    run: corpus.IRPRun, late: corpus.IRPRun, digits: DataSource
+    run: store.IRPRun, late: store.IRPRun, digits: DataSource
 ) -> None:
     expected = state_after(2)
     for each in (run, late):
@@ -537,8 +542,8 @@ def test_some_steps_of_the_dense_level_are_those_of_the_training(
         assert torch.equal(tensor, expected[name])
 
 
-def test_replay_on_other_data_is_refused(run: corpus.IRPRun) -> None:
-    other = data.load(DataConfig(train_limit=310))
+def test_replay_on_other_data_is_refused(run: store.IRPRun) -> None:
+    other = sets.load(DataConfig(train_limit=310))
     with pytest.raises(UsageError, match=f"run {run.card['run_id']} was made on other data"):
         irp.replay(run, 0, 1, other)
 
@@ -553,13 +558,13 @@ def test_replay_on_other_data_is_refused(run: corpus.IRPRun) -> None:
     ],
 )
 def test_replay_of_what_was_not(
-    run: corpus.IRPRun, digits: DataSource, level: int, steps: int, message: str
+    run: store.IRPRun, digits: DataSource, level: int, steps: int, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         irp.replay(run, level, steps, digits)
 
 
-def test_replay_of_a_late_level_that_is_too_long(late: corpus.IRPRun, digits: DataSource) -> None:
+def test_replay_of_a_late_level_that_is_too_long(late: store.IRPRun, digits: DataSource) -> None:
     with pytest.raises(UsageError, match="level 1 has steps 1 to 1, not 2"):
         irp.replay(late, 1, 2, digits)
 
@@ -568,9 +573,9 @@ def test_replay_of_a_late_level_that_is_too_long(late: corpus.IRPRun, digits: Da
 
 
 def test_a_remote_run_goes_on_level_by_level_and_ends_the_same(
-    remote: Path, run: corpus.IRPRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    remote: Path, run: store.IRPRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(claims, "SETTLE", 0.01)
+    monkeypatch.setattr(locks, "SETTLE", 0.01)
     config = quick_irp(str(remote))
     folder = irp.run_folder(config)
     for level in range(2):
@@ -583,13 +588,13 @@ def test_a_remote_run_goes_on_level_by_level_and_ends_the_same(
     assert sorted(path.name for path in folder.iterdir()) == [
         "card.json", "finished.json", "run.safetensors",
     ]  # fmt: skip
-    found = corpus.Corpus(str(remote)).read(folder.name)
+    found = store.Corpus(str(remote)).read(folder.name)
     for name, survival in run.survival.items():
         assert torch.equal(found.survival[name], survival)
         assert torch.equal(found.initial[name], run.initial[name])
-    assert [row["run_id"] for row in corpus.Corpus(remote).table()] == [folder.name]
-    corpus.Corpus(remote).write_index()
-    assert [row["run_id"] for row in corpus.Corpus(remote).table()] == [folder.name]
+    assert [row["run_id"] for row in store.Corpus(remote).table()] == [folder.name]
+    store.Corpus(remote).write_index()
+    assert [row["run_id"] for row in store.Corpus(remote).table()] == [folder.name]
     assert list(upkeep.verify(remote)) == [(folder.name, [])]
     assert list(tmp_path.iterdir()) == []
 
@@ -597,7 +602,7 @@ def test_a_remote_run_goes_on_level_by_level_and_ends_the_same(
 def test_a_damaged_remote_level_is_set_aside(
     remote: Path, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "SETTLE", 0.01)
+    monkeypatch.setattr(locks, "SETTLE", 0.01)
     config = quick_irp(str(remote))
     folder = irp.run_folder(config)
     for path in half.rglob("*"):

@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosparse import corpus, irp, masks, models
-from autosparse.cells import Cell
-from autosparse.compaction import compact, densify
-from autosparse.config import SparseTrainConfig, TrainingConfig
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.masked_stepper import MaskedStepper, can_train
-from autosparse.sparse_training import train_cell
-from autosparse.steppers import PlainStepper, Stepper
-from autosparse.ticket import Ticket
+from autosparse.core.config import SparseTrainConfig, TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.corpus import store
+from autosparse.data.sets import DataSource
+from autosparse.irp import run as irp
+from autosparse.models import zoo
+from autosparse.sparsity import masks
+from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study.cells import Cell
+from autosparse.study.trainings import train_cell
+from autosparse.training.masked_stepper import MaskedStepper, can_train
+from autosparse.training.steppers import PlainStepper, Stepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +50,7 @@ def ticket_of(model: nn.Module, seed: int = 0, density: float = 0.2) -> Ticket:
     generator = torch.Generator().manual_seed(seed)
     scores = {
         name: torch.rand(weight.shape, generator=generator)
-        for name, weight in models.prunable(model).items()
+        for name, weight in zoo.prunable(model).items()
     }
     return Ticket.from_model(model, masks.from_scores(scores, 1 - density), {})
 
@@ -159,7 +162,7 @@ def test_irp_with_masks_finds_the_masks_of_irp_with_compact_weights(
     for way in (irp.MASKED, irp.COMPACT):
         config = quick_irp(str(tmp_path / way), **changes)
         assert irp.run_folder(config).name == irp.run_folder(quick_irp("", **changes)).name
-        found[way] = corpus.read_run(irp.run_irp(config, way=way))
+        found[way] = store.read_run(irp.run_irp(config, way=way))
         assert {level["way"] for level in found[way].card["levels"]} == {way}
         assert {level["device"] for level in found[way].card["levels"]} == {"cpu"}
     ours, theirs = found[irp.MASKED], found[irp.COMPACT]
@@ -186,14 +189,14 @@ def test_a_run_with_masks_goes_on_from_its_levels_and_ends_the_same(tmp_path: Pa
         irp.run_irp(broken, on_level=stop, way=irp.MASKED)
     seen: list[int] = []
     again = irp.run_irp(broken, on_epoch=lambda level, _: seen.append(level), way=irp.MASKED)
-    found, expected = corpus.read_run(again), corpus.read_run(irp.run_irp(whole, way=irp.MASKED))
+    found, expected = store.read_run(again), store.read_run(irp.run_irp(whole, way=irp.MASKED))
     assert seen == [2]
     for name, survival in expected.survival.items():
         assert torch.equal(found.survival[name], survival), name
 
 
 def test_a_level_with_masks_is_replayed_with_masks(tmp_path: Path, digits: DataSource) -> None:
-    run = corpus.read_run(irp.run_irp(quick_irp(str(tmp_path)), way=irp.MASKED))
+    run = store.read_run(irp.run_irp(quick_irp(str(tmp_path)), way=irp.MASKED))
     last = run.card["levels"][1]["image_passes"] // QUICK.batch_size
     state = irp.replay(run, 1, last, digits)
     alive = {name: state[name].abs() for name in run.survival}
@@ -225,7 +228,7 @@ def test_levels_of_two_kinds_of_device_are_told(tmp_path: Path, monkeypatch) -> 
 def test_a_ticket_trained_with_masks_is_the_one_trained_compact(
     tmp_path: Path, digits: DataSource
 ) -> None:
-    run = corpus.read_run(irp.run_irp(quick_irp(str(tmp_path / "corpus"))))
+    run = store.read_run(irp.run_irp(quick_irp(str(tmp_path / "corpus"))))
     ticket = run.ticket(2)
     config = SparseTrainConfig(training=replace(QUICK, epochs=2))
     shared = MaskedStepper(make_model(), config.training, 3, list(ticket.masks))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autosparse import masks
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
+from autosparse.sparsity import masks
 
 SPARSITIES = ("0", "0.05", "0.125", "0.35", "0.5", "0.7", "0.9", "0.95", "0.98", "0.99", "0.995")
 

@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autosparse import models
-from autosparse.config import ModelConfig
-from autosparse.errors import UsageError
+from autosparse.core.config import ModelConfig
+from autosparse.core.errors import UsageError
+from autosparse.models import zoo
 
 STEM_AND_HEAD = {
     "test_byobnet": ("stem.conv.weight", "head.fc.weight"),
@@ -28,7 +28,7 @@ STEM_AND_HEAD = {
 
 def build(name: str, seed: int = 0, exclude: tuple[str, ...] = (), **options) -> nn.Module:
     config = ModelConfig(name, options, list(exclude))
-    return models.create(config, num_classes=10, in_chans=1, image_size=32, seed=seed)
+    return zoo.create(config, num_classes=10, in_chans=1, image_size=32, seed=seed)
 
 
 def same_state(ours: nn.Module, theirs: nn.Module) -> bool:
@@ -49,7 +49,7 @@ def test_in_conv_nets_every_weight_but_those_of_norms_is_prunable(name: str) -> 
         for each, parameter in model.named_parameters()
         if each.endswith(".weight") and parameter.ndim > 1
     ]
-    assert list(models.prunable(model)) == weights
+    assert list(zoo.prunable(model)) == weights
 
 
 def test_in_a_vit_the_projections_are_prunable() -> None:
@@ -59,13 +59,13 @@ def test_in_a_vit_the_projections_are_prunable() -> None:
         for block in range(6)
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
-    assert list(models.prunable(model)) == ["patch_embed.proj.weight", *blocks, "head.weight"]
-    assert models.prunable(model)["blocks.0.attn.qkv.weight"].shape == (3 * 64, 64)
+    assert list(zoo.prunable(model)) == ["patch_embed.proj.weight", *blocks, "head.weight"]
+    assert zoo.prunable(model)["blocks.0.attn.qkv.weight"].shape == (3 * 64, 64)
 
 
 def test_prunable_gives_the_parameters_themselves() -> None:
     model = build("test_resnet")
-    found = models.prunable(model)
+    found = zoo.prunable(model)
     assert all(model.get_parameter(name) is parameter for name, parameter in found.items())
 
 
@@ -82,16 +82,16 @@ def test_biases_norms_and_embeddings_are_not_prunable() -> None:
         }
     )
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 5, 4)))
-    assert list(models.prunable(model)) == ["conv1.weight", "conv3.weight", "linear.weight"]
+    assert list(zoo.prunable(model)) == ["conv1.weight", "conv3.weight", "linear.weight"]
 
 
 def test_multihead_attention() -> None:
-    same = models.prunable(nn.Sequential(nn.MultiheadAttention(8, 2, add_bias_kv=True)))
+    same = zoo.prunable(nn.Sequential(nn.MultiheadAttention(8, 2, add_bias_kv=True)))
     assert {name: tuple(weight.shape) for name, weight in same.items()} == {
         "0.in_proj_weight": (24, 8),
         "0.out_proj.weight": (8, 8),
     }
-    different = models.prunable(nn.MultiheadAttention(8, 2, kdim=4, vdim=6))
+    different = zoo.prunable(nn.MultiheadAttention(8, 2, kdim=4, vdim=6))
     assert {name: tuple(weight.shape) for name, weight in different.items()} == {
         "q_proj_weight": (8, 8),
         "k_proj_weight": (8, 4),
@@ -103,12 +103,12 @@ def test_multihead_attention() -> None:
 def test_tied_weights_are_found_once() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].weight = model[0].weight
-    assert list(models.prunable(model)) == ["0.weight", "1.weight"]
+    assert list(zoo.prunable(model)) == ["0.weight", "1.weight"]
 
 
 def test_no_prunable_weight() -> None:
     with pytest.raises(UsageError, match="Embedding has no prunable weight"):
-        models.prunable(nn.Embedding(3, 2))
+        zoo.prunable(nn.Embedding(3, 2))
 
 
 # Exclude
@@ -118,16 +118,16 @@ def test_no_prunable_weight() -> None:
 def test_stem_and_head_are_what_timm_records(name: str) -> None:
     model = build(name)
     stem, head = STEM_AND_HEAD[name]
-    everything = list(models.prunable(model))
-    assert set(everything) - set(models.prunable(model, ["stem"])) == {stem}
-    assert set(everything) - set(models.prunable(model, ["head"])) == {head}
+    everything = list(zoo.prunable(model))
+    assert set(everything) - set(zoo.prunable(model, ["stem"])) == {stem}
+    assert set(everything) - set(zoo.prunable(model, ["head"])) == {head}
     without = [each for each in everything if each not in (stem, head)]
-    assert list(models.prunable(model, ["head", "stem"])) == without
+    assert list(zoo.prunable(model, ["head", "stem"])) == without
 
 
 def test_a_model_with_two_heads() -> None:
     model = build("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24)
-    excluded = set(models.prunable(model)) - set(models.prunable(model, ["head"]))
+    excluded = set(zoo.prunable(model)) - set(zoo.prunable(model, ["head"]))
     assert excluded == {"head.weight", "head_dist.weight"}
 
 
@@ -155,18 +155,18 @@ def test_a_model_with_two_heads() -> None:
 )
 def test_patterns_match_names_and_modules(pattern: str, excluded: set[str]) -> None:
     model = build("test_resnet")
-    assert set(models.prunable(model)) - set(models.prunable(model, [pattern])) == excluded
+    assert set(zoo.prunable(model)) - set(zoo.prunable(model, [pattern])) == excluded
 
 
 def test_a_plain_name_is_no_prefix() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
-    assert list(models.prunable(model, ["fc"])) == ["fc2.weight"]
+    assert list(zoo.prunable(model, ["fc"])) == ["fc2.weight"]
 
 
 @pytest.mark.parametrize("patterns", [["head", "fc"], ["layer4", "layer4.0.*"], ["fc", "fc"]])
 def test_patterns_may_overlap(patterns: list[str]) -> None:
     model = build("test_resnet")
-    wider, narrower = models.prunable(model, patterns[:1]), models.prunable(model, patterns)
+    wider, narrower = zoo.prunable(model, patterns[:1]), zoo.prunable(model, patterns)
     assert list(narrower) == list(wider)
 
 
@@ -176,13 +176,13 @@ def test_patterns_may_overlap(patterns: list[str]) -> None:
 )
 def test_an_unknown_pattern_names_the_nearest(pattern: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=rf"{pattern}.*Did you mean '{nearest}") as caught:
-        models.prunable(build("test_resnet"), [pattern])
+        zoo.prunable(build("test_resnet"), [pattern])
     assert caught.value.exit_code == 2
 
 
 def test_nothing_left_to_prune() -> None:
     with pytest.raises(UsageError, match="no prunable weight"):
-        models.prunable(build("test_resnet"), ["*"])
+        zoo.prunable(build("test_resnet"), ["*"])
 
 
 # Create
@@ -230,7 +230,7 @@ def test_residual_branches_do_not_start_at_zero_unless_asked() -> None:
 
 def test_a_created_model_is_for_the_data() -> None:
     config = ModelConfig("test_vit", {"patch_size": 4})
-    model = models.create(config, num_classes=7, in_chans=1, image_size=16, seed=0)
+    model = zoo.create(config, num_classes=7, in_chans=1, image_size=16, seed=0)
     assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 7)
 
 
@@ -261,7 +261,7 @@ def test_options_that_timm_does_not_take() -> None:
 def test_from_recipe_builds_the_same_weights(name: str, options: dict[str, object]) -> None:
     model = build(name, seed=11, exclude=("head",), **options)
     recipe = json.loads(json.dumps(model.autosparse_recipe))
-    again = models.from_recipe(recipe)
+    again = zoo.from_recipe(recipe)
     assert same_state(again, model)
     assert again.autosparse_recipe == model.autosparse_recipe
 
@@ -281,7 +281,7 @@ def test_a_recipe_says_what_create_was_given() -> None:
 
 def test_a_card_without_a_recipe() -> None:
     with pytest.raises(UsageError, match="does not say how its model was built"):
-        models.from_recipe({"class": "Sequential"})
+        zoo.from_recipe({"class": "Sequential"})
 
 
 # Small ones
@@ -289,37 +289,37 @@ def test_a_card_without_a_recipe() -> None:
 
 def test_owner() -> None:
     model = build("test_vit")
-    assert models.owner(model, "blocks.0.attn.qkv.weight") == (model.blocks[0].attn.qkv, "weight")
+    assert zoo.owner(model, "blocks.0.attn.qkv.weight") == (model.blocks[0].attn.qkv, "weight")
     linear = nn.Linear(2, 2)
-    assert models.owner(linear, "weight") == (linear, "weight")
+    assert zoo.owner(linear, "weight") == (linear, "weight")
 
 
 def test_devices() -> None:
-    assert models.device_of(nn.Linear(2, 2)) == torch.device("cpu")
-    assert models.choose_device("cpu") == torch.device("cpu")
+    assert zoo.device_of(nn.Linear(2, 2)) == torch.device("cpu")
+    assert zoo.choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UsageError, match=r"unknown device 'cudda'.*'cuda'"):
-        models.choose_device("cudda")
+        zoo.choose_device("cudda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 def test_a_device_that_is_not_there() -> None:
-    assert models.choose_device("auto") == torch.device("cpu")
+    assert zoo.choose_device("auto") == torch.device("cpu")
     with pytest.raises(UsageError, match="sees no GPU"):
-        models.choose_device("cuda:0")
+        zoo.choose_device("cuda:0")
 
 
 def test_a_small_stem_keeps_the_resolution():
     config = ModelConfig("resnet18", small_stem=True)
-    model = models.create(config, num_classes=10, in_chans=3, image_size=32, seed=0)
+    model = zoo.create(config, num_classes=10, in_chans=3, image_size=32, seed=0)
     assert model.conv1.weight.shape == (64, 3, 3, 3)
     assert model.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
-    again = models.from_recipe(model.autosparse_recipe)
+    again = zoo.from_recipe(model.autosparse_recipe)
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
 
 
 def test_a_small_stem_is_for_resnets():
     with pytest.raises(UsageError, match="small_stem"):
-        models.create(
+        zoo.create(
             ModelConfig("test_vit", {"patch_size": 4}, small_stem=True),
             num_classes=10, in_chans=3, image_size=32, seed=0,
         )  # fmt: skip

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import data
-from autosparse.config import DataConfig, identity, run_id
-from autosparse.data import normalisation
+from autosparse.core.config import DataConfig, identity, run_id
+from autosparse.core.errors import UsageError
+from autosparse.criteria.prune import prune
+from autosparse.data import normalisation, sets
 from autosparse.data.source import channel_statistics
-from autosparse.errors import UsageError
-from autosparse.pruning import prune
 from tests.conftest import make_model
 from tests.test_data import fill, in_memory_config
 from tests.test_shards import CLASSES, COUNTS, picture, write_shards
@@ -34,12 +33,12 @@ def own(tmp_path_factory) -> dict[str, DataConfig]:
     return {"folder": folder, "shards": replace(folder, name="shards", root=str(root / "s"))}
 
 
-def both(config: DataConfig) -> list[data.DataSource]:
+def both(config: DataConfig) -> list[sets.DataSource]:
     """Load in memory and streamed."""
-    return [data.load(config), data.load(replace(config, memory_limit_gb=0))]
+    return [sets.load(config), sets.load(replace(config, memory_limit_gb=0))]
 
 
-def constants(source: data.DataSource) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def constants(source: sets.DataSource) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return source.mean, source.std
 
 
@@ -91,12 +90,12 @@ def test_what_training_sees_does_not_depend_on_the_memory(own, name):
 
 
 def test_named_sets_keep_what_is_measured_on_them():
-    source = data.load("digits")
+    source = sets.load("digits")
     assert constants(source) == channel_statistics(source.train.images)
-    assert constants(data.load(DataConfig(normalisation="measured"))) == constants(source)
-    grey = data.load(DataConfig(normalisation="imagenet"))
+    assert constants(sets.load(DataConfig(normalisation="measured"))) == constants(source)
+    grey = sets.load(DataConfig(normalisation="imagenet"))
     assert constants(grey) == ((0.449,), (0.226,))
-    assert constants(data.load(DataConfig(normalisation=[0.5, 0.5]))) == ((0.5,), (0.5,))
+    assert constants(sets.load(DataConfig(normalisation=[0.5, 0.5]))) == ((0.5,), (0.5,))
 
 
 def test_ids_of_named_sets_stay_and_own_data_says_what_it_is(own):
@@ -117,12 +116,12 @@ def test_ids_of_named_sets_stay_and_own_data_says_what_it_is(own):
 )  # fmt: skip
 def test_what_is_no_normalisation_is_refused(wanted):
     with pytest.raises(UsageError, match=r"data\.normalisation must be auto"):
-        data.load(DataConfig(normalisation=wanted))
+        sets.load(DataConfig(normalisation=wanted))
 
 
 def test_wrong_number_of_channels_is_refused():
     with pytest.raises(UsageError, match="2 values for images of 1 channel"):
-        data.load(DataConfig(normalisation=[[0.5, 0.5], 0.5]))
+        sets.load(DataConfig(normalisation=[[0.5, 0.5], 0.5]))
 
 
 def test_the_card_says_how_images_were_normalised(digits):
@@ -131,8 +130,8 @@ def test_the_card_says_how_images_were_normalised(digits):
 
 
 def test_the_command_line_takes_names_and_numbers():
-    from autosparse.cli import parse
-    from autosparse.config import PruneConfig
+    from autosparse.cli.main import parse
+    from autosparse.core.config import PruneConfig
 
     for wanted in ("imagenet", [0.5, 0.25], [[0.1, 0.2, 0.3], [1, 1, 1]]):
         found = parse(PruneConfig, ["--data.normalisation", str(wanted)], "x", None)
@@ -141,4 +140,4 @@ def test_the_command_line_takes_names_and_numbers():
 
 def test_a_relative_root_is_found(own, monkeypatch):
     monkeypatch.chdir(Path(own["folder"].root).parent)
-    assert data.load(replace(own["folder"], root="f")).name == "f"
+    assert sets.load(replace(own["folder"], root="f")).name == "f"

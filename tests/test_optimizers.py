@@ -12,11 +12,11 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import autosparse
 from autosparse import compact, prune
-from autosparse.config import TrainingConfig
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.optimizers import advance, optimizer_and_schedule, parameter_groups
-from autosparse.steppers import check
+from autosparse.core.config import TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.data.sets import DataSource
+from autosparse.training.optimizers import advance, optimizer_and_schedule, parameter_groups
+from autosparse.training.steppers import check
 from tests.conftest import QUICK, make_model
 
 

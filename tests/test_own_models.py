@@ -15,11 +15,13 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 
 import autosparse
-from autosparse import criteria, masks, models, paths
-from autosparse.config import ScoringConfig
-from autosparse.errors import UsageError
-from autosparse.gradients import untouched
-from autosparse.ticket import Ticket
+from autosparse import criteria
+from autosparse.core.config import ScoringConfig
+from autosparse.core.errors import UsageError
+from autosparse.models import zoo
+from autosparse.models.gradients import untouched
+from autosparse.sparsity import masks, paths
+from autosparse.sparsity.ticket import Ticket
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,7 +127,7 @@ def test_a_weight_that_is_computed_is_named_and_what_undoes_it(apply: Callable) 
     said = one_line(error)
     assert kind in said
     assert f"{undo.__name__}(model.get_submodule('deep'), 'weight')" in said
-    assert "deep.weight" not in models.prunable(model, ["deep"])
+    assert "deep.weight" not in zoo.prunable(model, ["deep"])
     undo(model.get_submodule("deep"), "weight")
     assert "deep.weight" in pruned(model).masks
 
@@ -494,7 +496,7 @@ def test_a_model_that_does_not_say_it_asks_for_a_batch() -> None:
     assert pruned(small(), "random", []).kept
     with pytest.raises(UsageError, match=r"guard live needs .*: give a batch"):
         autosparse.prune(
-            small(), [], "random", 0.5, selection=autosparse.pruning.Selection(guard="live")
+            small(), [], "random", 0.5, selection=autosparse.criteria.prune.Selection(guard="live")
         )
 
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from autosparse import data
-from autosparse.config import DataConfig, PackConfig
+from autosparse.core.config import DataConfig, PackConfig
+from autosparse.core.errors import UsageError
+from autosparse.data import sets
 from autosparse.data.check import verify
 from autosparse.data.encode import encoded
 from autosparse.data.pack import RECORDS, pack
 from autosparse.data.samples import scan
 from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest
-from autosparse.errors import UsageError
 from tests.conftest import flip
 from tests.test_cli import refuse, run
 
@@ -54,8 +54,8 @@ def test_packed_folder_is_what_the_folder_is(pets, tmp_path):
     assert [(shard.split, shard.count) for shard in shards] == (
         [("train", 4)] * 6 + [("train", 2)] + [("validation", 4)] + [("test", 4), ("test", 2)]
     )
-    packed = data.load(DataConfig("shards", str(tmp_path / "s"), image_size=8, workers=0))
-    folder = data.load(DataConfig("folder", str(pets), image_size=8))
+    packed = sets.load(DataConfig("shards", str(tmp_path / "s"), image_size=8, workers=0))
+    folder = sets.load(DataConfig("folder", str(pets), image_size=8))
     for split in ("train", "validation", "test"):
         ours, theirs = (
             sorted(zip(part.images.flatten(1).tolist(), part.labels.tolist(), strict=True))
@@ -250,8 +250,8 @@ def test_torchvision_set_is_packed_without_loss(tmp_path, monkeypatch):
     write_mnist(tmp_path)
     monkeypatch.setenv("AUTOSPARSE_DATA", str(tmp_path))
     pack("mnist", tmp_path / "s", replace(FOUR, per_shard=30))
-    packed = data.load(DataConfig("shards", str(tmp_path / "s"), image_size=28, workers=0))
-    plain = data.load(DataConfig("mnist"))
+    packed = sets.load(DataConfig("shards", str(tmp_path / "s"), image_size=28, workers=0))
+    plain = sets.load(DataConfig("mnist"))
     assert (packed.num_classes, len(packed.train)) == (10, len(plain.train))
     ours = sorted(packed.test.images[:, 0].flatten(1).tolist())
     assert ours == sorted(plain.test.images[:, 0].flatten(1).tolist())

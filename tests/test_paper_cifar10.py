@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import timm
 
-from autosparse import cli, irp
-from autosparse.config import CorpusConfig, DataConfig
-from autosparse.errors import UsageError
+from autosparse.cli import main
+from autosparse.core.config import CorpusConfig, DataConfig
+from autosparse.core.errors import UsageError
+from autosparse.irp import run as irp
 from benchmarks import paper_cifar10
 from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows, table
 
@@ -32,7 +33,7 @@ sparsities: [0.9]
 
 def test_the_study_is_as_it_is_told() -> None:
     arguments = ["--config", str(CONFIGS / "study" / "paper_cifar10.yaml")]
-    config = cli.parse(PaperConfig, arguments, "paper", None)
+    config = main.parse(PaperConfig, arguments, "paper", None)
     paper_cifar10.check(config)
     planned = list(rows(config))
     assert len(planned) == 1 + 3 * 8 + 1 + 3 * 7
@@ -45,7 +46,7 @@ def test_the_study_is_as_it_is_told() -> None:
 
 def test_the_larger_corpus_can_be_planned() -> None:
     arguments = ["--config", str(CONFIGS / "corpus" / "cifar10_gpu.yaml")]
-    config = cli.parse(CorpusConfig, arguments, "corpus", None)
+    config = main.parse(CorpusConfig, arguments, "corpus", None)
     assert len(config.data) == 2
     runs = replace(config, data=[DataConfig()]).runs()  # Own data would have to be there.
     assert len(runs) == 4 * 2 * 2
@@ -104,7 +105,7 @@ class Steps(Clock):
 def test_pieces_add_up_and_are_found_again(tmp_path: Path, monkeypatch, way: str) -> None:
     monkeypatch.setattr(irp, "way_on", lambda *_: way)
     (tmp_path / "small.yaml").write_text(SMALL)
-    config = cli.parse(PaperConfig, ["--config", str(tmp_path / "small.yaml")], "paper", None)
+    config = main.parse(PaperConfig, ["--config", str(tmp_path / "small.yaml")], "paper", None)
     seen, finished = [], False
     for looks in range(2, 40, 6):
         study = Study(config, tmp_path / "out", "cpu", Steps(looks))

@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autosparse import models, paths
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
+from autosparse.models import zoo
+from autosparse.sparsity import paths
 from tests.conftest import make_model
 from tests.test_reach import Named, Waits, chain
 
@@ -137,7 +138,7 @@ def test_an_activation_that_is_used_twice_has_two_patterns() -> None:
 
 
 def positive(model: nn.Module) -> nn.Module:
-    return paths.without_shifts(model, models.prunable(model))
+    return paths.without_shifts(model, zoo.prunable(model))
 
 
 def conv_chain(depth: int = 4, width: int = 8) -> nn.Module:

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 import autosparse
-from autosparse import cli, corpus, irp, models, plan
-from autosparse.config import CorpusConfig, DataConfig, IRPConfig, ModelConfig, TrainingConfig
-from autosparse.errors import UsageError
-from autosparse.files import read_card
+from autosparse.cli import main
+from autosparse.core.config import CorpusConfig, DataConfig, IRPConfig, ModelConfig, TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_card
+from autosparse.corpus import store
+from autosparse.irp import plan
+from autosparse.irp import run as irp
+from autosparse.models import zoo
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 
 ROOT = Path(autosparse.__file__).parent.parent
@@ -105,7 +109,7 @@ def multiplications(model: nn.Module, size: int) -> int:
 @pytest.mark.parametrize("name", ["test_byobnet", "test_resnet", "test_mambaout"])
 def test_operations_are_those_of_the_layers(name: str) -> None:
     shape = plan.Shape(10, 3, 32)
-    model = models.create_for(shape, ModelConfig(name), 0)
+    model = zoo.create_for(shape, ModelConfig(name), 0)
     assert plan.operations(name, "{}", shape) == multiplications(model, 32)
 
 
@@ -166,15 +170,15 @@ def test_bytes_are_what_a_run_takes(tmp_path: Path, changes: dict) -> None:
     (run,) = plan.runs(config, tmp_path).values()
     folder = irp.run_irp(run)
     assert row["run_id"] == folder.name
-    assert row["bytes"] == size_without_header(folder / corpus.RUN)
-    assert row["weights"] == sum(t.numel() for t in corpus.read_run(folder).survival.values())
+    assert row["bytes"] == size_without_header(folder / store.RUN)
+    assert row["weights"] == sum(t.numel() for t in store.read_run(folder).survival.values())
 
 
 def test_the_rest_is_estimated_from_what_the_corpus_holds(tmp_path: Path) -> None:
     config = replace(TINY, seeds=[0, 1, 2])
     runs = list(plan.runs(config, tmp_path).values())
     finished, half = irp.run_irp(runs[0]), do(runs[1], 1)
-    levels = corpus.read_run(finished).card["levels"]
+    levels = store.read_run(finished).card["levels"]
     levels += [read_card(path) for path in half.glob("levels/*/*.safetensors")]
     per_image = sum(level["seconds"] for level in levels) / 900
     rows = plan.table(config, tmp_path)
@@ -187,7 +191,7 @@ def test_the_rest_is_estimated_from_what_the_corpus_holds(tmp_path: Path) -> Non
 
 
 def test_a_plan_of_a_remote_corpus(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autosparse.claims.SETTLE", 0.01)
+    monkeypatch.setattr("autosparse.core.locks.SETTLE", 0.01)
     (run,) = plan.runs(replace(TINY, levels=2), str(remote)).values()
     do(run, 2)
     (row,) = plan.table(replace(TINY, levels=2), str(remote))
@@ -232,14 +236,14 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path, monkeypatch,
         "exclude: [{model: test_res*, seed: 1}]\nout: grown\n"
     )
     command = ["--dry-run", "--config", "plan.yaml"]
-    assert cli.guarded(grow.main, command) == 0
+    assert main.guarded(grow.main, command) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.count("test_byobnet") == 2
     assert said.out.count("test_resnet") == 1
     assert said.out.count("0/2") == 3
     assert "3 runs, 0 finished, 3 to do: about " in said.out
-    assert cli.guarded(grow.main, [*command, "--labels", "[snop]"]) == 2
+    assert main.guarded(grow.main, [*command, "--labels", "[snop]"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not ray.is_initialized()
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]

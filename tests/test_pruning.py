@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from autosparse import criteria, masks, prune, reach, rounds
-from autosparse.config import DataConfig, ScoringConfig, keep_count
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.models import prunable
-from autosparse.scoring import Selection, score
-from autosparse.ticket import Ticket
+from autosparse import criteria, prune
+from autosparse.core.config import DataConfig, ScoringConfig, keep_count
+from autosparse.core.errors import UsageError
+from autosparse.criteria import rounds
+from autosparse.criteria.scoring import Selection, score
+from autosparse.data.sets import DataSource
+from autosparse.models.zoo import prunable
+from autosparse.sparsity import masks, reach
+from autosparse.sparsity.ticket import Ticket
 from tests.conftest import SMALL_DIGITS, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

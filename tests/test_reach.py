@@ -13,9 +13,10 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosparse import masks, models, reach
-from autosparse.config import ModelConfig
-from autosparse.paths import image_shape
+from autosparse.core.config import ModelConfig
+from autosparse.models import zoo
+from autosparse.sparsity import masks, reach
+from autosparse.sparsity.paths import image_shape
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def ones_for(model: nn.Module, **changed: list) -> dict[str, Tensor]:
     """Return masks that keep everything but what `changed` says (names with _ for the dots)."""
     found = {}
-    for name, weight in models.prunable(model).items():
+    for name, weight in zoo.prunable(model).items():
         rows = changed.pop(name.replace(".", "_").removeprefix("_"), None)
         mask = torch.ones(weight.shape) if rows is None else torch.tensor(rows)
         found[name] = mask.bool().view(weight.shape)
@@ -100,7 +101,7 @@ def test_what_is_dead_behind_norms_over_channels_has_no_gradient(name: str) -> N
     """In the network as it is, without biases: there no unit says anything unless it is fed."""
     model = make_model(name).eval()
     generator = torch.Generator().manual_seed(2)
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     scores = {name: torch.rand(each.shape, generator=generator) for name, each in weights.items()}
     chosen = masks.keep_counts(scores, {n: -(-each.numel() // 50) for n, each in scores.items()})
     shape = image_shape(model)
@@ -157,7 +158,7 @@ def test_where_nothing_is_in_reach_the_best_dead_weights_stay() -> None:
 def test_exchanged_weights_are_live_and_no_layer_changes_its_count(name: str) -> None:
     model = make_model(name)
     generator = torch.Generator().manual_seed(1)
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     scores = {name: torch.rand(each.shape, generator=generator) for name, each in weights.items()}
     chosen = masks.keep_counts(scores, {name: each.numel() // 10 for name, each in scores.items()})
     shape = image_shape(model)
@@ -331,7 +332,7 @@ def test_random_masks_of_a_perceptron(seed: int, density: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     chosen = {
         name: torch.rand(weight.shape, generator=generator) < density
-        for name, weight in models.prunable(model).items()
+        for name, weight in zoo.prunable(model).items()
     }
     expected = reachable(list(chosen.values()))
     found = reach.live(model, chosen, (5, 1, 1))
@@ -369,7 +370,7 @@ def test_random_masks_of_a_convolutional_network(seed: int) -> None:
     draw, sizes = random.Random(seed), [(3, 2, 1), (3, 2, 2), (2, 1, 1)]
     chosen = {
         name: torch.tensor([draw.random() < 0.15 for _ in range(weight.numel())]).view(weight.shape)
-        for name, weight in models.prunable(model).items()
+        for name, weight in zoo.prunable(model).items()
     }
     edges = [unrolled(mask, *size) for mask, size in zip(chosen.values(), sizes, strict=True)]
     fed = [{(0, y, x) for y in range(3) for x in range(2)}]
@@ -412,7 +413,7 @@ def deep_with_gate(blocks: int) -> nn.Module:
 
 def test_queries_and_keys_of_a_deep_transformer_are_live() -> None:
     config = ModelConfig("test_vit", {"patch_size": 8, "depth": 12})
-    model = models.create(config, num_classes=4, in_chans=3, image_size=32, seed=0)
+    model = zoo.create(config, num_classes=4, in_chans=3, image_size=32, seed=0)
     chosen = ones_for(model)
     assert masks.kept(reach.live(model, chosen, (3, 32, 32))) == masks.kept(chosen)
 
@@ -440,7 +441,7 @@ def test_a_head_that_is_not_pruned_may_be_zero() -> None:
 def test_positions_are_no_input() -> None:
     """With its patches cut off, what a transformer says is a constant."""
     config = ModelConfig("test_vit", {"patch_size": 8})
-    model = models.create(config, num_classes=4, in_chans=3, image_size=32, seed=0)
+    model = zoo.create(config, num_classes=4, in_chans=3, image_size=32, seed=0)
     chosen = ones_for(model)
     chosen["patch_embed.proj.weight"][:] = False
     assert masks.kept(reach.live(model, chosen, (3, 32, 32))) == 0
@@ -483,7 +484,7 @@ def test_thinned_networks_have_their_counts_and_carry(name: str, tilt: float) ->
     """At 2 % a random choice of as many has far fewer on a path."""
     model = make_model(name)
     generator = torch.Generator().manual_seed(1)
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     scores = {name: torch.rand(each.shape, generator=generator) for name, each in weights.items()}
     counts = {name: max(each.numel() // 50, 2) for name, each in scores.items()}
     shape = image_shape(model)
@@ -508,7 +509,7 @@ def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch
 
     monkeypatch.setattr(reach, "_Network", noting)
     for model, sizes in ((make_model("test_resnet"), [8]), (chain(256, 9, 2), [8, 16])):
-        scores = {n: torch.rand(each.shape) for n, each in models.prunable(model).items()}
+        scores = {n: torch.rand(each.shape) for n, each in zoo.prunable(model).items()}
         counts = {n: max(each.numel() // 10, 1) for n, each in scores.items()}
         found = reach.thinned(model, scores, counts, (1, 16, 16), rounds=2)
         assert [shape[-1] for shape in seen] == sizes
@@ -521,9 +522,7 @@ def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch
 def test_channels_last_makes_no_difference() -> None:
     generator = torch.Generator().manual_seed(1)
     model = make_model("test_resnet")
-    scores = {
-        n: torch.rand(w.shape, generator=generator) for n, w in models.prunable(model).items()
-    }
+    scores = {n: torch.rand(w.shape, generator=generator) for n, w in zoo.prunable(model).items()}
     counts = {name: each.numel() // 10 for name, each in scores.items()}
     usual = reach.thinned(model, scores, counts, (1, 16, 16), rounds=2)
     model.to(memory_format=torch.channels_last)
@@ -536,9 +535,7 @@ def test_channels_last_makes_no_difference() -> None:
 def test_thinning_stays_within_the_masks_it_is_given() -> None:
     model = chain(3, 8, 8, 2)
     generator = torch.Generator().manual_seed(0)
-    scores = {
-        n: torch.rand(w.shape, generator=generator) for n, w in models.prunable(model).items()
-    }
+    scores = {n: torch.rand(w.shape, generator=generator) for n, w in zoo.prunable(model).items()}
     within = masks.keep(scores, 60)
     counts = {name: int(mask.count_nonzero()) // 2 for name, mask in within.items()}
     found = reach.thinned(model, scores, counts, (3, 1, 1), within=within)
@@ -603,7 +600,7 @@ def test_sorting_asks_for_no_value_and_parts_as_a_threshold_does() -> None:
 def test_networks_thinned_by_sorting_are_those_thinned_by_thresholds(monkeypatch, tilt) -> None:
     model = make_model("test_byobnet")
     generator = torch.Generator().manual_seed(1)
-    weights = models.prunable(model).items()
+    weights = zoo.prunable(model).items()
     scores = {n: (torch.rand(w.shape, generator=generator) * 50).round() for n, w in weights}
     counts = {name: max(each.numel() // 30, 2) for name, each in scores.items()}
     usual = reach.thinned(model, scores, counts, (1, 16, 16), rounds=6, tilt=tilt)
@@ -616,7 +613,7 @@ def test_thinned_masks_are_those_of_before() -> None:
     """The fingerprint that earlier versions gave: tickets that were made are made again."""
     model = make_model("test_resnet")
     generator = torch.Generator().manual_seed(1)
-    weights = models.prunable(model).items()
+    weights = zoo.prunable(model).items()
     scores = {name: torch.rand(each.shape, generator=generator) for name, each in weights}
     counts = {name: max(each.numel() // 50, 2) for name, each in scores.items()}
     found = reach.thinned(model, scores, counts, (1, 16, 16))

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import autosparse
-from autosparse.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket
 
 README = Path(autosparse.__file__).parent.parent / "README.md"
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import compact, prune
-from autosparse.compaction import compact_weights
-from autosparse.config import TrainingConfig, run_id
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.recipe import Recipe, check, load_teacher, make_ema, step_seed
-from autosparse.steppers import PlainStepper
+from autosparse.core.config import TrainingConfig, run_id
+from autosparse.core.errors import UsageError
+from autosparse.data.sets import DataSource
+from autosparse.sparsity.compact import compact_weights
+from autosparse.training.recipe import Recipe, check, load_teacher, make_ema, step_seed
+from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
 MIXES = [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]

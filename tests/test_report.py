@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import compare, drawing, report, sweep, verbs, verdicts
-from autosparse.cells import cells
-from autosparse.cli import guarded
-from autosparse.config import ModelConfig, SparseTrainConfig, SweepConfig
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.files import read_json, write_json
-from autosparse.irp import run_irp
-from autosparse.pruning import prune
-from autosparse.sparse_training import train_cell
-from autosparse.steppers import PlainStepper
+from autosparse.cli import verbs
+from autosparse.cli.main import guarded
+from autosparse.core.config import ModelConfig, SparseTrainConfig, SweepConfig
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json, write_json
+from autosparse.criteria.prune import prune
+from autosparse.data.sets import DataSource
+from autosparse.irp.run import run_irp
+from autosparse.report import drawing
+from autosparse.report import page as report
+from autosparse.study import compare, sweep, verdicts
+from autosparse.study.cells import cells
+from autosparse.study.trainings import train_cell
+from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autosparse import figures, results
+from autosparse.report import figures
+from autosparse.study import results
 
 
 def _result(criterion: str, sparsity: float, accuracy: float, seed: int) -> dict:

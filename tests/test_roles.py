@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autosparse import roles
+from autosparse.models import roles
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from autosparse import rounds
-from autosparse.errors import UsageError
-from autosparse.rounds import STEP, Gradient, Take, counts, shrink
+from autosparse.core.errors import UsageError
+from autosparse.criteria import rounds
+from autosparse.criteria.rounds import STEP, Gradient, Take, counts, shrink
 from tests.criteria.plain import densities, highest
 
 Layers = list[Tensor]

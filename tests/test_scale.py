@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-from autosparse.compaction import compact
-from autosparse.config import keep_count
-from autosparse.models import prunable
-from autosparse.ticket import Ticket
+from autosparse.core.config import keep_count
+from autosparse.models.zoo import prunable
+from autosparse.sparsity.compact import compact
+from autosparse.sparsity.ticket import Ticket
 from benchmarks import cost_model, scale, scale_predictions, shapes
 from benchmarks.cost_model import GPU, Cluster, Collective, Plan, Precision, Shape
 

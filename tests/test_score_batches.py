@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import criteria, data
-from autosparse.config import DataConfig
+from autosparse import criteria
+from autosparse.core.config import DataConfig
+from autosparse.data import sets
 from autosparse.data import stream as stream_module
 from autosparse.data.score_batches import choose
 from autosparse.data.source import DataSource
@@ -64,7 +65,7 @@ def same(batches, expected: list[list]) -> None:
 @pytest.mark.parametrize("make", [in_memory_config, streamed_config])
 @pytest.mark.parametrize(("each", "batches"), [(1, 1), (4, 2), (5, 3), (12, 1), (99, 2)])
 def test_the_images_are_those_of_a_walk_through_epoch_zero(root, make, each, batches):
-    source = data.load(make(root))
+    source = sets.load(make(root))
     for seed in (0, 3):
         found = source.score_batches(each, seed=seed, batches=batches, batch_size=1000)
         same(found, one_by_one(source, each, seed, batches))
@@ -75,10 +76,10 @@ def test_shards_are_scored_on_those_of_a_walk_through_epoch_zero(tmp_path, strea
     some = [("train", picture(grey), grey % 3) for grey in range(50)]
     others = [(split, picture(grey), grey) for split in ("validation", "test") for grey in range(3)]
     write_shards([*some, *others], tmp_path / "s", CLASSES, per_shard=7)
-    source = data.load(config(tmp_path / "s", streamed, lanes=4))
+    source = sets.load(config(tmp_path / "s", streamed, lanes=4))
     found = source.score_batches(5, seed=2, batches=2, batch_size=1000)
     same(found, one_by_one(source, 5, 2, 2))
-    whole, parted = (data.load(config(tmp_path / "s", held, lanes=4)) for held in (True, False))
+    whole, parted = (sets.load(config(tmp_path / "s", held, lanes=4)) for held in (True, False))
     for ours, theirs in zip(whole.score_batches(5), parted.score_batches(5), strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
@@ -92,7 +93,7 @@ def test_choose_is_the_first_of_each_class_by_hand():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_only_the_chosen_are_decoded_even_where_a_class_is_without_images(root, decoded, number):
-    source = data.load(streamed_config(root))
+    source = sets.load(streamed_config(root))
     source = replace(source, num_classes=3 + number)
     if number:
         with pytest.warns(UserWarning, match="no training image of 1 of its 4 classes: number 3$"):
@@ -106,7 +107,7 @@ def test_only_the_chosen_are_decoded_even_where_a_class_is_without_images(root, 
 
 def test_a_batch_is_decoded_when_it_is_looked_at(root, decoded):
     """`memory_limit_gb` 0: nothing is kept."""
-    found = data.load(streamed_config(root)).score_batches(4, batch_size=5)
+    found = sets.load(streamed_config(root)).score_batches(4, batch_size=5)
     assert len(found) == 3
     looked = iter(found)
     next(looked)
@@ -120,7 +121,7 @@ def test_a_batch_is_decoded_when_it_is_looked_at(root, decoded):
 
 
 def test_images_that_fit_are_decoded_once(root, decoded):
-    source = data.load(streamed_config(root))
+    source = sets.load(streamed_config(root))
     bytes_needed = 12 * 3 * 8 * 8
     for limit, times in ((bytes_needed, 1), (bytes_needed - 1, 3)):
         decoded.clear()
@@ -133,7 +134,7 @@ def test_images_that_fit_are_decoded_once(root, decoded):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_each_rank_decodes_its_share(root, decoded, world_size):
-    source = data.load(streamed_config(root))
+    source = sets.load(streamed_config(root))
     whole = list(source.score_batches(4, seed=1, batches=2, batch_size=5))
     shares, counts = [], []
     for rank in range(world_size):
@@ -151,7 +152,7 @@ def test_each_rank_decodes_its_share(root, decoded, world_size):
 
 
 def test_worker_processes_give_the_same(root):
-    alone, helped = (data.load(streamed_config(root, workers=n)) for n in (0, 2))
+    alone, helped = (sets.load(streamed_config(root, workers=n)) for n in (0, 2))
     for ours, theirs in zip(
         alone.score_batches(4, batch_size=5), helped.score_batches(4, batch_size=5), strict=True
     ):
@@ -162,7 +163,7 @@ def test_bad_images_among_the_chosen_are_left_out_and_counted(tmp_path, root, ca
     import shutil
 
     folder = Path(shutil.copytree(root, tmp_path / "insects"))
-    source = data.load(streamed_config(folder, max_bad_images=1))
+    source = sets.load(streamed_config(folder, max_bad_images=1))
     chosen = list(chain(*source.score_batches(3).parts))
     source.train.samples.samples[chosen[4]][0].write_bytes(b"")
     assert [len(labels) for _, labels in source.score_batches(3)] == [8]
@@ -173,7 +174,7 @@ def test_labels_are_known_without_reading_a_shard(tmp_path):
     some = [("train", picture(grey), grey % 3) for grey in range(20)]
     write_shards([*some, ("validation", picture(0), 0), ("test", picture(0), 0)],
                  tmp_path / "s", CLASSES, per_shard=4)  # fmt: skip
-    split = data.load(config(tmp_path / "s")).train
+    split = sets.load(config(tmp_path / "s")).train
     for path in (tmp_path / "s").glob("train-*.tar"):
         path.unlink()
     assert split.labels.tolist() == [grey % 3 for grey in range(20)]
@@ -209,5 +210,5 @@ def test_a_class_beyond_the_images_is_no_error_in_memory():
 
 
 def test_named_sets_say_nothing_of_empty_classes(recwarn):
-    data.load(DataConfig("digits")).score_batches(1)
+    sets.load(DataConfig("digits")).score_batches(1)
     assert not recwarn.list

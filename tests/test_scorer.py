@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosparse import features
-from autosparse.errors import UsageError
-from autosparse.files import read_tensors, write_tensors
-from autosparse.scorer import AutoS
-from autosparse.ticket import Ticket
+from autosparse.autos import features
+from autosparse.autos.network import AutoS
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_tensors, write_tensors
+from autosparse.sparsity.ticket import Ticket
 
 SHAPES = {"conv": (4, 3, 2, 2), "depthwise": (5, 1, 3, 3), "linear": (6, 5)}
 

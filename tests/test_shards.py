@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from autosparse import data
-from autosparse.config import DataConfig, run_id
-from autosparse.data import crew, tars
+from autosparse.core.config import DataConfig, run_id
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.data import crew, sets, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.crew import Rooms
 from autosparse.data.pack import write_shards
@@ -32,7 +32,6 @@ from autosparse.data.shards import ShardSamples
 from autosparse.data.source import MemorySplit
 from autosparse.data.stream import Stream
 from autosparse.data.tars import INDEX, MANIFEST, Shard
-from autosparse.errors import RunFailed, UsageError
 from tests.conftest import flip
 
 CLASSES = ("ant", "bee", "cat")
@@ -90,7 +89,7 @@ def pairs(batches) -> list[tuple[int, int]]:
 
 
 def read_everything(root: Path, streamed: bool) -> list[tuple[int, int]]:
-    source = data.load(config(root, streamed))
+    source = sets.load(config(root, streamed))
     return [pair for split in COUNTS for pair in pairs(getattr(source, split).once(4))]
 
 
@@ -98,7 +97,7 @@ def read_everything(root: Path, streamed: bool) -> list[tuple[int, int]]:
 
 
 def test_streamed_and_in_memory_give_what_was_written(root):
-    stream, whole = data.load(config(root)), data.load(config(root, streamed=False))
+    stream, whole = sets.load(config(root)), sets.load(config(root, streamed=False))
     assert isinstance(stream.train, Stream)
     assert isinstance(whole.train, MemorySplit)
     for split in COUNTS:
@@ -109,12 +108,12 @@ def test_streamed_and_in_memory_give_what_was_written(root):
 
 
 def test_worker_processes_give_every_image_once(root):
-    split = data.load(config(root, workers=2)).train
+    split = sets.load(config(root, workers=2)).train
     assert sorted(pairs(split.once(4))) == expected("train")
 
 
 def test_batches_have_the_size_asked_for(root):
-    sizes = [len(labels) for _, labels in data.load(config(root)).test.once(4)]
+    sizes = [len(labels) for _, labels in sets.load(config(root)).test.once(4)]
     assert sizes == [4, 4, 3]
 
 
@@ -133,12 +132,12 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
 def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
     some = [sample for sample in samples() if sample[0] != "validation"]
     write_shards(some, tmp_path / "insects", CLASSES, per_shard=4)
-    source = data.load(config(tmp_path / "insects", streamed=False))
+    source = sets.load(config(tmp_path / "insects", streamed=False))
     both = pairs(source.train.once(9)) + pairs(source.validation.once(9))
     assert sorted(both) == expected("train")
     assert len(source.validation) >= len(CLASSES)
     with pytest.raises(UsageError, match="validation"):
-        data.load(config(tmp_path / "insects"))
+        sets.load(config(tmp_path / "insects"))
 
 
 # sharing out
@@ -147,7 +146,7 @@ def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 13])
 def test_evaluation_counts_every_image_once(root, world_size):
     """Uneven: 3 shards with 4, 4 and 3 images; two of 13 ranks have none."""
-    split = data.load(config(root)).test
+    split = sets.load(config(root)).test
     ranks = [pairs(split.once(2, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert [pair for rank in ranks for pair in rank] == expected("test")
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
@@ -155,7 +154,7 @@ def test_evaluation_counts_every_image_once(root, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 12])
 def test_every_rank_makes_as_many_batches(root, world_size):
-    split = data.load(config(root)).train
+    split = sets.load(config(root)).train
     for epoch in range(3):
         ranks = [
             list(split.shuffled(2, seed=5, epoch=epoch, rank=rank, world_size=world_size))
@@ -169,14 +168,14 @@ def test_every_rank_makes_as_many_batches(root, world_size):
 
 
 def test_steps_leave_out_less_than_one_global_batch(root):
-    split = data.load(config(root)).train
+    split = sets.load(config(root)).train
     assert [split.steps(size, 2) for size in (1, 2, 4, 12, 13)] == [12, 6, 3, 1, 0]
     assert split.steps(4) == 6
 
 
 def test_fewer_shards_than_ranks_will_do(root):
     """The 11 test images lie in 3 shards."""
-    split = data.load(config(root)).test
+    split = sets.load(config(root)).test
     ranks = [
         pairs(split.shuffled(2, seed=0, epoch=0, rank=rank, world_size=5)) for rank in range(5)
     ]
@@ -187,7 +186,7 @@ def test_fewer_shards_than_ranks_will_do(root):
 
 
 def shuffled(root: Path, seed: int, epoch: int, workers: int = 0) -> list[tuple[int, int]]:
-    return pairs(data.load(config(root, workers=workers)).train.shuffled(5, seed=seed, epoch=epoch))
+    return pairs(sets.load(config(root, workers=workers)).train.shuffled(5, seed=seed, epoch=epoch))
 
 
 def test_order_comes_from_seed_and_epoch(root):
@@ -209,9 +208,9 @@ def test_order_does_not_depend_on_the_workers(root, workers):
 def test_batches_that_are_kept_do_not_change(root, kept):
     """Worker processes write the next batches where the last ones were, once nothing holds them."""
     found = []
-    for images, _ in data.load(config(root, workers=2)).train.shuffled(2, seed=1, epoch=0):
+    for images, _ in sets.load(config(root, workers=2)).train.shuffled(2, seed=1, epoch=0):
         found.append(images[1:] if kept == "parts" else images)
-    batches = data.load(config(root)).train.shuffled(2, seed=1, epoch=0)
+    batches = sets.load(config(root)).train.shuffled(2, seed=1, epoch=0)
     again = [images[1:] if kept == "parts" else images for images, _ in batches]
     assert len(found) > 10 and all(map(torch.equal, found, again))
 
@@ -242,7 +241,7 @@ def test_the_number_of_workers_is_no_part_of_a_runs_identity(root):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_see_together_what_one_rank_sees(root, world_size, lanes):
     """Step by step, for the same global batch of 12, whatever the number of ranks."""
-    split = data.load(config(root, lanes=lanes)).train
+    split = sets.load(config(root, lanes=lanes)).train
     whole = [pairs([batch]) for batch in split.shuffled(12, seed=3, epoch=1)]
     ranks = [
         [
@@ -258,7 +257,7 @@ def test_ranks_see_together_what_one_rank_sees(root, world_size, lanes):
 
 @pytest.mark.parametrize("first", [0, 1, 3, 4])
 def test_skipped_steps_leave_the_tail(root, first):
-    split = data.load(config(root)).train
+    split = sets.load(config(root)).train
     whole = [
         [pairs([batch]) for batch in split.shuffled(3, seed=0, epoch=2, rank=rank, world_size=2)]
         for rank in (0, 1)
@@ -270,7 +269,7 @@ def test_skipped_steps_leave_the_tail(root, first):
 
 def test_another_number_of_ranks_goes_on_where_the_first_stopped(root):
     """Two steps of 6 images on two ranks, the others on three: none is lost or repeated."""
-    split = data.load(config(root)).train
+    split = sets.load(config(root)).train
     before = [
         pair
         for rank in (0, 1)
@@ -287,7 +286,7 @@ def test_another_number_of_ranks_goes_on_where_the_first_stopped(root):
 
 def test_skipped_steps_read_nothing(root):
     """Only the last step is left, of the shards of four images; the others may be gone."""
-    source = data.load(config(root, lanes=1))
+    source = sets.load(config(root, lanes=1))
     order, _ = source.train.samples.order(0, 0)
     left = {(int(number) // 4) for number in order[20:24]}
     for number in set(range(7)) - left:
@@ -300,7 +299,7 @@ def test_lanes_let_a_rank_read_its_own_shards_only(tmp_path):
     some = [("train", picture(grey), 0) for grey in range(64)]
     others = [(split, picture(0), 0) for split in ("validation", "test")]
     write_shards([*some, *others], tmp_path / "a", ["x"], per_shard=4)
-    split = data.load(config(tmp_path / "a", lanes=4)).train
+    split = sets.load(config(tmp_path / "a", lanes=4)).train
     ranks = [
         {grey // 4 for grey, _ in pairs(split.shuffled(4, seed=0, epoch=0, rank=r, world_size=2))}
         for r in (0, 1)
@@ -325,7 +324,7 @@ def test_a_batch_mixes_images_of_many_shards(tmp_path):
 
 
 def test_a_rank_sees_other_images_every_epoch(root):
-    split = data.load(config(root)).train
+    split = sets.load(config(root)).train
     seen = [
         frozenset(pairs(split.shuffled(1, seed=0, epoch=epoch, rank=0, world_size=2)))
         for epoch in range(4)
@@ -411,15 +410,15 @@ def test_flipped_bit_is_named_wherever_it_lies(root, part, workers):
              "padding": image + 500, "end": (root / VICTIM).stat().st_size - 1}[part]  # fmt: skip
     flip(root / VICTIM, place)
     with pytest.raises(UsageError, match=rf"{VICTIM}.*SHA-256") as caught:
-        pairs(data.load(config(root, workers=workers)).test.once(4))
+        pairs(sets.load(config(root, workers=workers)).test.once(4))
     assert len(str(caught.value).splitlines()) == 1
-    train = data.load(config(root, workers=workers)).train
+    train = sets.load(config(root, workers=workers)).train
     assert sorted(pairs(train.shuffled(5, seed=0, epoch=0))) == expected("train")
 
 
 def test_each_shard_is_checked_once_in_a_run_by_whichever_process(root):
     """What changes after that is noticed by the next run; a shard cut meanwhile at once."""
-    split = data.load(config(root, workers=2)).test
+    split = sets.load(config(root, workers=2)).test
     assert split.samples.checked.tolist() == [0, 0, 0]
     first = pairs(split.once(4))
     assert split.samples.checked.tolist() == [1, 1, 1]
@@ -431,7 +430,7 @@ def test_each_shard_is_checked_once_in_a_run_by_whichever_process(root):
 
 
 def test_shard_that_goes_missing_is_named(root):
-    split = data.load(config(root)).test
+    split = sets.load(config(root)).test
     (root / VICTIM).unlink()
     with pytest.raises(UsageError, match=rf"{VICTIM}.*not on disk"):
         pairs(split.once(4))
@@ -440,7 +439,7 @@ def test_shard_that_goes_missing_is_named(root):
 def test_worker_names_a_damaged_shard_in_one_line(root):
     edit(root, count=3)
     with pytest.raises(UsageError, match=VICTIM) as caught:
-        pairs(data.load(config(root, workers=1)).test.once(4))
+        pairs(sets.load(config(root, workers=1)).test.once(4))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -453,13 +452,13 @@ def test_shuffled_notices_a_short_shard(root):
 def test_missing_shard_is_named(root):
     (root / VICTIM).unlink()
     with pytest.raises(UsageError, match=VICTIM):
-        data.load(config(root))
+        sets.load(config(root))
 
 
 def test_grown_shard_is_named(root):
     replace_shard(root, (root / VICTIM).read_bytes() + b"\0" * 512, in_manifest=False)
     with pytest.raises(UsageError, match=VICTIM):
-        data.load(config(root))
+        sets.load(config(root))
 
 
 def test_changed_label_is_noticed(root):
@@ -512,7 +511,7 @@ def with_bad(root: Path, *greys: int) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_first_bad_image_stops_unless_some_are_allowed(tmp_path, workers):
-    split = data.load(config(with_bad(tmp_path, 9), workers=workers)).train
+    split = sets.load(config(with_bad(tmp_path, 9), workers=workers)).train
     others = multiprocessing.active_children()
     with pytest.raises(UsageError) as caught:
         pairs(split.shuffled(5, seed=0, epoch=0))
@@ -528,7 +527,7 @@ def test_first_bad_image_stops_unless_some_are_allowed(tmp_path, workers):
 def test_bad_images_give_way_to_their_neighbours(tmp_path, capfd, workers):
     """9 to the next of shard 8..11, 23 to the first of 20..23; the batches stay equal."""
     root = with_bad(tmp_path, 9, 23)
-    split = data.load(config(root, workers=workers, max_bad_images=2)).train
+    split = sets.load(config(root, workers=workers, max_bad_images=2)).train
     for epoch in (0, 1):
         batches = list(split.shuffled(5, seed=0, epoch=epoch))
         assert [len(labels) for _, labels in batches] == [5] * 5
@@ -541,25 +540,25 @@ def test_bad_images_give_way_to_their_neighbours(tmp_path, capfd, workers):
 
 
 def test_one_bad_image_too_many_stops_and_is_named(tmp_path):
-    split = data.load(config(with_bad(tmp_path, 1, 9, 23), max_bad_images=2)).train
+    split = sets.load(config(with_bad(tmp_path, 1, 9, 23), max_bad_images=2)).train
     with pytest.raises(UsageError, match=r"train-00000[025]\.tar.*allows 2 bad images"):
         pairs(split.shuffled(5, seed=0, epoch=0))
 
 
 def test_bad_images_of_all_splits_count_together(tmp_path):
-    source = data.load(config(with_bad(tmp_path, 9, 204), max_bad_images=1))
+    source = sets.load(config(with_bad(tmp_path, 9, 204), max_bad_images=1))
     pairs(source.train.shuffled(5, seed=0, epoch=0))
     with pytest.raises(UsageError, match="test-000001"):
         pairs(source.test.once(4))
 
 
 def test_evaluation_leaves_bad_images_out(tmp_path):
-    split = data.load(config(with_bad(tmp_path, 204), max_bad_images=1)).test
+    split = sets.load(config(with_bad(tmp_path, 204), max_bad_images=1)).test
     assert pairs(split.once(4)) == [pair for pair in expected("test") if pair[0] != 204]
 
 
 def test_shard_of_bad_images_only_is_no_endless_search(tmp_path):
-    split = data.load(config(with_bad(tmp_path, 24), max_bad_images=9)).train
+    split = sets.load(config(with_bad(tmp_path, 24), max_bad_images=9)).train
     with pytest.raises(UsageError, match="none of its neighbours"):
         pairs(split.shuffled(5, seed=0, epoch=0))
 
@@ -611,7 +610,7 @@ def test_index_of_other_shards_is_not_used(root):
         for grey in range(204, 209):
             tar.write({"__key__": f"{grey}", "png": picture(grey), "cls": b"0"})
     edit_as_is(root, count=5)
-    found = pairs(data.load(config(root)).test.once(4))
+    found = pairs(sets.load(config(root)).test.once(4))
     assert found[4:9] == [(grey, 0) for grey in range(204, 209)]
 
 
@@ -653,13 +652,13 @@ def remote_config(url: str, root: Path, **changes) -> DataConfig:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_fetched_once_and_read_as_local_ones(root, served, workers):
     url, asked = served
-    source = data.load(remote_config(url, root, workers=workers))
+    source = sets.load(remote_config(url, root, workers=workers))
     assert not [name for name in asked if name.endswith(".tar")]
     assert pairs(source.test.once(4)) == expected("test")
     tars = [f"test-00000{number}.tar" for number in range(3)]
     assert sorted({name for name in asked if name.endswith(".tar")}) == tars
     asked.clear()
-    again = data.load(remote_config(url, root))
+    again = sets.load(remote_config(url, root))
     assert pairs(again.test.once(4)) == expected("test")
     assert not [name for name in asked if name.endswith(".tar")]
     assert source.name == again.name == "insects"
@@ -667,11 +666,11 @@ def test_shards_are_fetched_once_and_read_as_local_ones(root, served, workers):
 
 def test_damaged_cache_is_fetched_again(root, served):
     url, asked = served
-    pairs(data.load(remote_config(url, root)).test.once(4))
+    pairs(sets.load(remote_config(url, root)).test.once(4))
     for path in (root.parent / "cache" / "shards").glob("*.tar"):
         flip(path, 700)
     asked.clear()
-    assert pairs(data.load(remote_config(url, root)).test.once(4)) == expected("test")
+    assert pairs(sets.load(remote_config(url, root)).test.once(4)) == expected("test")
     assert len({name for name in asked if name.endswith(".tar")}) == 3
 
 
@@ -679,7 +678,7 @@ def test_shard_that_is_not_what_the_manifest_says_is_named_by_its_url(root, serv
     url, _ = served
     flip(root / VICTIM, 700)
     with pytest.raises(UsageError, match=rf"{url}/{VICTIM}.*SHA-256"):
-        pairs(data.load(remote_config(url, root)).test.once(4))
+        pairs(sets.load(remote_config(url, root)).test.once(4))
     assert len(list((root.parent / "cache" / "shards").glob("*.tar"))) == 1
 
 
@@ -687,7 +686,7 @@ def test_missing_remote_shard_is_named(root, served):
     url, _ = served
     (root / VICTIM).unlink()
     with pytest.raises(UsageError, match=rf"{url}/{VICTIM} is not there"):
-        pairs(data.load(remote_config(url, root)).test.once(4))
+        pairs(sets.load(remote_config(url, root)).test.once(4))
 
 
 @pytest.mark.parametrize(
@@ -704,7 +703,7 @@ def test_missing_remote_shard_is_named(root, served):
 def test_remote_roots_are_off_unless_allowed(tmp_path, place, allowed, named):
     wanted = DataConfig("shards", place, allow_remote=allowed, cache=str(tmp_path))
     with pytest.raises(UsageError, match=named):
-        data.load(wanted)
+        sets.load(wanted)
 
 
 # manifests
@@ -741,25 +740,25 @@ def test_bad_manifest_is_named(root, fault):
     BAD_MANIFESTS[fault](manifest)
     (root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match=MANIFEST):
-        data.load(config(root))
+        sets.load(config(root))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": 3, "classes": ["a"]}'])
 def test_garbled_manifest_is_named(root, content):
     (root / MANIFEST).write_text(content)
     with pytest.raises(UsageError, match=MANIFEST):
-        data.load(config(root))
+        sets.load(config(root))
 
 
 def test_folder_without_manifest_is_named(tmp_path):
     with pytest.raises(UsageError, match=MANIFEST):
-        data.load(config(tmp_path))
+        sets.load(config(tmp_path))
 
 
 def test_limit_is_refused_where_it_cannot_be_kept(root):
-    assert len(data.load(config(root, streamed=False, train_limit=9)).train) == 9
+    assert len(sets.load(config(root, streamed=False, train_limit=9)).train) == 9
     with pytest.raises(UsageError, match="train_limit"):
-        data.load(config(root, train_limit=9))
+        sets.load(config(root, train_limit=9))
 
 
 def workers_of(batches) -> list[multiprocessing.Process]:
@@ -774,7 +773,7 @@ def workers_of(batches) -> list[multiprocessing.Process]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_workers_outlive_what_tells_a_training_to_stop(root, number):
     expected = shuffled(root, 0, 0)
-    stream = data.load(config(root, workers=2)).train
+    stream = sets.load(config(root, workers=2)).train
     batches = stream.shuffled(5, seed=0, epoch=0)
     workers = workers_of(batches)
     for worker in workers:
@@ -784,7 +783,7 @@ def test_workers_outlive_what_tells_a_training_to_stop(root, number):
 
 
 def test_workers_are_kept_from_one_epoch_to_the_next(root):
-    split = data.load(config(root, workers=2)).train
+    split = sets.load(config(root, workers=2)).train
     others = multiprocessing.active_children()
     first = pairs(split.shuffled(1, seed=0, epoch=0))
     kept = {each.pid for each in multiprocessing.active_children() if each not in others}
@@ -796,7 +795,7 @@ def test_workers_are_kept_from_one_epoch_to_the_next(root):
 
 @pytest.mark.parametrize("end", ["other size", "broken off", "dropped", "error in the caller"])
 def test_workers_end_when_they_are_not_needed_any_more(root, end):
-    split = data.load(config(root, workers=2)).train
+    split = sets.load(config(root, workers=2)).train
     others = multiprocessing.active_children()
     pairs(split.shuffled(1, seed=0, epoch=0))
     workers = [each for each in multiprocessing.active_children() if each not in others]
@@ -819,7 +818,7 @@ def test_workers_end_when_they_are_not_needed_any_more(root, end):
 
 
 def test_two_loops_over_a_split_at_once(root):
-    split = data.load(config(root, workers=1)).train
+    split = sets.load(config(root, workers=1)).train
     expected = pairs(split.shuffled(1, seed=0, epoch=0))
     others = multiprocessing.active_children()
     together = zip(
@@ -832,7 +831,7 @@ def test_two_loops_over_a_split_at_once(root):
 
 
 def test_a_worker_that_dies_between_two_epochs_is_told(root):
-    split = data.load(config(root, workers=1)).train
+    split = sets.load(config(root, workers=1)).train
     others = multiprocessing.active_children()
     expected = pairs(split.shuffled(1, seed=0, epoch=0))
     (worker,) = [each for each in multiprocessing.active_children() if each not in others]
@@ -845,7 +844,7 @@ def test_a_worker_that_dies_between_two_epochs_is_told(root):
 
 def test_a_process_forked_meanwhile_leaves_the_workers_alone(root):
     """It holds copies of all that there is, and collects them."""
-    split = data.load(config(root, workers=1)).train
+    split = sets.load(config(root, workers=1)).train
     expected = pairs(split.shuffled(1, seed=0, epoch=0))
     child = os.fork()
     if not child:
@@ -858,7 +857,7 @@ def test_a_process_forked_meanwhile_leaves_the_workers_alone(root):
 
 def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(root):
     """torch would raise an error in whatever line is being run."""
-    batches = data.load(config(root, workers=2)).train.shuffled(1, seed=0, epoch=0)
+    batches = sets.load(config(root, workers=2)).train.shuffled(1, seed=0, epoch=0)
     workers = workers_of(batches)
     for worker in workers:
         worker.kill()

@@ -12,12 +12,14 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autosparse import compaction, masks, models, sparse_products
-from autosparse.compaction import compact, compact_weights, densify, multiply_sparse
-from autosparse.config import ModelConfig, TrainingConfig
-from autosparse.sparse_products import Pattern, SparseWeight, pays, sparse_weight
-from autosparse.steppers import PlainStepper
-from autosparse.ticket import Ticket
+from autosparse.core.config import ModelConfig, TrainingConfig
+from autosparse.models import zoo
+from autosparse.sparsity import compact as compaction
+from autosparse.sparsity import cpu_products, masks
+from autosparse.sparsity.compact import compact, compact_weights, densify, multiply_sparse
+from autosparse.sparsity.cpu_products import Pattern, SparseWeight, pays, sparse_weight
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.steppers import PlainStepper
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="sparse products need MKL"
@@ -68,7 +70,7 @@ def test_linear(shape: tuple[int, ...]) -> None:
     assert_same(functional.linear, (7, 5), torch.randn(shape))
 
 
-@pytest.mark.parametrize("block", [1, 200, sparse_products.BLOCK])
+@pytest.mark.parametrize("block", [1, 200, cpu_products.BLOCK])
 @pytest.mark.parametrize(
     ("kernel", "options"),
     [
@@ -83,7 +85,7 @@ def test_linear(shape: tuple[int, ...]) -> None:
 def test_convolution(
     kernel: tuple[int, int], options: dict[str, Any], block: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr(sparse_products, "BLOCK", block)
+    monkeypatch.setattr(cpu_products, "BLOCK", block)
     assert_same(functional.conv2d, (6, 3, *kernel), torch.randn(5, 3, 9, 8), **options)
 
 
@@ -141,7 +143,7 @@ def test_when_they_pay() -> None:
 def _wide(sparsity: float = 0.98) -> tuple[nn.Module, Ticket]:
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=10)
-    weights = models.prunable(model).items()
+    weights = zoo.prunable(model).items()
     scores = {name: torch.rand(weight.shape) for name, weight in weights}
     ticket = Ticket.from_model(model, masks.from_scores(scores, sparsity), {})
     return compact(model, ticket), ticket
@@ -179,9 +181,9 @@ def test_training_is_that_of_scattered_weights(name: str, monkeypatch) -> None:
     images, labels = torch.randn(8, 1, 32, 32).double(), torch.arange(8)
     losses, weights = {}, {}
     for sparse in (False, True):
-        model = models.create(ModelConfig(name), num_classes=10, in_chans=1, image_size=32, seed=0)
+        model = zoo.create(ModelConfig(name), num_classes=10, in_chans=1, image_size=32, seed=0)
         scores = {n: torch.rand(w.shape, generator=torch.Generator().manual_seed(1))
-                  for n, w in models.prunable(model).items()}  # fmt: skip
+                  for n, w in zoo.prunable(model).items()}  # fmt: skip
         compact(model, Ticket.from_model(model, masks.from_scores(scores, 0.7), {})).double()
         config = TrainingConfig(schedule="none", sparse_products=sparse, ema=0.9)
         stepper = PlainStepper(model, config, 10)

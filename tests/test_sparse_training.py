@@ -11,22 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import claims, criteria, prune, training
-from autosparse import pruning as pruning_module
-from autosparse.cells import Cell, cells
-from autosparse.claims import CLAIM
-from autosparse.cli import _main, guarded
-from autosparse.compaction import load_state
-from autosparse.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
-from autosparse.data import DataSource
+from autosparse import criteria, prune
+from autosparse.autos.network import AutoS
+from autosparse.cli.main import _main, guarded
+from autosparse.core import locks
+from autosparse.core.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
+from autosparse.core.errors import RunFailed, Stopped, UsageError
+from autosparse.core.files import write_json
+from autosparse.core.locks import CLAIM
+from autosparse.criteria import prune as pruning_module
+from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
-from autosparse.errors import RunFailed, Stopped, UsageError
-from autosparse.files import write_json
-from autosparse.scorer import AutoS
-from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, train_cell
-from autosparse.steppers import PlainStepper
-from autosparse.ticket import Ticket
-from autosparse.training import evaluate
+from autosparse.sparsity.compact import load_state
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study.cells import Cell, cells
+from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, train_cell
+from autosparse.training import loop
+from autosparse.training.loop import evaluate
+from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, holder, make_model
 
 
@@ -270,7 +272,7 @@ def test_a_cell_that_another_process_trains_is_left_alone(config, digits: DataSo
 def test_one_that_waits_finds_the_result_of_the_other(
     config, digits: DataSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "POLL", 0.02)
+    monkeypatch.setattr(locks, "POLL", 0.02)
     (cell,) = cells(config)
     with holder(cell.folder), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
@@ -290,7 +292,7 @@ def test_a_training_whose_folder_was_taken_over_writes_no_result(
     def stolen(_: object) -> None:
         write_json(cell.folder / CLAIM, {"token": "0" * 16, "host": "another"})
 
-    real, claims.BEAT = claims.BEAT, 0.02
+    real, locks.BEAT = locks.BEAT, 0.02
     try:
         with pytest.raises(RunFailed, match="taken over by another process"):
             _train(
@@ -300,7 +302,7 @@ def test_a_training_whose_folder_was_taken_over_writes_no_result(
                 on_epoch=lambda epoch: stolen(epoch) or time.sleep(0.1),
             )
     finally:
-        claims.BEAT = real
+        locks.BEAT = real
     assert not cell.done
 
 
@@ -400,7 +402,7 @@ def test_mistakes_are_told_before_anything_is_scored(
         raise AssertionError("work has begun")
 
     for module, name in ((pruning_module, "score"), (pruning_module.data_module, "load"),
-                         (training, "fit")):  # fmt: skip
+                         (loop, "fit")):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")

@@ -19,11 +19,14 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, pad
 
-from autosparse import criteria, masks, models, steppers
-from autosparse.compaction import compact, densify
-from autosparse.config import TrainingConfig
-from autosparse.standardised import STANDARDISED, as_plain, kernels_masked, mask_kernel
-from autosparse.ticket import Ticket
+from autosparse import criteria
+from autosparse.core.config import TrainingConfig
+from autosparse.models import zoo
+from autosparse.models.standardised import STANDARDISED, as_plain, kernels_masked, mask_kernel
+from autosparse.sparsity import masks
+from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training import steppers
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -456,7 +459,7 @@ def nfnet() -> tuple[nn.Module, Ticket]:
         for module in model.modules():
             if isinstance(module, STANDARDISED):
                 module.gain.fill_(1)  # timm starts the last of a branch at zero
-    weights = models.prunable(model)
+    weights = zoo.prunable(model)
     scores = {key: torch.rand(each.shape, generator=generator) for key, each in weights.items()}
     return model, Ticket.from_model(model, masks.from_scores(scores, 0.8), {})
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from autosparse import features, masks
-from autosparse.survival import CONSTANTS, Heads, erk_log_odds, interpolation
+from autosparse.autos import features
+from autosparse.autos.heads import CONSTANTS, Heads, erk_log_odds, interpolation
+from autosparse.sparsity import masks
 
 SHAPES = {"a": (8, 3, 3, 3), "b": (16, 8, 3, 3), "c": (10, 16)}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from autosparse import compare, sweep
-from autosparse.config import ModelConfig, SweepConfig
-from autosparse.data import DataSource
-from autosparse.errors import UsageError
-from autosparse.files import read_json, write_json
-from autosparse.sparse_training import RESULT
+from autosparse.core.config import ModelConfig, SweepConfig
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json, write_json
+from autosparse.data.sets import DataSource
+from autosparse.study import compare, sweep
+from autosparse.study.trainings import RESULT
 from tests.conftest import QUICK, SMALL_DIGITS
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autosparse import style, sweep_figures
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
+from autosparse.report import style, sweep_figures
 
 
 def row(label: str, sparsity: float, accuracy: float, **changes) -> dict:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autosparse.table import GRID, Table
+from autosparse.autos.table import GRID, Table
 
 
 def inputs() -> Tensor:

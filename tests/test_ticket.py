@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autosparse.compaction import compact
-from autosparse.errors import RunFailed, UsageError, UserError
-from autosparse.files import read_tensors, write_tensors
-from autosparse.models import prunable
-from autosparse.scorer import AutoS
-from autosparse.ticket import Ticket
+from autosparse.autos.network import AutoS
+from autosparse.core.errors import RunFailed, UsageError, UserError
+from autosparse.core.files import read_tensors, write_tensors
+from autosparse.models.zoo import prunable
+from autosparse.sparsity.compact import compact
+from autosparse.sparsity.ticket import Ticket
 
 
 def net(*widths: int, bias: bool = True) -> nn.Module:

@@ -18,11 +18,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autosparse import masks, models, prune, reach, roles
-from autosparse.compaction import compact, densify
-from autosparse.errors import UsageError
-from autosparse.standardised import STANDARDISED, differs_from_plain, kernels_masked
-from autosparse.ticket import Ticket
+from autosparse import prune
+from autosparse.core.errors import UsageError
+from autosparse.models import roles, zoo
+from autosparse.models.standardised import STANDARDISED, differs_from_plain, kernels_masked
+from autosparse.sparsity import masks, reach
+from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.ticket import Ticket
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -267,7 +269,7 @@ def test_a_family_is_pruned_and_compact(family: str, criterion: str, monkeypatch
         with pytest.raises(UsageError, match=UNABLE[family, criterion]):
             pruned(model, family, criterion, 0.9)
         return
-    images, total = batch(family)[0], masks.total(models.prunable(model))
+    images, total = batch(family)[0], masks.total(zoo.prunable(model))
     for sparsity in (0.9, 0.98):
         ticket = pruned(model, family, criterion, sparsity)
         assert ticket.kept == exact(total, sparsity)
@@ -318,9 +320,9 @@ def test_what_is_called_dead_has_no_gradient_that_depends_on_the_image(family: s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         found = roles.of(model, images[:1])
-        values = models.revealing(model, images[:1], roles.FAINT)
+        values = zoo.revealing(model, images[:1], roles.FAINT)
         values |= {n: torch.zeros_like(model.get_parameter(n)) for n in found.shifts}
-        scores = {n: torch.rand(w.shape) for n, w in models.prunable(model).items()}
+        scores = {n: torch.rand(w.shape) for n, w in zoo.prunable(model).items()}
         chosen = masks.keep_counts(scores, {n: -(-s.numel() // 20) for n, s in scores.items()})
     live = reach.live(model, chosen, tuple(images.shape[1:]))
     roles.set_values(model, values)

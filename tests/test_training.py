@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse.config import TrainingConfig
-from autosparse.data import DataSource
-from autosparse.errors import RunFailed, Stopped, UsageError
-from autosparse.steppers import History, PlainStepper
-from autosparse.training import (
+from autosparse.core.config import TrainingConfig
+from autosparse.core.errors import RunFailed, Stopped, UsageError
+from autosparse.data.sets import DataSource
+from autosparse.training.loop import (
     Span,
     Watch,
     evaluate,
@@ -23,6 +22,7 @@ from autosparse.training import (
     seeded,
     steps_per_epoch,
 )
+from autosparse.training.steppers import History, PlainStepper
 from tests.conftest import QUICK, make_model
 
 

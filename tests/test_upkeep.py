@@ -10,18 +10,18 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from autosparse import corpus, upkeep
-from autosparse.corpus import FINISHED, RUN, Corpus
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import read_json, write_json, write_tensors
-from autosparse.upkeep import export_parquet, merge, verify
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import read_json, write_json, write_tensors
+from autosparse.corpus import store, upkeep
+from autosparse.corpus.store import FINISHED, RUN, Corpus
+from autosparse.corpus.upkeep import export_parquet, merge, verify
 from tests.conftest import flip, tiny_run
 
 
 @pytest.fixture()
 def folder(tmp_path: Path) -> Path:
     for name in ("run1", "run2"):
-        corpus.write_run(tmp_path / "corpus" / name, tiny_run(name))
+        store.write_run(tmp_path / "corpus" / name, tiny_run(name))
         write_json(tmp_path / "corpus" / name / "card.json", {"run_id": name})
     return tmp_path / "corpus"
 
@@ -194,7 +194,7 @@ def test_a_run_that_failed_before_it_began_is_not_damaged(folder: Path) -> None:
 
 def test_merge_copies_finished_runs_and_finds_them_again(folder: Path, tmp_path: Path) -> None:
     more, into = tmp_path / "more", tmp_path / "deep" / "all"
-    corpus.write_run(more / "run3", tiny_run("run3"))
+    store.write_run(more / "run3", tiny_run("run3"))
     (more / "half").mkdir()
     assert merge([folder, more], into) == (["run1", "run2", "run3"], [])
     assert sorted(path.name for path in into.iterdir()) == ["index.parquet", "run1", "run2", "run3"]
@@ -231,7 +231,7 @@ def test_merge_survives_a_garbled_marker(
 
 def test_merge_keeps_what_was_there_when_the_other_differs(folder: Path, tmp_path: Path) -> None:
     into = tmp_path / "all"
-    corpus.write_run(into / "run1", tiny_run("run1", scale=2.0))
+    store.write_run(into / "run1", tiny_run("run1", scale=2.0))
     before = (into / "run1" / RUN).read_bytes()
     with pytest.raises(RunFailed, match=r"^1 runs copied; .*run1 differ; kept .*all/run1$"):
         merge([folder], into)
@@ -244,7 +244,7 @@ def test_merge_takes_a_run_of_other_seconds_for_the_same(folder: Path, tmp_path:
     run = tiny_run("run1")
     for level in run.card["levels"]:
         level["seconds"] += 1
-    corpus.write_run(into / "run1", run)
+    store.write_run(into / "run1", run)
     assert (into / "run1" / RUN).read_bytes() != (folder / "run1" / RUN).read_bytes()
     assert merge([folder], into) == (["run2"], ["run1"])
 

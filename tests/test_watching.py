@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from autosparse.progress import Bar, Progress
-from autosparse.watching import Fetched, StepWatch, told_to_stop
+from autosparse.core.progress import Bar, Progress
+from autosparse.training.watching import Fetched, StepWatch, told_to_stop
 
 
 def _stepper(updates: int, skipped: int = 0) -> Any:

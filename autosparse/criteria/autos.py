@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autosparse import features, masks, paths, reach
-from autosparse.config import keep_count
-from autosparse.criteria import Scores, register
-from autosparse.errors import UsageError, unknown
-from autosparse.gradients import mean_gradients
-from autosparse.scorer import AutoS
+from autosparse.autos import features
+from autosparse.autos.network import AutoS
+from autosparse.core.config import keep_count
+from autosparse.core.errors import UsageError, unknown
+from autosparse.criteria.base import Scores, register
+from autosparse.models.gradients import mean_gradients
+from autosparse.sparsity import masks, paths, reach
 
-PRETRAINED = Path(__file__).parent.parent / "pretrained" / "autos.safetensors"
+PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safetensors"
 CHOICES = ("live", "random", "top", "sampled")
 TILT = 1.0
 """Of `live`: see reach.thinned; 0.5 and 1 differ by less than seeds do."""

@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from autosparse import masks
-from autosparse.config import keep_count
-from autosparse.criteria import Scores, register
+from autosparse.core.config import keep_count
+from autosparse.criteria.base import Scores, register
+from autosparse.sparsity import masks
 
 
 @register("erk", needs_data=False)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autosparse.criteria import Scores, register
-from autosparse.gradients import Batches, Shared, mean_over_gradients
+from autosparse.criteria.base import Scores, register
+from autosparse.models.gradients import Batches, Shared, mean_over_gradients
 
 
 @register("fisher", needs_data=True)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autosparse import masks
-from autosparse.criteria import Scores, register
-from autosparse.gradients import mean_gradients, with_weights
-from autosparse.rounds import counts
+from autosparse.criteria.base import Scores, register
+from autosparse.criteria.rounds import counts
+from autosparse.models.gradients import mean_gradients, with_weights
+from autosparse.sparsity import masks
 
 
 @register("force", needs_data=True)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autosparse.contract import each_float
-from autosparse.criteria import Scores, register
-from autosparse.gradients import mean_gradients, mean_hessian_times, twice_differentiable
+from autosparse.criteria.base import Scores, register
+from autosparse.models.contract import each_float
+from autosparse.models.gradients import mean_gradients, mean_hessian_times, twice_differentiable
 
 
 @register("grasp", needs_data=True)

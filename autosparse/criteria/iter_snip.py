@@ -10,9 +10,9 @@ Departure: every round looks at the same batches; the authors' code draws new on
 
 from __future__ import annotations
 
-from autosparse.criteria import Scores, register
-from autosparse.gradients import Shared, sum_gradients, with_weights
-from autosparse.rounds import Take, shrink
+from autosparse.criteria.base import Scores, register
+from autosparse.criteria.rounds import Take, shrink
+from autosparse.models.gradients import Shared, sum_gradients, with_weights
 
 
 @register("iter_snip", needs_data=True)

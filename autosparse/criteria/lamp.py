@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autosparse.criteria import Scores, register
+from autosparse.criteria.base import Scores, register
 
 
 @register("lamp", needs_data=False)

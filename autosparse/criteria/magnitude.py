@@ -7,7 +7,7 @@ tickets are found with (Frankle & Carbin, ICLR 2019, arXiv 1803.03635).
 
 from __future__ import annotations
 
-from autosparse.criteria import Scores, register
+from autosparse.criteria.base import Scores, register
 
 
 @register("magnitude", needs_data=False)

@@ -19,17 +19,17 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor, nn
 
-from autosparse.contract import joined
-from autosparse.criteria import Scores, register
-from autosparse.errors import UsageError
-from autosparse.gradients import (
+from autosparse.core.errors import UsageError
+from autosparse.criteria.base import Scores, register
+from autosparse.criteria.rounds import Take, shrink
+from autosparse.models.contract import joined
+from autosparse.models.gradients import (
     Shared,
     backward_one_by_one,
     batch_norms,
     last_statistics,
     with_weights,
 )
-from autosparse.rounds import Take, shrink
 
 
 @register("ntk_sap", needs_data=True)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autosparse.criteria import Scores, register
-from autosparse.errors import UsageError
-from autosparse.gradients import (
+from autosparse.core.errors import UsageError
+from autosparse.criteria.base import Scores, register
+from autosparse.models.gradients import (
     differentiate_again,
     gathered,
     spend,

@@ -21,10 +21,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from autosparse.contract import outputs_of
-from autosparse.criteria import Scores, register
-from autosparse.gradients import Network, backward_one_by_one, mean_of, spend, with_weights
-from autosparse.paths import (
+from autosparse.criteria.base import Scores, register
+from autosparse.criteria.rounds import Take, shrink
+from autosparse.models.contract import outputs_of
+from autosparse.models.gradients import Network, backward_one_by_one, mean_of, spend, with_weights
+from autosparse.sparsity.paths import (
     Rescaling,
     activation_patterns,
     image_shape,
@@ -32,7 +33,6 @@ from autosparse.paths import (
     rescale_between_blocks,
     without_shifts,
 )
-from autosparse.rounds import Take, shrink
 
 
 @register("px", needs_data=True)

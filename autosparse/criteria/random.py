@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from autosparse.criteria import Scores, register
+from autosparse.criteria.base import Scores, register
 
 
 @register("random", needs_data=False)

@@ -17,17 +17,17 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from autosparse import masks
-from autosparse.compaction import compact, densify
-from autosparse.config import TrainingConfig, keep_density
-from autosparse.criteria import Scores, register
+from autosparse.core.config import TrainingConfig, keep_density
+from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.criteria.base import Scores, register
 from autosparse.criteria.lamp import layer_scores
-from autosparse.errors import RunFailed, UsageError, unknown
-from autosparse.gradients import Batch, Batches, spend
-from autosparse.models import device_of
-from autosparse.rounds import counts
-from autosparse.steppers import PlainStepper
-from autosparse.ticket import Ticket
+from autosparse.criteria.rounds import counts
+from autosparse.models.gradients import Batch, Batches, spend
+from autosparse.models.zoo import device_of
+from autosparse.sparsity import masks
+from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.steppers import PlainStepper
 
 LABELS = {"magnitude": torch.abs, "lamp": layer_scores}
 """Label -> function of a layer's trained weights."""

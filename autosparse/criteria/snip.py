@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from autosparse.criteria import Scores, register
-from autosparse.gradients import mean_gradients
+from autosparse.criteria.base import Scores, register
+from autosparse.models.gradients import mean_gradients
 
 
 @register("snip", needs_data=True)

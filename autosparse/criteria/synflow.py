@@ -25,19 +25,19 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from autosparse import roles
-from autosparse.contract import outputs_of
-from autosparse.criteria import Scores, register
-from autosparse.gradients import backward_one_by_one, spend
-from autosparse.models import owner
-from autosparse.paths import (
+from autosparse.criteria.base import Scores, register
+from autosparse.criteria.rounds import Take, any_along, nonzero, shrink
+from autosparse.models import roles
+from autosparse.models.contract import outputs_of
+from autosparse.models.gradients import backward_one_by_one, spend
+from autosparse.models.zoo import owner
+from autosparse.sparsity.paths import (
     CannotFollow,
     followed,
     image_shape,
     rescale_between_blocks,
     without_shifts,
 )
-from autosparse.rounds import Take, any_along, nonzero, shrink
 
 
 @register("synflow", needs_data=False)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 IN_MEMORY = ("none", "shift", "shift+flip", "shift+altflip")
 AUGMENTS = (*IN_MEMORY, "crop+flip")

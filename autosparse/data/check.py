@@ -13,7 +13,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from autosparse.config import IndexConfig
+from autosparse.core.config import IndexConfig
+from autosparse.core.errors import UsageError, unknown
+from autosparse.core.files import sha256_of_file, write_json
 from autosparse.data.class_folders import SPLIT_WORDS
 from autosparse.data.remote import expanded
 from autosparse.data.samples import Reading, scan
@@ -31,8 +33,6 @@ from autosparse.data.tars import (
     read_manifest,
     write_index,
 )
-from autosparse.errors import UsageError, unknown
-from autosparse.files import sha256_of_file, write_json
 
 THREADS = 4
 MOST_GAP = 0.5

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 Sample = tuple[Path, int]
 """An image file and its label."""

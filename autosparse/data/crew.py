@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 Task = tuple[list[int], tuple[int, int] | None]
 """The samples of a batch, and (seed, epoch) where they are augmented."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 try:
     import simplejpeg

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
 from autosparse.data.augment import choose
 from autosparse.data.source import (
     DataSource,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
 from autosparse.data.class_folders import Sample, listed, parts_of_folder
 from autosparse.data.decode import read_image
@@ -23,7 +24,6 @@ from autosparse.data.source import (
     stratified,
 )
 from autosparse.data.stream import BadImages, Stream
-from autosparse.errors import UsageError
 
 DEFAULT_SIZE = 224
 TEST_FRACTION = 0.15

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autosparse import data_identity
-from autosparse.config import DataConfig
-from autosparse.errors import UsageError
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
+from autosparse.data import identity
 
 if TYPE_CHECKING:
     from autosparse.data.source import DataSource, Split
@@ -52,7 +52,7 @@ def normalised(source: DataSource, config: DataConfig) -> DataSource:
 
     It comes measured if it is a named set, and with ImageNet's constants if it is own data.
     """
-    wanted, own = config.normalisation, config.name in data_identity.OWN
+    wanted, own = config.normalisation, config.name in identity.OWN
     if wanted in ("auto", "imagenet" if own else "measured"):
         return source
     if wanted == "measured":

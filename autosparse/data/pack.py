@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from autosparse.config import DataConfig, PackConfig, identity
+from autosparse.core.config import DataConfig, PackConfig, identity
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import read_json, remove_tree, replacing, sha256_of_file, write_json
 from autosparse.data.decode import BadImage
 from autosparse.data.encode import Picture, encoded
 from autosparse.data.source import MemorySplit
@@ -37,8 +39,6 @@ from autosparse.data.tars import (
     read_manifest,
     write_index,
 )
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import read_json, remove_tree, replacing, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 Sample = tuple[Picture, int]

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
+from autosparse.data.identity import expanded
 from autosparse.data.tars import (
     MANIFEST,
     Manifest,
@@ -20,8 +22,6 @@ from autosparse.data.tars import (
     copy_atomically,
     read_manifest,
 )
-from autosparse.data_identity import expanded
-from autosparse.errors import UsageError
 
 SCHEMES = ("http", "https", "gs", "s3")
 

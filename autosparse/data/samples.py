@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 IMAGES = (
     "jpg", "jpeg", "png", "webp", "jpe", "jfif", "bmp", "ppm", "pgm", "pnm", "tif", "tiff", "gif",

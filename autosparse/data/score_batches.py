@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autosparse.errors import UsageError
+from autosparse.core.errors import UsageError
 
 if TYPE_CHECKING:
     from autosparse.data.source import Batch, DataSource

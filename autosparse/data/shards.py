@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
 from autosparse.data import augment
 from autosparse.data.folder import DEFAULT_SIZE
 from autosparse.data.normalisation import IMAGENET
@@ -42,7 +43,6 @@ from autosparse.data.tars import (
     members_of,
     read_index,
 )
-from autosparse.errors import UsageError
 
 BLOCK = 4096
 """Samples of a lane that are shuffled together: of a few shards that lie one after another."""

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
 from autosparse.data.augment import parse, rand_augmented_batch
 from autosparse.data.normalisation import Constants
 from autosparse.data.score_batches import ScoreBatches, score_batches
-from autosparse.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
 SPLIT_SEED = 20240827
@@ -341,7 +341,7 @@ def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
 def first_cause(error: Exception) -> UsageError:
     """Take what a worker process said out of the traceback that DataLoader wraps it in."""
     last = str(error).strip().splitlines()[-1]
-    return UsageError(last.removeprefix("autosparse.errors.UsageError: "))
+    return UsageError(last.removeprefix("autosparse.core.errors.UsageError: "))
 
 
 def limited_places(labels: Tensor, limit: int | None) -> Tensor:

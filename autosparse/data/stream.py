@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.memory import keep_freed_blocks
 from autosparse.data import augment
 from autosparse.data.crew import Crew, Found, Order, Task
 from autosparse.data.decode import BadImage, decode
 from autosparse.data.source import Batch, MemorySplit, first_cause, sent
-from autosparse.errors import RunFailed, UsageError
-from autosparse.memory import keep_freed_blocks
 
 logger = logging.getLogger(__name__)
 CHUNK = 256

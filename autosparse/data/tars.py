@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json, read_tensors, replacing, sha256_of_file, write_tensors
 from autosparse.data.samples import Reading, scan
-from autosparse.errors import UsageError
-from autosparse.files import read_json, read_tensors, replacing, sha256_of_file, write_tensors
 
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 FORMAT = 1

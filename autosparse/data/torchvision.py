@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
 from autosparse.data.source import DataSource, MemorySplit, in_memory, resized
-from autosparse.errors import UsageError
 
 SETS = {
     "cifar10": ("CIFAR10", 10, "shift+flip"),

@@ -19,23 +19,23 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from autosparse import data as data_module
-from autosparse.cells import cells, check_config
-from autosparse.compaction import rescattering
-from autosparse.config import SparseTrainConfig, run_id
-from autosparse.contract import in_single
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import read_tensors, write_tensors
-from autosparse.flat_scatter import scatterer
+from autosparse.core.config import SparseTrainConfig, run_id
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import read_tensors, write_tensors
+from autosparse.core.progress import Progress
+from autosparse.data import sets
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
-from autosparse.models import device_of
-from autosparse.optimizers import advance, last_rate, optimizer_and_schedule
-from autosparse.progress import Progress
-from autosparse.recipe import Recipe, make_ema, seed_step, step_seed
-from autosparse.sparse_training import CHECKPOINTS, Observer, finished, train_cell
-from autosparse.steppers import History, Ranks, check, set_up
-from autosparse.watching import StepWatch
+from autosparse.models.contract import in_single
+from autosparse.models.zoo import device_of
+from autosparse.sparsity.compact import rescattering
+from autosparse.sparsity.flat_scatter import scatterer
+from autosparse.study.cells import cells, check_config
+from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
+from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
+from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
+from autosparse.training.steppers import History, Ranks, check, set_up
+from autosparse.training.watching import StepWatch
 
 NEVER = 2**31 - 1
 LOW_PRECISION = [
@@ -376,7 +376,7 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
         for cell in todo:
             key = run_id(cell.data)
             if first and cell.done and key not in named:
-                named[key] = data_module.if_there(cell.data)
+                named[key] = sets.if_there(cell.data)
             found = finished(cell, ranks, named.get(key))
             if found is not None:
                 if first and observer:
@@ -384,7 +384,7 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
                 results.append(found)
                 continue
             if key not in sources:
-                sources[key] = data_module.load(cell.data).to(torch.device(device))
+                sources[key] = sets.load(cell.data).to(torch.device(device))
             made: list[DeepSpeedStepper] = []
 
             def make(model: nn.Module, steps: int, made=made, cell=cell) -> DeepSpeedStepper:

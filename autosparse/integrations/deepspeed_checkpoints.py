@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from autosparse.errors import UserError
-from autosparse.files import read_json, remove_tree, sha256_of_file, write_json
-from autosparse.steppers import Ranks
+from autosparse.core.errors import UserError
+from autosparse.core.files import read_json, remove_tree, sha256_of_file, write_json
+from autosparse.training.steppers import Ranks
 
 logger = logging.getLogger(__name__)
 

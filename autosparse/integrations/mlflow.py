@@ -26,13 +26,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from autosparse import data
-from autosparse.config import IRPConfig, SparseTrainConfig, plain
-from autosparse.data import DataSource
-from autosparse.files import is_local, read_json, write_json
-from autosparse.pruning import DENSE
-from autosparse.sparse_training import RESULT, SETTINGS, TRAINED, Cell
-from autosparse.steppers import Epoch
+from autosparse.core.config import IRPConfig, SparseTrainConfig, plain
+from autosparse.core.files import is_local, read_json, write_json
+from autosparse.criteria.prune import DENSE
+from autosparse.data import sets
+from autosparse.data.sets import DataSource
+from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, Cell
+from autosparse.training.steppers import Epoch
 
 for chatty in ("mlflow", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -111,7 +111,7 @@ class Tracker:
     def _describe(self, cell: Cell, config: SparseTrainConfig, run: str) -> None:
         """Log what stays the same however often a cell is resumed."""
         card = cell.ticket.card
-        log_data(self.client, run, data.load(cell.data))
+        log_data(self.client, run, sets.load(cell.data))
         if "corpus" in card:
             log_corpus(self.client, run, "corpus", card["corpus"])
         if card.get("criterion") != DENSE:

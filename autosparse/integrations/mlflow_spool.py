@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autosparse.config import SparseTrainConfig
-from autosparse.files import read_json, write_json
-from autosparse.sparse_training import SETTINGS, UNSENT, Cell, Observer, unsent
-from autosparse.steppers import Epoch
+from autosparse.core.config import SparseTrainConfig
+from autosparse.core.files import read_json, write_json
+from autosparse.study.trainings import SETTINGS, UNSENT, Cell, Observer, unsent
+from autosparse.training.steppers import Epoch
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from autosparse.data_identity import OWN
-from autosparse.errors import RunFailed, UsageError, unknown
+from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.data.identity import OWN
 from autosparse.integrations.mlflow import client
 from autosparse.integrations.registry import (
     AUTOS,

@@ -13,12 +13,15 @@ from typing import Any
 
 import ray
 
-from autosparse import corpus, data, data_identity, irp, plan
-from autosparse.config import CorpusConfig, IRPConfig
-from autosparse.corpus import Corpus
-from autosparse.errors import RunFailed, UsageError, UserError
-from autosparse.files import is_local, place, read_card, write_json
-from autosparse.progress import Bar, Progress
+from autosparse.core.config import CorpusConfig, IRPConfig
+from autosparse.core.errors import RunFailed, UsageError, UserError
+from autosparse.core.files import is_local, place, read_card, write_json
+from autosparse.core.progress import Bar, Progress
+from autosparse.corpus import store
+from autosparse.corpus.store import Corpus
+from autosparse.data import identity, sets
+from autosparse.irp import plan
+from autosparse.irp import run as irp
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ def grow(config: CorpusConfig) -> Grown:
     folder = output_folder(config.out)
     runs = plan.runs(config, folder)
     grown = Grown(folder)
-    grown.found = [name for name in runs if corpus.is_finished(folder / name)]
+    grown.found = [name for name in runs if store.is_finished(folder / name)]
     for name in grown.found:
         irp.tidy(folder / name)
     _check_found(runs, grown)
@@ -107,7 +110,7 @@ def _check_found(runs: dict[str, IRPConfig], grown: Grown) -> None:
     for name in grown.found:
         wanted = runs[name].data
         if wanted not in there:
-            there[wanted] = data.if_there(wanted)
+            there[wanted] = sets.if_there(wanted)
         irp.check_found(grown.folder / name, there[wanted])
 
 
@@ -220,8 +223,8 @@ class _Watch:
     def _read(self, name: str) -> None:
         folder, found = self.folder / name, self.seen[name]
         try:
-            if corpus.is_finished(folder):
-                new = read_card(folder / corpus.RUN)["levels"][len(found) :]
+            if store.is_finished(folder):
+                new = read_card(folder / store.RUN)["levels"][len(found) :]
             else:
                 paths = sorted(folder.glob("levels/*/level.safetensors"))
                 new = [read_card(path) for path in paths[len(found) :]]
@@ -250,7 +253,7 @@ def _one_run(run: IRPConfig, cpus: float) -> str | None:
 
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        with data_identity.looked_at_once():
+        with identity.looked_at_once():
             irp.run_irp(run, wait=True)
     except UserError as error:
         return " ".join(str(error).split())

@@ -23,14 +23,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from torch import nn
 
-from autosparse import drawing, features, models, sweep
-from autosparse.compaction import load_state
-from autosparse.errors import UsageError
-from autosparse.files import read_json, write_bytes
+from autosparse.autos import features
+from autosparse.autos.network import AutoS
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json, write_bytes
 from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus
-from autosparse.scorer import AutoS
-from autosparse.sparse_training import RESULT, TRAINED
-from autosparse.ticket import Ticket
+from autosparse.models import zoo
+from autosparse.report import drawing
+from autosparse.sparsity.compact import load_state
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study import sweep
+from autosparse.study.trainings import RESULT, TRAINED
 
 AUTOS = "autos"
 CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
@@ -110,7 +113,7 @@ def register_ticket(
     The version holds the dense model (zero where pruned) and, beside it, the ticket file.
     """
     ticket = Ticket.load(path)
-    model = models.from_recipe(ticket.card["model"])
+    model = zoo.from_recipe(ticket.card["model"])
     load_state(model, ticket)
     recipe, card = ticket.card["model"], ticket.card
     size = recipe["image_size"]

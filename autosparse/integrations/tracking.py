@@ -10,10 +10,9 @@ from typing import Any
 
 from mlflow.entities import Metric, Param
 
-from autosparse import compare, sweep
-from autosparse import data as data_module
-from autosparse.config import SweepConfig, plain
-from autosparse.files import read_card, read_json
+from autosparse.core.config import SweepConfig, plain
+from autosparse.core.files import read_card, read_json
+from autosparse.data import sets
 from autosparse.integrations.mlflow import (
     RUN_FILE,
     client,
@@ -22,8 +21,9 @@ from autosparse.integrations.mlflow import (
     log_report,
     parent_run,
 )
-from autosparse.sparse_training import RESULT, TRAINED
-from autosparse.sweep import SweepCell
+from autosparse.study import compare, sweep
+from autosparse.study.sweep import SweepCell
+from autosparse.study.trainings import RESULT, TRAINED
 
 CELL = "cell"
 """Tag that names the cell of a run."""
@@ -127,7 +127,7 @@ class SweepTracker:
     def source(self) -> Any:
         """Return the sweep's data; loaded once."""
         if self._source is None:
-            self._source = data_module.load(self.config.data)
+            self._source = sets.load(self.config.data)
         return self._source
 
 

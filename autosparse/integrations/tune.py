@@ -28,15 +28,16 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-from autosparse import compare, data_identity, sweep
-from autosparse.claims import claimed
-from autosparse.compare import Trial
-from autosparse.config import SweepConfig, run_id
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import write_json
+from autosparse.core.config import SweepConfig, run_id
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import write_json
+from autosparse.core.locks import claimed
+from autosparse.core.progress import Bar, Progress
+from autosparse.data import identity
 from autosparse.integrations import ray as cluster
-from autosparse.progress import Bar, Progress
-from autosparse.sweep import SweepCell
+from autosparse.study import compare, sweep
+from autosparse.study.compare import Trial
+from autosparse.study.sweep import SweepCell
 
 logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
@@ -213,7 +214,7 @@ def _train(begin: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
 
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        with data_identity.looked_at_once():
+        with identity.looked_at_once():
             cell = begin(suggestion)
             compare.run_trial(
                 cell.config,

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parsed(arguments)
     if asked.tiny:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from autosparse.models import choose_device
+    from autosparse.models.zoo import choose_device
     from benchmarks.gpu.measure import Recorder, Setting
 
     setting = Setting(choose_device("cpu" if asked.tiny else asked.device), asked.tiny, asked.data)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.compaction import compact
-from autosparse.config import ModelConfig
-from autosparse.data import DataSource
+from autosparse.core.config import ModelConfig
+from autosparse.core.files import write_json
+from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
-from autosparse.files import write_json
-from autosparse.models import create, prunable
-from autosparse.ticket import Ticket
+from autosparse.models.zoo import create, prunable
+from autosparse.sparsity.compact import compact
+from autosparse.sparsity.ticket import Ticket
 from benchmarks.gpu.goals import STAGES
 from benchmarks.report import figure, machine
 

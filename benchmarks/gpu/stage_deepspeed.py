@@ -19,10 +19,10 @@ import torch.distributed as dist
 from deepspeed.comm import comm
 from torch import Tensor, nn
 
-from autosparse.compaction import MARK
-from autosparse.config import DeepSpeedConfig, ModelConfig, SparseTrainConfig, TrainingConfig
+from autosparse.core.config import DeepSpeedConfig, ModelConfig, SparseTrainConfig, TrainingConfig
 from autosparse.integrations import deepspeed as ours
-from autosparse.steppers import PlainStepper, Ranks
+from autosparse.sparsity.compact import MARK
+from autosparse.training.steppers import PlainStepper, Ranks
 from benchmarks.gpu.goals import PRECISIONS, ZERO
 from benchmarks.gpu.measure import (
     Recorder,

@@ -18,11 +18,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from autosparse.compaction import compact_weights
-from autosparse.config import TrainingConfig
-from autosparse.flat_scatter import FlatScatter
-from autosparse.models import owner
-from autosparse.steppers import autocast
+from autosparse.core.config import TrainingConfig
+from autosparse.models.zoo import owner
+from autosparse.sparsity.compact import compact_weights
+from autosparse.sparsity.flat_scatter import FlatScatter
+from autosparse.training.steppers import autocast
 from benchmarks.gpu.goals import SCORED
 from benchmarks.gpu.measure import (
     Recorder,
@@ -68,7 +68,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
 def kernels_of(setting: Setting, recorder: Recorder) -> ModuleType | None:
     """Return Triton's kernels, where they run."""
     try:
-        from autosparse import flat_kernels
+        from autosparse.sparsity import flat_kernels
 
         flat_kernels.try_out(setting.device)
     except Exception as error:  # Whatever hinders a compiler on a strange machine.

@@ -21,11 +21,11 @@ from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
 
-from autosparse import models
-from autosparse.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
-from autosparse.irp import run_irp
-from autosparse.optimizers import optimizer_and_schedule
-from autosparse.steppers import Epoch, autocast
+from autosparse.core.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
+from autosparse.irp.run import run_irp
+from autosparse.models import zoo
+from autosparse.training.optimizers import optimizer_and_schedule
+from autosparse.training.steppers import Epoch, autocast
 from benchmarks.gpu.measure import CLASSES, SEED, Recorder, Setting, random_source
 
 IMAGES, TINY_IMAGES, SIDE = 60_000, 200, 32
@@ -113,7 +113,7 @@ def bare_epoch(config: IRPConfig, setting: Setting) -> Callable[[], float]:
     training = replace(config.training, schedule="none")
     count = TINY_IMAGES if setting.tiny else IMAGES * 5 // 6
     there = random_source(count, SIDE, setting.device)
-    model = models.create_for(there, config.model, SEED)
+    model = zoo.create_for(there, config.model, SEED)
     model = model.to(setting.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     network = torch.compile(model) if training.compile else model
     optimizer, _ = optimizer_and_schedule(model, training, 1)

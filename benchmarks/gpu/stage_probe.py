@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autosparse.versions import environment
+from autosparse.core.versions import environment
 from benchmarks.gpu.measure import Recorder, Setting, in_turn
 
 BYTES, TINY_BYTES = 1 << 32, 1 << 20

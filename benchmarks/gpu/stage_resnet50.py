@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.config import ModelConfig, TrainingConfig
-from autosparse.optimizers import optimizer_and_schedule
-from autosparse.steppers import History, PlainStepper, autocast
-from autosparse.training import fit
+from autosparse.core.config import ModelConfig, TrainingConfig
+from autosparse.training.loop import fit
+from autosparse.training.optimizers import optimizer_and_schedule
+from autosparse.training.steppers import History, PlainStepper, autocast
 from benchmarks.gpu.goals import MODELS, SPARSITIES
 from benchmarks.gpu.measure import (
     SEED,

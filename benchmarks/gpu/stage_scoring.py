@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosparse import reach
-from autosparse.config import ModelConfig
+from autosparse.core.config import ModelConfig
 from autosparse.criteria.autos import TILT, counts
-from autosparse.models import prunable
-from autosparse.pruning import prune
+from autosparse.criteria.prune import prune
+from autosparse.models.zoo import prunable
+from autosparse.sparsity import reach
 from benchmarks.gpu.goals import SCORED
 from benchmarks.gpu.measure import Recorder, Setting, dense_model, in_turn, random_batch
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autosparse import data
-from autosparse.config import DataConfig, PackConfig
+from autosparse.core.config import DataConfig, PackConfig
+from autosparse.data import sets
 from autosparse.data.pack import pack
 from benchmarks import shards
 from benchmarks.gpu.goals import WORKERS
@@ -50,7 +50,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
 def reading(root: Path, workers: int, batch: int, setting: Setting) -> Callable[[], float]:
     """Return a job: read an epoch; it returns the images per second."""
     config = DataConfig("shards", str(root), image_size=SIDE, memory_limit_gb=0, workers=workers)
-    source = data.load(config).to(setting.device)
+    source = sets.load(config).to(setting.device)
 
     def job() -> float:
         started, seen = time.perf_counter(), 0

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, masks, reach
+from autosparse import criteria
+from autosparse.autos.network import AutoS
+from autosparse.core.errors import UsageError
 from autosparse.criteria.autos import PRETRAINED, counts, lifted, settled
-from autosparse.errors import UsageError
-from autosparse.gradients import mean_gradients
-from autosparse.models import prunable
-from autosparse.scorer import AutoS
+from autosparse.models.gradients import mean_gradients
+from autosparse.models.zoo import prunable
+from autosparse.sparsity import masks, reach
 
 
 def net() -> nn.Module:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, masks
-from autosparse.errors import UsageError
-from autosparse.gradients import counting
+from autosparse import criteria
+from autosparse.core.errors import UsageError
+from autosparse.models.gradients import counting
+from autosparse.sparsity import masks
 from tests.criteria.plain import (
     chain,
     convnet,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, masks
-from autosparse.gradients import counting
+from autosparse import criteria
+from autosparse.models.gradients import counting
+from autosparse.sparsity import masks
 from tests.criteria.plain import chain
 
 lamp = criteria.get("lamp")

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria
+from autosparse.core.errors import UsageError
 from autosparse.criteria.ntk_sap import mask_gradients
-from autosparse.errors import UsageError
-from autosparse.gradients import counting
+from autosparse.models.gradients import counting
 from tests.criteria.plain import chain, convnet, flat, images
 
 ntk_sap = criteria.get("ntk_sap")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria
-from autosparse.errors import UsageError
-from autosparse.gradients import counting
+from autosparse.core.errors import UsageError
+from autosparse.models.gradients import counting
 from tests.criteria.plain import (
     chain,
     convnet,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria
-from autosparse.errors import RunFailed, UsageError
-from autosparse.gradients import counting
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.models.gradients import counting
 from tests.criteria.plain import Batches, densities, fallen_below_zero, flat, highest
 
 short_irp = criteria.get("short_irp")

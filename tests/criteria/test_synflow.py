@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosparse import criteria, masks, models, prune
-from autosparse.config import ModelConfig
+from autosparse import criteria, prune
+from autosparse.core.config import ModelConfig
+from autosparse.core.errors import UsageError
 from autosparse.criteria import synflow as module
-from autosparse.errors import UsageError
-from autosparse.gradients import counting
-from autosparse.paths import rescale_between_blocks, without_shifts
-from autosparse.scoring import Selection
+from autosparse.criteria.scoring import Selection
+from autosparse.models import zoo
+from autosparse.models.gradients import counting
+from autosparse.sparsity import masks
+from autosparse.sparsity.paths import rescale_between_blocks, without_shifts
 from tests.conftest import make_model
 from tests.criteria.plain import Batches, densities, fallen_below_zero, flat, highest
 
@@ -52,7 +54,7 @@ def in_float64(
     model: nn.Module, shape: tuple[int, ...], sparsity: float, rounds: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Equation 4 and algorithm 1 with masks and sorting; scores and masks of every round."""
-    names = list(models.prunable(model))
+    names = list(zoo.prunable(model))
     network = copy.deepcopy(model).eval().double()
     for name, tensor in network.state_dict().items():
         if name.endswith((".bias", ".running_mean")):
@@ -78,7 +80,7 @@ def in_float64(
 
 def rescaled(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether the criterion may compute in float32."""
-    copied = without_shifts(model, models.prunable(model))
+    copied = without_shifts(model, zoo.prunable(model))
     return rescale_between_blocks(copied, torch.ones(1, *shape)) is not None
 
 
@@ -249,7 +251,7 @@ def test_relu6_is_scored_as_relu() -> None:
 def test_leaving_out_dead_channels_changes_nothing(name: str, monkeypatch) -> None:
     """Down to 2 % in 30 rounds, so that channels are left out three times."""
     config, narrowed = ModelConfig(name), []
-    model = models.create(config, num_classes=10, in_chans=1, image_size=32, seed=0)
+    model = zoo.create(config, num_classes=10, in_chans=1, image_size=32, seed=0)
     narrow = module._Channels.narrow
 
     def noted(channels: module._Channels, *found: list[Tensor]) -> tuple[list, list]:
@@ -260,7 +262,7 @@ def test_leaving_out_dead_channels_changes_nothing(name: str, monkeypatch) -> No
     monkeypatch.setattr(module._Channels, "narrow", noted)
     arguments = (model, a_batch(1, 32, 32), cross_entropy)
     scores = synflow(*arguments, sparsity=0.98, rounds=30)
-    whole = sum(weight.numel() for weight in models.prunable(model).values())
+    whole = sum(weight.numel() for weight in zoo.prunable(model).values())
     assert narrowed == sorted(narrowed, reverse=True)
     assert len(narrowed) == 4
     assert narrowed[-1] < 0.6 * whole

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from autosparse.cells import cells
-from autosparse.config import ModelConfig, PruneConfig, SparseTrainConfig
-from autosparse.errors import UserError
-from autosparse.sparse_training import finished
-from autosparse.steppers import Ranks
+from autosparse.core.config import ModelConfig, PruneConfig, SparseTrainConfig
+from autosparse.core.errors import UserError
+from autosparse.study.cells import cells
+from autosparse.study.trainings import finished
+from autosparse.training.steppers import Ranks
 from tests.conftest import QUICK, SMALL_DIGITS
 
 WORLD = 2

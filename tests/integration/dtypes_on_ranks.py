@@ -13,10 +13,11 @@ from typing import Any
 
 from deepspeed.comm import comm
 
-from autosparse import compact, data, prune
-from autosparse.compaction import MARK
-from autosparse.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse import compact, prune
+from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.data import sets
 from autosparse.integrations import deepspeed
+from autosparse.sparsity.compact import MARK
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, batches
 
@@ -65,7 +66,7 @@ def _refusing(kind: str) -> Callable:
 
 def main(out: Path) -> None:
     ranks, _ = deepspeed.start()
-    source = data.load(SMALL_DIGITS)
+    source = sets.load(SMALL_DIGITS)
     written = {}
     case = CASES[NAME]
     for stage in range(4):

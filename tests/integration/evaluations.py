@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from autosparse import compact, data, prune
-from autosparse.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse import compact, prune
+from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.data import sets
 from autosparse.integrations import deepspeed
-from autosparse.steppers import PlainStepper
-from autosparse.training import evaluate
+from autosparse.training.loop import evaluate
+from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model
 
 STEPS = 3
@@ -19,7 +20,7 @@ STEPS = 3
 
 def main(out: Path) -> None:
     ranks, _ = deepspeed.start()
-    source = data.load(SMALL_DIGITS)
+    source = sets.load(SMALL_DIGITS)
     ticket = prune(make_model("test_vit"), source, "erk", 0.5)
     found = {}
     for precision in ("fp32", "bf16"):

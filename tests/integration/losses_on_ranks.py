@@ -8,11 +8,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from autosparse import compact, compaction, data, prune, sparse_products
-from autosparse.compaction import densify
-from autosparse.config import DeepSpeedConfig, SparseTrainConfig
-from autosparse.files import write_tensors
+from autosparse import compact, prune
+from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.core.files import write_tensors
+from autosparse.data import sets
 from autosparse.integrations import deepspeed
+from autosparse.sparsity import compact as compaction
+from autosparse.sparsity import cpu_products
+from autosparse.sparsity.compact import densify
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, STEPS, batches
 
@@ -22,7 +25,7 @@ FEW = 8
 
 def main(out: Path) -> None:
     ranks, _ = deepspeed.start()
-    source = data.load(SMALL_DIGITS)
+    source = sets.load(SMALL_DIGITS)
     losses = {}
     for name, case in CASES.items():
         ways = [(1, " sparse"), *((stage, how) for stage in range(4) for how in ("", " flat"))]
@@ -30,7 +33,7 @@ def main(out: Path) -> None:
             if (stage, how) == (3, " flat"):
                 continue  # Parameters are only there while their layer is at work.
             many = how == " sparse"
-            compaction.pays = (lambda kept, shape: kept > 0) if many else sparse_products.pays
+            compaction.pays = (lambda kept, shape: kept > 0) if many else cpu_products.pays
             model = make_model(name, **case.options)
             compact(model, prune(model, source, "erk", case.sparsity))
             settings = replace(case.settings(), ema=0.0) if stage == 3 else case.settings()

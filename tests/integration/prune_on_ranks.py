@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autosparse import criteria, data, pruning
-from autosparse.config import DataConfig, ScoringConfig
-from autosparse.errors import UserError
-from autosparse.scoring import Selection, score
-from autosparse.steppers import Ranks
+from autosparse import criteria
+from autosparse.core.config import DataConfig, ScoringConfig
+from autosparse.core.errors import UserError
+from autosparse.criteria import prune
+from autosparse.criteria.scoring import Selection, score
+from autosparse.data import sets
+from autosparse.training.steppers import Ranks
 from tests.conftest import make_model
 
 WORLD = 2
@@ -61,13 +63,13 @@ def scores_of(
 def tickets(ranks: Ranks, scorer: str) -> dict[str, str]:
     found = {}
     for name in criteria.names():
-        ticket = pruning.prune(
+        ticket = prune.prune(
             make_model(), DATA, name, 0.9, scoring=TRAIN, options=options_of(name, scorer),
             ranks=ranks,
         )  # fmt: skip
         found[name] = ticket.fingerprint
-    own = data.load(DATA).score_batches(2, batches=WORLD)[ranks.rank :: WORLD]
-    found["own batches"] = pruning.prune(make_model(), own, "snip", 0.9, ranks=ranks).fingerprint
+    own = sets.load(DATA).score_batches(2, batches=WORLD)[ranks.rank :: WORLD]
+    found["own batches"] = prune.prune(make_model(), own, "snip", 0.9, ranks=ranks).fingerprint
     return found
 
 
@@ -75,7 +77,7 @@ def failure(criterion: str, ranks: Ranks, other: str = "test_byobnet") -> str:
     """Return what is said where rank 1 holds a model of another seed (or another kind)."""
     try:
         model = make_model(("test_byobnet", other)[ranks.rank], seed=ranks.rank)
-        pruning.prune(model, DATA, criterion, 0.9, scoring=TRAIN, ranks=ranks)
+        prune.prune(model, DATA, criterion, 0.9, scoring=TRAIN, ranks=ranks)
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from autosparse import prune
-from autosparse.files import read_tensors
-from autosparse.ticket import Ticket
+from autosparse.core.files import read_tensors
+from autosparse.sparsity.ticket import Ticket
 from tests.conftest import make_model
 from tests.integration.masked_dense import CASES, STEPS, reference, rounding
 from tests.integration.ranks import ROOT, launcher

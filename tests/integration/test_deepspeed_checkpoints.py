@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from autosparse.integrations.deepspeed_checkpoints import MARKER, begin, commit, newest, tag_of
-from autosparse.steppers import Ranks
+from autosparse.training.steppers import Ranks
 from tests.conftest import flip
 
 ALONE = Ranks()

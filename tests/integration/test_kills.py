@@ -16,8 +16,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import autosparse
-from autosparse.errors import UserError
-from autosparse.files import read_card, read_json
+from autosparse.core.errors import UserError
+from autosparse.core.files import read_card, read_json
 
 ROOT = Path(autosparse.__file__).parent.parent
 KILLS, SEED = 20, 4

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from autosparse import prune
-from autosparse.cells import Cell, cells
-from autosparse.config import SparseTrainConfig
-from autosparse.data import DataSource
-from autosparse.errors import RunFailed
-from autosparse.files import read_json
-from autosparse.scorer import AutoS
-from autosparse.sparse_training import SETTINGS, TRAINED, train_cell
-from autosparse.steppers import PlainStepper
+from autosparse.autos.network import AutoS
+from autosparse.core.config import SparseTrainConfig
+from autosparse.core.errors import RunFailed
+from autosparse.core.files import read_json
+from autosparse.data.sets import DataSource
+from autosparse.study.cells import Cell, cells
+from autosparse.study.trainings import SETTINGS, TRAINED, train_cell
+from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
 
@@ -141,10 +141,10 @@ def _load_in_a_fresh_process(uri: str, inputs: torch.Tensor, tmp_path: Path) -> 
 def test_champions_load_without_pickle_and_compute_the_same(
     trained: Cell, folder: Path, digits: DataSource, tmp_path: Path
 ) -> None:
-    from autosparse import models
-    from autosparse.compaction import load_state
     from autosparse.integrations import mlflow, registry
-    from autosparse.ticket import Ticket
+    from autosparse.models import zoo
+    from autosparse.sparsity.compact import load_state
+    from autosparse.sparsity.ticket import Ticket
 
     path = trained.folder / TRAINED
     with mlflow.parent_run("parent", folder) as run:
@@ -159,7 +159,7 @@ def test_champions_load_without_pickle_and_compute_the_same(
     found = _load_in_a_fresh_process("models:/autos@champion", rows, tmp_path)
     assert torch.allclose(found, network(rows).detach(), atol=1e-5)
 
-    model = models.from_recipe(trained.ticket.card["model"])
+    model = zoo.from_recipe(trained.ticket.card["model"])
     load_state(model, Ticket.load(path))
     images = digits.prepare(digits.test.images[:5])
     found = _load_in_a_fresh_process("models:/test_byobnet-sparse@champion", images, tmp_path)

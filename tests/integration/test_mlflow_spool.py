@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from autosparse.config import SparseTrainConfig
-from autosparse.files import read_json
+from autosparse.core.config import SparseTrainConfig
+from autosparse.core.files import read_json
 from autosparse.integrations import mlflow_spool
 from autosparse.integrations.mlflow_spool import Spooled
-from autosparse.sparse_training import UNSENT
-from autosparse.steppers import Epoch
+from autosparse.study.trainings import UNSENT
+from autosparse.training.steppers import Epoch
 
 CONFIG = SparseTrainConfig()
 EPOCH = Epoch(1, 0.5, 0.6, 0.7, 0.01, 2.0)

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from autosparse.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
+from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
 from autosparse.integrations import deepspeed
-from autosparse.steppers import Ranks
+from autosparse.training.steppers import Ranks
 
 OPENMPI = "OMPI_COMM_WORLD_LOCAL_RANK"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-COMMAND = [sys.executable, "-c", "from autosparse.cli import main; main()", "quickstart"]
+COMMAND = [sys.executable, "-c", "from autosparse.cli.main import main; main()", "quickstart"]
 
 
 @pytest.mark.timeout(1200)

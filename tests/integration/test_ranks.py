@@ -15,9 +15,9 @@ from torch import Tensor
 
 import autosparse
 from autosparse import criteria
-from autosparse.cells import RESULT, cells
-from autosparse.files import write_json
-from autosparse.scorer import AutoS
+from autosparse.autos.network import AutoS
+from autosparse.core.files import write_json
+from autosparse.study.cells import RESULT, cells
 from tests.integration.cells_on_ranks import configs
 from tests.integration.prune_on_ranks import CASES, WORLD, scores_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from autosparse.config import CorpusConfig, DataConfig, ModelConfig
-from autosparse.corpus import Corpus
+from autosparse.core.config import CorpusConfig, DataConfig, ModelConfig
+from autosparse.corpus.store import Corpus
 from autosparse.integrations import ray as growing
 from tests.conftest import QUICK, SMALL_DIGITS
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import autosparse
-from autosparse.corpus import Corpus
+from autosparse.corpus.store import Corpus
 
 ROOT = Path(autosparse.__file__).parent.parent
 

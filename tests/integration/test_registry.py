@@ -13,18 +13,19 @@ import mlflow
 import pytest
 import torch
 
-from autosparse import compare, features, sweep
-from autosparse.cli import _main, guarded
-from autosparse.config import FitConfig, ModelConfig, SweepConfig
+from autosparse.autos import features
+from autosparse.autos.fit import fit
+from autosparse.autos.network import AutoS
+from autosparse.cli.main import _main, guarded
+from autosparse.core.config import FitConfig, ModelConfig, SweepConfig
+from autosparse.core.errors import RunFailed, UsageError
 from autosparse.criteria.autos import PRETRAINED
-from autosparse.data import DataSource
-from autosparse.errors import RunFailed, UsageError
-from autosparse.fit_scorer import fit
+from autosparse.data.sets import DataSource
 from autosparse.integrations import promotion, registry
 from autosparse.integrations.mlflow import client
 from autosparse.integrations.tracking import sweep_tracker
-from autosparse.irp import run_irp
-from autosparse.scorer import AutoS
+from autosparse.irp.run import run_irp
+from autosparse.study import compare, sweep
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 
 NAME = "test_byobnet-sparse"

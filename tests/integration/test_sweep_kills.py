@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import autosparse
-from autosparse.files import read_json
+from autosparse.core.files import read_json
 
 ROOT = Path(autosparse.__file__).parent.parent
 CELLS, LIMIT = 2 + 3 * 3 * 2, 720

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from autosparse.files import read_json
-from autosparse.ticket import Ticket
+from autosparse.core.files import read_json
+from autosparse.sparsity.ticket import Ticket
 from tests.integration.ranks import end, ended, started
 
 KILLS, SEED = 20, 7

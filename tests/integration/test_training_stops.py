@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from autosparse import data
-from autosparse.config import DataConfig
+from autosparse.core.config import DataConfig
+from autosparse.data import sets
 from autosparse.data.pack import write_shards
-from autosparse.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket
 from tests.conftest import flip
 from tests.integration.ranks import ROOT, SCRIPT, ended, launcher, started
 from tests.integration.test_training_kills import SETTINGS, newest_step, said, trained, wait_for
@@ -87,7 +87,7 @@ def test_told_to_stop_both_ranks_save_and_go_on(unbroken, tmp_path: Path) -> Non
 
 
 def digits_in_shards(folder: Path) -> Path:
-    splits = data.load(DataConfig(train_limit=280))
+    splits = sets.load(DataConfig(train_limit=280))
     images = (
         (split, png(image), int(label))
         for split in ("train", "validation", "test")
@@ -218,7 +218,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def images_after(step: int) -> list[str]:
     """Return the hashes of the images of all steps after `step`, in no order."""
-    train = data.load(DataConfig(train_limit=280)).train
+    train = sets.load(DataConfig(train_limit=280)).train
     batches = [
         [hashlib.sha256(image.numpy()).hexdigest() for image in images]
         for epoch in range(3)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from autosparse import sweep
-from autosparse.config import DataConfig
-from autosparse.errors import RunFailed, UsageError
-from autosparse.files import read_json, write_json
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import read_json, write_json
 from autosparse.integrations import tune
-from autosparse.sparse_training import RESULT
+from autosparse.study import sweep
+from autosparse.study.trainings import RESULT
 from tests.test_sweep import config, result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autosparse.files import read_json
+from autosparse.core.files import read_json
 from tests.integration.ranks import ROOT, SCRIPT, free_port, launcher
 from tests.integration.test_training_kills import SETTINGS, trained
 

@@ -1,0 +1,1 @@
+"""AutoS: features, network, fit."""

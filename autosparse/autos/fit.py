@@ -1,0 +1,244 @@
+"""Fit AutoS on a corpus: features at initialization -> survival under IRP."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.autos import features
+from autosparse.autos.network import AutoS
+from autosparse.core.config import DataConfig, FitConfig, from_plain, plain
+from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.core.versions import library_versions
+from autosparse.corpus.store import Corpus, IRPRun, marker_of
+from autosparse.data import sets
+from autosparse.data.sets import DataSource
+from autosparse.models import zoo
+from autosparse.models.gradients import mean_gradients, untouched
+
+EXCLUDABLE = ("run_id", "model", "data", "seed", "label", "levels")
+"""What an entry of `exclude` may name."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A sample of weights: features [N, F] and survival as a fraction of the levels [N]."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @classmethod
+    def join(cls, parts: list[Rows]) -> Rows:
+        return cls(torch.cat([p.inputs for p in parts]), torch.cat([p.targets for p in parts]))
+
+
+@dataclass
+class FitEpoch:
+    """What one epoch of fitting gave."""
+
+    epoch: int
+    train_mse: float
+    validation_mse: float
+    validation_rank_correlation: float
+    """Spearman's, of predicted and true survival."""
+
+
+def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -> AutoS:
+    """Fit AutoS; return the network of the epoch with the lowest validation error, with its card.
+
+    Whole runs are held out for validation; no weight of theirs is trained on. Raises UsageError
+    for a corpus with fewer than two finished runs, RunFailed if the loss is not finite.
+    """
+    if config.head == "survival":
+        raise UsageError("the head survival is fitted by fit_survival.fit")
+    corpus = Corpus(config.corpus)
+    train_ids, held_out_ids = split_runs(corpus, config)
+    train = Rows.join([sample_rows(corpus.read(each), config, each) for each in train_ids])
+    checked = held_out_ids or train_ids
+    held_out = Rows.join([sample_rows(corpus.read(each), config, each) for each in checked])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = AutoS(config.features, config.hidden, backbone=config.backbone)
+    network.mean.copy_(train.inputs.mean(0))
+    network.std.copy_(train.inputs.std(0).clamp(min=1e-6))
+    history = _optimise(network, train, held_out, config, on_epoch)
+    best = min(history, key=lambda epoch: epoch.validation_mse)
+    network.card = {
+        "config": {**plain(config), "corpus": "", "out": ""},
+        "corpus": corpus_of(corpus, [*train_ids, *held_out_ids]),
+        "trained_on": train_ids,
+        "held_out": held_out_ids,
+        "rows": {"train": len(train), "validation": len(held_out)},
+        "history": [vars(epoch) for epoch in history],
+        "best": vars(best),
+        "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
+        "versions": library_versions(),
+    }
+    network.eval()
+    if config.features == "paper":
+        network.tabulate(torch.cat([train.inputs, held_out.inputs]))
+    return network
+
+
+def corpus_of(corpus: Corpus, used: list[str]) -> str:
+    """Return the fingerprint of the runs that were used: of a whole corpus, its own."""
+    entries = [(name, marker_of(corpus.path / name)["sha256"]) for name in sorted(used)]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def _left_in(corpus: Corpus, config: FitConfig) -> list[str]:
+    """Return the runs that no entry of `exclude` matches."""
+    rows = {row["run_id"]: row for row in corpus.table()}
+    for entry in config.exclude:
+        for key in entry:
+            if key not in EXCLUDABLE:
+                raise unknown("key in exclude", key, EXCLUDABLE)
+        left = {
+            run: row
+            for run, row in rows.items()
+            if not all(fnmatchcase(str(row[key]), str(value)) for key, value in entry.items())
+        }
+        if len(left) == len(rows):
+            raise UsageError(f"exclude {entry} matches no run of {corpus.path}")
+        rows = left
+    return sorted(rows)
+
+
+def split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]:
+    """Return the runs to fit on and those held out."""
+    corpus.folders()
+    ids = _left_in(corpus, config)
+    if ids and not config.holdout:
+        return ids, []
+    if len(ids) < 2:
+        raise UsageError(
+            f"the corpus {corpus.path} has one finished run; fitting needs two, one of them to "
+            "validate on"
+        )
+    count = min(max(1, round(config.holdout * len(ids))), len(ids) - 1)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(ids), generator=generator).tolist()
+    return sorted(ids[place] for place in order[count:]), sorted(ids[p] for p in order[:count])
+
+
+def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
+    """Sample weights of one run, all with the same chance, at most `config.rows_per_run`."""
+    gradients = initial_gradients(run)
+    found = features.contexts(run.initial, gradients)
+    total = sum(weight.numel() for weight in run.initial.values())
+    generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=generator)[: config.rows_per_run]] = True
+    inputs, targets, start = [], [], 0
+    for name, weight in run.initial.items():
+        survival = run.survival[name].flatten()
+        for piece in features.layer_features(config.features, weight, gradients[name], found[name]):
+            picked = chosen[start : start + piece.shape[1]]
+            inputs.append(piece[:, picked].T)
+            start += piece.shape[1]
+        targets.append(survival[chosen[start - len(survival) : start]])
+    return Rows(torch.cat(inputs), torch.cat(targets).float() / run.levels)
+
+
+@lru_cache(maxsize=1)
+def _loaded(config: str) -> DataSource:
+    """Load a data set by its config as JSON; the runs of a corpus mostly share one."""
+    return sets.load(from_plain(DataConfig, json.loads(config)))
+
+
+def initial_gradients(run: IRPRun) -> dict[str, Tensor]:
+    """Compute the gradients at init again, by the recipe on the run's card."""
+    card = run.card
+    source = _loaded(json.dumps(card["config"]["data"], sort_keys=True))
+    if source.fingerprint != card["data_fingerprint"]:
+        raise UsageError(
+            f"run {card['run_id']} was made on other data than {source.name} is now "
+            f"({card['data_fingerprint']}, not {source.fingerprint})"
+        )
+    model = zoo.from_recipe(card["model"])
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in (run.initial | run.rest).items():
+            state[name].copy_(tensor)
+    recipe = card["gradients"]
+    batches = source.score_batches(recipe["samples_per_class"], seed=recipe["seed"])
+    weights = {name: model.get_parameter(name) for name in run.initial}
+    with untouched(model):
+        model.train()
+        return mean_gradients(model, weights, batches, nn.functional.cross_entropy)
+
+
+def _optimise(
+    network: AutoS,
+    train: Rows,
+    held_out: Rows,
+    config: FitConfig,
+    on_epoch: Callable[[FitEpoch], None] | None,
+) -> list[FitEpoch]:
+    """Minimise the squared error with Adam; leave the network at its best epoch.
+
+    With nothing held out that is measured on the training rows.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    history: list[FitEpoch] = []
+    best: tuple[float, dict[str, Any]] = (math.inf, {})
+    for epoch in range(config.epochs):
+        loss = _fit_epoch(network, train, config.batch_size, optimizer, schedule, generator)
+        history.append(FitEpoch(epoch + 1, loss, *validate(network, held_out)))
+        if not math.isfinite(history[-1].validation_mse):
+            raise RunFailed(
+                f"the loss of AutoS is not finite in epoch {epoch + 1}; lower learning_rate"
+            )
+        if history[-1].validation_mse < best[0]:
+            best = (history[-1].validation_mse, copy.deepcopy(network.state_dict()))
+        if on_epoch:
+            on_epoch(history[-1])
+    network.load_state_dict(best[1])
+    return history
+
+
+def _fit_epoch(network, train, batch_size, optimizer, schedule, generator) -> float:
+    network.train()
+    total = torch.zeros(())
+    order = torch.randperm(len(train), generator=generator)
+    for places in order.split(batch_size):
+        loss = nn.functional.mse_loss(network(train.inputs[places]), train.targets[places])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total += loss.detach() * len(places)
+    return float(total) / len(train)
+
+
+@torch.no_grad()
+def validate(network: AutoS, rows: Rows) -> tuple[float, float]:
+    """Return mean squared error and Spearman's rank correlation on `rows`."""
+    network.eval()
+    predicted = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
+    error = float((predicted - rows.targets).square().mean())
+    pair = torch.stack([ranks(predicted), ranks(rows.targets)])
+    return error, float(torch.nan_to_num(torch.corrcoef(pair)[0, 1]))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Return ranks, equal values sharing their mean rank."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[place]

@@ -1,0 +1,238 @@
+"""AutoS: the network from features to score, and its file.
+
+Two heads. `mean` (the paper's): one number, predicted survival, to be compared over the whole
+network. `survival` (ours): see survival.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.autos import features
+from autosparse.autos.heads import DENSITIES, Heads
+from autosparse.autos.table import Table
+from autosparse.core.errors import UsageError, unknown
+from autosparse.core.files import read_tensors, require, write_tensors
+
+FORMAT = 1
+HEADS = ("mean", "survival")
+BACKBONES = ("mlp", "resnet18")
+
+
+def check(kind: str, head: str, backbone: str) -> None:
+    """Raise UsageError for an AutoS that cannot be."""
+    features.names_of(kind)
+    if head not in HEADS:
+        raise unknown("head", head, HEADS)
+    if backbone not in BACKBONES:
+        raise unknown("backbone", backbone, BACKBONES)
+    if head == "survival" and (kind != "context" or backbone != "mlp"):
+        raise UsageError("head survival reads features context, with backbone mlp")
+    if backbone == "resnet18" and kind != "paper":
+        raise UsageError("backbone resnet18 reads features paper")
+
+
+class AutoS(nn.Module):
+    """Features [N, F] -> predicted survival [N], 0 (first to go) to 1 (never); or our two heads.
+
+    Args:
+        kind: which features it reads (see `features.KINDS`).
+        hidden: widths of the hidden layers of an MLP.
+        head: mean or survival.
+        backbone: mlp; or resnet18, timm's, which reads a weight's pair as an image of two
+            channels and one pixel. Its file holds its table only (see table.py).
+        densities: where the survival head speaks.
+        build: whether to make the network; else only the table is there.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        kind: str,
+        hidden: Sequence[int] = (32, 32),
+        *,
+        head: str = "mean",
+        backbone: str = "mlp",
+        densities: Sequence[float] = DENSITIES,
+        build: bool = True,
+    ) -> None:
+        super().__init__()
+        check(kind, head, backbone)
+        self.kind, self.hidden, self.head, self.backbone = kind, tuple(hidden), head, backbone
+        self.densities = tuple(densities) if head == "survival" else ()
+        self.card: dict[str, Any] = {}
+        self.table: Table | None = None
+        if head == "survival":
+            self.heads = Heads(self.hidden, self.densities)
+            return
+        inputs = len(features.names_of(kind))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("std", torch.ones(inputs))
+        if backbone == "resnet18":
+            self.layers = _resnet18() if build else None
+            return
+        layers: list[nn.Module] = []
+        for width in self.hidden:
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            inputs = width
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return predicted survival [N] for features [N, F].
+
+        With the survival head log-odds inside the layers instead, [N, D] at its D densities.
+        """
+        if self.head == "survival":
+            return self.heads.weights_say(inputs)
+        if self.layers is None:
+            assert self.table is not None
+            return self.table(inputs[:, 0], inputs[:, 1])
+        return self.layers((inputs - self.mean) / self.std).squeeze(1)
+
+    def tabulate(self, inputs: Tensor) -> None:
+        """Distil the network into a table, and write on the card how far it is off on `inputs`."""
+        self.table = Table.distilled(self, inputs)
+        self.card["table"] = self.table.errors(self, inputs)
+
+    @torch.no_grad()
+    def score(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return predicted survival per weight of a whole model (mean head)."""
+        weights = {name: weight.detach() for name, weight in weights.items()}
+        if self.table is not None:
+            return {name: self.table(weight, gradients[name]) for name, weight in weights.items()}
+        found = features.contexts(weights, gradients)
+        fused = self._fused()
+        scores = {}
+        for name, weight in weights.items():
+            pieces = features.layer_features(self.kind, weight, gradients[name], found[name])
+            scores[name] = torch.cat([fused(piece) for piece in pieces]).view(weight.shape)
+        return scores
+
+    @torch.no_grad()
+    def rate(
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        density: float,
+        lift: Mapping[str, float] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return log-odds inside the layers, and the expected layer densities (survival head).
+
+        `lift`: what to add to the log-odds of whole layers.
+        """
+        weights = {name: weight.detach() for name, weight in weights.items()}
+        found = features.contexts(weights, gradients)
+        scores = {
+            name: self.heads.weight_scores(weight, gradients[name], found[name], density)
+            for name, weight in weights.items()
+        }
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        return scores, self.heads.layer_densities(shapes, found, density, lift)
+
+    def layer_densities(
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        density: float,
+        lift: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Return the expected layer densities alone (survival head), with `lift` as in `rate`."""
+        found = features.contexts(weights, gradients)
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        return self.heads.layer_densities(shapes, found, density, lift)
+
+    def _fused(self) -> Callable[[Tensor], Tensor]:
+        """Fold the normalisation into the first layer and work on pieces [F, n] as they come."""
+        assert isinstance(self.layers, nn.Sequential)
+        linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        first = linears[0].weight / self.std
+        biases = [linears[0].bias - first @ self.mean, *(layer.bias for layer in linears[1:])]
+        matrices = [first, *(layer.weight for layer in linears[1:])]
+
+        def run(piece: Tensor) -> Tensor:
+            for matrix, bias in zip(matrices[:-1], biases[:-1], strict=True):
+                piece = torch.addmm(bias[:, None], matrix, piece).relu_()
+            return torch.addmm(biases[-1][:, None], matrices[-1], piece)[0]
+
+        return run
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of kind and parameters."""
+        digest = hashlib.sha256(f"{self.kind} {self.hidden}".encode())
+        for name, tensor in sorted(self._stored().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return what the file holds: of a resnet18 the table, not the network."""
+        left_out = "layers." if self.backbone == "resnet18" else "-"
+        state = self.state_dict()
+        return {name: each for name, each in state.items() if not name.startswith(left_out)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the network and its card as one safetensors file, atomically."""
+        header = {
+            "kind": "autos",
+            "format": FORMAT,
+            "features": self.kind,
+            "inputs": list(features.names_of(self.kind)),
+            "hidden": list(self.hidden),
+            "head": self.head,
+            "backbone": self.backbone,
+            "densities": list(self.densities),
+            "tabulated": self.table is not None,
+            "fingerprint": self.fingerprint,
+            "card": self.card,
+        }
+        write_tensors(path, self._stored(), header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AutoS:
+        """Read an AutoS file; raise UsageError when it is none or its features are not ours."""
+        tensors, header = read_tensors(path)
+        if header.get("kind") != "autos":
+            raise UsageError(
+                f"{path} is not an AutoS file but {header.get('kind', 'something else')}"
+            )
+        require(header, ("features", "inputs", "hidden", "fingerprint", "card"), path)
+        ours = list(features.KINDS.get(header["features"], ()))
+        if header["inputs"] != ours:
+            odd = sorted(set(ours) ^ set(header["inputs"])) or ["another order"]
+            raise UsageError(
+                f"{path} was fitted on other features than this version computes "
+                f"({header['features']}: {odd[0]}); fit it again"
+            )
+        shape = {key: header[key] for key in ("head", "backbone", "densities") if key in header}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                scorer = cls(header["features"], header["hidden"], **shape, build=False)
+        except UsageError as error:
+            raise UsageError(f"{path} does not fit its own card: {error}") from None
+        scorer.table = Table() if header.get("tabulated") else None
+        try:
+            scorer.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UsageError(f"{path} does not fit its own card: {error}") from None
+        if scorer.fingerprint != header["fingerprint"]:
+            raise UsageError(f"{path}: the values do not match their fingerprint; it is damaged")
+        scorer.card = header["card"]
+        return scorer.eval()
+
+
+def _resnet18() -> nn.Module:
+    """Return timm's resnet18 on images [N, 2, 1, 1], made from [N, 2]."""
+    import timm
+
+    network = timm.create_model("resnet18", pretrained=False, in_chans=2, num_classes=1)
+    return nn.Sequential(nn.Unflatten(1, (2, 1, 1)), network)

@@ -1,0 +1,264 @@
+"""What each verb of `autosparse` does, once its config is parsed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autosparse.cli.verbs.corpus_actions import corpus
+from autosparse.cli.verbs.inspection import inspect
+from autosparse.cli.verbs.registry_actions import registry
+from autosparse.cli.verbs.shards_actions import shards
+from autosparse.core.config import (
+    CompareConfig,
+    ExportConfig,
+    FitConfig,
+    IRPConfig,
+    PruneConfig,
+    QuickstartConfig,
+    SparseTrainConfig,
+)
+from autosparse.core.errors import unknown
+from autosparse.core.files import is_local, place
+from autosparse.core.progress import Progress, print_table
+
+__all__ = [
+    "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "prune", "quickstart",
+    "registry", "report", "shards", "train",
+]  # fmt: skip
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """Run the whole path."""
+    from autosparse.cli import quickstart as steps
+
+    steps.run(config)
+
+
+def irp(config: IRPConfig) -> None:
+    """Do one IRP run and print its levels."""
+    from autosparse.corpus.store import read_run
+    from autosparse.irp import run as irp
+
+    if is_local(config.out):
+        config = replace(config, out=str(place(config.out).absolute()))
+    irp.check_whole(config)
+    with Progress() as progress:
+        total = (config.levels + 1) * config.training.epochs
+        bar = progress.bar("IRP", total=total, unit="epochs")
+
+        def on_level(entry: dict[str, Any]) -> None:
+            bar.describe(f"IRP: density {entry['density']:.3g} done")
+            bar.set((entry["level"] + 1) * config.training.epochs)
+
+        folder = irp.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
+    run = read_run(folder)
+    print_table(run.card["levels"], title=str(folder))
+    if config.ticket is not None:
+        run.ticket(run.levels).save(config.ticket)
+        print(f"{config.ticket}: the ticket of level {run.levels}")
+
+
+def fit(config: FitConfig) -> None:
+    """Fit AutoS, save it, and print how well it predicts runs it has not seen."""
+    from autosparse.autos import fit as fit_scorer
+    from autosparse.autos import fit_heads
+
+    fit_autos = (fit_heads if config.head == "survival" else fit_scorer).fit
+    with Progress() as progress:
+        bar = progress.bar("fitting AutoS", total=config.epochs, unit="epochs")
+        network = fit_autos(config, on_epoch=lambda _: bar.advance())
+    network.save(config.out)
+    card = network.card
+    print_table(
+        [
+            {
+                "AutoS": config.out,
+                "fingerprint": network.fingerprint,
+                "trained on": f"{len(card['trained_on'])} runs",
+                "held out": f"{len(card['held_out'])} runs",
+                "validation MSE": card["best"]["validation_mse"],
+                "constant's MSE": card["baseline_mse"],
+                "rank correlation": card["best"]["validation_rank_correlation"],
+            }
+        ]
+    )
+
+
+def prune(config: PruneConfig) -> None:
+    """Prune a model and save the ticket."""
+    from autosparse.core.files import check_file
+    from autosparse.criteria import prune as pruning
+
+    pruning.check(config)
+    check_file(config.out)
+    ticket = pruning.prune_as(config)
+    ticket.save(config.out)
+    total, card = sum(mask.numel() for mask in ticket.masks.values()), ticket.card
+    print(
+        f"{config.out}: {ticket.kept:,} of {total:,} weights kept ({ticket.sparsity:.2%} "
+        f"sparsity), fingerprint {ticket.fingerprint}"
+    )
+    if "live" in card:
+        dead = ticket.kept - sum(card["live"].values())
+        print(f"effective density {card['effective_density']:.4%}: {dead:,} kept weights lie on "
+              f"no path from input to output")  # fmt: skip
+    if card["criterion"] != pruning.DENSE:
+        print(f"cost: {card['image_passes']:,.0f} image passes (forward and backward), "
+              f"{card['seconds']:.2f} s")  # fmt: skip
+
+
+def compare(config: CompareConfig) -> None:
+    """Train tickets and twins, print the table with verdicts, and draw it."""
+    from autosparse.core.locks import claimed
+    from autosparse.study import compare
+
+    planned = compare.trials(config)
+    out = Path(config.out)
+    compare.check_whole(config)
+    source = compare.load(config)
+    with claimed(out):
+        _compare(config, planned, source, out)
+
+
+def _compare(config: CompareConfig, planned: list[Any], source: Any, out: Path) -> None:
+    from contextlib import nullcontext
+
+    from autosparse.report.figures import comparison
+    from autosparse.study import compare, verdicts
+
+    left = [trial for trial in planned if not compare.is_done(config, trial)]
+    print(f"{len(planned)} trainings, {len(planned) - len(left)} of them found in {out}")
+    tracked = config.tracking and bool(left)
+    if tracked:
+        from autosparse.integrations import mlflow
+
+        os.environ.setdefault("MLFLOW_TRACKING_URI", mlflow.tracking_uri())
+    observer = _tracker() if tracked else None
+    with mlflow.parent_run("compare", out) if tracked else nullcontext() as run:
+        with Progress() as progress:
+            bar = progress.bar("comparing", len(left), "trainings")
+            for trial in left:
+                bar.describe(f"comparing: {trial.name}")
+                compare.run_trial(config, trial, source, observer=observer)
+                bar.advance()
+        results = [compare.run_trial(config, trial, source) for trial in planned]
+        rows = verdicts.table(config, results, verdicts.training_passes(config, source))
+        path = verdicts.write_report(config, rows, results)
+        figure = comparison(
+            rows, out / "comparison.png", f"{config.model.name} on {config.data.name}"
+        )
+        if run is not None:
+            mlflow.log_report(run, list(verdicts.shown(rows)), [figure])
+    print_table(list(verdicts.shown(rows)), "per cent; passes: of one image; cost: of one training")
+    print(f"figure: {figure}\nall figures and intervals: {path}")
+
+
+def train(config: SparseTrainConfig) -> None:
+    """Train tickets one after another in this process."""
+    from autosparse.data import sets
+    from autosparse.models import zoo
+    from autosparse.study import results
+    from autosparse.study.cells import cells, check_config
+    from autosparse.study.trainings import train_cell, unsent
+    from autosparse.training.steppers import PlainStepper, check_plain
+    from autosparse.training.watching import StepWatch, told_to_stop
+
+    device = zoo.choose_device(config.device)
+    check_plain(config.training)
+    check_config(config)
+    planned = list(cells(fetched(config), device=str(device)))
+    found = []
+    wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)
+    with tracking(wanted) as observer, Progress() as progress, told_to_stop() as stop:
+        for cell in planned:
+            result = train_cell(
+                cell,
+                config,
+                sets.load(cell.data).to(device),
+                lambda model, steps: PlainStepper(model, config.training, steps),
+                device=str(device),
+                observer=observer,
+                watch=StepWatch(progress, cell.name),
+                stop=stop,
+            )
+            found.append(result)
+    results.show(found)
+
+
+def export(config: ExportConfig) -> None:
+    """Write a trained ticket in another format."""
+    from autosparse.study import export as exporting
+
+    source = _local_ticket(config.ticket)
+    ticket = exporting.trained_ticket(source)
+    if config.format not in exporting.FORMATS:
+        raise unknown("format", config.format, exporting.FORMATS)
+    beside = source / "trained" if source.is_dir() else source.with_suffix("")
+    out = Path(config.out or f"{beside}{exporting.ENDINGS[config.format]}")
+    found = exporting.export(ticket, config.format, out)
+    print(f"{out}: {found['bytes']:,} bytes, {ticket.kept:,} weights kept")
+
+
+def _local_ticket(name: str) -> Path:
+    """Return a ticket's path; one of the registry is fetched."""
+    if not name.startswith("models:/"):
+        return Path(name)
+    from autosparse.integrations.registry import fetch_ticket
+
+    return fetch_ticket(name)
+
+
+def figures(paths: list[str]) -> None:
+    """Draw every figure that applies to what folders or files hold."""
+    from autosparse.report import drawing
+
+    if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
+        file = place(paths[0])
+        found = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
+    else:
+        found = [figure for path in paths for figure in drawing.draw(path)]
+    for figure in found:
+        print(figure)
+
+
+def report(paths: list[str]) -> None:
+    """Write one page of HTML for every folder."""
+    from autosparse.report import page
+
+    for path in paths:
+        print(page.write(path))
+
+
+def _tracker() -> Any:
+    from autosparse.integrations.mlflow import Tracker
+
+    return Tracker()
+
+
+def fetched(config: SparseTrainConfig) -> SparseTrainConfig:
+    """Put local files where `tickets` names registered ones."""
+    names = [config.tickets] if isinstance(config.tickets, str) else config.tickets
+    if not any(name.startswith("models:/") for name in names):
+        return config
+    return replace(config, tickets=[str(_local_ticket(name)) for name in names])
+
+
+@contextmanager
+def tracking(wanted: bool) -> Iterator[Any]:
+    """Give an Observer that logs to MLflow, and send what is left at the end; None if unwanted."""
+    if not wanted:
+        yield None
+        return
+    from autosparse.integrations.mlflow import Tracker
+    from autosparse.integrations.mlflow_spool import Spooled
+
+    observer = Spooled(Tracker())
+    try:
+        yield observer
+    finally:
+        observer.close()

@@ -1,0 +1,65 @@
+"""`autosparse inspect`: what a file or folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from autosparse.core.errors import UsageError
+from autosparse.core.files import place, read_card
+from autosparse.core.progress import print_table
+
+
+def inspect(paths: list[str]) -> None:
+    """Print what a file or folder is, its card, and a row per layer or run."""
+    for path in paths:
+        if place(path).is_dir():
+            _inspect_folder(place(path))
+        else:
+            _inspect_file(path)
+
+
+def _inspect_folder(path: Path) -> None:
+    from autosparse.corpus.store import RUN, Corpus, is_finished, shown
+
+    if is_finished(path):
+        _inspect_file(str(path / RUN))
+        return
+    corpus = Corpus(path)
+    rows = corpus.table()
+    print(f"corpus {path}, fingerprint {corpus.fingerprint}, {len(rows)} finished runs")
+    print_table([shown(row) for row in rows])
+
+
+def _inspect_file(path: str) -> None:
+    from autosparse.sparsity.ticket import Ticket
+
+    header = read_card(path)
+    kind = header.get("kind")
+    if kind == "ticket":
+        ticket = Ticket.load(path)
+        print(f"ticket {path}, fingerprint {ticket.fingerprint}, sparsity {ticket.sparsity:.4%}")
+        live = ticket.card.pop("live", {})
+        _print_card(ticket.card)
+        print_table([
+            {**row, "shape": "x".join(map(str, row["shape"])), "live": live.get(row["layer"], "?")}
+            for row in ticket.table()
+        ])  # fmt: skip
+    elif kind == "autos":
+        print(f"AutoS {path}, fingerprint {header['fingerprint']}, features {header['features']}")
+        history = header["card"].pop("history", [])
+        _print_card({"inputs": header["inputs"], "hidden": header["hidden"], **header["card"]})
+        if history:
+            print_table(history)
+    elif kind == "irp":
+        print(f"IRP run {path}, run_id {header['run_id']}")
+        levels = header.pop("levels")
+        _print_card({key: header[key] for key in ("model", "config", "versions")})
+        print_table(levels)
+    else:
+        raise UsageError(f"{path} is no ticket, IRP run or AutoS file")
+
+
+def _print_card(card: dict[str, Any]) -> None:
+    for key, value in card.items():
+        print(f"  {key}: {value}")

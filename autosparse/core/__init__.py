@@ -1,0 +1,1 @@
+"""What has no opinion: errors, files, locks, progress, versions, settings."""

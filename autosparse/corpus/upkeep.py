@@ -1,0 +1,200 @@
+"""Looking after a corpus: is every byte what was written, and moving runs about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autosparse.core.errors import RunFailed, UsageError, UserError
+from autosparse.core.files import (
+    place,
+    read_card,
+    read_json,
+    read_tensors,
+    replacing,
+    sha256_of_file,
+    write_bytes,
+)
+from autosparse.corpus import store
+from autosparse.corpus.store import FINISHED, NO_RUNS, RUN, Corpus
+
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a corpus that is not as it was written."""
+
+    run_id: str
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id}: {self.file}: {self.what}"
+
+
+def verify(path: str | Path) -> Iterator[tuple[str, list[Problem]]]:
+    """Yield every run's id with what is wrong with it, finished or not; [] if all is well."""
+    folder = Corpus(path).path
+    for child in sorted(folder.iterdir()):
+        if child.name not in NO_RUNS and child.is_dir():
+            yield child.name, list(_problems(child))
+
+
+def _problems(folder: Path) -> Iterator[Problem]:
+    name = folder.name
+    if store.is_finished(folder):
+        yield from _of_finished(folder)
+        return
+    files = [(path, read_card) for path in sorted(folder.glob("levels/*/level.safetensors"))]
+    if (folder / CARD).is_file():  # Not there where a run has failed before it began.
+        files.append((folder / CARD, read_json))
+    for path, read in files:
+        try:
+            read(path)
+        except UserError as error:
+            yield Problem(name, path.name, str(error))
+
+
+def _of_finished(folder: Path) -> Iterator[Problem]:
+    name = folder.name
+    try:
+        marker = store.marker_of(folder)
+    except UsageError as error:
+        yield Problem(name, FINISHED, str(error))
+        return
+    if not (folder / RUN).is_file():
+        yield Problem(name, RUN, "is missing")
+        return
+    whole = sha256_of_file(folder / RUN) == marker["sha256"]
+    try:
+        tensors, card = read_tensors(folder / RUN)
+    except UsageError as error:
+        yield Problem(name, RUN, str(error))
+        return
+    found = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
+    if whole:
+        yield from _of_marker(name, marker, found, store.row_of(card))
+        yield from _of_first_card(folder / CARD, card)
+        return
+    digests = marker.get("tensors", {})
+    wrong = [key for key, digest in digests.items() if found.get(key) != digest]
+    for key in wrong:
+        group, _, parameter = key.partition("/")
+        yield Problem(name, RUN, f"parameter {parameter} ({group}) is not what was written")
+    if not wrong:
+        what = f"its header (or the SHA-256 in {FINISHED})" if digests else "it"
+        yield Problem(name, RUN, f"{what} is not what was written (the SHA-256 differs)")
+
+
+def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
+    """Compare the card that the run began with, if it is there, with that of the whole run."""
+    if not path.is_file():
+        return
+    try:
+        first = read_json(path)
+    except UsageError as error:
+        yield Problem(path.parent.name, CARD, str(error))
+        return
+    if not isinstance(first, dict):
+        yield Problem(path.parent.name, CARD, "is no card")
+        return
+    for key, value in first.items():
+        # A later version that took the run up may know more settings.
+        if key not in ("config", "versions") and card.get(key) != value:
+            yield Problem(path.parent.name, CARD, f"its entry {key!r} is not that of {RUN}")
+
+
+def _of_marker(
+    name: str, marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
+) -> Iterator[Problem]:
+    """Compare what else the marker says with the run, which is whole."""
+    expected: dict[str, Any] = {"sha256": marker["sha256"], "tensors": digests}
+    # A later version's row may have more columns.
+    expected["row"] = {key: row.get(key) for key in marker.get("row", {})}
+    for key, value in marker.items():
+        if expected.get(key) != value:
+            yield Problem(name, FINISHED, f"its entry {key!r} is not what was written")
+
+
+def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], list[str]]:
+    """Copy finished runs into another corpus; return (copied, found there already).
+
+    Each is checked on the way, and its commit marker comes last. Raises RunFailed after all that
+    can be copied is, if a run is damaged or is there with another content.
+    """
+    target = place(into)
+    copied, there, problems = [], [], []
+    for folder in [folder for source in sources for folder in Corpus(source).folders()]:
+        goal = target / folder.name
+        found = list(_problems(folder))
+        if found:
+            problems += [str(problem) for problem in found]
+        elif store.is_finished(goal):
+            there.append(folder.name)
+            if not _same(folder, goal):
+                problems.append(f"{folder} and {goal} differ; kept {goal}")
+        else:
+            for name in (RUN, CARD, FINISHED):
+                if (folder / name).is_file():
+                    write_bytes(goal / name, (folder / name).read_bytes())
+            copied.append(folder.name)
+    if copied:
+        Corpus(target).write_index()
+    if problems:
+        raise RunFailed(f"{len(copied)} runs copied; " + "; ".join(problems))
+    return copied, there
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two runs hold the same tensors; the seconds on their cards may differ."""
+    try:
+        first, second = store.marker_of(one), store.marker_of(other)
+    except UsageError:
+        return False
+    if first["sha256"] == second["sha256"]:
+        return True
+    one_has, other_has = first.get("tensors", {}), second.get("tensors", {})
+    common = one_has.keys() & other_has.keys()
+    return bool(common) and all(one_has[key] == other_has[key] for key in common)
+
+
+def export_parquet(path: str | Path, file: str | Path) -> int:
+    """Write a row per prunable weight of every finished run; return how many.
+
+    Columns: run_id, model, parameter, position (row-major, within the parameter), initial
+    (float32), survival (uint8), levels (uint8: survival lies in 0 to that). One row group per
+    parameter, so that a corpus larger than memory can be written and read.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema([
+        ("run_id", text), ("model", text), ("parameter", text), ("position", pa.int64()),
+        ("initial", pa.float32()), ("survival", pa.uint8()), ("levels", pa.uint8()),
+    ])  # fmt: skip
+    rows = 0
+    with replacing(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for folder in Corpus(path).folders():
+            run = store.read_run(folder)
+            for name, survival in run.survival.items():
+                count = survival.numel()
+                constant = {"run_id": folder.name, "model": run.card["model"]["name"],
+                            "parameter": name}  # fmt: skip
+                columns = [
+                    pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [value])
+                    for value in constant.values()
+                ]
+                columns += [
+                    pa.array(np.arange(count)),
+                    pa.array(run.initial[name].flatten().float().numpy()),
+                    pa.array(survival.flatten().numpy()),
+                    pa.array(np.full(count, run.levels, np.uint8)),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+                rows += count
+    return rows

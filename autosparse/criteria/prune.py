@@ -1,0 +1,297 @@
+"""`prune`: from a model and data to a ticket."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autosparse import criteria
+from autosparse.core.config import (
+    DataConfig,
+    ModelConfig,
+    PruneConfig,
+    ScoringConfig,
+    check_sparsity,
+)
+from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.core.versions import library_versions
+from autosparse.criteria.scoring import (
+    UNIFORM,
+    Data,
+    Scored,
+    Selection,
+    check_scoring,
+    describe,
+    excluded,
+    same_everywhere,
+    score,
+)
+from autosparse.data import sets
+from autosparse.models import zoo
+from autosparse.models.contract import gradients_on
+from autosparse.models.gradients import LossFn
+from autosparse.models.zoo import prunable
+from autosparse.sparsity import masks, reach
+from autosparse.sparsity.masks import Masks
+from autosparse.sparsity.paths import CannotFollow
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.steppers import Ranks
+
+DENSE = "dense"
+SOME_CLASSES = 10
+"""Where only the data themselves tell how many there are."""
+DEAD = ("warn", "error")
+
+
+@gradients_on()
+def prune(
+    model: nn.Module,
+    data: Data,
+    criterion: str = "autos",
+    sparsity: float = 0.95,
+    *,
+    selection: Selection | None = None,
+    scoring: ScoringConfig | None = None,
+    scope: str = "global",
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    exclude: Sequence[str] = (),
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    ranks: Ranks | None = None,
+    dead: str = "warn",
+) -> Ticket:
+    """Score a model's weights at initialization and return the ticket; the model is not changed.
+
+    What hides layers from scores in a model of your own (norms, LayerScale, heads that start at or
+    near zero) is taken to be one, or drawn, while it is scored; the card says so (`revealed`).
+
+    Args:
+        model: a timm model (or any module with Conv and Linear layers), at initialization. A
+            compiled or parallel one is looked into: the ticket is for the plain model.
+        data: a data set's name or config, a DataSource, or batches of (normalised images,
+            labels), e.g. a DataLoader; all of those batches are used, so give few. Criteria that
+            look at no data take [].
+        criterion: a name from `criteria.names()`, or `dense` to keep everything.
+        sparsity: fraction of prunable weights to remove, 0 <= sparsity < 1.
+        selection: how scores become masks; by default a global threshold.
+        scoring: what scores are computed on, and in which mode; the amounts for named data.
+        scope: `layer` is short for a selection of that scope.
+        seed: chooses the images that are scored, and what random criteria draw.
+        options: the criterion's own options.
+        exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
+        loss_fn: (outputs, labels) -> mean loss; the outputs may be of any type that it takes.
+        ranks: this process's place, if several prune the same model together (under
+            torch.distributed): named data are shared out, own batches are taken to be this
+            rank's share; every rank gets the same ticket.
+        dead: what becomes of a ticket whose output does not depend on the image: warn, or error.
+
+    Works under `torch.no_grad` and `inference_mode` too. Raises UsageError, in one line, for an
+    unknown name or a sparsity out of range, and for a model, loss or batch that cannot be used;
+    RunFailed for a dead ticket, if that is asked for.
+    """
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
+    model = zoo.unwrapped(model)
+    zoo.check_values(model)
+    if criterion == DENSE:
+        return _dense(model, data, exclude, seed)
+    selection = selection or Selection()
+    if scope != "global":
+        selection = replace(selection, scope=scope)
+    scores, card = score(
+        model, data, criterion, sparsity, selection=selection,
+        scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
+    )  # fmt: skip
+    ticket = choose(model, scores, card, ranks=ranks)
+    if dead == "error":
+        refuse_dead(ticket.card)
+    return ticket
+
+
+def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
+    """Make the model that a config names and prune it as it says."""
+    source = sets.load(config.data)
+    model = zoo.create_for(source, config.model, config.seed)
+    return prune(
+        model.to(zoo.choose_device(config.device)),
+        source,
+        config.criterion,
+        config.sparsity,
+        selection=selection_of(config),
+        scoring=config.scoring,
+        seed=config.seed,
+        options=config.options,
+        ranks=ranks,
+        dead=config.dead,
+    )
+
+
+def check(config: PruneConfig) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    zoo.choose_device(config.device)
+    check_sparsity(config.sparsity)
+    selection_of(config).check()
+    for name, options in criteria_of(config):
+        criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+    check_scoring(config.scoring)
+    check_model(config.model, config.data)
+
+
+def criteria_of(config: PruneConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Return the criteria that score, with their options: one, or another that allocates too."""
+    found = [(config.criterion, config.options)] if config.criterion != DENSE else []
+    if config.allocation not in (None, UNIFORM):
+        found.append((str(config.allocation), config.allocation_options))
+    return found
+
+
+def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:
+    """Return the model for some data, without values; raise UsageError where it cannot be."""
+    shape = sets.shape(data)
+    return zoo.check(
+        model,
+        num_classes=shape.num_classes or SOME_CLASSES,
+        in_chans=shape.in_chans,
+        image_size=shape.image_size,
+    )
+
+
+def selection_of(config: PruneConfig) -> Selection:
+    """Return how scores become masks."""
+    return Selection(
+        config.scope,
+        config.allocation,
+        config.allocation_options,
+        config.guard,
+        config.pattern,
+    )
+
+
+def choose(
+    model: nn.Module, scored: Scored, card: dict[str, Any], *, ranks: Ranks | None = None
+) -> Ticket:
+    """Do the second half of `prune`: from scores to the ticket."""
+    chosen = select(scored, card["sparsity"])
+    card = {**card, **_ties(scored, chosen)}
+    if scored.selection.guard == "live":
+        chosen = _onto_paths(model, chosen, scored)
+    ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
+    if ranks is not None and ranks.world_size > 1:
+        same_everywhere(ticket.fingerprint, "chose other weights", ranks)
+    return ticket
+
+
+def _ties(scored: Scored, chosen: Masks) -> dict[str, int]:
+    """Return the card's entry on ties at the threshold, told in a warning too, if they are many."""
+    if scored.selection.pattern is not None:
+        return {}
+    by_layer = scored.counts is not None or scored.selection.scope == "layer"
+    found, kept = masks.ties(scored.scores, chosen, by_layer=by_layer), masks.kept(chosen)
+    if found <= masks.MANY_TIES * kept:
+        return {}
+    warnings.warn(
+        f"{found:,} weights have the very score that the threshold fell on ({kept:,} are kept): "
+        "which of them stay was settled by their position; use another criterion or more data",
+        stacklevel=4,
+    )
+    return {"ties": found}
+
+
+def select(scored: Scored, sparsity: float) -> Masks:
+    """Return the masks: exactly the right number of weights, the highest scores."""
+    selection, scores = scored.selection, scored.scores
+    per_channel = selection.guard == "channel"
+    if selection.pattern is not None:
+        return masks.n_of_m(scores, *selection.n_of_m())
+    if scored.counts is not None:
+        return masks.keep_counts(scores, scored.counts, per_channel=per_channel)
+    return masks.from_scores(
+        scores,
+        sparsity,
+        scope=selection.scope,
+        min_per_layer=0 if selection.guard == "none" else 1,
+        per_channel=per_channel,
+    )
+
+
+def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
+    if scored.shape is None:
+        raise UsageError("guard live needs to know the images' shape: give a batch, or named data")
+    try:
+        return reach.onto_paths(model, chosen, scored.scores, scored.shape)
+    except CannotFollow as error:
+        raise UsageError(
+            f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "
+            "use guard layer"
+        ) from error
+
+
+def finish_card(
+    model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None, card: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Add to a card what the masks came to: sparsity, the weights on a live path, and `dead`.
+
+    `dead` is the first layer from which on nothing depends on the image, where the ticket's output
+    does not; told in a warning too. `paths` says why it is not known how much lies on a path.
+    """
+    total = masks.total(chosen)
+    card = {**card, "sparsity": card["sparsity"], "kept": masks.kept(chosen)}
+    if card.get("selection", {}).get("pattern"):
+        card["sparsity"] = masks.sparsity(chosen)
+    if shape is None:
+        return card
+    try:
+        live = reach.live(model, chosen, shape)
+        if not any(mask.any() for mask in live.values()):
+            card["dead"] = reach.first_dead(model, chosen, shape)
+            warnings.warn(dead_line(card), stacklevel=2)
+    except CannotFollow as error:
+        card["paths"] = f"cannot be followed: {error}"
+        warnings.warn(
+            f"effective density of {type(model).__name__} is not known: {error}", stacklevel=2
+        )
+        return card
+    card["live"] = {name: int(mask.count_nonzero()) for name, mask in live.items()}
+    card["effective_density"] = sum(card["live"].values()) / total
+    return card
+
+
+def dead_line(card: Mapping[str, Any]) -> str:
+    """Return what to tell of a dead ticket."""
+    return (
+        f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
+        "prune with guard live, at a lower sparsity or by another criterion"
+    )
+
+
+def refuse_dead(card: Mapping[str, Any]) -> None:
+    """Raise RunFailed for a dead ticket."""
+    if "dead" in card:
+        raise RunFailed(dead_line(card))
+
+
+def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> Ticket:
+    exclude = excluded(model, exclude)
+    if isinstance(data, str | DataConfig):
+        data = sets.load(data)
+    chosen = {
+        name: torch.ones_like(weight, dtype=torch.bool)
+        for name, weight in prunable(model, exclude).items()
+    }
+    card = {
+        **describe(model, data),
+        "criterion": DENSE,
+        "options": {},
+        "sparsity": 0.0,
+        "seed": seed,
+        "exclude": list(exclude),
+        "image_passes": 0.0,
+        "seconds": 0.0,
+        "versions": library_versions(),
+    }
+    return Ticket.from_model(model, chosen, card)

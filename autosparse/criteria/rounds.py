@@ -1,0 +1,328 @@
+"""Pruning in rounds: what iterative criteria share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autosparse.core.config import keep_count
+from autosparse.core.errors import UsageError
+from autosparse.models.gradients import settle
+from autosparse.sparsity import masks
+
+Scores = dict[str, Tensor]
+Take = Callable[[int, Tensor], None]
+Gradient = Callable[[Take], int | None]
+Narrow = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+STEP = 997
+"""Every so-manieth weight is looked at first to guess a round's threshold."""
+FIRST, LATER = 0.25, 0.5
+"""The dead are left behind when so many of those looked at are left, at first and later."""
+CHUNK = 1 << 18
+"""How many scores a thread looks at in one go: what is worked out between stays in its cache."""
+
+
+def counts(total: int, sparsity: float, rounds: int) -> Iterator[int]:
+    """Yield how many of `total` weights each round keeps: density final^(k/n), the last exact."""
+    if rounds < 1:
+        raise UsageError(f"rounds must be at least 1, got {rounds}")
+    for number in range(1, rounds):
+        yield keep_count(total, 1 - (1 - sparsity) ** (number / rounds))
+    yield keep_count(total, sparsity)
+
+
+def shrink(
+    weights: Mapping[str, Tensor],
+    gradient: Gradient,
+    sparsity: float,
+    rounds: int,
+    *,
+    min_per_layer: int = 1,
+    shared: bool = False,
+    passes: float = 1.0,
+    narrow: Narrow | None = None,
+) -> Scores:
+    """Prune by |weight * gradient| again and again; what is pruned is zero and stays so.
+
+    Args:
+        weights: what `gradient` is taken by, a tensor per prunable parameter; set to zero in place.
+        gradient: called with `take`; it calls take(place, gradient) for each of the weights as
+            they are now (place: in their order; one that is left out counts as zero). Each may
+            be handed over as soon as it is there, and is used up; if a place comes again, its
+            gradients are added up. Returns the samples that they are a sum over, or None.
+        sparsity: fraction to remove in the end.
+        rounds: n, over which the density falls exponentially.
+        min_per_layer: every layer keeps its best so many in every round.
+        shared: the sums of all ranks count.
+        passes: forward-backward passes per sample.
+        narrow: called when the dead are left behind, with the positions of the living in each of
+            the weights (flattened as it lies in memory, ascending) and their values. Returns what
+            `gradient` is taken by from then on, and where the living lie in that.
+
+    Returns the last round's scores; a weight that fell in round k has k - n - 1 (below zero, the
+    earlier the lower).
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        left = _Left(weights, rounds, pool)
+        for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
+            left.forget_the_dead(narrow)
+            samples = left.score(gradient)
+            if samples is not None:
+                left.scores.div_(settle([left.scores], samples, shared, passes))
+            left.remove(left.worst(count, min_per_layer), number)
+        return {name: left.restored(place, rounds) for place, name in enumerate(weights)}
+
+
+class _Left:
+    """Which weights are left. Layers lie end to end, each in the order it lies in in memory.
+
+    Beside the weights and one block of scores it holds two bytes a weight.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], rounds: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self.weights, self.pool = list(weights.values()), pool
+        for name, weight in weights.items():
+            if not _lie_alike(weight, torch.empty_like(weight)):
+                raise UsageError(f"{name} lies in memory with gaps; clone it first")
+        self.all_sizes = [weight.numel() for weight in self.weights]
+        self.layouts = [(weight.shape, weight.stride()) for weight in self.weights]
+        kind = torch.uint8 if rounds < 256 else torch.int16
+        self.fell = torch.zeros(sum(self.all_sizes), dtype=kind, device=self.weights[0].device)
+        """In which round each weight fell; 0: not yet."""
+        self.places: Tensor | None = None
+        """Where in its layer each entry lies that is still looked at; None: all are."""
+        self.spots = self.places
+        """Where it lies in what stands for the layer since it was narrowed."""
+        self.values = self.fell[:0]
+        """The weights there."""
+        self._lay_out(self.all_sizes)
+
+    def _lay_out(self, sizes: list[int]) -> None:
+        device = self.fell.device
+        self.sizes, self.per_layer = sizes, torch.tensor(sizes, device=device)
+        """How many entries of each layer are looked at, and how many of those are left."""
+        self.ends = self.per_layer.cumsum(0)
+        self.alive = torch.ones(sum(sizes), dtype=torch.bool, device=device)
+        kept = torch.zeros(sum(sizes), dtype=_float_of(self.weights[0]), device=device)
+        self._keep_scores(kept)
+
+    def _keep_scores(self, scores: Tensor) -> None:
+        """Take that for weight * gradient; one block of memory, as fresh ones are slow."""
+        self.scores, self.layers = scores, scores.split(self.sizes)
+
+    def forget_the_dead(self, narrow: Narrow | None) -> None:
+        """Look only at what is alive from now on, once most are dead."""
+        most = FIRST if self.places is None else LATER
+        if int(self.per_layer.sum()) > most * len(self.alive):
+            return
+        sizes, alive = self.per_layer.tolist(), nonzero(self.alive)
+        if self.places is None:
+            self.places = self._inside(alive)
+            self.values = torch.cat([
+                flattened(weight).index_select(0, mine)
+                for weight, mine in zip(self.weights, self.places.split(sizes), strict=True)
+            ])  # fmt: skip
+        else:
+            self.places, self.values = self.places[alive], self.values[alive]
+        self._lay_out(sizes)
+        self.spots = self.places
+        if narrow is not None:
+            self.weights, spots = narrow(
+                list(self.places.split(sizes)), list(self.values.split(sizes))
+            )
+            self.spots = torch.cat(spots)
+
+    def score(self, gradient: Gradient) -> int | None:
+        """Set the scores to weight * gradient, whose signs do not matter; return the samples."""
+        missing = set(range(len(self.weights)))
+        places = None if self.spots is None else self.spots.split(self.sizes)
+        values = self.values.split(self.sizes) if places is not None else self.weights
+
+        def take(place: int, found: Tensor) -> None:
+            flat = flattened(found, self.weights[place])
+            if flat.dtype != self.scores.dtype:
+                wide = torch.promote_types(flat.dtype, self.scores.dtype)
+                flat = flat.to(wide)
+                self._keep_scores(self.scores.to(wide))
+            layer, weight = self.layers[place], flattened(values[place])
+            if place not in missing:
+                flat = flat if places is None else flat.index_select(0, places[place])
+                layer.add_(flat.mul_(weight))
+            elif places is None:
+                torch.mul(flat, weight, out=layer)
+            else:
+                torch.index_select(flat, 0, places[place], out=layer).mul_(weight)
+            missing.discard(place)
+
+        samples = gradient(take)
+        for place in missing:
+            self.layers[place].zero_()
+        return samples
+
+    def worst(self, count: int, min_per_layer: int) -> Tensor:
+        """Return the places of those alive that must go for `count` to stay, ascending.
+
+        Of equal ones the last go. A guess says below which score they lie, so that only those
+        are looked at closely; a wrong guess costs time only.
+        """
+        excess = int(self.per_layer.sum()) - count
+        lost = self._lowest_of_all(excess)
+        if count < min_per_layer * len(self.weights):
+            raise UsageError(
+                f"{count} weights are too few for {len(self.weights)} layers of at "
+                f"least {min_per_layer} each; lower the sparsity or set min_per_layer to 0"
+            )
+        if min_per_layer and int((self.per_layer - self._count(lost)).min()) < min_per_layer:
+            best = self._best_of_each(min_per_layer)
+            self.alive.index_fill_(0, best, False)
+            lost = self._lowest_of_all(excess)
+            self.alive.index_fill_(0, best, True)
+        return lost
+
+    def _lowest_of_all(self, excess: int) -> Tensor:
+        near, values = self._up_to(self._guess(excess / max(int(self.per_layer.sum()), 1)))
+        if len(near) < excess:
+            near = nonzero(self.alive)
+            values = self.scores[near].abs_()
+        return near[_lowest(values, excess)]
+
+    def _best_of_each(self, count: int) -> Tensor:
+        """Return the places of the `count` best of those alive in every layer."""
+        best = []
+        for layer, alive in zip(self.layers, self.alive.split(self.sizes), strict=True):
+            sizes = layer.abs().masked_fill_(~alive, -1)
+            best.append(masks.top(sizes, count).logical_and_(alive))
+        return nonzero(torch.cat(best))
+
+    def remove(self, lost: Tensor, number: int) -> None:
+        """Set to zero what is at these places."""
+        gone = self._count(lost)
+        self.alive.index_fill_(0, lost, False)
+        self.per_layer -= gone
+        if self.places is None or self.spots is None:
+            spots = inside = self._inside(lost).long()
+        else:
+            self.values.index_fill_(0, lost, 0)
+            inside = self.places.index_select(0, lost).long()
+            spots = self.spots.index_select(0, lost).long()
+        for weight, mine in zip(self.weights, spots.split(gone.tolist()), strict=True):
+            if len(mine):
+                flattened(weight).index_fill_(0, mine, 0)
+        whole = torch.tensor(self.all_sizes, device=lost.device)
+        starts = (whole.cumsum(0) - whole).repeat_interleave(gone)
+        self.fell.index_fill_(0, inside.add_(starts), number)
+
+    def restored(self, place: int, rounds: int) -> Tensor:
+        """Return one layer's scores in its shape: the last ones, or when a weight fell.
+
+        They lie where the last scores lay, if those of all weights are there still.
+        """
+        last, fell = self.layers[place].abs_(), self.fell.split(self.all_sizes)[place]
+        room = last
+        if self.places is not None:
+            mine = self.places.split(self.sizes)[place].long()
+            last = room = last.new_zeros(len(fell)).index_copy_(0, mine, last)
+        scores = torch.where(fell == 0, last, fell.to(last.dtype) - (rounds + 1))
+        shape, stride = self.layouts[place]
+        return room.view(shape).copy_(scores.as_strided(shape, stride))
+
+    def _guess(self, share: float) -> float:
+        """Return a score below which surely about `share` of those alive lie."""
+        if len(self.alive) < 1000 * STEP:
+            return float("inf")
+        sample = self.scores[::STEP].abs()[self.alive[::STEP]]
+        if not len(sample):
+            return float("inf")
+        margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 2 / len(sample)
+        return float(sample.float().quantile(min(share + margin, 1.0)))
+
+    def _up_to(self, bound: float) -> tuple[Tensor, Tensor]:
+        """Return the places of those alive whose |score| is not above the bound, and |score|."""
+        if not _numpy_is_quicker(self.scores):
+            places = nonzero((self.scores.abs() <= bound).logical_and_(self.alive))
+            return places, self.scores[places].abs_()
+        scores, alive = self.scores.numpy(), self.alive.numpy()
+
+        def look(start: int) -> tuple[np.ndarray, np.ndarray]:
+            """NumPy alone: torch would give this thread helpers that keep the cores busy."""
+            part = slice(start, start + CHUNK)
+            sizes = np.abs(scores[part])
+            low = sizes <= bound
+            np.logical_and(low, alive[part], out=low)
+            places = np.flatnonzero(low)
+            return places + start, sizes[places]
+
+        places, values = zip(*self.pool.map(look, range(0, len(scores), CHUNK)), strict=True)
+        return torch.from_numpy(np.concatenate(places)), torch.from_numpy(np.concatenate(values))
+
+    def _count(self, places: Tensor) -> Tensor:
+        """Return how many of the (ascending) places lie in each layer."""
+        cuts = torch.searchsorted(places, self.ends)
+        return cuts.diff(prepend=cuts.new_zeros(1))
+
+    def _inside(self, places: Tensor) -> Tensor:
+        """Return where in their layers the (ascending) places lie, int32 if that is enough."""
+        wide = max(self.all_sizes) > torch.iinfo(torch.int32).max
+        inside = torch.empty_like(places, dtype=torch.int64 if wide else torch.int32)
+        counts = self._count(places).tolist()
+        starts = [0, *self.ends[:-1].tolist()]
+        for mine, start, found in zip(
+            places.split(counts), starts, inside.split(counts), strict=True
+        ):
+            torch.sub(mine, start, out=found)
+        return inside
+
+
+def _float_of(weight: Tensor) -> torch.dtype:
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
+def _numpy_is_quicker(values: Tensor) -> bool:
+    """Whether torch's own comparison and selection take twice as long."""
+    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+
+
+def _lowest(values: Tensor, count: int) -> Tensor:
+    """Return which are the `count` lowest; of equal ones the last."""
+    if not count or not _numpy_is_quicker(values):
+        return masks.top(values, len(values) - count).logical_not_()
+    array = values.numpy()
+    bound = np.partition(array, count - 1)[count - 1]
+    chosen = array < bound
+    ties = np.flatnonzero(array == bound)
+    chosen[ties[len(ties) - (count - int(np.count_nonzero(chosen))) :]] = True
+    return torch.from_numpy(chosen)
+
+
+def nonzero(marks: Tensor) -> Tensor:
+    """Return the places of the True; NumPy is quicker than torch on a CPU."""
+    if marks.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(marks.numpy()))
+    return marks.nonzero().squeeze(1)
+
+
+def any_along(marks: Tensor, dimensions: tuple[int, ...]) -> Tensor:
+    """Return whether anything is marked along some dimensions; NumPy is quicker on a CPU."""
+    if marks.device.type == "cpu":
+        return torch.from_numpy(marks.numpy().any(dimensions))
+    return marks.any(dimensions)
+
+
+def flattened(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Flatten in the order in which `like` lies in memory; a view if the tensor lies so too."""
+    like = tensor if like is None else like
+    tensor = tensor.detach()
+    if not _lie_alike(tensor, like):
+        tensor = torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _lie_alike(tensor: Tensor, other: Tensor) -> bool:
+    rows = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return all(mine == theirs for size, mine, theirs in rows if size > 1)

@@ -1,0 +1,376 @@
+"""A criterion's scores of a model's weights, and all that is needed to choose by them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autosparse import criteria
+from autosparse.core.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
+from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
+from autosparse.core.versions import library_versions
+from autosparse.data import sets
+from autosparse.data.sets import DataSource
+from autosparse.models import roles, zoo
+from autosparse.models.contract import Checked, gradients_on
+from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine
+from autosparse.models.zoo import device_of
+from autosparse.sparsity import masks, paths
+from autosparse.sparsity.paths import CannotFollow
+from autosparse.training.loop import seeded
+from autosparse.training.steppers import Ranks
+
+Data = str | DataConfig | DataSource | Iterable[tuple[Tensor, Tensor]]
+UNIFORM = "uniform"
+GUARDS = ("layer", "channel", "live", "none")
+MODES = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How scores become masks; see PruneConfig for the fields."""
+
+    scope: str = "global"
+    allocation: str | None = None
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    guard: str = "layer"
+    pattern: str | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be."""
+        if self.guard not in GUARDS:
+            raise unknown("guard", self.guard, GUARDS)
+        if self.scope not in masks.SCOPES:
+            raise unknown("scope", self.scope, masks.SCOPES)
+        if self.allocation is not None and self.allocation != UNIFORM:
+            criteria.get(self.allocation).check(self.allocation_options)
+        if self.allocation is not None and self.scope == "layer":
+            raise UsageError(
+                f"scope layer settles how much layers keep, and so does allocation "
+                f"{self.allocation}; give one of them"
+            )
+        if self.pattern is not None:
+            self.n_of_m()
+            if self.allocation is not None or self.scope == "layer":
+                raise UsageError(
+                    "a pattern n:m settles how much layers keep; leave out scope and allocation"
+                )
+            if self.guard == "live":
+                raise UsageError("a pattern n:m settles where weights may be; leave out guard live")
+
+    def n_of_m(self) -> tuple[int, int]:
+        """Return n and m of the pattern."""
+        n, colon, m = (self.pattern or "").partition(":")
+        if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) <= int(m)):
+            raise UsageError(f"a pattern is n:m with 0 < n <= m, such as 2:4, not {self.pattern!r}")
+        return int(n), int(m)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores, how many weights each layer is to keep if that is given, and how to choose."""
+
+    scores: dict[str, Tensor]
+    counts: dict[str, int] | None
+    """Per layer, where another criterion allocates."""
+    selection: Selection
+    shape: tuple[int, ...] | None
+    """[C, H, W] of an image, where it is known."""
+
+
+@gradients_on()
+def score(
+    model: nn.Module,
+    data: Data,
+    criterion: str,
+    sparsity: float,
+    *,
+    selection: Selection,
+    scoring: ScoringConfig | None = None,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    exclude: Sequence[str] = (),
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    ranks: Ranks | None = None,
+) -> tuple[Scored, dict[str, Any]]:
+    """Do the first half of `prune`: return scores, and the card that the ticket will have."""
+    selection.check()
+    model = zoo.unwrapped(model)
+    zoo.check_values(model)
+    scoring, asked = scoring or ScoringConfig(), dict(options or {})
+    check_scoring(scoring)
+    if selection.pattern is not None:
+        n, m = selection.n_of_m()
+        sparsity = 1 - n / m
+    check_sparsity(sparsity)
+    found = criteria.get(criterion)
+    found.check(asked)
+    exclude = excluded(model, exclude)
+    source: Any = sets.load(data) if isinstance(data, str | DataConfig) else data
+    others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
+    if not isinstance(source, DataSource):
+        source = _held(source, [found, *others], _classes(model, loss_fn))
+    if ranks is not None and ranks.world_size > 1:
+        same_everywhere(_state_hash(model), "holds another model", ranks)
+    context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
+    started = time.perf_counter()
+    with counting() as cost:
+        scores = context.run(found, sparsity, asked)
+        _tell_level(scores, criterion, sparsity)
+        counts = context.allocated(selection, scores, sparsity)
+    changed = found.changed_defaults(asked)
+    card = {
+        **describe(model, source),
+        "device": zoo.device_name(zoo.device_of(model)),
+        "criterion": criterion,
+        "options": asked,
+        **({"changed_defaults": changed} if changed else {}),
+        "sparsity": sparsity,
+        "selection": plain(selection),
+        "scoring": plain(scoring),
+        "seed": seed,
+        "exclude": list(exclude),
+        **(found.provenance(**asked) if found.provenance else {}),
+        **cost.notes,
+        "image_passes": round(cost.image_passes, 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": library_versions(),
+    }
+    return Scored(scores, counts, selection, context.shape()), card
+
+
+def check_scoring(scoring: ScoringConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if scoring.mode not in MODES:
+        raise unknown("mode", scoring.mode, MODES)
+    for name in ("samples_per_class", "batches", "batch_size"):
+        if getattr(scoring, name) < 1:
+            raise UsageError(f"{name} must be at least 1, got {getattr(scoring, name)}")
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What several criteria that score the same model have in common."""
+
+    model: nn.Module
+    data: DataSource | Iterable[tuple[Tensor, Tensor]]
+    scoring: ScoringConfig
+    seed: int
+    exclude: Sequence[str]
+    loss_fn: LossFn
+    ranks: Ranks
+
+    def run(
+        self, criterion: criteria.Criterion, sparsity: float, options: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the criterion's scores; `sparsity` and `seed` are filled in where it has them."""
+        known = {"sparsity": sparsity, "seed": self.seed}
+        usual = {key: value for key, value in known.items() if key in criterion.options}
+        with seeded(self.seed), self._revealed(criterion), self._told(criterion):
+            scores = criterion(
+                self.model,
+                self._batches(criterion, usual | options),
+                self.loss_fn,
+                exclude=self.exclude,
+                training_mode=self.scoring.mode == "train",
+                warm_up=self.scoring.warm_up,
+                **usual | options,
+            )
+        if self.ranks.world_size > 1:  # Of steps and passes that differ in the last bit, say.
+            for name in scores:
+                scores[name] = scores[name].contiguous()
+                dist.broadcast(scores[name], 0)
+        return scores
+
+    @contextmanager
+    def _revealed(self, criterion: criteria.Criterion) -> Iterator[None]:
+        """Let nothing hide layers from the scores, for a while; see models.revealing.
+
+        A model that `models.create` made is taken as it is: it has a setting for that.
+        """
+        shape = self.shape()
+        if shape is None or hasattr(self.model, "autosparse_recipe"):
+            yield
+            return
+        weight = next(self.model.parameters())
+        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        limit = 0.0 if criterion.learned else roles.FAINT
+        try:
+            with torch.random.fork_rng(devices=[]):
+                values = zoo.revealing(self.model, image, limit)
+        except Exception as error:
+            if of_the_machine(error) or isinstance(error, UserError):
+                raise
+            if criterion.needs_data:
+                raise UsageError(own_failure(self.model, shape, error)) from error
+            values = {}  # It need not run; what does run it, says what is wrong.
+        if values:
+            note("revealed", sorted(values))
+        with roles.replaced(self.model, values):
+            yield
+
+    @contextmanager
+    def _told(self, criterion: criteria.Criterion) -> Iterator[None]:
+        """Say it in one line if a criterion needs the paths of a network that has none."""
+        try:
+            yield
+        except CannotFollow as error:
+            name = type(self.model).__name__
+            raise UsageError(
+                f"{criterion.name} has no scores for {name}, whose paths cannot be followed "
+                f"({error}); use a criterion that needs none, such as snip"
+            ) from error
+
+    def allocated(
+        self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
+    ) -> dict[str, int] | None:
+        """Return how much each layer keeps, if another criterion says so."""
+        if selection.allocation is None:
+            return None
+        least = masks.least_of(
+            scores, 0 if selection.guard == "none" else 1, selection.guard == "channel"
+        )
+        sizes = {name: each.numel() for name, each in scores.items()}
+        total = keep_count(sum(sizes.values()), sparsity)
+        if selection.allocation == UNIFORM:
+            return masks.allocate(dict.fromkeys(sizes, 1.0), sizes, total, least)
+        other = criteria.get(selection.allocation)
+        theirs = self.run(other, sparsity, selection.allocation_options)
+        chosen = masks.keep(
+            theirs, total, min_per_layer=0 if selection.guard == "none" else 1,
+            per_channel=selection.guard == "channel",
+        )  # fmt: skip
+        return {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
+
+    def shape(self) -> tuple[int, ...] | None:
+        """Return an image's [C, H, W], where data or model tell."""
+        if isinstance(self.data, DataSource):
+            return self.data.in_chans, self.data.image_size, self.data.image_size
+        try:
+            return paths.image_shape(self.model, self.data)
+        except UsageError:
+            return None
+
+    def _batches(
+        self, criterion: criteria.Criterion, options: Mapping[str, Any]
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return what is scored; if no data are needed, one batch, which shows their shape."""
+        device, scoring, data = device_of(self.model), self.scoring, self.data
+        if isinstance(data, DataSource):
+            data = data.to(device)
+            if criterion.trains:
+                size = options.get("batch_size", criterion.options["batch_size"])
+                return data.training_batches(size, self.seed)
+            if not criterion.needs_data:
+                return data.score_batches(1, seed=self.seed)
+            images = scoring.samples_per_class * data.num_classes
+            found = data.score_batches(
+                scoring.samples_per_class,
+                seed=self.seed,
+                batches=scoring.batches,
+                batch_size=min(scoring.batch_size, -(-images // self.ranks.world_size)),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+            )
+            return found if self.ranks.world_size == 1 else Shared(found)
+        if criterion.trains:
+            return data
+        chosen = data if criterion.needs_data else islice(data, 1)
+        here = [(images.to(device), labels.to(device)) for images, labels in chosen]
+        return Shared(here) if self.ranks.world_size > 1 and criterion.needs_data else here
+
+
+def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
+    """Return batches that can be looked at more than once, and no more of them than needed."""
+    checked = Checked(data, classes)
+    if any(criterion.trains for criterion in used):
+        return list(checked) if isinstance(data, Iterator) else checked
+    if any(criterion.needs_data for criterion in used):
+        return list(checked)
+    return list(islice(checked, 1))
+
+
+def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
+    """Return how many classes the labels may name, where that is known."""
+    found = getattr(model, "num_classes", None)
+    return found if isinstance(found, int) and loss_fn is nn.functional.cross_entropy else None
+
+
+def _tell_level(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
+    """Warn of layers in which a criterion tells no weight from another, and note them on the card.
+
+    Whole layers that fell in a round of pruning have scores below zero; those are no such ones.
+    """
+    level = [
+        name
+        for name, score in scores.items()
+        if score.numel() > 1 and score.max() >= 0 and score.min() == score.max()
+    ]
+    if level and sparsity:
+        note("level", level)
+        warnings.warn(
+            f"{criterion} tells no weight from another in {len(level)} of {len(scores)} layers "
+            f"({', '.join(level[:3])}{' …' if len(level) > 3 else ''}): no signal or gradient "
+            "comes through there; give larger images, or exclude these layers",
+            stacklevel=4,
+        )
+
+
+def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
+    """Return one line on what a model raised when it was called."""
+    message = " ".join(str(error).split()) or "no message"
+    kind = type(error).__name__
+    name = type(model).__name__
+    return f"{name} raised {kind} in its own forward, on an image {list(shape)}: {message}"
+
+
+def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of weights to leave dense: as given, or as the model\'s recipe says."""
+    return tuple(exclude) or tuple(getattr(model, "autosparse_recipe", {}).get("exclude", ()))
+
+
+def describe(
+    model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Any]:
+    """Return the card's entries on model and data."""
+    recipe = getattr(model, "autosparse_recipe", {"class": type(model).__name__})
+    if isinstance(data, DataSource):
+        return {
+            "model": recipe,
+            "data": plain(data.config),
+            "data_fingerprint": data.fingerprint,
+            "normalisation": data.normalisation(),
+        }
+    return {"model": recipe, "data": {"name": "batches"}}
+
+
+def same_everywhere(mine: str, what: str, ranks: Ranks) -> None:
+    """Raise RunFailed on every rank unless all say the same."""
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise RunFailed(
+                f"rank {rank}: {what} ({theirs}) than rank 0 ({everyone[0]}); build the same "
+                "model from the same seed on every rank"
+            )
+
+
+def _state_hash(model: nn.Module) -> str:
+    """Return 16 hex digits of a model's whole state."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

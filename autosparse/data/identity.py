@@ -1,0 +1,239 @@
+"""Own data are known by their content: a fingerprint over all splits, wherever they lie.
+
+Shards are known by the hashes in their manifest; a folder by the name and SHA-256 of every file
+below its class folders. A file is read once: its hash is kept in `data.cache`, by path, size and
+times. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import read_json, sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    from autosparse.core.config import DataConfig
+
+logger = logging.getLogger(__name__)
+OWN = ("folder", "shards")
+MANIFEST = "manifest.json"
+MUCH = 1e9
+"""So many bytes to read are announced."""
+SETTLED = 2.0
+"""Seconds after which a file that changes again surely has another time."""
+_looked_at: dict[tuple[str, str], str] | None = None
+_by_name = False
+
+
+def content(config: DataConfig) -> str | None:
+    """Return 16 hex digits of own data's content, over all splits; None for named sets.
+
+    Raises UsageError, naming `data.root`, where there are none.
+    """
+    if config.root is None or config.name not in OWN:
+        return None
+    if _by_name:
+        return Path(config.root).name
+    key = (config.name, str(config.root))
+    if _looked_at is not None and key in _looked_at:
+        return _looked_at[key]
+    found = (_of_shards if config.name == "shards" else _of_folder)(config)
+    if _looked_at is not None:
+        _looked_at[key] = found
+    return found
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Look at every data set once while the body runs: a whole command."""
+    global _looked_at
+    before = _looked_at
+    _looked_at = {} if before is None else before
+    try:
+        yield
+    finally:
+        _looked_at = before
+
+
+def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
+    """Say in one line where work was finished on data known only by their folder's name.
+
+    Args:
+        folder: returns the folder that the work goes to.
+        finished: the file in it that is written last; "" where `folder` is a file itself.
+    """
+    global _by_name
+    now = folder()
+    _by_name = True
+    try:
+        former = folder()
+    finally:
+        _by_name = False
+    if former != now and (former / finished).is_file() and not (now / finished).is_file():
+        logger.warning(
+            "%s is of data of that folder's name, which may have been others; it is not used, and "
+            "%s is made anew", former, now.name,
+        )  # fmt: skip
+
+
+def check_root(config: DataConfig) -> None:
+    """Raise UsageError unless the folder of own data is there, or is a URL that may be read."""
+    root = str(config.root)
+    if config.name == "shards":
+        root, _ = expanded(root)
+    if "://" not in root:
+        if not Path(root).expanduser().is_dir():
+            raise UsageError(f"data.root {root} is not a folder")
+    elif not config.allow_remote:
+        raise UsageError(
+            f"data.root {root} is a URL: set data.allow_remote to true to fetch shards from there"
+        )
+
+
+def expanded(root: str) -> tuple[str, list[str] | None]:
+    """Take a tar, or a pattern of tars in braces, apart into a folder and names in it.
+
+    What is a folder itself has no names: all that its manifest lists is meant.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    local = "://" not in root
+    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
+        return root, None
+    try:
+        tars = list(braceexpand(root))
+    except (UnbalancedBracesError, ValueError) as error:
+        raise UsageError(f"{root} is no pattern of shards: {error}") from None
+    head, slash, _ = root.partition("{")[0].rpartition("/")
+    return head or slash or ".", [tar.removeprefix(head + slash) for tar in tars]
+
+
+def _of_shards(config: DataConfig) -> str:
+    check_root(config)
+    root, names = expanded(str(config.root).rstrip("/"))
+    if "://" in root:
+        found = _fetched(f"{root}/{MANIFEST}")
+    else:
+        found = _manifest(Path(root).expanduser() / MANIFEST)
+    try:
+        meant = [each for each in found["shards"] if names is None or each["name"] in names]
+        parts = [[each["split"], each["count"], each["sha256"]] for each in meant]
+        return _digest(
+            [found["classes"], parts, *([found["reading"]] if "reading" in found else [])]
+        )
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{root}/{MANIFEST} is not a manifest of shards ({error})") from None
+
+
+def _manifest(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"{path} is not there: `autosparse shards index {path.parent}` writes it")
+    return read_json(path)
+
+
+def _fetched(url: str) -> Any:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return json.loads(file.read())  # type: ignore[attr-defined]
+    except Exception as error:  # Each file system of fsspec raises errors of its own.
+        raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
+
+
+def _of_folder(config: DataConfig) -> str:
+    check_root(config)
+    root = Path(str(config.root)).expanduser().absolute()
+    name = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    cached = Path(config.cache).expanduser() / "content" / f"{name}.json"
+    before = _read(cached)
+    try:
+        facts = dict(_files(root, "", frozenset()))
+    except OSError as error:
+        raise UsageError(f"data.root {root} cannot be read: {error}") from None
+    known = {name: before[name][-1] for name in facts if _same(before.get(name), facts[name])}
+    new = [name for name in facts if name not in known]
+    size = sum(facts[name][0] for name in new)
+    if size > MUCH:
+        logger.warning(
+            "%s: reading %d files once, %.1f GB, to know them by content",
+            root, len(new), size / 1e9,
+        )  # fmt: skip
+    begun = time.time_ns()
+    with ThreadPoolExecutor() as pool:
+        known |= zip(new, pool.map(lambda name: _hash(root / name), new), strict=True)
+    kept = {
+        name: [*facts[name], known[name]]
+        for name in facts
+        if max(facts[name][1:]) < begun - SETTLED * 1e9
+    }
+    if kept != before:
+        _write(cached, kept)
+    return _digest(sorted(known.items()))
+
+
+def _files(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, list[int]]]:
+    """Yield (name, [bytes, times]) of all files below class folders; hidden ones are no data.
+
+    Links are followed, but for those that lead back to where they are.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        inside = sorted(entries, key=lambda entry: entry.name)
+    for entry in inside:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files(Path(entry.path), f"{prefix}{entry.name}/", above | {real})
+        elif prefix:
+            yield prefix + entry.name, _facts(entry)
+
+
+def _facts(entry: os.DirEntry[str]) -> list[int]:
+    try:
+        found = entry.stat()
+    except OSError:  # A dangling link: whoever reads the images says so.
+        return [0, 0, 0]
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _same(before: Any, now: list[int]) -> bool:
+    return isinstance(before, list) and before[:-1] == now
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def _digest(entries: Any) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except UsageError:  # Not there yet, or garbled: it is made anew.
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    try:
+        write_json(path, found)
+    except RunFailed as error:
+        logger.warning("data.cache: %s; all files are read again next time", error)

@@ -1,0 +1,159 @@
+"""Where images come from: `load(DataConfig)` returns train, validation and test splits.
+
+Every split yields batches of (uint8 images [B, C, H, W], int64 labels [B]) on its device;
+`DataSource.prepare` augments and normalises a batch there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autosparse.core.config import DataConfig
+from autosparse.core.errors import UsageError, unknown
+from autosparse.data import identity, normalisation
+from autosparse.data.source import DataSource, Split, prepare
+
+__all__ = [
+    "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names",
+    "prepare", "remembered", "shape",
+]  # fmt: skip
+
+
+def _digits(config: DataConfig) -> DataSource:
+    from autosparse.data.digits import load_digits
+
+    return load_digits(config)
+
+
+def _torchvision(config: DataConfig) -> DataSource:
+    from autosparse.data.torchvision import load_torchvision
+
+    return load_torchvision(config)
+
+
+def _folder(config: DataConfig) -> DataSource:
+    from autosparse.data.folder import load_folder
+
+    return load_folder(config)
+
+
+def _shards(config: DataConfig) -> DataSource:
+    from autosparse.data.shards import load_shards
+
+    return load_shards(config)
+
+
+_LOADERS: dict[str, Callable[[DataConfig], DataSource]] = {
+    "digits": _digits,
+    "cifar10": _torchvision,
+    "cifar100": _torchvision,
+    "mnist": _torchvision,
+    "fashion_mnist": _torchvision,
+    "folder": _folder,
+    "shards": _shards,
+}
+
+
+_REMEMBERED: dict[str, DataSource] | None = None
+"""By the config's text: what `normalisation` may hold cannot be a key."""
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Load every data set once: inside, the same config gives the source that it gave before."""
+    global _REMEMBERED
+    before, _REMEMBERED = _REMEMBERED, {}
+    try:
+        yield
+    finally:
+        _REMEMBERED = before
+
+
+def names() -> list[str]:
+    """Return the names of the known data sets."""
+    return sorted(_LOADERS)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model must know of its data; None where only the data themselves tell."""
+
+    num_classes: int | None
+    in_chans: int
+    image_size: int
+
+
+_SHAPES = {
+    "digits": Shape(10, 1, 16),
+    "cifar10": Shape(10, 3, 32),
+    "cifar100": Shape(100, 3, 32),
+    "mnist": Shape(10, 1, 28),
+    "fashion_mnist": Shape(10, 1, 28),
+    "folder": Shape(None, 3, 224),
+    "shards": Shape(None, 3, 224),
+}
+
+
+def shape(config: DataConfig) -> Shape:
+    """Return what the settings alone say of the images, without a look at them."""
+    check_config(config)
+    found = _SHAPES[config.name]
+    return replace(found, image_size=config.image_size or found.image_size)
+
+
+def check_config(config: DataConfig) -> None:
+    """Raise UsageError for settings that cannot be, and where own data are not there."""
+    if config.name not in _LOADERS:
+        raise unknown("data set", config.name, names())
+    if config.name in identity.OWN and not config.root:
+        raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
+    if not 0 < config.validation_fraction < 1:
+        raise UsageError(
+            f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
+        )
+    normalisation.check(config.normalisation)
+    root = str(config.root)
+    if config.name in identity.OWN and "://" not in root and not root.startswith("pipe:"):
+        identity.check_root(config)
+
+
+def load(config: DataConfig | str) -> DataSource:
+    """Load a data set by its config or name; raise UsageError when it is unknown or not there."""
+    if isinstance(config, str):
+        config = DataConfig(name=config)
+    if _REMEMBERED is not None and repr(config) in _REMEMBERED:
+        return _REMEMBERED[repr(config)]
+    check_config(config)
+    source = replace(_LOADERS[config.name](config), config=config)
+    source = normalisation.normalised(source, config)
+    if _REMEMBERED is not None:
+        _REMEMBERED[repr(config)] = source
+    return source
+
+
+def if_there(config: DataConfig) -> DataSource | None:
+    """Load a set that is known by its name, unless it would have to be downloaded; else None."""
+    if config.name not in _SHAPES or _LOADERS[config.name] is not _torchvision:
+        return None
+    from autosparse.data.torchvision import is_there
+
+    return load(config) if is_there(config) else None
+
+
+def check_found(recorded: str | None, source: DataSource | None, where: Path) -> None:
+    """Raise UsageError if what was found finished is of other data, of the same name.
+
+    Args:
+        recorded: the fingerprint that was written down; nothing is checked where there is none.
+        source: the data that are there now; None where they are not, or known by content.
+        where: what was found.
+    """
+    if source is not None and recorded not in (None, source.fingerprint):
+        place = source.config.root or "where it is looked for"
+        raise UsageError(
+            f"{where} is of other images (fingerprint {recorded}) than {source.name} in {place} "
+            f"holds now ({source.fingerprint}); set data.root, or choose another out"
+        )

@@ -1,0 +1,1 @@
+"""Iterative rewind pruning, and plans of many runs."""

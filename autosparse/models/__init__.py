@@ -1,0 +1,1 @@
+"""Any timm model: what is prunable in it, and its gradients."""

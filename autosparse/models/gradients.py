@@ -1,0 +1,503 @@
+"""Means of gradients over given batches (and ranks), what they cost, and leaving no trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from autosparse.core.errors import UsageError
+from autosparse.models.contract import LossFn as LossFn
+from autosparse.models.contract import outputs_of
+
+Batch = tuple[Tensor, Tensor]
+Batches = Iterable[Batch]
+Network = Callable[[Tensor], Any]
+
+
+class Shared(Sequence[Batch]):
+    """This rank's share of the batches: a mean over it is taken over those of all ranks.
+
+    Every rank must hold one (it may be empty) and call the same functions in the same order.
+    It holds no more of the batches in memory than what it is made of does.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.batches[place]
+
+
+@dataclass
+class Cost:
+    """What was computed, in forward-backward passes of one image each."""
+
+    image_passes: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What was not done as it was asked for, for the ticket's card."""
+
+
+_COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[Cost]:
+    """Count the image passes that are made inside."""
+    cost = Cost()
+    token = _COST.set(cost)
+    try:
+        yield cost
+    finally:
+        _COST.reset(token)
+
+
+def spend(images: float, passes: float = 1.0) -> None:
+    """Count `passes` forward-backward passes over so many images.
+
+    A forward pass alone counts as 1/3 and a backward pass as 2/3; differentiating a gradient
+    once more costs about as much as the pass that made it.
+    """
+    cost = _COST.get()
+    if cost is not None:
+        cost.image_passes += images * passes
+
+
+def note(key: str, value: Any) -> None:
+    """Leave an entry for the card of the ticket that is being made."""
+    cost = _COST.get()
+    if cost is not None:
+        cost.notes[key] = value
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Compute float32 in full precision, the same way every time: for what is compared bit by bit.
+
+    GPUs may round the factors of products to TF32 (10 bits), in which two signals that differ are
+    equal; autocast rounds more. All settings are put back afterwards.
+    """
+    backends: list[tuple[Any, str, Any]] = [
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+    ]
+    before = [(where, key, getattr(where, key)) for where, key, _ in backends]
+    try:
+        for where, key, value in backends:
+            setattr(where, key, value)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for where, key, value in before:
+            setattr(where, key, value)
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error tells of memory or of the device, not of what was computed."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", "cuda error"))
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put all back afterwards: gradients, buffers, modes and whatever else modules hold or cache.
+
+    `requires_grad` and the CPU and GPU RNGs too.
+    """
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    buffers = [
+        (module, dict(module._buffers), _clones(module._buffers)) for module in model.modules()
+    ]
+    attributes = _attributes(model)
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+            parameter.requires_grad_(needed[name])
+        with torch.no_grad():
+            for module, held, values in buffers:  # A forward may have put others in their place.
+                module._buffers.clear()
+                module._buffers.update(held)
+                for name, value in values.items():
+                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
+        _put_back(attributes)
+
+
+def _clones(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _attributes(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
+    """Return all that modules hold beside tensors and hooks, with copies of dicts and lists."""
+    return {
+        module: {
+            key: (value, copy.copy(value) if isinstance(value, dict | list) else None)
+            for key, value in vars(module).items()
+            if not key.startswith("_")
+        }
+        for module in model.modules()
+    }
+
+
+def _put_back(attributes: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> None:
+    """Undo what was set, and forget what was cached, since `_attributes`."""
+    for module, before in attributes.items():
+        for key in [key for key in vars(module) if not key.startswith("_") and key not in before]:
+            delattr(module, key)
+        for key, (value, content) in before.items():
+            if vars(module).get(key, module) is not value:
+                vars(module)[key] = value
+            if isinstance(value, dict):
+                value.clear()
+                value.update(content)
+            elif isinstance(value, list):
+                value[:] = content
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model that has kept tensors with a graph (a cache)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            held = value.values() if isinstance(value, dict) else [value]
+            for each in held:
+                if isinstance(each, Tensor) and not each.is_leaf:
+                    memo[id(each)] = each.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Use the attention that can be differentiated twice; the fused kernels cannot."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Network:
+    """Return images -> outputs of the model with `weights` in place of its own."""
+
+    def network(images: Tensor) -> Any:
+        return functional_call(model, dict(weights), (images,))
+
+    return lambda images: outputs_of(network, images)
+
+
+def mean_of(
+    batches: Batches,
+    part: Callable[[Tensor, Tensor], Sequence[Tensor | None]],
+    like: Mapping[str, Tensor],
+    *,
+    passes: float = 1.0,
+) -> dict[str, Tensor]:
+    """Return the mean over all samples of what `part` gives per batch, by name.
+
+    Args:
+        batches: (images, labels); sizes may differ. A `Shared` list is summed over the ranks.
+        part: (images, labels) -> a tensor (or None: zero) per entry of `like`, mean of the batch.
+        like: what the tensors look like, by name.
+        passes: forward-backward passes over its images that one call of `part` takes.
+
+    Raises UsageError if there is no sample.
+    """
+    mean = _Mean(like)
+    for images, labels in batches:
+        found = list(part(images, labels))
+        for place, tensor in enumerate(found):
+            found[place] = None
+            if tensor is not None:
+                mean.add(place, tensor * len(labels))
+            del tensor
+        mean.samples += len(labels)
+    return mean.finished(isinstance(batches, Shared), passes)
+
+
+class _Mean:
+    """A mean over samples, by name, added up tensor by tensor."""
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.like, self.samples = dict(like), 0
+        self.sums: list[Tensor | None] = [None] * len(self.like)
+
+    def add(self, place: int, tensor: Tensor) -> None:
+        """Add a sum over samples to the place-th tensor; `tensor` is used up."""
+        sum_ = self.sums[place]
+        if sum_ is None:
+            self.sums[place] = tensor
+        else:
+            sum_.add_(tensor)
+
+    def finished(self, shared: bool, passes: float) -> dict[str, Tensor]:
+        """Return the means, over all ranks if `shared`; count what they cost."""
+        whole = [
+            torch.zeros_like(like) if sum_ is None else sum_
+            for like, sum_ in zip(self.like.values(), self.sums, strict=True)
+        ]
+        self.sums.clear()
+        samples = settle(whole, self.samples, shared, passes)
+        return {name: sum_.div_(samples) for name, sum_ in zip(self.like, whole, strict=True)}
+
+
+def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) -> int:
+    """Add up over the ranks if `shared`, in place; return the samples and count their passes.
+
+    Raises UsageError if there is no sample.
+    """
+    if shared:
+        count = torch.tensor([samples], device=sums[0].device)
+        dist.all_reduce(count)
+        for sum_ in sums:
+            dist.all_reduce(sum_)
+        samples = int(count)
+    if not samples:
+        raise UsageError("no batch to compute gradients on")
+    spend(samples, passes)
+    return samples
+
+
+def gathered(batches: Batches) -> Sequence[Batch]:
+    """Return the batches of all ranks, in the order of the ranks; they need not be `Shared`."""
+    if not isinstance(batches, Shared):
+        return batches if isinstance(batches, Sequence) else list(batches)
+    everyone: list[list[Batch]] = [[] for _ in range(dist.get_world_size())]
+    mine = [(images.cpu(), labels.cpu()) for images, labels in batches]
+    dist.all_gather_object(everyone, mine)
+    device = batches[0][0].device if batches else torch.device("cpu")
+    return [(images.to(device), labels.to(device)) for part in everyone for images, labels in part]
+
+
+def mean_gradients(
+    model: nn.Module | Network, parameters: Mapping[str, Tensor], batches: Batches, loss_fn: LossFn
+) -> dict[str, Tensor]:
+    """Return dL/dθ for each of `parameters`, the mean over all samples of all batches.
+
+    Args:
+        model: in the mode that is wanted; its buffers may change (see `untouched`).
+        parameters: those to differentiate by, by name.
+        batches: (images, labels) on the model's device; sizes may differ.
+        loss_fn: (outputs, labels) -> mean loss of the batch.
+    """
+    return mean_over_gradients(model, parameters, batches, loss_fn, lambda g: [g])
+
+
+def mean_over_gradients(
+    model: nn.Module | Network,
+    parameters: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+    parts: Callable[[Tensor], Sequence[Tensor]],
+) -> dict[str, Tensor]:
+    """Return means over all samples of what `parts` makes of each batch's gradients.
+
+    Gradients are added up as they come, so no more than one of them exists beside the means.
+
+    Args:
+        model: as for `mean_gradients`, which this is for parts = [gradient].
+        parameters: leaf tensors to differentiate by, by name.
+        batches: (images, labels) on the model's device; sizes may differ.
+        loss_fn: (outputs, labels) -> mean loss of the batch.
+        parts: gradient (a tensor to use up) -> as many tensors of its shape for each of them.
+
+    Returns the k-th parts under the names, the first (k = 0) as they are, others with " k" added.
+    """
+    tensors, size = list(parameters.values()), len(parameters)
+    kinds = len(parts(torch.zeros(())))
+    like = {
+        f"{name} {kind}" if kind else name: tensor
+        for kind in range(kinds)
+        for name, tensor in parameters.items()
+    }
+    mean = _Mean(like)
+    for images, labels in batches:
+
+        def take(place: int, gradient: Tensor, samples: int = len(labels)) -> None:
+            for kind, each in enumerate(parts(gradient)):
+                mean.add(kind * size + place, each.mul_(samples))
+
+        backward_one_by_one(loss_fn(outputs_of(model, images), labels), tensors, take)
+        mean.samples += len(labels)
+    return mean.finished(isinstance(batches, Shared), 1.0)
+
+
+def mean_hessian_times(
+    vectors: Sequence[Tensor],
+    model: nn.Module | Network,
+    parameters: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+) -> dict[str, Tensor]:
+    """Return H v, the mean over all samples, H the Hessian of the loss by `parameters`.
+
+    Args:
+        vectors: v, a tensor per parameter.
+        model: as for `mean_gradients`, and the rest too.
+    """
+    mean, tensors = _Mean(parameters), list(parameters.values())
+    for images, labels in batches:
+
+        def take(place: int, product: Tensor, count: int = len(labels)) -> None:
+            mean.add(place, product.mul_(count))
+
+        loss = loss_fn(outputs_of(model, images), labels)
+        found = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        del loss
+        edges = with_edges(found, vectors)
+        del found
+        differentiate_again(edges, tensors, take)
+        mean.samples += len(labels)
+    return mean.finished(isinstance(batches, Shared), 2.0)
+
+
+def sum_gradients(
+    model: nn.Module | Network,
+    parameters: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+    take: Callable[[int, Tensor], None],
+) -> int:
+    """Hand over dL/dθ, summed over samples, batch by batch and one by one; return the samples.
+
+    `take` gets the place in `parameters` and a gradient to use up, as many times as there are
+    batches.
+    """
+    samples, tensors = 0, list(parameters.values())
+    for images, labels in batches:
+
+        def take_sum(place: int, gradient: Tensor, count: int = len(labels)) -> None:
+            take(place, gradient.mul_(count))
+
+        backward_one_by_one(loss_fn(outputs_of(model, images), labels), tensors, take_sum)
+        samples += len(labels)
+    return samples
+
+
+def backward_one_by_one(
+    total: Tensor, tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]
+) -> None:
+    """Hand over the gradient of each of the leaf `tensors` when it is there, and forget it.
+
+    Their gradients are never held all at once. `take` gets the place in `tensors` and the gradient.
+    """
+    with _handed_over(tensors, take):
+        total.backward(inputs=list(tensors))
+
+
+def with_edges(
+    gradients: Iterable[Tensor | None], vectors: Iterable[Tensor]
+) -> list[tuple[GradientEdge, Tensor]]:
+    """Pair gradients, which have a graph, with vectors, without holding the gradients' values.
+
+    None, and what depends on nothing, is left out.
+    """
+    return [
+        (get_gradient_edge(gradient), vector)
+        for gradient, vector in zip(gradients, vectors, strict=True)
+        if gradient is not None and gradient.requires_grad
+    ]
+
+
+def differentiate_again(
+    products: Sequence[tuple[GradientEdge, Tensor]],
+    tensors: Sequence[Tensor],
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Hand over d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
+
+    Args:
+        products: see `with_edges`.
+        tensors: θ, leaves.
+        take: gets the place in `tensors` and the gradient, to use up.
+    """
+    if products:
+        edges, vectors = zip(*products, strict=True)
+        with _handed_over(tensors, take):
+            torch.autograd.backward(edges, vectors, inputs=list(tensors))
+
+
+@contextmanager
+def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Give every gradient that comes to one of the leaf `tensors` to `take`, and forget it."""
+
+    def hand_over(place: int, tensor: Tensor) -> None:
+        gradient, tensor.grad = tensor.grad, None
+        if gradient is not None:
+            take(place, gradient)
+
+    before = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    handles = [
+        tensor.register_post_accumulate_grad_hook(partial(hand_over, place))
+        for place, tensor in enumerate(tensors)
+    ]
+    try:
+        yield
+    finally:
+        for handle, tensor, gradient in zip(handles, tensors, before, strict=True):
+            handle.remove()
+            tensor.grad = gradient
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the batch norms of a model."""
+    return [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def last_statistics(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Inside, batch norms in train mode keep the statistics of the last batch alone."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def warm_up(model: nn.Module, batches: Batches) -> None:
+    """Set the statistics of all batch norms to their mean over the batches, weighed by samples."""
+    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
+    like = {
+        f"{number} {key}": getattr(norm, key)
+        for number, norm in enumerate(norms)
+        for key in ("running_mean", "running_var")
+    }
+    if not like:
+        return
+
+    def part(images: Tensor, labels: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            outputs_of(model, images)
+        return [statistic.clone() for statistic in like.values()]
+
+    model.train()
+    with last_statistics(norms):
+        means = mean_of(batches, part, like, passes=1 / 3)
+    for name, statistic in like.items():
+        statistic.copy_(means[name])

@@ -1,0 +1,159 @@
+"""Criteria and twins beside each other at each sparsity: the pictures of quickstart and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autosparse.report.style import COLOURS, LABELS, MARKERS, STYLE, order_of, save
+
+
+def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+    """Draw mean test accuracy per criterion at each sparsity, bars for the spread over seeds.
+
+    Args:
+        rows: from `results.summary`; the dense row becomes the reference line.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        sparse = [row for row in rows if row["criterion"] != "dense"]
+        places = sorted({row["sparsity"] for row in sparse})
+        criteria = sorted({row["criterion"] for row in sparse}, key=order_of)
+        for number, criterion in enumerate(criteria):
+            _draw_criterion(axes, sparse, places, criterion, (number, len(criteria)))
+        for row in rows:
+            if row["criterion"] == "dense":
+                _draw_dense(axes, row)
+        axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.set_xlabel("sparsity (share of prunable weights removed)")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return save(figure, rows, path)
+
+
+TWIN_STYLE = {
+    "ticket": ("#D55E00", "o", "-"),
+    "shuffled": ("#0072B2", "s", "--"),
+    "reinitialised": ("#009E73", "^", "--"),
+    "inverted": ("#CC79A7", "v", "--"),
+    "erk": ("#E69F00", "D", ":"),
+    "uniform": ("#56B4E9", "X", ":"),
+}
+TWIN_LABELS = {
+    "shuffled": "shuffled in layers",
+    "reinitialised": "weights drawn anew",
+    "inverted": "lowest scores",
+    "erk": "ERK",
+    "uniform": "uniform random",
+}
+
+
+def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+    """Draw a panel per criterion: the ticket and its twins at each sparsity, spread over seeds.
+
+    Args:
+        rows: from `verdicts.table`; the dense row becomes the reference line.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys(row["label"] for row in rows if row["twins"] and row["verdict"]))
+    panels = panels or list(dict.fromkeys(r["label"] for r in rows if r["label"] != "dense"))
+    places = sorted({row["sparsity"] for row in rows if row["label"] != "dense"})
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    with pyplot.rc_context(STYLE):
+        figure, grid = pyplot.subplots(
+            lines, columns, figsize=(max(7.5, 0.8 + 3.1 * columns), 1.4 + 2.6 * lines),
+            squeeze=False, sharex=True, sharey=True, layout="constrained",
+        )  # fmt: skip
+        for axes, label in zip(grid.flat, panels, strict=False):
+            mine = [row for row in rows if row["label"] == label]
+            _draw_panel(axes, mine, places)
+            for row in rows:
+                if row["label"] == "dense":
+                    _draw_dense(axes, row)
+            axes.set_title(LABELS.get(label, label), fontsize=11)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_axis_off()
+        handles, names = grid.flat[0].get_legend_handles_labels()
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=10
+        )
+        for axes in grid[-1]:
+            axes.set_xlabel("sparsity", fontsize=11)
+        figure.supylabel("test accuracy, %", fontsize=11)
+        seeds = max(row["seeds"] for row in rows)
+        figure.suptitle(f"{title}, mean ± standard deviation of {seeds} seeds", fontsize=11)
+        flat = [
+            {**{k: v for k, v in row.items() if k != "twins"}, **_flat_twins(row)} for row in rows
+        ]
+        return save(figure, flat, path)
+
+
+def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> None:
+    rows = sorted(rows, key=lambda row: row["sparsity"])
+    kinds = ["ticket", *(name for name in TWIN_STYLE if any(name in row["twins"] for row in rows))]
+    for number, kind in enumerate(kinds):
+        found = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
+        points = [(sparsity, each) for sparsity, each in found if each is not None]
+        colour, marker, line = TWIN_STYLE[kind]
+        offset = (number - (len(kinds) - 1) / 2) * 0.08
+        axes.errorbar(
+            [places.index(sparsity) + offset for sparsity, _ in points],
+            [100 * each["accuracy"] for _, each in points],
+            yerr=[100 * each["spread"] for _, each in points],
+            color=colour, marker=marker, linestyle=line, markersize=6, capsize=2,
+            linewidth=1.4 if kind == "ticket" else 1.0,
+            label="the ticket" if kind == "ticket" else TWIN_LABELS[kind],
+        )  # fmt: skip
+    axes.set_xticks(range(len(places)), [f"{100 * place:g} %" for place in places])
+    axes.set_xlim(-0.5, len(places) - 0.5)
+
+
+def _flat_twins(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's twins as columns of the CSV."""
+    return {
+        f"{name}_{key}": row["twins"][name][key] if name in row["twins"] else None
+        for name in TWIN_LABELS
+        for key in ("accuracy", "spread")
+    }
+
+
+def _draw_criterion(
+    axes: Any, rows: list, places: list[float], criterion: str, lane: tuple[int, int]
+) -> None:
+    """Points of one criterion, side by side with the others at the same sparsity."""
+    number, total = lane
+    mine = sorted((r for r in rows if r["criterion"] == criterion), key=lambda r: r["sparsity"])
+    offset = (number - (total - 1) / 2) * 0.6 / max(total - 1, 1)
+    axes.errorbar(
+        [places.index(row["sparsity"]) + offset for row in mine],
+        [100 * row["accuracy"] for row in mine],
+        yerr=[100 * row["spread"] for row in mine],
+        fmt=MARKERS.get(criterion, "o"),
+        color=COLOURS.get(criterion, "#000000"),
+        markersize=8,
+        capsize=3,
+        label=LABELS.get(criterion, criterion),
+    )
+
+
+def _draw_dense(axes: Any, row: dict[str, Any]) -> None:
+    mean, spread = 100 * row["accuracy"], 100 * row["spread"]
+    axes.axhline(mean, color="#444444", linestyle="--", linewidth=1.2, label="dense")
+    axes.axhspan(mean - spread, mean + spread, color="#444444", alpha=0.12, linewidth=0)

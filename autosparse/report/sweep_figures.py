@@ -1,0 +1,182 @@
+"""Pictures of a sweep or comparison: accuracy, bytes and time against density; where layers thin.
+
+A row says what a criterion reached at a sparsity, seeds taken together, with the keys label,
+sparsity, seeds, accuracy, spread, checkpoint_bytes and step_seconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from autosparse.core.errors import UsageError
+from autosparse.report.style import COLUMN, LABELS, density_axis, looks, order_of, panels, save
+
+DENSE, IRP = "dense", "irp"
+Row = dict[str, Any]
+KEYS = ("label", "sparsity", "seeds", "accuracy", "spread", "checkpoint_bytes", "step_seconds")
+
+
+def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Draw test accuracy against density, a line and a band (± standard deviation) per label.
+
+    Args:
+        rows: see above; `dense` becomes a reference line, `irp` a thick one.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    sparse = _sparse(rows)
+    with panels(COLUMN) as (figure, grid):
+        axes = grid[0, 0]
+        _dense_line(axes, rows, lambda row: (100 * row["accuracy"], 100 * row["spread"]))
+        for label, look, mine in _by_label(sparse):
+            density = [1 - row["sparsity"] for row in mine]
+            middle = [100 * row["accuracy"] for row in mine]
+            low = [100 * (row["accuracy"] - row["spread"]) for row in mine]
+            high = [100 * (row["accuracy"] + row["spread"]) for row in mine]
+            axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            width = 2.4 if label == IRP else 1.6
+            axes.plot(density, middle, **look, markersize=6, linewidth=width, label=_name(label))
+        density_axis(axes, [1 - row["sparsity"] for row in sparse])
+        axes.set_ylabel("test accuracy, %")
+        _legend_and_title(figure, axes, rows, title, "mean ± standard deviation")
+        return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
+
+
+def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Draw the bytes of a trained ticket and the seconds of a training step against density.
+
+    Args:
+        rows: see above; `dense` becomes the reference line.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    sparse = _sparse(rows)
+    measures = (
+        ("checkpoint_bytes", 1e-3, "checkpoint, kB"),
+        ("step_seconds", 1e3, "training step, ms"),
+    )
+    with panels((7.2, 3.7), columns=2) as (figure, grid):
+        for axes, (key, scale, name) in zip(grid[0], measures, strict=True):
+            _dense_line(axes, rows, lambda row, k=key, s=scale: (s * row[k], 0.0))
+            for label, look, mine in _by_label(sparse):
+                density = [1 - row["sparsity"] for row in mine]
+                values = [scale * row[key] for row in mine]
+                axes.plot(density, values, **look, markersize=5, linewidth=1.4, label=_name(label))
+            density_axis(axes, [1 - row["sparsity"] for row in sparse])
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel(name)
+        _legend_and_title(figure, grid[0, 0], rows, title)
+        return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
+
+
+def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
+    """Draw the density of every layer, layers in order, a panel per label, a line per sparsity.
+
+    Args:
+        tickets: each with label, sparsity, seed, and `layers`: its {layer: density} in order.
+        path: the PNG to write; the data go to the CSV beside it, seeds taken together.
+        title: what was pruned.
+    """
+    rows = _mean_densities(tickets)
+    if not rows:
+        raise UsageError("no tickets to draw layer densities of")
+    labels = sorted({row["label"] for row in rows}, key=order_of)
+    sparsities = sorted({row["sparsity"] for row in rows})
+    lowest = min((row["density"] for row in rows if row["density"] > 0), default=1e-3)
+    columns = 2 if len(labels) in (2, 4) else min(3, len(labels))
+    lines = -(-len(labels) // columns)
+    size = (0.9 + 2.2 * columns if columns > 1 else COLUMN[0], 1.2 + 2.1 * lines)
+    with panels(size, lines, columns, sharex=True, sharey=True) as (figure, grid):
+        shades = _shades(len(sparsities))
+        for place, label in enumerate(labels):
+            axes = grid.flat[place]
+            for colour, sparsity in zip(shades, sparsities, strict=True):
+                mine = [r for r in rows if (r["label"], r["sparsity"]) == (label, sparsity)]
+                places = [row["layer_number"] for row in mine]
+                shares = [row["density"] or None for row in mine]
+                axes.plot(places, shares, color=colour, marker=".", markersize=4, linewidth=1.2,
+                          label=f"{100 * (1 - sparsity):.3g} %")  # fmt: skip
+            axes.set_yscale("log")
+            axes.set_ylim(lowest / 1.5, 1.3)
+            ticks = [tick for tick in (0.001, 0.01, 0.1, 1) if tick >= lowest / 1.5]
+            axes.set_yticks(ticks, [f"{100 * tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_title(_name(label), fontsize=11)
+        for place, axes in enumerate(grid.flat):
+            if place >= len(labels):
+                axes.set_axis_off()
+            elif place >= len(labels) - columns:
+                axes.tick_params(labelbottom=True)
+                axes.set_xlabel("layer, from input to output", fontsize=10)
+        handles, names = grid.flat[0].get_legend_handles_labels()
+        figure.legend(
+            handles, names, title="density of the model", fontsize=9, title_fontsize=9,
+            loc="outside lower center", ncols=min(5, len(names)),
+        )  # fmt: skip
+        figure.supylabel("density of the layer, %", fontsize=11)
+        figure.suptitle(title, fontsize=11)
+        return save(figure, rows, path)
+
+
+def _sparse(rows: Sequence[Row]) -> list[Row]:
+    found = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
+    if not found:
+        raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
+    return found
+
+
+def _by_label(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
+    """Return (label, look, rows from dense to sparse) per label."""
+    labels = sorted({row["label"] for row in rows}, key=order_of)
+    found = looks(labels)
+    return [
+        (label, found[label],
+         sorted((r for r in rows if r["label"] == label), key=lambda r: r["sparsity"]))
+        for label in labels
+    ]  # fmt: skip
+
+
+def _dense_line(axes: Any, rows: Sequence[Row], value: Any) -> None:
+    dense = next((row for row in rows if row["label"] == DENSE), None)
+    if dense is None:
+        return
+    middle, spread = value(dense)
+    axes.axhline(middle, color="#444444", linestyle="--", linewidth=1.2, label="dense")
+    axes.axhspan(middle - spread, middle + spread, color="#444444", alpha=0.12, linewidth=0)
+
+
+def _legend_and_title(
+    figure: Any, axes: Any, rows: Sequence[Row], title: str, what: str = "mean"
+) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    columns = -(-len(names) // -(-len(names) // 4))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=10)
+    seeds = max(row["seeds"] for row in rows)
+    spread = f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
+    figure.suptitle(f"{title}\n{spread}", fontsize=11)
+
+
+def _name(label: str) -> str:
+    return LABELS.get(label, label)
+
+
+def _shades(count: int) -> list[Any]:
+    """Return colours from bright (dense) to dark (sparse), safe for the colour-blind."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.85 * (1 - place / max(count - 1, 1))) for place in range(count)]
+
+
+def _mean_densities(tickets: Iterable[Row]) -> list[Row]:
+    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for ticket in tickets:
+        found.setdefault((ticket["label"], ticket["sparsity"]), []).append(ticket["layers"])
+    return [
+        {"label": label, "sparsity": sparsity, "layer_number": number + 1, "layer": layer,
+         "density": statistics.fmean(each[layer] for each in mine), "seeds": len(mine)}
+        for (label, sparsity), mine in sorted(found.items())
+        for number, layer in enumerate(mine[0])
+    ]  # fmt: skip

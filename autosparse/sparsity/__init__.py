@@ -1,0 +1,1 @@
+"""Masks, compact parameters, tickets, paths."""

@@ -1,0 +1,360 @@
+"""Compact parameters: a pruned weight is held as the 1-D parameter of its surviving values.
+
+`compact` swaps each pruned weight of a model for a `torch.nn.utils.parametrize` parametrization:
+forward scatters the values into a dense tensor, backward gathers the gradient. What was pruned
+does not exist: the optimizer, ZeRO, all-reduce and checkpoints only ever see survivors.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from autosparse.core.errors import UsageError
+from autosparse.models.standardised import keep_mask, mask_kernel, unmask
+from autosparse.models.zoo import owner, unwrapped
+from autosparse.sparsity import masks
+from autosparse.sparsity.cpu_products import Pattern, available, pays, sparse_weight
+
+if TYPE_CHECKING:
+    from autosparse.sparsity.ticket import Ticket
+
+SUFFIX = ".original"
+MARK = "parametrizations."
+GIVEN = "_dense_"
+"""Before an attribute's name: the dense weight that was handed over to a module."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a dense weight lies in memory."""
+
+    shape: tuple[int, ...]
+    channels_last: bool = False
+    """Of a kernel [out, in, height, width]: in memory it is [out, height, width, in]."""
+
+    def dense(self, memory: Tensor) -> Tensor:
+        """Return the weight for its memory, 1-D, as a view."""
+        if not self.channels_last:
+            return memory.view(self.shape)
+        out, channels, height, width = self.shape
+        return memory.view(out, height, width, channels).permute(0, 3, 1, 2)
+
+    def memory(self, dense: Tensor) -> Tensor:
+        """Undo `dense`; a copy is made if the tensor does not lie like that."""
+        return (dense.permute(0, 2, 3, 1) if self.channels_last else dense).reshape(-1)
+
+    def places(self, index: Tensor) -> Tensor:
+        """Return where in memory the entries at `index` of the flattened weight lie."""
+        if not self.channels_last:
+            return index
+        channels, kernel = self.shape[1], self.shape[2] * self.shape[3]
+        channel, pixel = index // kernel % channels, index % kernel
+        return index // (channels * kernel) * (channels * kernel) + pixel * channels + channel
+
+
+def _scattered(values: Tensor, places: Tensor, layout: Layout) -> Tensor:
+    """Return the dense tensor; `scatter_` takes half to four fifths of `index_copy_`'s time."""
+    memory = values.new_zeros(math.prod(layout.shape))
+    return layout.dense(memory.scatter_(0, places.long(), values))
+
+
+class _Scatter(torch.autograd.Function):
+    """Values [kept] -> dense tensor, zero where pruned; its gradient is the gather."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, places: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.layout = layout
+        return _scattered(values, places, layout)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        return ctx.layout.memory(gradient).index_select(0, places), None, None
+
+
+_Made = tuple["weakref.ref[Tensor]", Tensor, Tensor, Layout]
+"""A dense tensor, and the values, places and layout that it was made of."""
+
+
+class _Rescatter:
+    """What autograd keeps of a scattered weight: enough to scatter it again."""
+
+    def __init__(self, made: _Made, kept: Tensor) -> None:
+        _, self.values, self.places, self.layout = made
+        self.version = self.values._version
+        self.view = (kept.shape, kept.stride(), kept.storage_offset())
+
+    def __call__(self) -> Tensor:
+        if self.values._version != self.version:
+            raise RuntimeError("compact values were changed between forward and backward")
+        return _scattered(self.values, self.places, self.layout).as_strided(*self.view)
+
+
+_SCATTERED: dict[int, _Made] | None = None
+"""While `rescattering`: what was scattered, by the address of the dense tensor."""
+
+
+@contextmanager
+def rescattering(enabled: bool = True) -> Iterator[None]:
+    """Run a forward pass so that backward scatters each weight again when it needs it.
+
+    Then a scattered weight lives only while its layer is at work, forward or backward; otherwise
+    autograd keeps all of them until backward. Under autocast it keeps the weights' casts.
+    """
+    global _SCATTERED
+    if not enabled:
+        yield
+        return
+    before, _SCATTERED = _SCATTERED, {}
+
+    def pack(tensor: Tensor) -> Tensor | _Rescatter:
+        made = (_SCATTERED or {}).get(tensor.untyped_storage().data_ptr())
+        if made is None or made[0]() is None:  # Something else may lie there by now.
+            return tensor
+        return _Rescatter(made, tensor)
+
+    def unpack(kept: Tensor | _Rescatter) -> Tensor:
+        return kept() if isinstance(kept, _Rescatter) else kept
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _SCATTERED = before
+
+
+class CompactWeight(nn.Module):
+    """Parametrization of one weight by its surviving values.
+
+    Args:
+        mask: bool tensor of the weight's shape, True = kept. Only the positions of the survivors
+            are stored (int32, in a buffer that checkpoints do not repeat), and eight bytes that
+            tell the mask from others, which the state dict has: values of another ticket are
+            refused. State dicts without them, as they were before, are taken.
+    """
+
+    index: Tensor
+    fingerprint: Tensor
+    moved: Tensor | None
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.layout = Layout(tuple(mask.shape))
+        index = mask.flatten().nonzero().squeeze(1).int()
+        self.register_buffer("index", index, persistent=False)
+        digits = bytearray.fromhex(masks.fingerprint({"": mask}))
+        mark = torch.frombuffer(digits, dtype=torch.uint8).to(mask.device)
+        self.register_buffer("fingerprint", mark)
+        self.register_buffer("moved", None, persistent=False)
+        self.pattern: Pattern | None = None
+        """Set where layers multiply with the survivors alone; see sparse_products.py."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight."""
+        return self.layout.shape
+
+    @property
+    def places(self) -> Tensor:
+        """Where the survivors lie in the memory of the dense weight, int32 [kept]."""
+        return self.index if self.moved is None else self.moved
+
+    def lay_out(self, *, channels_last: bool) -> None:
+        """Have the dense weight made with channels last, if it is 4-D, or in its own order.
+
+        The order of the values stays: that of the flattened weight.
+        """
+        self.layout = Layout(self.shape, channels_last and len(self.shape) == 4)
+        same = not self.layout.channels_last or math.prod(self.shape[2:]) == 1
+        self.moved = None if same else self.layout.places(self.index)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the weight of shape `self.shape` for values of shape [kept], dense or sparse."""
+        if self.pattern is None or values.device != self.pattern.ends.device:
+            return self.dense(values)
+        return sparse_weight(values, self.pattern, lambda: self.dense(values))
+
+    def dense(self, values: Tensor) -> Tensor:
+        """Return the dense weight of shape `self.shape` for values of shape [kept]."""
+        dense: Tensor = _Scatter.apply(values, self.places, self.layout)  # type: ignore[assignment]
+        if _SCATTERED is not None:
+            made = (weakref.ref(dense), values.detach(), self.places, self.layout)
+            _SCATTERED[dense.untyped_storage().data_ptr()] = made
+        return dense
+
+    def right_inverse(self, dense: Tensor) -> Tensor:
+        """Return the surviving values, shape [kept], of a dense weight."""
+        return dense.reshape(-1).index_select(0, self.index)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Refuse the values of another mask; there is nothing to be copied."""
+        found = state_dict.get(f"{prefix}fingerprint", self.fingerprint)
+        if not torch.equal(found.to(self.fingerprint), self.fingerprint):
+            name = prefix.removesuffix(".").rpartition(".")[0].replace(MARK, "")
+            raise UsageError(
+                f"this state dict is of another ticket: it keeps other weights of {name}; load "
+                "it into a model that was made compact by the same ticket"
+            )
+
+    def mask(self) -> Tensor:
+        """Return the mask: a bool tensor of the weight's shape."""
+        flat = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device).view(-1)
+        return flat.index_fill_(0, self.index.long(), True).view(self.shape)
+
+
+@torch.inference_mode(False)
+def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """Put `model` into the ticket's state, its pruned weights compact; in place.
+
+    Weights that the ticket keeps whole stay ordinary parameters. A weight that several modules
+    share stays shared. An optimizer is made afterwards, of `autosparse.parameter_groups`, so that
+    compact weights, which are 1-D, decay. Raises UsageError that names the first parameter that
+    differs if the ticket is for another model.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "compact comes first, then DistributedDataParallel, which holds on to its parameters"
+        )
+    plain = unwrapped(model)
+    ticket.check(plain)
+    unmask(plain)
+    load_state(plain, ticket)
+    for name, mask in ticket.masks.items():
+        if not mask.all():
+            _register(plain, name, mask)
+    return model
+
+
+def load_state(model: nn.Module, ticket: Ticket) -> None:
+    """Copy the ticket's values and the rest of its state into a dense model (pruned = 0)."""
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, tensor in ticket.dense_state().items():
+            state[name].copy_(tensor)
+
+
+def _register(model: nn.Module, name: str, mask: Tensor) -> None:
+    """Register under every module that holds the weight; they end up sharing one parameter.
+
+    Registering makes the parameter itself 1-D, so each holder gets a copy of its own first.
+    """
+    weight = model.get_parameter(name)
+    first: nn.Parameter | None = None
+    for module, attribute in _holders(model, weight):
+        copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        setattr(module, attribute, copy)
+        parametrization = CompactWeight(mask.to(weight.device))
+        mask_kernel(module)
+        parametrize.register_parametrization(module, attribute, parametrization)
+        _look_first(module, attribute)
+        slot = module.parametrizations[attribute]  # type: ignore[index]
+        if first is None:
+            first = slot.original
+        else:
+            slot.original = first
+
+
+def _look_first(module: nn.Module, attribute: str) -> None:
+    """Have a module look for its weight where `hand_over` leaves it, before it makes one.
+
+    (Asking a parametrization takes the host 10 microseconds, which count for small models.)
+    """
+    kind, given = type(module), GIVEN + attribute
+    usual = getattr(kind, attribute)
+
+    def weight(self: nn.Module) -> Tensor:
+        return self.__dict__[given] if given in self.__dict__ else usual.fget(self)
+
+    setattr(kind, attribute, property(weight, usual.fset))
+
+
+def hand_over(module: nn.Module, attribute: str, weight: Tensor | None) -> None:
+    """Give a module its compact weight, made dense elsewhere, or take it away again (None)."""
+    if weight is None:
+        module.__dict__.pop(GIVEN + attribute, None)
+    else:
+        module.__dict__[GIVEN + attribute] = weight
+
+
+def _holders(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, attribute)
+        for module in list(model.modules())
+        for attribute, parameter in list(module.named_parameters(recurse=False))
+        if parameter is weight
+    ]
+
+
+def multiply_sparse(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Let layers multiply with surviving weights only, where that is quicker; in place.
+
+    That is on CPUs with MKL, in float32 and float64, in wide layers of which little is left
+    (sparse_products.pays). Results differ from those of dense products by rounding.
+    """
+    for _, weight in compact_weights(model):
+        weight.pattern = None
+        able = enabled and available(weight.index.device)
+        if able and pays(len(weight.index), weight.shape):
+            weight.pattern = Pattern(weight.index, weight.shape)
+    return model
+
+
+def lay_out(model: nn.Module, *, channels_last: bool) -> nn.Module:
+    """Lay weights, compact ones too, out with channels last (as GPUs like) or not; in place."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(memory_format=form)  # type: ignore[call-overload]
+    for _, weight in compact_weights(model):
+        weight.lay_out(channels_last=channels_last)
+    return model
+
+
+@torch.inference_mode(False)
+def densify(model: nn.Module) -> nn.Module:
+    """Turn compact weights back into ordinary ones, zero where pruned; in place.
+
+    Standardising convolutions (NFNet) go on masking the kernel that they make of the weight.
+    """
+    multiply_sparse(model, enabled=False)
+    dense: dict[nn.Parameter, nn.Parameter] = {}
+    for name, compact_weight in list(compact_weights(model)):
+        module, attribute = owner(unwrapped(model), name)
+        keep_mask(module, compact_weight.mask())
+        _own_class(module)
+        slot = module.parametrizations[attribute]  # type: ignore[index]
+        values = slot.original
+        slot.original = nn.Parameter(values.detach().clone(), values.requires_grad)
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        plain = nn.Parameter(getattr(module, attribute).detach(), values.requires_grad)
+        setattr(module, attribute, dense.setdefault(values, plain))
+    return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies share one, and removing changes it."""
+    shared = type(module)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
+def compact_weights(model: nn.Module) -> Iterator[tuple[str, CompactWeight]]:
+    """Yield every compact weight by the name that the dense parameter had."""
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, CompactWeight):
+            name = path.rpartition(".")[0].replace(MARK, "")
+            yield name, module
+
+
+def dense_name(name: str) -> str:
+    """Return the dense parameter's name for a name in a compact model's `named_parameters`."""
+    made_compact = MARK in name and name.endswith(SUFFIX)
+    return name.replace(MARK, "").removesuffix(SUFFIX) if made_compact else name

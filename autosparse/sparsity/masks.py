@@ -1,0 +1,381 @@
+"""From scores to masks: exact counts, ties broken by position, no layer emptied unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autosparse.core.config import keep_count
+from autosparse.core.errors import UsageError, unknown
+
+Masks = dict[str, Tensor]
+SCOPES = ("global", "layer")
+MANY_TIES = 0.01
+"""Ties at the threshold that are more than this share of what is kept are worth a warning."""
+SAMPLE = 1 << 14
+"""How many scores are looked at first to find about where the threshold lies."""
+
+
+def from_scores(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    *,
+    scope: str = "global",
+    min_per_layer: int = 1,
+    per_channel: bool = False,
+    within: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Remove the fraction `sparsity` (0 <= sparsity < 1) of all weights: see `keep`."""
+    count = keep_count(total(scores), sparsity)
+    return keep(
+        scores,
+        count,
+        scope=scope,
+        min_per_layer=min_per_layer,
+        per_channel=per_channel,
+        within=within,
+    )
+
+
+def keep(
+    scores: Mapping[str, Tensor],
+    count: int,
+    *,
+    scope: str = "global",
+    min_per_layer: int = 1,
+    per_channel: bool = False,
+    within: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Keep exactly the `count` highest scores.
+
+    Args:
+        scores: a finite float tensor per prunable parameter; higher = keep. Equal scores are kept
+            in the order of the parameters and of the positions inside them.
+        count: how many weights to keep, over all layers.
+        scope: `global` compares all weights; `layer` keeps the same density in every layer.
+        min_per_layer: every layer keeps its best so many weights; 0 allows layer collapse.
+        per_channel: every output channel (first dimension) keeps its best weight.
+        within: masks that the result must lie inside (IRP: what is gone stays gone).
+    """
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
+    _check_scores(scores)
+    inside = kept(within) if within else total(scores)
+    if count > inside:
+        raise UsageError(f"{count} weights are to be kept, but only {inside} are left")
+    if scope == "layer":
+        least = least_of(scores, min_per_layer, per_channel, within)
+        sizes = {name: score.numel() for name, score in scores.items()}
+        most = {name: int(mask.sum()) for name, mask in within.items()} if within else None
+        counts = allocate(dict.fromkeys(sizes, 1.0), sizes, count, least, most=most)
+        return keep_counts(scores, counts, per_channel=per_channel, within=within)
+    return _keep_global(scores, count, min_per_layer, per_channel, within)
+
+
+def total(scores: Mapping[str, Tensor]) -> int:
+    """Return how many weights there are."""
+    return sum(score.numel() for score in scores.values())
+
+
+def least_of(
+    scores: Mapping[str, Tensor],
+    min_per_layer: int = 1,
+    per_channel: bool = False,
+    within: Mapping[str, Tensor] | None = None,
+) -> dict[str, int]:
+    """Return how many weights the guards keep in every layer; what is empty already stays so."""
+    least = {}
+    for name, score in scores.items():
+        most, channels = score.numel(), score.shape[0] if score.ndim else 1
+        if within is not None:
+            most = int(within[name].count_nonzero())
+            channels = int(within[name].flatten(1).any(1).count_nonzero()) if per_channel else 0
+        least[name] = max(min(min_per_layer, most), channels if per_channel else 0)
+    return least
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether there is no NaN or infinity in a tensor."""
+    lowest, highest = tensor.aminmax()
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+def _check_scores(scores: Mapping[str, Tensor]) -> None:
+    for name, score in scores.items():
+        if not is_finite(score):
+            raise UsageError(f"the scores of {name} are not finite; nothing was pruned")
+
+
+def keep_counts(
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    *,
+    per_channel: bool = False,
+    within: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Keep exactly `counts[name]` of every layer, its highest scores."""
+    masks = {}
+    for name, score in scores.items():
+        flat = score.detach().flatten()
+        if within is not None:
+            flat = flat.masked_fill(~within[name].flatten().to(flat.device), -torch.inf)
+        if per_channel:
+            flat = flat.clone() if flat.data_ptr() == score.data_ptr() else flat
+            _raise_channels(flat.view(score.shape))
+        masks[name] = top(flat, counts[name]).view(score.shape)
+    return masks
+
+
+def _keep_global(
+    scores: Mapping[str, Tensor],
+    count: int,
+    min_per_layer: int,
+    per_channel: bool,
+    within: Mapping[str, Tensor] | None,
+) -> Masks:
+    guarded = sum(least_of(scores, min_per_layer, per_channel, within).values())
+    if count < guarded:
+        least = "one in every output channel" if per_channel else f"at least {min_per_layer} each"
+        raise UsageError(
+            f"{count} weights are too few for {len(scores)} layers of {least}; lower the sparsity"
+        )
+    parts = []
+    for name, score in scores.items():
+        part = score.detach().flatten()
+        if within is not None:
+            part = part.masked_fill(~within[name].flatten().to(part.device), -torch.inf)
+        if per_channel:
+            part = part.clone()
+            _raise_channels(part.view(score.shape))
+        parts.append(part)
+    chosen = top_guarded(parts, count, min_per_layer)
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, chosen, strict=True)}
+
+
+def top_guarded(layers: Sequence[Tensor], count: int, min_per_layer: int) -> list[Tensor]:
+    """Mark the `count` highest of 1-D layers; each keeps its best `min_per_layer`, if it has them.
+
+    If a layer would keep too few, the best of every layer are raised above all.
+    """
+    chosen = top_of(layers, count)
+    least = [min(min_per_layer, len(layer)) for layer in layers]
+    if all(int(now.count_nonzero()) >= few for now, few in zip(chosen, least, strict=True)):
+        return chosen
+    best = [top(layer, few) for layer, few in zip(layers, least, strict=True)]
+    raised = [
+        torch.where(first & (layer > -torch.inf), torch.inf, layer)
+        for first, layer in zip(best, layers, strict=True)
+    ]
+    return top_of(raised, count)
+
+
+def _raise_channels(scores: Tensor) -> None:
+    """Raise the best of every output channel above all, in place; not what is gone already."""
+    rows = scores.view(len(scores), -1)
+    best = rows.max(1, keepdim=True)
+    first = (rows == best.values).int().argmax(1, keepdim=True)
+    rows.scatter_(1, first, torch.where(best.values > -torch.inf, torch.inf, -torch.inf))
+
+
+def top(flat: Tensor, count: int) -> Tensor:
+    """Return a bool tensor that marks the `count` highest of a 1-D tensor; ties: first ones."""
+    return top_of([flat], count)[0]
+
+
+def top_of(layers: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Mark the `count` highest of 1-D layers taken together; ties: the first layers' first ones."""
+    size = sum(len(layer) for layer in layers)
+    if count <= 0 or count >= size:
+        return [torch.full_like(layer, count > 0, dtype=torch.bool) for layer in layers]
+    threshold = _highest(layers, count)
+    chosen = [layer >= threshold for layer in layers]
+    excess = sum(int(each.count_nonzero()) for each in chosen) - count
+    for layer, each in zip(reversed(layers), reversed(chosen), strict=True):
+        if not excess:
+            break
+        level = (layer == threshold).nonzero().squeeze(1)
+        gone = level[max(len(level) - excess, 0) :]
+        each[gone] = False
+        excess -= len(gone)
+    return chosen
+
+
+def _highest(layers: Sequence[Tensor], count: int) -> Tensor:
+    """Return the `count`-th highest value, exactly, without sorting and without a copy of all."""
+    low, high = bounds(layers, count)
+    rank, between = count, []
+    for layer in layers:
+        above = layer > high
+        between.append(_where(layer, (layer >= low).logical_and_(above.logical_not())))
+        rank -= int(above.count_nonzero())
+    near = torch.cat(between)
+    return _select(near, rank) if 0 < rank <= len(near) else _select(torch.cat([*layers]), count)
+
+
+def _where(flat: Tensor, chosen: Tensor) -> Tensor:
+    """Return flat[chosen]; on a CPU NumPy is several times as fast."""
+    if flat.device.type != "cpu" or flat.dtype == torch.bfloat16:
+        return flat[chosen]
+    return torch.from_numpy(flat.numpy()[chosen.numpy()])
+
+
+def bounds(layers: Sequence[Tensor], count: int) -> tuple[float, float]:
+    """Guess two values between which the `count`-th highest lies, from every n-th value.
+
+    A wrong guess must cost time only. A few values are not worth guessing.
+    """
+    size = sum(len(layer) for layer in layers)
+    if size <= 8 * SAMPLE:
+        return -torch.inf, torch.inf
+    sample = torch.cat([layer[:: size // SAMPLE] for layer in layers]).float().cpu().numpy()
+    place, margin = len(sample) - 1 - count * len(sample) // size, 4 * int(SAMPLE**0.5)
+    first, last = max(place - margin, 0), min(place + margin, len(sample) - 1)
+    found = np.partition(sample, (first, last))
+    return float(found[first]), float(found[last])
+
+
+def _select(flat: Tensor, count: int) -> Tensor:
+    """Return the `count`-th highest value."""
+    if flat.device.type != "cpu" or flat.dtype == torch.bfloat16:
+        return flat.kthvalue(flat.numel() - count + 1).values
+    place = flat.numel() - count
+    return torch.as_tensor(np.partition(flat.numpy(), place)[place])
+
+
+def n_of_m(scores: Mapping[str, Tensor], n: int, m: int) -> Masks:
+    """Keep the best `n` of every `m` neighbouring inputs of an output (2:4 sparsity and the like).
+
+    Neighbours lie along the second dimension, [out, in, *kernel], at the same kernel position, as
+    sparse tensor cores want them (Mishra et al. 2021, arXiv 2104.08378). Layers whose number of
+    inputs (per group) is no multiple of `m` are kept whole, as there.
+    """
+    if not 0 < n <= m:
+        raise UsageError(f"a pattern n:m needs 0 < n <= m, got {n}:{m}")
+    _check_scores(scores)
+    masks = {}
+    for name, score in scores.items():
+        if score.shape[1] % m:
+            masks[name] = torch.ones_like(score, dtype=torch.bool)
+            continue
+        groups = score.detach().movedim(1, -1).unflatten(-1, (-1, m))
+        order = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+        chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+        masks[name] = chosen.flatten(-2).movedim(-1, 1).contiguous()
+    return masks
+
+
+def allocate(
+    weights: Mapping[str, float],
+    sizes: Mapping[str, int],
+    kept: int,
+    least: int | Mapping[str, int] = 1,
+    *,
+    most: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Split exactly `kept` weights over layers, layer densities in proportion to `weights`.
+
+    No layer gets more than it has (or than `most` allows); what a full layer leaves goes to the
+    others in proportion. Fractions are settled by largest remainder, ties by order. Every layer
+    gets `least` (one number, or one per layer), if it has so many.
+    """
+    upper = dict(most or sizes)
+    wanted = dict.fromkeys(sizes, least) if isinstance(least, int) else least
+    lower = {name: min(wanted[name], bound) for name, bound in upper.items()}
+    if not sum(lower.values()) <= kept <= sum(upper.values()):
+        raise UsageError(
+            f"{kept} weights cannot be split over {len(sizes)} layers of which each keeps "
+            f"{least if isinstance(least, int) else 'one per output channel'} to all"
+        )
+    share = {name: Fraction(weights[name]) * sizes[name] for name in sizes}
+    fixed: dict[str, int] = {}
+    while True:
+        ideal = _in_proportion(share, kept - sum(fixed.values()), fixed)
+        over = {name: upper[name] for name, value in ideal.items() if value > upper[name]}
+        under = {name: lower[name] for name, value in ideal.items() if value < lower[name]}
+        if not over and not under:
+            break
+        excess = sum(ideal[name] - upper[name] for name in over)
+        lack = sum(lower[name] - ideal[name] for name in under)
+        fixed |= {**(over if excess >= lack else {}), **(under if lack >= excess else {})}
+    counts = {name: fixed[name] if name in fixed else int(ideal[name]) for name in sizes}
+    by_remainder = sorted(ideal, key=lambda name: counts[name] - ideal[name])
+    for name in by_remainder[: kept - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _in_proportion(
+    share: Mapping[str, Fraction], left: int, fixed: Mapping[str, int]
+) -> dict[str, Fraction]:
+    """Split `left` over the layers that are not fixed; evenly if none has a share."""
+    free = [name for name in share if name not in fixed]
+    mass = sum(share[name] for name in free)
+    return {name: left * share[name] / mass if mass else Fraction(left, len(free)) for name in free}
+
+
+def ties(scores: Mapping[str, Tensor], chosen: Mapping[str, Tensor], *, by_layer: bool) -> int:
+    """Return how many weights share a score of which some were kept and some removed, by position.
+
+    That is the highest score among the removed; kept weights that a guard has raised may lie below.
+
+    Args:
+        scores: what was chosen by.
+        chosen: the masks.
+        by_layer: whether every layer had a threshold of its own.
+    """
+    groups = [[name] for name in chosen] if by_layer else [list(chosen)]
+    return sum(_ties_of([(scores[name], chosen[name]) for name in names]) for names in groups)
+
+
+def _ties_of(layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    threshold = max(
+        float(score.masked_fill(mask.to(score.device), -torch.inf).max()) for score, mask in layers
+    )
+    if threshold == -math.inf:
+        return 0
+    level = [(score == threshold, mask.to(score.device)) for score, mask in layers]
+    kept_ones = sum(int((equal & mask).count_nonzero()) for equal, mask in level)
+    return sum(int(equal.count_nonzero()) for equal, _ in level) if kept_ones else 0
+
+
+def kept(masks: Mapping[str, Tensor]) -> int:
+    """Return how many weights the masks keep."""
+    return sum(int(mask.count_nonzero()) for mask in masks.values())
+
+
+def sparsity(masks: Mapping[str, Tensor]) -> float:
+    """Return the fraction of prunable weights that the masks remove."""
+    return 1 - kept(masks) / total(masks)
+
+
+def first_empty(masks: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first layer with no weight left, or None."""
+    return next((name for name, mask in masks.items() if not mask.any()), None)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into bits: uint8, 8 weights a byte, in row-major order."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+
+
+def unpack(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Undo `pack` for a mask of `shape`."""
+    count = int(np.prod(shape))
+    flat = np.unpackbits(bits.numpy(), count=count).astype(bool)
+    return torch.from_numpy(flat).view(shape)
+
+
+def fingerprint(masks: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits that differ when any name, shape or bit of the masks differs."""
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        digest.update(json.dumps([name, list(masks[name].shape)]).encode())
+        digest.update(pack(masks[name]).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,212 @@
+"""The ticket: mask, the values it keeps, and a card; the unit that is saved, shared, trained.
+
+The file is one safetensors: `mask/NAME` (packed bits) and `kept/NAME` (values) per prunable
+parameter, `rest/NAME` for the rest of the state dict, and the card in the header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_tensors, require, write_tensors
+from autosparse.models.zoo import unwrapped
+from autosparse.sparsity import masks as masks_module
+from autosparse.sparsity.compact import compact_weights, dense_name
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A mask per prunable parameter, the values that it keeps, and how it came about."""
+
+    masks: dict[str, Tensor]
+    """Per prunable parameter a bool tensor of its shape; True = kept."""
+    values: dict[str, Tensor]
+    """Per prunable parameter its surviving values, 1-D, in row-major order."""
+    rest: dict[str, Tensor]
+    """Everything else in the state dict: biases, norms, embeddings, buffers."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """Model, sparsity, criterion and options, seed, data, fingerprints, library versions."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the masks (not the values)."""
+        return masks_module.fingerprint(self.masks)
+
+    @property
+    def content_hash(self) -> str:
+        """16 hex digits of masks, values and the rest: what training starts from."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for group in (self.values, self.rest):
+            for name in sorted(group):
+                digest.update(name.encode())
+                flat = group[name].detach().cpu().contiguous().view(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of prunable weights that is removed."""
+        return masks_module.sparsity(self.masks)
+
+    @property
+    def kept(self) -> int:
+        """Number of prunable weights that survive."""
+        return masks_module.kept(self.masks)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, masks: dict[str, Tensor], card: dict[str, Any]) -> Ticket:
+        """Take the values under `masks` from a dense model; the model is not changed."""
+        model = unwrapped(model)
+        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        masks = {name: mask.detach().cpu() for name, mask in masks.items()}
+        values = {name: state[name][mask].clone() for name, mask in masks.items()}
+        shared = _tied_names(model, masks)
+        rest = {
+            name: tensor.clone()
+            for name, tensor in state.items()
+            if name not in masks and name not in shared
+        }
+        return cls(masks, values, rest, card)
+
+    @classmethod
+    def from_compact(
+        cls,
+        model: nn.Module,
+        start: Ticket,
+        card: dict[str, Any],
+        state: dict[str, Tensor] | None = None,
+    ) -> Ticket:
+        """Take the values of a (trained) compact model that was made from `start`.
+
+        `state` is the model's whole state dict, where the model itself holds only a part of it
+        (ZeRO) or another precision.
+        """
+        state = state or unwrapped(model).state_dict()
+        state = {dense_name(name): tensor.detach().cpu() for name, tensor in state.items()}
+        made_compact = {name for name, _ in compact_weights(model)}
+        values = {
+            name: state[name].clone() if name in made_compact else state[name][mask].clone()
+            for name, mask in start.masks.items()
+        }
+        rest = {name: state[name].clone() for name in start.rest}
+        return cls(start.masks, values, rest, card)
+
+    def with_card(self, **entries: Any) -> Ticket:
+        """Return the same ticket with more entries on its card."""
+        return replace(self, card={**self.card, **entries})
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """Return the whole state dict, zero where pruned (tied weights once)."""
+        state = dict(self.rest)
+        for name, mask in self.masks.items():
+            state[name] = torch.zeros(mask.shape, dtype=self.values[name].dtype)
+            state[name][mask] = self.values[name]
+        return state
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row per layer: name, shape, weights, kept, density."""
+        return [
+            {
+                "layer": name,
+                "shape": list(mask.shape),
+                "weights": mask.numel(),
+                "kept": int(mask.sum()),
+                "density": float(mask.float().mean()),
+            }
+            for name, mask in self.masks.items()
+        ]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UsageError that names the first parameter in which `model` is another one."""
+        model = unwrapped(model)
+        made_compact = next(compact_weights(model), None)
+        if made_compact is not None:
+            raise UsageError(
+                f"the model is compact already (at {made_compact[0]}); densify it first"
+            )
+        state = model.state_dict()
+        shapes = {name: mask.shape for name, mask in self.masks.items()}
+        shapes |= {name: tensor.shape for name, tensor in self.rest.items()}
+        for name, tensor in state.items():
+            if name in shapes and tensor.shape != shapes[name]:
+                raise UsageError(
+                    f"this ticket is for another model: {name} is {list(tensor.shape)} in the "
+                    f"model and {list(shapes[name])} in the ticket"
+                )
+        missing = next((name for name in shapes if name not in state), None)
+        if missing is not None:
+            raise UsageError(f"this ticket is for another model: only the ticket has {missing}")
+        tied = _tied_names(model, self.masks)
+        extra = next((name for name in state if name not in shapes and name not in tied), None)
+        if extra is not None:
+            raise UsageError(f"this ticket is for another model: only the model has {extra}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the ticket as one safetensors file, atomically; the same ticket, the same bytes."""
+        tensors = {f"rest/{name}": tensor for name, tensor in self.rest.items()}
+        for name, mask in self.masks.items():
+            tensors[f"mask/{name}"] = masks_module.pack(mask)
+            tensors[f"kept/{name}"] = self.values[name]
+        header = {
+            "kind": "ticket",
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "content_hash": self.content_hash,
+            "shapes": [[name, list(mask.shape)] for name, mask in self.masks.items()],
+            "card": self.card,
+        }
+        write_tensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ticket:
+        """Read a ticket; raise UsageError that names the file, and the parameter that is wrong."""
+        tensors, header = read_tensors(path)
+        if header.get("kind") != "ticket":
+            raise UsageError(f"{path} is not a ticket but {header.get('kind', 'something else')}")
+        require(header, ("format", "shapes", "fingerprint", "content_hash", "card"), path)
+        if header["format"] > FORMAT:
+            raise UsageError(
+                f"{path} was written by a newer autosparse (format {header['format']})"
+            )
+        masks, values = {}, {}
+        for name, shape in header["shapes"]:
+            try:
+                bits, values[name] = tensors[f"mask/{name}"], tensors[f"kept/{name}"]
+            except KeyError:
+                raise UsageError(f"{path}: {name} is missing; the file is damaged") from None
+            if bits.numel() != (torch.Size(shape).numel() + 7) // 8:
+                raise UsageError(f"{path}: the mask of {name} does not fit its shape {shape}")
+            masks[name] = masks_module.unpack(bits, tuple(shape))
+            if int(masks[name].sum()) != values[name].numel():
+                raise UsageError(
+                    f"{path}: {name} keeps {int(masks[name].sum())} weights but holds "
+                    f"{values[name].numel()} values; the file is damaged"
+                )
+        rest = {key[5:]: tensor for key, tensor in tensors.items() if key.startswith("rest/")}
+        ticket = cls(masks, values, rest, header["card"])
+        if ticket.fingerprint != header["fingerprint"]:
+            raise UsageError(
+                f"{path}: the masks do not match their fingerprint; the file is damaged"
+            )
+        if ticket.content_hash != header["content_hash"]:
+            raise UsageError(f"{path}: the values do not match their hash; the file is damaged")
+        return ticket
+
+
+def _tied_names(model: nn.Module, masks: dict[str, Tensor]) -> set[str]:
+    """Return the other names under which the state dict repeats a masked, tied weight."""
+    masked = {id(model.get_parameter(name)) for name in masks}
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in masked and name not in masks
+    }

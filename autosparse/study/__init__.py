@@ -1,0 +1,1 @@
+"""Trainings of tickets: comparisons, sweeps, verdicts, export."""

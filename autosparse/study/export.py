@@ -1,0 +1,107 @@
+"""Out of autosparse: a trained ticket as a plain state dict, as ONNX, or as a ticket again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autosparse.core.errors import UsageError, unknown
+from autosparse.core.files import replacing, write_tensors
+from autosparse.models import zoo
+from autosparse.models.standardised import differs_from_plain
+from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study.trainings import TRAINED
+
+FORMATS = ("dense", "ticket", "onnx")
+ENDINGS = {"dense": ".dense.safetensors", "ticket": ".ticket.safetensors", "onnx": ".onnx"}
+
+
+def trained_ticket(path: str | Path) -> Ticket:
+    """Return the ticket of a file, or of a folder that a training has finished."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / TRAINED).is_file():
+            raise UsageError(f"{path} holds no {TRAINED}: the training is not finished")
+        path = path / TRAINED
+    return Ticket.load(path)
+
+
+def dense_model(ticket: Ticket) -> nn.Module:
+    """Return the ticket's model with ordinary weights, zero where pruned, in eval mode."""
+    return densify(compact(zoo.from_recipe(ticket.card["model"]), ticket)).eval()
+
+
+def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
+    """Write a ticket in a format of `FORMATS`; return what is worth telling.
+
+    dense: safetensors that `timm.create_model(…).load_state_dict` takes, and with which it gives
+        the trained logits (UsageError where that cannot be); the card in its header.
+    onnx: the network from normalised images [batch, C, H, W] to logits, the batch free.
+    ticket: the ticket itself, e.g. to train on from trained values.
+    """
+    if kind not in FORMATS:
+        raise unknown("format", kind, FORMATS)
+    if kind == "ticket":
+        ticket.save(path)
+    elif kind == "dense":
+        model = dense_model(ticket)
+        _check_plain(model, str(ticket.card["model"]["name"]))
+        state = model.state_dict()
+        write_tensors(path, {name: t.contiguous() for name, t in _once(state).items()}, ticket.card)
+    else:
+        _write_onnx(ticket, path)
+    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept}
+
+
+def _check_plain(model: nn.Module, name: str) -> None:
+    """Raise UsageError where timm's own model would not say what this one says.
+
+    Networks that standardise their kernels (NFNet, BiT) take every filter's mean away, which turns
+    pruned zeros into other numbers; here the kernel is masked again (see standardised.py). No
+    weights make a plain one do that.
+    """
+    layer = differs_from_plain(model)
+    if layer is not None:
+        raise UsageError(
+            f"{name} standardises its kernels: no weights give timm's own model the trained "
+            f"logits (first at {layer}); use --format onnx or ticket"
+        )
+
+
+def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give tied weights memory of their own, as safetensors asks for."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in state.items():
+        address = tensor.data_ptr()
+        found[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return found
+
+
+def _write_onnx(ticket: Ticket, path: Path) -> None:
+    model, recipe = dense_model(ticket), ticket.card["model"]
+    side = recipe["image_size"]
+    example = torch.randn(2, recipe["in_chans"], side, side)
+    batch = torch.export.Dim("batch")
+    try:
+        program = torch.onnx.export(
+            model,
+            (example,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+            dynamo=True,
+            verbose=False,
+        )
+    except ImportError as error:
+        raise UsageError(
+            f"ONNX needs more packages: pip install onnx onnxscript ({error})"
+        ) from None
+    with replacing(path) as temporary:
+        if program is not None:
+            program.save(str(temporary))

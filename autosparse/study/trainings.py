@@ -1,0 +1,304 @@
+"""Train cells: each into its folder, finished ones found and not trained again.
+
+One process at a time is at a cell. Where there are several ranks, rank 0 looks on disk and tells.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from autosparse.core.config import SparseTrainConfig, plain
+from autosparse.core.errors import Stopped, UsageError, unknown
+from autosparse.core.files import write_json
+from autosparse.core.locks import Claim, claimed
+from autosparse.core.versions import environment
+from autosparse.criteria.prune import DEAD, dead_line, refuse_dead
+from autosparse.data import identity, sets
+from autosparse.data.sets import DataSource
+from autosparse.data.source import MemorySplit
+from autosparse.models import zoo
+from autosparse.sparsity.compact import compact
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
+from autosparse.training.loop import Span, Watch, evaluate, fit, seeded, steps_per_epoch
+from autosparse.training.steppers import Epoch, Ranks, Stepper
+
+TRAINED = "trained.safetensors"
+CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
+SETTINGS = "settings.json"
+"""What a training was told, and where it ran, at its last start."""
+MakeStepper = Callable[[nn.Module, int], Stepper]
+"""(compact model on its device, steps per epoch) -> Stepper."""
+
+
+def unsent(cell: Cell) -> bool:
+    """Whether some of what an Observer was told has not been sent yet."""
+    return (cell.folder / UNSENT).is_file()
+
+
+class Observer(Protocol):
+    """What watches cells being trained; see integrations/mlflow.py."""
+
+    def found(self, cell: Cell, config: SparseTrainConfig) -> None: ...
+
+    def begin(self, cell: Cell, config: SparseTrainConfig, settings: dict[str, Any]) -> None: ...
+
+    def epoch(self, cell: Cell, epoch: Epoch) -> None: ...
+
+    def stopped(self, cell: Cell) -> None: ...
+
+    def failed(self, cell: Cell, reason: str) -> None: ...
+
+    def end(self, cell: Cell, result: dict[str, Any]) -> None: ...
+
+
+def train_cell(
+    cell: Cell,
+    config: SparseTrainConfig,
+    source: DataSource,
+    make_stepper: MakeStepper,
+    *,
+    device: str,
+    ranks: Ranks = ONE_PROCESS,
+    observer: Observer | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
+    wait: bool = False,
+) -> dict[str, Any]:
+    """Train one cell on this rank, write its trained ticket and result, and return the result.
+
+    `observer` is given on rank 0 only. The test split is looked at once, at the end. `watch` and
+    `stop` are those of `training.fit`. Another process that is at this cell is waited for if
+    `wait` says so; otherwise it is a UsageError. All ranks call this; rank 0 looks and tells.
+    """
+    result = finished(cell, ranks, source)
+    if result is None:
+        with _claimed(cell, ranks, wait) as claim:
+            result = finished(cell, ranks, source)  # By another process, meanwhile.
+            if result is None:
+                training = _Training(cell, config, source, ranks, observer, claim)
+                return training.run(make_stepper, device, on_epoch, watch, stop)
+    if observer:
+        observer.found(cell, config)
+    return result
+
+
+def finished(
+    cell: Cell, ranks: Ranks = ONE_PROCESS, source: DataSource | None = None
+) -> dict[str, Any] | None:
+    """Return the result of a finished cell, as rank 0 finds it, on every rank; None if to do.
+
+    Raises UsageError where it was trained on other data of the same name than `source`.
+    """
+
+    def look() -> dict[str, Any] | None:
+        if not cell.done:
+            return None
+        result = cell.result()
+        sets.check_found(result.get("data_fingerprint"), source, cell.folder)
+        return result
+
+    return ranks.first_says(look)
+
+
+@contextmanager
+def _claimed(cell: Cell, ranks: Ranks, wait: bool) -> Iterator[Claim | None]:
+    """Hold a cell's folder on rank 0; where another process has it, all ranks are told."""
+    with ExitStack() as held:
+        claim: list[Claim | None] = [None]
+
+        def take() -> None:
+            claim[0] = held.enter_context(
+                claimed(cell.folder, wait=wait, finished=lambda: cell.done)
+            )
+
+        ranks.first_says(take)
+        yield claim[0]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One cell being trained."""
+
+    cell: Cell
+    config: SparseTrainConfig
+    source: DataSource
+    ranks: Ranks
+    observer: Observer | None
+    claim: Claim | None
+    """Of the cell's folder; on rank 0 only."""
+
+    def run(
+        self,
+        make_stepper: MakeStepper,
+        device: str,
+        on_epoch: Callable[[Epoch], None] | None,
+        watch: Watch | None,
+        stop: Callable[[], bool] | None,
+    ) -> dict[str, Any]:
+        """Train and evaluate; rank 0 writes the trained ticket and the result."""
+        cell, config, source, ranks = self.cell, self.config, self.source, self.ranks
+        _tell_dead(cell, config.dead, ranks)
+        model = build(cell.ticket, source).to(zoo.choose_device(device))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        steps = steps_per_epoch(source.train, config.training, ranks.world_size)
+        stepper = make_stepper(model, steps)
+        settings = _settings(cell, config, stepper)
+        if self.observer:
+            self.observer.begin(cell, config, settings)
+
+        def note(epoch: Epoch) -> None:
+            if self.claim:
+                self.claim.check()
+            if self.observer:
+                self.observer.epoch(cell, epoch)
+            if on_epoch:
+                on_epoch(epoch)
+
+        with seeded(cell.seed * 131 + ranks.rank), _told(self.observer, cell):
+            history = fit(
+                stepper,
+                source,
+                config.training,
+                seed=cell.seed,
+                folder=cell.folder,
+                on_epoch=note,
+                span=Span(cell.ticket.card.get("rewind_steps", 0)),
+                watch=watch,
+                stop=stop,
+            )
+        test = evaluate(stepper.evaluated(), source, source.test, ranks, self.config.training)
+        state = stepper.state_dict()
+        result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
+        result["training_passes"] = steps * config.training.epochs * config.training.batch_size
+        result["device"] = zoo.device_name(zoo.device_of(model))
+        result["data_fingerprint"] = source.fingerprint
+        result["test_fingerprint"] = test_fingerprint(source)
+        if ranks.rank == 0:
+            self.finish(model, state, settings, result)
+        return result
+
+    def finish(
+        self,
+        model: nn.Module,
+        state: dict[str, Tensor],
+        settings: dict[str, Any],
+        result: dict[str, Any],
+    ) -> None:
+        """Write all files, the result last; then remove what they make superfluous."""
+        if self.claim:
+            self.claim.check()
+        write_json(self.cell.folder / SETTINGS, settings)
+        _finish(self.cell, self.config, model, state, result)
+        if self.observer:
+            self.observer.end(self.cell, result)
+
+
+def test_fingerprint(source: DataSource) -> str:
+    """Return what the test accuracy is of: 16 hex digits of the images and labels, or of own data.
+
+    Own data that are streamed are known as a whole, by their content and the size of images.
+    """
+    if isinstance(source.test, MemorySplit):
+        return source.test.fingerprint()
+    content = identity.content(source.config) or source.fingerprint
+    return f"{content}-{source.image_size}"
+
+
+def _tell_dead(cell: Cell, dead: str, ranks: Ranks) -> None:
+    """Warn of a ticket that is known to be dead, or refuse it, before it is trained."""
+    if dead not in DEAD:
+        raise unknown("value of dead", dead, DEAD)
+    if dead == "error":
+        refuse_dead(cell.ticket.card)
+    elif "dead" in cell.ticket.card and ranks.rank == 0:
+        warnings.warn(f"{cell.name}: {dead_line(cell.ticket.card)}", stacklevel=3)
+
+
+@contextmanager
+def _told(observer: Observer | None, cell: Cell) -> Iterator[None]:
+    """Tell the observer of a training that was told to stop, or that fails."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt):
+        if observer:
+            observer.stopped(cell)
+        raise
+    except Exception as error:
+        if observer:
+            observer.failed(cell, str(error))
+        raise
+
+
+def _settings(cell: Cell, config: SparseTrainConfig, stepper: Stepper) -> dict[str, Any]:
+    return {
+        "config": {**plain(config), "data": plain(cell.data), "seed": cell.seed},
+        "deepspeed": stepper.settings,
+        "ranks": stepper.ranks.world_size,
+        "device": zoo.device_name(zoo.device_of(stepper.model)),
+        "environment": environment(),
+    }
+
+
+def build(ticket: Ticket, source: DataSource) -> nn.Module:
+    """Build the ticket's model, compact, on the CPU; raise UsageError if the data do not fit it."""
+    recipe = ticket.card.get("model", {})
+    for key in SHAPE:
+        if recipe.get(key) != getattr(source, key):
+            raise UsageError(
+                f"the ticket's model has {key} {recipe.get(key)}, the data {source.name} "
+                f"{getattr(source, key)}"
+            )
+    return compact(zoo.from_recipe(recipe), ticket)
+
+
+def _result(
+    cell: Cell, parameters: int, history: list[dict], accuracy: float, loss: float
+) -> dict[str, Any]:
+    card = cell.ticket.card
+    return {
+        "name": cell.name,
+        "model": card["model"]["name"],
+        "criterion": card.get("criterion", "unknown"),
+        "sparsity": round(card.get("sparsity", cell.ticket.sparsity), 6),
+        "seed": cell.seed,
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "validation_accuracy": history[-1]["validation_accuracy"],
+        "parameters": parameters,
+        "kept": cell.ticket.kept,
+        "seconds": round(sum(epoch["seconds"] for epoch in history), 3),
+        "prune_seconds": card.get("seconds", 0.0),
+        "image_passes": card.get("image_passes", 0.0),
+        "effective_density": card.get("effective_density"),
+        "fingerprint": cell.ticket.fingerprint,
+        "history": history,
+    }
+
+
+def _finish(
+    cell: Cell, config: SparseTrainConfig, model: nn.Module, state: dict, result: dict[str, Any]
+) -> None:
+    path = cell.folder / TRAINED
+    trained = {key: value for key, value in result.items() if key != "history"}
+    card = {**cell.ticket.card, "trained": trained, "training": plain(config.training)}
+    Ticket.from_compact(model, cell.ticket, card, state).save(path)
+    result["checkpoint_bytes"] = path.stat().st_size
+    write_json(cell.folder / RESULT, result)
+    for checkpoint in ("checkpoint.pt", CHECKPOINTS):
+        target = cell.folder / checkpoint
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+    for name in (RESULT, TRAINED, SETTINGS, "checkpoint.pt"):  # Of starts that were killed.
+        for cut in cell.folder.glob(f".{name}.*.tmp"):
+            cut.unlink(missing_ok=True)

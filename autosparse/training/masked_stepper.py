@@ -1,0 +1,101 @@
+"""Training of pruned networks one after the other, with dense weights and masks.
+
+What compact parameters save, a GPU that trains one small network hardly notices; what it does
+notice is a network that is compiled anew for every mask. So here weights are dense, and gradients
+and weights are multiplied by masks at every step. The masks lie in tensors that stay, as the
+network does: whatever was compiled for the first training serves all that follow.
+
+Survivors are trained as compact ones are, but for rounding: what is pruned is zero, has no
+momentum, does not decay, and does not count when gradients are clipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.core.config import TrainingConfig
+from autosparse.core.errors import UsageError
+from autosparse.models.standardised import keep_mask, mask_kernel, unmask
+from autosparse.models.zoo import owner
+from autosparse.sparsity.compact import load_state
+from autosparse.sparsity.ticket import Ticket
+from autosparse.training.optimizers import optimizer_and_schedule
+from autosparse.training.recipe import make_ema
+from autosparse.training.steppers import PlainStepper
+
+ELEMENTWISE = (
+    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "momentumw", "adam", "adamw", "nadam",
+    "nadamw", "radam", "adamax", "adadelta", "adagrad", "rmsprop", "rmsproptf", "lion",
+)  # fmt: skip
+"""Optimizers that treat every weight by itself: for the others a weight's shape, or the norm of a
+layer, makes a difference, and compact weights are 1-D."""
+
+
+def can_train(config: TrainingConfig) -> bool:
+    """Return whether masked weights are trained just as compact ones would be."""
+    return config.optimizer in ELEMENTWISE and not config.optimizer_options.get("caution")
+
+
+class MaskedStepper(PlainStepper):
+    """One process, plain PyTorch, dense weights under masks; see `begin`.
+
+    Args:
+        model: dense, on its device; its weights are those of the training under way.
+        config: of all trainings. Raises UsageError for an optimizer that does not treat every
+            weight by itself (see ELEMENTWISE).
+        steps_per_epoch: of all trainings.
+        names: the parameters that may be pruned.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int, names: list[str]
+    ) -> None:
+        if not can_train(config):
+            raise UsageError(
+                f"optimizer {config.optimizer} does not treat every weight by itself, so that "
+                "masked weights are not trained as compact ones are"
+            )
+        unmask(model)
+        super().__init__(model, config, steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch
+        self.weights = {name: model.get_parameter(name) for name in names}
+        self.masks = {name: torch.ones_like(w).detach() for name, w in self.weights.items()}
+        for name, mask in self.masks.items():
+            module, _ = owner(model, name)
+            mask_kernel(module)
+            keep_mask(module, mask)
+
+    @torch.no_grad()
+    def begin(self, ticket: Ticket) -> MaskedStepper:
+        """Start a training anew from a ticket of this model; return the stepper itself."""
+        load_state(self.model, ticket)
+        for name, mask in self.masks.items():
+            mask.copy_(ticket.masks[name])
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.optimizer, self.scheduler = optimizer_and_schedule(
+            self.model, self.config, self.steps_per_epoch
+        )
+        self.ema = make_ema(self.model, self.config)
+        self.updates = 0
+        return self
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        pairs = [(w.grad, self.masks[n]) for n, w in self.weights.items() if w.grad is not None]
+        if pairs:
+            torch._foreach_mul_(*(list(each) for each in zip(*pairs, strict=True)))
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        torch._foreach_mul_(list(self.weights.values()), list(self.masks.values()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state dict, of every weight that is pruned the surviving values alone."""
+        state = dict(super().state_dict())
+        for name, mask in self.masks.items():
+            kept = mask.bool()
+            if not bool(kept.all()):
+                state[name] = state[name][kept]
+        return state

@@ -1,0 +1,289 @@
+"""How one step of a training is made, and how its state is kept.
+
+`PlainStepper` is plain PyTorch in one process; integrations/deepspeed.py has the one for DeepSpeed.
+The loop around them is in training.py.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.optim import list_optimizers
+from torch import Tensor, nn
+
+from autosparse.core.config import TrainingConfig
+from autosparse.core.errors import UsageError, UserError, unknown
+from autosparse.core.files import write_bytes
+from autosparse.models.contract import in_single, outputs_of
+from autosparse.models.zoo import device_of
+from autosparse.sparsity.compact import lay_out, multiply_sparse, rescattering
+from autosparse.sparsity.flat_scatter import scatterer
+from autosparse.training import recipe
+from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
+from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
+
+Answer = TypeVar("Answer")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "tanh", "poly", "none")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def first_says(self, ask: Callable[[], Answer]) -> Answer:
+        """Return what rank 0 answers, on every rank; a UserError of rank 0 is raised everywhere.
+
+        For what is looked up on disk: file systems lag, or belong to one node. Called by all ranks.
+        """
+        if self.world_size == 1:
+            return ask()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = ask()
+            except UserError as error:
+                told[1] = error
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
+
+@dataclass
+class Epoch:
+    """What one epoch of training gave."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    """0 to 1."""
+    learning_rate: float
+    seconds: float
+    images_per_second: float = 0.0
+    """Of training, over all ranks."""
+    data_wait_share: float = 0.0
+    """Share of the training time that this rank waited for images, 0 to 1."""
+    skipped_steps: int = 0
+    """Steps since the start that changed nothing, as gradients had overflown."""
+
+
+@dataclass
+class History:
+    """All epochs so far, and how far the epoch under way has come."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps that the epoch under way has made (on rank 0)."""
+    seconds_before: float = 0.0
+    """What the epoch under way took before it was cut."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(epoch.seconds for epoch in self.epochs)
+
+    def plain(self) -> list[dict[str, float]]:
+        return [vars(epoch) for epoch in self.epochs]
+
+    def state(self) -> dict[str, Any]:
+        """Return it as plain data, for a checkpoint."""
+        return {**vars(self), "epochs": self.plain()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> History:
+        """Undo `state`."""
+        return cls(**{**state, "epochs": [Epoch(**epoch) for epoch in state["epochs"]]})
+
+
+class Stepper(Protocol):
+    """How one step is made, and how its state is kept."""
+
+    ranks: Ranks
+    scheduler: Any
+    updates: int
+    """Steps made so far."""
+    seed: int
+    """Of what a step draws, such as mixing."""
+    settings: dict[str, Any]
+    """What the library underneath was told, beyond the training config."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained: images -> outputs."""
+        ...
+
+    def evaluated(self) -> nn.Module:
+        """Return what evaluation calls, the same on every rank: the model, or its average."""
+        ...
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Make one optimizer step on this rank's images; return the loss, detached."""
+        ...
+
+    def learning_rate(self) -> float:
+        """Return the rate of the last step."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole state dict of the trained module, on every rank."""
+        ...
+
+    def save(self, folder: Path, history: History) -> None:
+        """Write all that is needed to go on from here."""
+        ...
+
+    def load(self, folder: Path) -> History | None:
+        """Go back to the last save in `folder`; None if there is none."""
+        ...
+
+
+class PlainStepper:
+    """One process, plain PyTorch."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
+        check_plain(config)
+        self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
+        set_up(model, config)
+        self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
+        self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
+        self.updates, self.settings = 0, {}
+        self.network = torch.compile(model) if config.compile else model
+        self.scattered = scatterer(model, config, device_of(model))
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        drawn = step_seed(self.seed, self.updates)
+        seed_step(drawn, images.device)
+        images, targets = self.recipe.mix(images, labels, drawn)
+        with (
+            autocast(self.config, images.device),
+            rescattering(self.config.rescatter),
+            self.scattered(),
+        ):
+            outputs = in_single(outputs_of(self.network, images))
+        loss = self.recipe.loss(outputs, images, targets)
+        loss.backward()
+        self.after_backward()
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.optimizer.step()
+        self.after_update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        advance(self.scheduler, self.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, self.updates)
+        return loss.detach()
+
+    def after_backward(self) -> None:
+        """Called when gradients are there, before they are clipped."""
+
+    def after_update(self) -> None:
+        """Called when the optimizer has changed the parameters."""
+
+    def evaluated(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def learning_rate(self) -> float:
+        return last_rate(self.optimizer, self.scheduler, self.updates)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.evaluated().state_dict()
+
+    def save(self, folder: Path, history: History) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+            "history": history.state(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+        whole = io.BytesIO()
+        torch.save(state, whole)
+        write_bytes(folder / "checkpoint.pt", whole.getvalue())
+
+    def load(self, folder: Path) -> History | None:
+        path = folder / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        # On the CPU: an optimizer's counters of steps that lie on a GPU hold every step up.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.updates = state["updates"]
+        advance(self.scheduler, self.updates)
+        return History.of_state(state["history"])
+
+
+def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> None:
+    """Lay out and prepare a model for training, in place.
+
+    `sharded`: parameters are only there while their own module is at work (ZeRO 3), so that no
+    layer can multiply with survivors.
+    """
+    multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
+    if config.channels_last:
+        lay_out(model, channels_last=True)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError):
+            raise UsageError(
+                f"timm's {type(model).__name__} has no activation checkpointing; "
+                "leave out training.grad_checkpointing"
+            ) from None
+
+
+def check(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if config.optimizer not in list_optimizers():
+        raise unknown("optimizer", config.optimizer, [str(each) for each in list_optimizers()])
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    if config.precision not in PRECISIONS:
+        raise unknown("precision", config.precision, PRECISIONS)
+    for name in ("epochs", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
+    if config.bias_rate <= 0:
+        raise UsageError(f"training.bias_rate must be above 0, got {config.bias_rate}")
+    for name in ("checkpoint_epochs", "checkpoint_steps"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
+    if config.rescatter and config.compile:
+        raise UsageError(
+            "training.rescatter breaks what training.compile compiles into single layers; "
+            "leave one of them out"
+        )
+    recipe.check(config)
+
+
+def check_whole(config: TrainingConfig, world_size: int = 1) -> None:
+    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
+    check(config)
+    optimizer_and_schedule(nn.Linear(2, 2), config, 1)  # Its options, and what needs a GPU.
+    if config.batch_size % world_size:
+        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
+    recipe.check_mixing(config, config.batch_size // world_size)
+    if config.teacher is not None and not Path(config.teacher).is_file():
+        raise UsageError(f"training.teacher: no such file: {config.teacher}")
+
+
+def check_plain(config: TrainingConfig) -> None:
+    """Raise UsageError for settings that `PlainStepper` cannot train with."""
+    check_whole(config)
+    if config.precision == "fp16":
+        raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")
