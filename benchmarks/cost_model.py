@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from autosparse.core.config import keep_count
+from autosparse.sparsity.counts import keep_count
 
 INDEX_BYTES = 4
 """An int32 per surviving weight, on every rank; see compaction.CompactWeight."""

@@ -35,15 +35,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from autosparse.core.config import CorpusConfig, ModelConfig, TrainingConfig
 from autosparse.corpus import store
 from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit, in_memory
+from autosparse.irp.config import CorpusConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import compact
 from autosparse.sparsity.ticket import Ticket
 from autosparse.training import loop, optimizers, steppers
+from autosparse.training.config import TrainingConfig
 from benchmarks.report import figure, publish, seconds_in_turn
 
 THREADS, WORKERS, SEED = 2, 2, 0

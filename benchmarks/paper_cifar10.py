@@ -25,31 +25,28 @@ from typing import Any
 
 from autosparse.autos import fit as fit_scorer
 from autosparse.autos import fit_heads
+from autosparse.autos.config import FitConfig
 from autosparse.cli import main as cli
-from autosparse.core.config import (
-    DataConfig,
-    FitConfig,
-    IRPConfig,
-    ModelConfig,
-    PruneConfig,
-    SparseTrainConfig,
-    TrainingConfig,
-    from_plain,
-    run_id,
-)
+from autosparse.core.config import from_plain, run_id
 from autosparse.core.errors import Stopped, unknown
 from autosparse.core.files import write_json
 from autosparse.core.progress import print_table
 from autosparse.core.versions import environment
 from autosparse.corpus import store
+from autosparse.criteria.config import PruneConfig
 from autosparse.criteria.prune import DENSE
 from autosparse.data import sets as data
+from autosparse.data.config import DataConfig
 from autosparse.data.identity import looked_at_once
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
+from autosparse.irp.config import IRPConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.study.cells import Cell, cells
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import train_cell
+from autosparse.training.config import TrainingConfig
 from autosparse.training.masked_stepper import MaskedStepper
 from autosparse.training.steppers import PlainStepper
 

@@ -25,12 +25,14 @@ import torch.distributed as dist
 from deepspeed.comm import comm
 from torch import Tensor, nn
 
-from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig, keep_count
 from autosparse.core.files import write_json
 from autosparse.integrations.deepspeed import engine_config
 from autosparse.models.zoo import prunable
 from autosparse.sparsity.compact import compact, compact_weights
+from autosparse.sparsity.counts import keep_count
 from autosparse.sparsity.ticket import Ticket
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import Ranks
 
 SPARSITIES = (0.0, 0.9, 0.95, 0.98)

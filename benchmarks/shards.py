@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosparse.core.config import DataConfig, PackConfig
 from autosparse.data import sets
 from autosparse.data.check import adopt
+from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.decode import decode
 from autosparse.data.pack import pack
 from autosparse.data.tars import INDEX

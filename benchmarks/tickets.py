@@ -18,12 +18,15 @@ from pathlib import Path
 
 import torch
 
-from autosparse.core.config import CompareConfig, DataConfig, ModelConfig, TrainingConfig
 from autosparse.criteria.prune import DENSE
+from autosparse.data.config import DataConfig
+from autosparse.models.config import ModelConfig
 from autosparse.report.autos_figures import frontier
 from autosparse.report.style import LABELS as LEGENDS
 from autosparse.sparsity.twins import SHUFFLED
 from autosparse.study import compare, verdicts
+from autosparse.study.config import CompareConfig
+from autosparse.training.config import TrainingConfig
 from benchmarks.report import figure, options, publish
 
 HELD_OUT = {

@@ -22,13 +22,14 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
 from autosparse.core.memory import keep_freed_blocks
 from autosparse.integrations import deepspeed as ours
 from autosparse.models import zoo
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import compact
 from autosparse.sparsity.ticket import Ticket
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import History, Ranks
 
 SIDE, BATCH, STEPS, TURNS = 32, 32, 4, 9

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from autosparse.cli.main import guarded, parse
-from autosparse.core.config import SparseTrainConfig
+from autosparse.study.config import SparseTrainConfig
 
 
 def main(arguments: list[str]) -> None:

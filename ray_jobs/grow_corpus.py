@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from autosparse.cli.main import guarded, parse
-from autosparse.core.config import CorpusConfig
+from autosparse.irp.config import CorpusConfig
 
 
 def main(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autosparse.cli.main import guarded, parse
-from autosparse.core.config import SweepConfig
+from autosparse.study.config import SweepConfig
 
 if TYPE_CHECKING:
     from autosparse.integrations.tune import Swept

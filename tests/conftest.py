@@ -21,12 +21,15 @@ import torch
 from torch import nn
 
 from autosparse.core import logs
-from autosparse.core.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.core.files import place, remove_tree
 from autosparse.corpus import store
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
+from autosparse.irp.config import IRPConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
+from autosparse.training.config import TrainingConfig
 
 logs.to_stderr()  # Tests read what a command says.
 

@@ -19,8 +19,8 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 
 from autosparse import criteria
 from autosparse.autos.network import AutoS
-from autosparse.core.config import ModelConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.compact import compact, compact_weights, densify
 from autosparse.sparsity.ticket import Ticket

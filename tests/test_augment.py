@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import decode as decoding
 from autosparse.data import sets
 from autosparse.data.augment import parse, python_rng, rand_augment, random_crop
+from autosparse.data.config import DataConfig
 from autosparse.data.decode import decode
 from autosparse.data.folder import FolderSamples
 from autosparse.data.pack import write_shards

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autosparse.core.config import DataConfig, PackConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.data.class_folders import listed
+from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.pack import pack
 from autosparse.data.tars import MANIFEST, read_manifest
 from tests.test_data import contents, fill, in_memory_config, streamed_config

@@ -15,17 +15,15 @@ from safetensors.torch import save_file
 from autosparse.cli import main
 from autosparse.cli.verbs.corpus_actions import CORPUS_ACTIONS, USAGE_OF
 from autosparse.core import config
-from autosparse.core.config import (
-    DataConfig,
-    IRPConfig,
-    ModelConfig,
-    PruneConfig,
-    SparseTrainConfig,
-)
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus import store as corpora
+from autosparse.criteria.config import PruneConfig
+from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
+from autosparse.irp.config import IRPConfig
+from autosparse.models.config import ModelConfig
+from autosparse.study.config import SparseTrainConfig
 from tests.conftest import flip, quick_irp, tiny_run
 
 DENSE = ("train", "--model.name", "test_resnet", "--data.train_limit", "64")

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
-from autosparse.core.config import ModelConfig, TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import compact as compaction
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import compact, compact_weights, dense_name, densify, rescattering
 from autosparse.sparsity.ticket import Ticket
 from autosparse.training import steppers
+from autosparse.training.config import TrainingConfig
 
 STEPS, BATCH, RATE, DECAY = 50, 32, 1e-3, 0.5
 

@@ -14,16 +14,18 @@ from autosparse import criteria
 from autosparse.cli.main import guarded, parse
 from autosparse.cli.verbs import compare as compare_verb
 from autosparse.core import locks
-from autosparse.core.config import FIRST_DEFAULTS, CompareConfig, ModelConfig
+from autosparse.core.config import FIRST_DEFAULTS
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus.store import is_finished
 from autosparse.criteria import scoring
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import twins
 from autosparse.study import compare
 from autosparse.study.compare import Trial
+from autosparse.study.config import CompareConfig
 from autosparse.study.verdicts import paired, verdict
 from tests.conftest import QUICK, SMALL_DIGITS, holder
 

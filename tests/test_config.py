@@ -13,23 +13,15 @@ import pytest
 from autosparse import criteria
 from autosparse.cli import main
 from autosparse.core import config
-from autosparse.core.config import (
-    CorpusConfig,
-    DataConfig,
-    IRPConfig,
-    ModelConfig,
-    PruneConfig,
-    SparseTrainConfig,
-    TrainingConfig,
-    check_sparsity,
-    from_plain,
-    identity,
-    keep_count,
-    keep_density,
-    plain,
-    run_id,
-)
+from autosparse.core.config import from_plain, identity, plain, run_id
 from autosparse.core.errors import UsageError
+from autosparse.criteria.config import PruneConfig
+from autosparse.data.config import DataConfig
+from autosparse.irp.config import CorpusConfig, IRPConfig
+from autosparse.models.config import ModelConfig
+from autosparse.sparsity.counts import check_sparsity, keep_count, keep_density
+from autosparse.study.config import SparseTrainConfig
+from autosparse.training.config import TrainingConfig
 
 EMPTY = inspect.Parameter.empty
 CONFIGS = [

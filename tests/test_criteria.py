@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from autosparse import criteria
 from autosparse.autos import features
 from autosparse.autos.network import AutoS
-from autosparse.core.config import ModelConfig
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -16,13 +16,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from autosparse.core.config import DataConfig, TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.data.decode import decode
 from autosparse.data.source import DataSource, MemorySplit, augmented
 from autosparse.data.stream import Stream
 from autosparse.training import loop, steppers
+from autosparse.training.config import TrainingConfig
 
 SPLITS = ("train", "validation", "test")
 DIGITS = DataConfig("digits", image_size=8)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autosparse.core.config import DataConfig, IRPConfig, run_id
+from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.core.files import write_json
 from autosparse.data import identity, sets
+from autosparse.data.config import DataConfig
 from autosparse.data.identity import content, looked_at_once
 from autosparse.irp import run
+from autosparse.irp.config import IRPConfig
 from tests.conftest import QUICK, quick_irp
 from tests.test_data import write_mnist
 

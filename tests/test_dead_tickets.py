@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from autosparse import prune
-from autosparse.core.config import PruneConfig, SparseTrainConfig, run_id
+from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
+from autosparse.criteria.config import PruneConfig
 from autosparse.study import results
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import Cell, train_cell
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from autosparse import compact, prune
 from autosparse.cli.verbs import export
-from autosparse.core.config import ExportConfig
 from autosparse.core.errors import UsageError
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study import export as exporting
+from autosparse.study.config import ExportConfig
 from tests.conftest import make_model
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.autos import features
-from autosparse.core.config import ModelConfig
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 
 Tensors = dict[str, Tensor]
 SHAPES = {

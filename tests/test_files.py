@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse.core.config import TrainingConfig
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import (
     is_local,
@@ -30,6 +29,7 @@ from autosparse.core.files import (
     write_tensors,
     write_text,
 )
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import History, PlainStepper
 
 TENSORS = {

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 
 from autosparse.autos import fit
-from autosparse.core.config import FitConfig
+from autosparse.autos.config import FitConfig
 from autosparse.core.errors import UsageError
 from autosparse.corpus.store import Corpus, IRPRun, read_run, write_run
 from autosparse.irp import run as irp

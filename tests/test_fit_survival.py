@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from autosparse.autos import fit, fit_heads, table
+from autosparse.autos.config import FitConfig
 from autosparse.autos.network import AutoS
-from autosparse.core.config import FitConfig
 from autosparse.core.errors import UsageError
 from autosparse.corpus.store import Corpus, IRPRun, read_run, write_run
 from autosparse.irp import run as irp

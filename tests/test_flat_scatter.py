@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from autosparse.core.config import ModelConfig, TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import flat_scatter
 from autosparse.sparsity.compact import GIVEN, compact, compact_weights, densify, rescattering
 from autosparse.sparsity.flat_scatter import FlatScatter, chosen
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import PlainStepper, lay_out
 from tests.test_compaction import Attention, Tied, random_ticket
 

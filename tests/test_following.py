@@ -273,7 +273,7 @@ class Caching(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_that_was_cached_is_left_behind(training: bool) -> None:
-    from autosparse.core.config import ScoringConfig
+    from autosparse.criteria.config import ScoringConfig
 
     model = Caching().train(training)
     data = [(torch.randn(4, 3, 1, 1), torch.arange(4))]

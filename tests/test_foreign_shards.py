@@ -14,10 +14,10 @@ from PIL import Image
 from webdataset import ShardWriter, TarWriter, WebDataset
 from webdataset.tariterators import base_plus_ext
 
-from autosparse.core.config import DataConfig, IndexConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.data.check import adopt, verify
+from autosparse.data.config import DataConfig, IndexConfig
 from autosparse.data.samples import Reading, scan
 from autosparse.data.tars import INDEX, MANIFEST, read_manifest
 from tests.test_cli import refuse, run

@@ -21,15 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria, prune
-from autosparse.core.config import ModelConfig, TrainingConfig
 from autosparse.core.errors import Stopped
 from autosparse.corpus import store
 from autosparse.data.sets import DataSource
 from autosparse.irp.run import run_irp
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.compact import compact, compact_weights, dense_name, densify
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import evaluate, fit, seeded, steps_per_epoch
 from autosparse.training.recipe import Recipe
 from autosparse.training.steppers import History, PlainStepper

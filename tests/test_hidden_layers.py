@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import criteria, prune
-from autosparse.core.config import ModelConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
 from tests.test_reach import Named

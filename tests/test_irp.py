@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from autosparse.core import locks
-from autosparse.core.config import DataConfig, keep_count, keep_density
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_card, read_json, read_tensors, write_tensors
 from autosparse.core.locks import CLAIM
 from autosparse.corpus import store, upkeep
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.sparsity import masks, reach
+from autosparse.sparsity.counts import keep_count, keep_density
 from autosparse.training import loop, steppers
 from tests.conftest import QUICK, SMALL_DIGITS, flip, holder, make_model, quick_irp
 

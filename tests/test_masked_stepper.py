@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import SparseTrainConfig, TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.corpus import store
 from autosparse.data.sets import DataSource
@@ -19,7 +18,9 @@ from autosparse.sparsity import masks
 from autosparse.sparsity.compact import compact, densify
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.cells import Cell
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import train_cell
+from autosparse.training.config import TrainingConfig
 from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import PlainStepper, Stepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp

@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import ModelConfig
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 
 STEM_AND_HEAD = {
     "test_byobnet": ("stem.conv.weight", "head.fc.weight"),

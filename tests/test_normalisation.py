@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse.core.config import DataConfig, identity, run_id
+from autosparse.core.config import identity, run_id
 from autosparse.core.errors import UsageError
 from autosparse.criteria.prune import prune
 from autosparse.data import normalisation, sets
+from autosparse.data.config import DataConfig
 from autosparse.data.source import channel_statistics
 from tests.conftest import make_model
 from tests.test_data import fill, in_memory_config
@@ -131,7 +132,7 @@ def test_the_card_says_how_images_were_normalised(digits):
 
 def test_the_command_line_takes_names_and_numbers():
     from autosparse.cli.main import parse
-    from autosparse.core.config import PruneConfig
+    from autosparse.criteria.config import PruneConfig
 
     for wanted in ("imagenet", [0.5, 0.25], [[0.1, 0.2, 0.3], [1, 1, 1]]):
         found = parse(PruneConfig, ["--data.normalisation", str(wanted)], "x", None)

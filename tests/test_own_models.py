@@ -16,8 +16,8 @@ from torch.nn.utils import prune as torch_prune
 
 import autosparse
 from autosparse import criteria
-from autosparse.core.config import ScoringConfig
 from autosparse.core.errors import UsageError
+from autosparse.criteria.config import ScoringConfig
 from autosparse.models import zoo
 from autosparse.models.gradients import untouched
 from autosparse.sparsity import masks, paths

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from autosparse.core.config import DataConfig, PackConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.data.check import verify
+from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.encode import encoded
 from autosparse.data.pack import RECORDS, pack
 from autosparse.data.samples import scan

@@ -10,9 +10,10 @@ import pytest
 import timm
 
 from autosparse.cli import main
-from autosparse.core.config import CorpusConfig, DataConfig
 from autosparse.core.errors import UsageError
+from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
+from autosparse.irp.config import CorpusConfig
 from benchmarks import paper_cifar10
 from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows, table
 

@@ -12,13 +12,16 @@ from torch import nn
 
 import autosparse
 from autosparse.cli import main
-from autosparse.core.config import CorpusConfig, DataConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_card
 from autosparse.corpus import store
+from autosparse.data.config import DataConfig
 from autosparse.irp import plan
 from autosparse.irp import run as irp
+from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
+from autosparse.training.config import TrainingConfig
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 
 ROOT = Path(autosparse.__file__).parent.parent

@@ -13,13 +13,15 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from autosparse import criteria, prune
-from autosparse.core.config import DataConfig, ScoringConfig, keep_count
 from autosparse.core.errors import UsageError
 from autosparse.criteria import rounds
+from autosparse.criteria.config import ScoringConfig
 from autosparse.criteria.scoring import Selection, score
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
+from autosparse.sparsity.counts import keep_count
 from autosparse.sparsity.ticket import Ticket
 from tests.conftest import SMALL_DIGITS, make_model
 

@@ -13,8 +13,8 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosparse.core.config import ModelConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.paths import image_shape
 from tests.conftest import make_model

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import compact, prune
-from autosparse.core.config import TrainingConfig, run_id
+from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.data.sets import DataSource
 from autosparse.sparsity.compact import compact_weights
+from autosparse.training.config import TrainingConfig
 from autosparse.training.recipe import Recipe, check, load_teacher, make_ema, step_seed
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model

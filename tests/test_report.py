@@ -11,16 +11,17 @@ import pytest
 
 from autosparse.cli import verbs
 from autosparse.cli.main import guarded
-from autosparse.core.config import ModelConfig, SparseTrainConfig, SweepConfig
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json, write_json
 from autosparse.criteria.prune import prune
 from autosparse.data.sets import DataSource
 from autosparse.irp.run import run_irp
+from autosparse.models.config import ModelConfig
 from autosparse.report import drawing
 from autosparse.report import page as report
 from autosparse.study import compare, sweep, verdicts
 from autosparse.study.cells import cells
+from autosparse.study.config import SparseTrainConfig, SweepConfig
 from autosparse.study.trainings import train_cell
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from autosparse.core.config import keep_count
 from autosparse.models.zoo import prunable
 from autosparse.sparsity.compact import compact
+from autosparse.sparsity.counts import keep_count
 from autosparse.sparsity.ticket import Ticket
 from benchmarks import cost_model, scale, scale_predictions, shapes
 from benchmarks.cost_model import GPU, Cluster, Collective, Plan, Precision, Shape

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from autosparse import criteria
-from autosparse.core.config import DataConfig
 from autosparse.data import sets
 from autosparse.data import stream as stream_module
+from autosparse.data.config import DataConfig
 from autosparse.data.score_batches import choose
 from autosparse.data.source import DataSource
 from tests.test_data import fill, in_memory_config, numbered, source_of, streamed_config

@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from autosparse.core.config import DataConfig, run_id
+from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.data import crew, sets, tars
 from autosparse.data.check import adopt, verify
+from autosparse.data.config import DataConfig
 from autosparse.data.crew import Rooms
 from autosparse.data.pack import write_shards
 from autosparse.data.remote import Folder

@@ -12,13 +12,14 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autosparse.core.config import ModelConfig, TrainingConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import compact as compaction
 from autosparse.sparsity import cpu_products, masks
 from autosparse.sparsity.compact import compact, compact_weights, densify, multiply_sparse
 from autosparse.sparsity.cpu_products import Pattern, SparseWeight, pays, sparse_weight
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import PlainStepper
 
 pytestmark = pytest.mark.skipif(

@@ -15,16 +15,19 @@ from autosparse import criteria, prune
 from autosparse.autos.network import AutoS
 from autosparse.cli.main import _main, guarded
 from autosparse.core import locks
-from autosparse.core.config import DataConfig, ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.core.files import write_json
 from autosparse.core.locks import CLAIM
 from autosparse.criteria import prune as pruning_module
+from autosparse.criteria.config import PruneConfig
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity.compact import load_state
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.cells import Cell, cells
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, train_cell
 from autosparse.training import loop
 from autosparse.training.loop import evaluate

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, pad
 
 from autosparse import criteria
-from autosparse.core.config import TrainingConfig
 from autosparse.models import zoo
 from autosparse.models.standardised import STANDARDISED, as_plain, kernels_masked, mask_kernel
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import compact, densify
 from autosparse.sparsity.ticket import Ticket
 from autosparse.training import steppers
+from autosparse.training.config import TrainingConfig
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from autosparse.core.config import ModelConfig, SweepConfig
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json, write_json
 from autosparse.data.sets import DataSource
+from autosparse.models.config import ModelConfig
 from autosparse.study import compare, sweep
+from autosparse.study.config import SweepConfig
 from autosparse.study.trainings import RESULT
 from tests.conftest import QUICK, SMALL_DIGITS
 

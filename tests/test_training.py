@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse.core.config import TrainingConfig
 from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.data.sets import DataSource
+from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import (
     Span,
     Watch,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.autos import features
+from autosparse.autos.config import FitConfig
 from autosparse.autos.network import AutoS
-from autosparse.core.config import DataConfig, FitConfig, from_plain, plain
+from autosparse.core.config import from_plain, plain
 from autosparse.core.errors import RunFailed, UsageError, unknown
 from autosparse.core.versions import library_versions
 from autosparse.corpus.store import Corpus, IRPRun, marker_of
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import zoo
 from autosparse.models.gradients import mean_gradients, untouched

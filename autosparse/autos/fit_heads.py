@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.autos import features
+from autosparse.autos.config import FitConfig
 from autosparse.autos.fit import FitEpoch, corpus_of, initial_gradients, ranks, split_runs
 from autosparse.autos.heads import CONSTANTS, Heads, erk_log_odds, interpolation
 from autosparse.autos.network import AutoS
-from autosparse.core.config import FitConfig, plain
+from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed
 from autosparse.core.versions import library_versions
 from autosparse.corpus.store import Corpus, IRPRun

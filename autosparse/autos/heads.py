@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.autos import features
-from autosparse.core.config import keep_density
 from autosparse.sparsity import masks
+from autosparse.sparsity.counts import keep_density
 
 CONSTANTS = 7
 """The last so many of the `context` features are the same for all weights of a layer."""

@@ -18,15 +18,10 @@ from typing import Any
 
 import autosparse
 from autosparse import criteria
+from autosparse.autos.config import FitConfig
+from autosparse.cli.config import QuickstartConfig
 from autosparse.cli.main import parse
-from autosparse.core.config import (
-    CorpusConfig,
-    FitConfig,
-    ModelConfig,
-    QuickstartConfig,
-    SparseTrainConfig,
-    plain,
-)
+from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import check_folder, read_card
 from autosparse.core.locks import claimed
@@ -34,10 +29,13 @@ from autosparse.core.progress import Progress, print_table
 from autosparse.corpus.store import Corpus, is_finished
 from autosparse.criteria import prune
 from autosparse.data import sets
+from autosparse.irp.config import CorpusConfig
 from autosparse.irp.run import run_folder
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.study import results
 from autosparse.study.cells import Cell, cells
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import TRAINED
 
 TARGET = ModelConfig("test_byobnet")

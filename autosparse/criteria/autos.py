@@ -23,11 +23,11 @@ from torch import Tensor
 
 from autosparse.autos import features
 from autosparse.autos.network import AutoS
-from autosparse.core.config import keep_count
 from autosparse.core.errors import UsageError, unknown
 from autosparse.criteria.base import Scores, register
 from autosparse.models.gradients import mean_gradients
 from autosparse.sparsity import masks, paths, reach
+from autosparse.sparsity.counts import keep_count
 
 PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safetensors"
 CHOICES = ("live", "random", "top", "sampled")

@@ -16,13 +16,14 @@ from itertools import islice
 import torch
 
 from autosparse.autos.network import AutoS
-from autosparse.core.config import TrainingConfig, keep_density
 from autosparse.core.errors import UsageError
 from autosparse.criteria import autos
 from autosparse.criteria.base import Scores, register
 from autosparse.criteria.short_irp import Horizon, short_levels
 from autosparse.models.gradients import mean_gradients
 from autosparse.sparsity import masks, paths, reach
+from autosparse.sparsity.counts import keep_density
+from autosparse.training.config import TrainingConfig
 
 ROUNDS = 4
 """In which a level removes weights: what has lost its paths in one goes first in the next."""

@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from autosparse.core.config import keep_count
 from autosparse.criteria.base import Scores, register
 from autosparse.sparsity import masks
+from autosparse.sparsity.counts import keep_count
 
 
 @register("erk", needs_data=False)

@@ -11,15 +11,9 @@ import torch
 from torch import nn
 
 from autosparse import criteria
-from autosparse.core.config import (
-    DataConfig,
-    ModelConfig,
-    PruneConfig,
-    ScoringConfig,
-    check_sparsity,
-)
 from autosparse.core.errors import RunFailed, UsageError, unknown
 from autosparse.core.versions import library_versions
+from autosparse.criteria.config import PruneConfig, ScoringConfig
 from autosparse.criteria.scoring import (
     UNIFORM,
     Data,
@@ -32,11 +26,14 @@ from autosparse.criteria.scoring import (
     score,
 )
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.models.contract import gradients_on
 from autosparse.models.gradients import LossFn
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
+from autosparse.sparsity.counts import check_sparsity
 from autosparse.sparsity.masks import Masks
 from autosparse.sparsity.paths import CannotFollow
 from autosparse.sparsity.ticket import Ticket

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.core.config import keep_count
 from autosparse.core.errors import UsageError
 from autosparse.models.gradients import settle
 from autosparse.sparsity import masks
+from autosparse.sparsity.counts import keep_count
 
 Scores = dict[str, Tensor]
 Take = Callable[[int, Tensor], None]

@@ -16,16 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse import criteria
-from autosparse.core.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
+from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
 from autosparse.core.versions import library_versions
+from autosparse.criteria.config import ScoringConfig
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import roles, zoo
 from autosparse.models.contract import Checked, gradients_on
 from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
+from autosparse.sparsity.counts import check_sparsity, keep_count
 from autosparse.sparsity.paths import CannotFollow
 from autosparse.training.loop import seeded
 from autosparse.training.steppers import Ranks

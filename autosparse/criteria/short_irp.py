@@ -17,7 +17,6 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import TrainingConfig, keep_density
 from autosparse.core.errors import RunFailed, UsageError, unknown
 from autosparse.criteria.base import Scores, register
 from autosparse.criteria.lamp import layer_scores
@@ -26,7 +25,9 @@ from autosparse.models.gradients import Batch, Batches, spend
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.counts import keep_density
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import PlainStepper
 
 LABELS = {"magnitude": torch.abs, "lamp": layer_scores}

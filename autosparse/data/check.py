@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from autosparse.core.config import IndexConfig
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import sha256_of_file, write_json
 from autosparse.data.class_folders import SPLIT_WORDS
+from autosparse.data.config import IndexConfig
 from autosparse.data.remote import expanded
 from autosparse.data.samples import Reading, scan
 from autosparse.data.tars import (

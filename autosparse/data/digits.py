@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from autosparse.core.config import DataConfig
 from autosparse.data.augment import choose
+from autosparse.data.config import DataConfig
 from autosparse.data.source import (
     DataSource,
     MemorySplit,

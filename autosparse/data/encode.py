@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from autosparse.core.config import PackConfig
+from autosparse.data.config import PackConfig
 from autosparse.data.decode import BadImage, decode, eight_bit, read_image
 
 Picture = Path | np.ndarray | bytes

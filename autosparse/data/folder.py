@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
 from autosparse.data.class_folders import Sample, listed, parts_of_folder
+from autosparse.data.config import DataConfig
 from autosparse.data.decode import read_image
 from autosparse.data.normalisation import IMAGENET
 from autosparse.data.source import (

@@ -22,7 +22,7 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, sha256_of_file, write_json
 
 if TYPE_CHECKING:
-    from autosparse.core.config import DataConfig
+    from autosparse.data.config import DataConfig
 
 logger = logging.getLogger(__name__)
 OWN = ("folder", "shards")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import identity
+from autosparse.data.config import DataConfig
 
 if TYPE_CHECKING:
     from autosparse.data.source import DataSource, Split

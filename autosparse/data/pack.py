@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from autosparse.core.config import DataConfig, PackConfig, identity
+from autosparse.core.config import identity
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, remove_tree, replacing, sha256_of_file, write_json
+from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.decode import BadImage
 from autosparse.data.encode import Picture, encoded
 from autosparse.data.source import MemorySplit

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
+from autosparse.data.config import DataConfig
 from autosparse.data.identity import expanded
 from autosparse.data.tars import (
     MANIFEST,

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError, unknown
 from autosparse.data import identity, normalisation
+from autosparse.data.config import DataConfig
 from autosparse.data.source import DataSource, Split, prepare
 
 __all__ = [

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
 from autosparse.data import augment
+from autosparse.data.config import DataConfig
 from autosparse.data.folder import DEFAULT_SIZE
 from autosparse.data.normalisation import IMAGENET
 from autosparse.data.remote import Folder, shards_of

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
 from autosparse.data.augment import parse, rand_augmented_batch
+from autosparse.data.config import DataConfig
 from autosparse.data.normalisation import Constants
 from autosparse.data.score_batches import ScoreBatches, score_batches
 

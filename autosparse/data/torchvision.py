@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
+from autosparse.data.config import DataConfig
 from autosparse.data.source import DataSource, MemorySplit, in_memory, resized
 
 SETS = {

@@ -19,7 +19,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from autosparse.core.config import SparseTrainConfig, run_id
+from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_tensors, write_tensors
 from autosparse.core.progress import Progress
@@ -31,6 +31,7 @@ from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import rescattering
 from autosparse.sparsity.flat_scatter import scatterer
 from autosparse.study.cells import cells, check_config
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed

@@ -26,11 +26,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from autosparse.core.config import IRPConfig, SparseTrainConfig, plain
+from autosparse.core.config import plain
 from autosparse.core.files import is_local, read_json, write_json
 from autosparse.criteria.prune import DENSE
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
+from autosparse.irp.config import IRPConfig
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, Cell
 from autosparse.training.steppers import Epoch
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autosparse.core.config import SparseTrainConfig
 from autosparse.core.files import read_json, write_json
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import SETTINGS, UNSENT, Cell, Observer, unsent
 from autosparse.training.steppers import Epoch
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 
-from autosparse.core.config import CorpusConfig, IRPConfig
 from autosparse.core.errors import RunFailed, UsageError, UserError
 from autosparse.core.files import is_local, place, read_card, write_json
 from autosparse.core.progress import Bar, Progress
@@ -22,6 +21,7 @@ from autosparse.corpus.store import Corpus
 from autosparse.data import identity, sets
 from autosparse.irp import plan
 from autosparse.irp import run as irp
+from autosparse.irp.config import CorpusConfig, IRPConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlflow.entities import Metric, Param
 
-from autosparse.core.config import SweepConfig, plain
+from autosparse.core.config import plain
 from autosparse.core.files import read_card, read_json
 from autosparse.data import sets
 from autosparse.integrations.mlflow import (
@@ -22,6 +22,7 @@ from autosparse.integrations.mlflow import (
     parent_run,
 )
 from autosparse.study import compare, sweep
+from autosparse.study.config import SweepConfig
 from autosparse.study.sweep import SweepCell
 from autosparse.study.trainings import RESULT, TRAINED
 

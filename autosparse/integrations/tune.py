@@ -28,7 +28,7 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-from autosparse.core.config import SweepConfig, run_id
+from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import write_json
 from autosparse.core.locks import claimed
@@ -37,6 +37,7 @@ from autosparse.data import identity
 from autosparse.integrations import ray as cluster
 from autosparse.study import compare, sweep
 from autosparse.study.compare import Trial
+from autosparse.study.config import SweepConfig
 from autosparse.study.sweep import SweepCell
 
 logging.getLogger("ray.tune").setLevel(logging.ERROR)

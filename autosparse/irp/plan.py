@@ -16,14 +16,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autosparse.core.config import CorpusConfig, IRPConfig, ModelConfig, TrainingConfig
 from autosparse.core.errors import UserError
 from autosparse.core.files import place, read_card
 from autosparse.corpus import store
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
+from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import steps_per_epoch
 from autosparse.training.steppers import PlainStepper
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import criteria
-from autosparse.core.config import IRPConfig, TrainingConfig, keep_density, plain, run_id
+from autosparse.core.config import plain, run_id
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import (
     check_file,
@@ -49,11 +49,14 @@ from autosparse.corpus import store
 from autosparse.criteria.prune import check_model
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
+from autosparse.irp.config import IRPConfig
 from autosparse.models import zoo
 from autosparse.models.zoo import device_name, device_of
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.counts import keep_density
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import Span, fit, seeded, steps_per_epoch
 from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import Epoch, PlainStepper, check_plain

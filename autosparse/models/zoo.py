@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from autosparse.core.config import ModelConfig
 from autosparse.core.errors import UsageError, unknown
 from autosparse.models import roles
+from autosparse.models.config import ModelConfig
 from autosparse.models.gradients import of_the_machine
 
 COMPILED = "_orig_mod"

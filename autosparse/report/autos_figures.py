@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autosparse.autos.config import FitConfig
 from autosparse.autos.fit import Rows, sample_rows
 from autosparse.autos.heads import interpolation
 from autosparse.autos.network import AutoS
-from autosparse.core.config import FitConfig
 from autosparse.core.errors import UsageError
 from autosparse.corpus.store import Corpus
 from autosparse.report.style import COLOURS, COLUMN, OKABE_ITO, panels, save

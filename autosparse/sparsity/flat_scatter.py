@@ -24,9 +24,9 @@ from timm.layers.linear import Linear
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from autosparse.core.config import TrainingConfig
 from autosparse.core.errors import UsageError, unknown
 from autosparse.sparsity.compact import CompactWeight, hand_over
+from autosparse.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 EACH, FLAT, TRITON, AUTO = "each", "flat", "triton", "auto"

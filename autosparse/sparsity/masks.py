@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.core.config import keep_count
 from autosparse.core.errors import UsageError, unknown
+from autosparse.sparsity.counts import keep_count
 
 Masks = dict[str, Tensor]
 SCOPES = ("global", "layer")

@@ -15,25 +15,21 @@ from types import SimpleNamespace
 from typing import Any
 
 from autosparse import criteria
-from autosparse.core.config import (
-    DataConfig,
-    ModelConfig,
-    PruneConfig,
-    SparseTrainConfig,
-    from_plain,
-    plain,
-    run_id,
-)
+from autosparse.core.config import from_plain, plain, run_id
 from autosparse.core.errors import UsageError
 from autosparse.core.files import check_folder, read_json
 from autosparse.core.locks import claimed
 from autosparse.corpus.store import data_name
 from autosparse.criteria import prune as pruning
+from autosparse.criteria.config import PruneConfig
 from autosparse.criteria.prune import DENSE, prune, prune_as
 from autosparse.data import identity, sets
+from autosparse.data.config import DataConfig
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
+from autosparse.study.config import SparseTrainConfig
 from autosparse.training.steppers import Ranks, check_whole, set_up
 
 RESULT = "result.json"

@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse import criteria
-from autosparse.core.config import (
-    CompareConfig,
-    IRPConfig,
-    SparseTrainConfig,
-    check_sparsity,
-    from_plain,
-    identity,
-    run_id,
-)
+from autosparse.core.config import from_plain, identity, run_id
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import check_folder, read_json
 from autosparse.core.locks import claimed
@@ -34,9 +26,12 @@ from autosparse.data import identity as data_identity
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
+from autosparse.irp.config import IRPConfig
 from autosparse.models import zoo
 from autosparse.sparsity import twins as controls
+from autosparse.sparsity.counts import check_sparsity
 from autosparse.sparsity.ticket import Ticket
+from autosparse.study.config import CompareConfig, SparseTrainConfig
 from autosparse.study.trainings import RESULT, Cell, Observer, train_cell
 from autosparse.training.steppers import Epoch, PlainStepper, check, check_plain
 

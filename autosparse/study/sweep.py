@@ -14,14 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autosparse.core.config import (
-    CompareConfig,
-    SweepConfig,
-    TrainingConfig,
-    from_plain,
-    plain,
-    run_id,
-)
+from autosparse.core.config import from_plain, plain, run_id
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import check_folder, is_local, read_json, write_json
 from autosparse.core.versions import library_versions
@@ -32,7 +25,9 @@ from autosparse.irp import plan
 from autosparse.models import zoo
 from autosparse.study import compare, verdicts
 from autosparse.study.compare import TICKET, Trial
+from autosparse.study.config import CompareConfig, SweepConfig
 from autosparse.study.trainings import RESULT
+from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import steps_per_epoch
 from autosparse.training.steppers import check_plain
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from autosparse.core.config import SparseTrainConfig, plain
+from autosparse.core.config import plain
 from autosparse.core.errors import Stopped, UsageError, unknown
 from autosparse.core.files import write_json
 from autosparse.core.locks import Claim, claimed
@@ -27,6 +27,7 @@ from autosparse.models import zoo
 from autosparse.sparsity.compact import compact
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
+from autosparse.study.config import SparseTrainConfig
 from autosparse.training.loop import Span, Watch, evaluate, fit, seeded, steps_per_epoch
 from autosparse.training.steppers import Epoch, Ranks, Stepper
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from scipy import stats
 
-from autosparse.core.config import CompareConfig, plain
+from autosparse.core.config import plain
 from autosparse.core.files import write_json
 from autosparse.criteria.prune import DENSE
 from autosparse.data.sets import DataSource
 from autosparse.sparsity import twins as controls
 from autosparse.study.compare import BASELINES, TICKET, labels
+from autosparse.study.config import CompareConfig
 from autosparse.study.results import dead, mark
 from autosparse.training.loop import steps_per_epoch
 

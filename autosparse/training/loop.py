@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import TrainingConfig
 from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.core.memory import keep_freed_blocks
 from autosparse.data.sets import DataSource, Split
 from autosparse.data.source import Batch
 from autosparse.models.zoo import device_of
 from autosparse.training import recipe
+from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import advance
 from autosparse.training.steppers import Epoch, History, Ranks, Stepper, autocast, check
 

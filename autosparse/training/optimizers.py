@@ -10,10 +10,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from autosparse.core.config import TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity.compact import compact_weights, dense_name
+from autosparse.training.config import TrainingConfig
 
 
 def optimizer_and_schedule(

@@ -19,12 +19,12 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autosparse.core.config import TrainingConfig
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import lay_out, load_state
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.config import TrainingConfig
 
 
 class Recipe:

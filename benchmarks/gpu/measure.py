@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import ModelConfig
 from autosparse.core.files import write_json
 from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
+from autosparse.models.config import ModelConfig
 from autosparse.models.zoo import create, prunable
 from autosparse.sparsity.compact import compact
 from autosparse.sparsity.ticket import Ticket

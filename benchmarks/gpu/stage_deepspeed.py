@@ -19,9 +19,11 @@ import torch.distributed as dist
 from deepspeed.comm import comm
 from torch import Tensor, nn
 
-from autosparse.core.config import DeepSpeedConfig, ModelConfig, SparseTrainConfig, TrainingConfig
 from autosparse.integrations import deepspeed as ours
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity.compact import MARK
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import PlainStepper, Ranks
 from benchmarks.gpu.goals import PRECISIONS, ZERO
 from benchmarks.gpu.measure import (

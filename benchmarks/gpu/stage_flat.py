@@ -18,10 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import TrainingConfig
 from autosparse.models.zoo import owner
 from autosparse.sparsity.compact import compact_weights
 from autosparse.sparsity.flat_scatter import FlatScatter
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import autocast
 from benchmarks.gpu.goals import SCORED
 from benchmarks.gpu.measure import (

@@ -21,9 +21,12 @@ from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
 
-from autosparse.core.config import DataConfig, IRPConfig, ModelConfig, TrainingConfig
+from autosparse.data.config import DataConfig
+from autosparse.irp.config import IRPConfig
 from autosparse.irp.run import run_irp
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import optimizer_and_schedule
 from autosparse.training.steppers import Epoch, autocast
 from benchmarks.gpu.measure import CLASSES, SEED, Recorder, Setting, random_source

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import ModelConfig, TrainingConfig
+from autosparse.models.config import ModelConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import fit
 from autosparse.training.optimizers import optimizer_and_schedule
 from autosparse.training.steppers import History, PlainStepper, autocast

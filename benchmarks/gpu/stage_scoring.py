@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosparse.core.config import ModelConfig
 from autosparse.criteria.autos import TILT, counts
 from autosparse.criteria.prune import prune
+from autosparse.models.config import ModelConfig
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import reach
 from benchmarks.gpu.goals import SCORED

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autosparse.core.config import DataConfig, PackConfig
 from autosparse.data import sets
+from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.pack import pack
 from benchmarks import shards
 from benchmarks.gpu.goals import WORKERS

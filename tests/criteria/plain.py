@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosparse.core.config import keep_count
+from autosparse.sparsity.counts import keep_count
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria, prune
-from autosparse.core.config import ModelConfig
 from autosparse.core.errors import UsageError
 from autosparse.criteria import synflow as module
 from autosparse.criteria.scoring import Selection
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.models.gradients import counting
 from autosparse.sparsity import masks
 from autosparse.sparsity.paths import rescale_between_blocks, without_shifts

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from autosparse.core.config import ModelConfig, PruneConfig, SparseTrainConfig
 from autosparse.core.errors import UserError
+from autosparse.criteria.config import PruneConfig
+from autosparse.models.config import ModelConfig
 from autosparse.study.cells import cells
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import finished
 from autosparse.training.steppers import Ranks
 from tests.conftest import QUICK, SMALL_DIGITS

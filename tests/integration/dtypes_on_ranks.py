@@ -14,10 +14,10 @@ from typing import Any
 from deepspeed.comm import comm
 
 from autosparse import compact, prune
-from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.data import sets
 from autosparse.integrations import deepspeed
 from autosparse.sparsity.compact import MARK
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, batches
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from autosparse import compact, prune
-from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.data import sets
 from autosparse.integrations import deepspeed
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.loop import evaluate
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model

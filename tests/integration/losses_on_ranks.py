@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 from autosparse import compact, prune
-from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.core.files import write_tensors
 from autosparse.data import sets
 from autosparse.integrations import deepspeed
 from autosparse.sparsity import compact as compaction
 from autosparse.sparsity import cpu_products
 from autosparse.sparsity.compact import densify
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, STEPS, batches
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import prune
-from autosparse.core.config import TrainingConfig
 from autosparse.data.sets import DataSource
+from autosparse.training.config import TrainingConfig
 from tests.conftest import make_model
 
 STEPS, BATCH = 40, 32

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from autosparse import criteria
-from autosparse.core.config import DataConfig, ScoringConfig
 from autosparse.core.errors import UserError
 from autosparse.criteria import prune
+from autosparse.criteria.config import ScoringConfig
 from autosparse.criteria.scoring import Selection, score
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.training.steppers import Ranks
 from tests.conftest import make_model
 

@@ -18,7 +18,8 @@ ROOT = Path(autosparse.__file__).parent.parent
 SCRIPT = ROOT / "launch" / "train_sparse.py"
 PRELOADED = [
     __name__, "autosparse.integrations.deepspeed", "autosparse.cli.main",
-    "autosparse.study.results", "autosparse.criteria.base", "deepspeed.runtime.zero.muon.muon_optimizer", "sklearn.datasets",
+    "autosparse.study.results", "autosparse.criteria.base",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "sklearn.datasets",
 ]  # fmt: skip
 """What takes most of a start: seconds."""
 GRACE = 30

@@ -13,11 +13,11 @@ import torch
 
 from autosparse import prune
 from autosparse.autos.network import AutoS
-from autosparse.core.config import SparseTrainConfig
 from autosparse.core.errors import RunFailed
 from autosparse.core.files import read_json
 from autosparse.data.sets import DataSource
 from autosparse.study.cells import Cell, cells
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import SETTINGS, TRAINED, train_cell
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from autosparse.core.config import SparseTrainConfig
 from autosparse.core.files import read_json
 from autosparse.integrations import mlflow_spool
 from autosparse.integrations.mlflow_spool import Spooled
+from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import UNSENT
 from autosparse.training.steppers import Epoch
 

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from autosparse.core.config import DeepSpeedConfig, SparseTrainConfig, TrainingConfig
 from autosparse.integrations import deepspeed
+from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import Ranks
 
 OPENMPI = "OMPI_COMM_WORLD_LOCAL_RANK"

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from autosparse.core.config import CorpusConfig, DataConfig, ModelConfig
 from autosparse.corpus.store import Corpus
+from autosparse.data.config import DataConfig
 from autosparse.integrations import ray as growing
+from autosparse.irp.config import CorpusConfig
+from autosparse.models.config import ModelConfig
 from tests.conftest import QUICK, SMALL_DIGITS
 
 PLAN = CorpusConfig(

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from autosparse.autos import features
+from autosparse.autos.config import FitConfig
 from autosparse.autos.fit import fit
 from autosparse.autos.network import AutoS
 from autosparse.cli.main import _main, guarded
-from autosparse.core.config import FitConfig, ModelConfig, SweepConfig
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.criteria.autos import PRETRAINED
 from autosparse.data.sets import DataSource
@@ -25,7 +25,9 @@ from autosparse.integrations import promotion, registry
 from autosparse.integrations.mlflow import client
 from autosparse.integrations.tracking import sweep_tracker
 from autosparse.irp.run import run_irp
+from autosparse.models.config import ModelConfig
 from autosparse.study import compare, sweep
+from autosparse.study.config import SweepConfig
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 
 NAME = "test_byobnet-sparse"

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from autosparse.core.config import DataConfig
 from autosparse.data import sets
+from autosparse.data.config import DataConfig
 from autosparse.data.pack import write_shards
 from autosparse.sparsity.ticket import Ticket
 from tests.conftest import flip

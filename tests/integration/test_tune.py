@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from autosparse.core.config import DataConfig
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, write_json
+from autosparse.data.config import DataConfig
 from autosparse.integrations import tune
 from autosparse.study import sweep
 from autosparse.study.trainings import RESULT

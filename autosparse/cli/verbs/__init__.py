@@ -9,22 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from autosparse.autos.config import FitConfig
+from autosparse.cli.config import QuickstartConfig
 from autosparse.cli.verbs.corpus_actions import corpus
 from autosparse.cli.verbs.inspection import inspect
 from autosparse.cli.verbs.registry_actions import registry
 from autosparse.cli.verbs.shards_actions import shards
-from autosparse.core.config import (
-    CompareConfig,
-    ExportConfig,
-    FitConfig,
-    IRPConfig,
-    PruneConfig,
-    QuickstartConfig,
-    SparseTrainConfig,
-)
 from autosparse.core.errors import unknown
 from autosparse.core.files import is_local, place
 from autosparse.core.progress import Progress, print_table
+from autosparse.criteria.config import PruneConfig
+from autosparse.irp.config import IRPConfig
+from autosparse.study.config import CompareConfig, ExportConfig, SparseTrainConfig
 
 __all__ = [
     "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "prune", "quickstart",

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosparse.core.config import IndexConfig, PackConfig
 from autosparse.core.errors import RunFailed, UsageError, unknown
 from autosparse.core.progress import Progress, print_table
+from autosparse.data.config import IndexConfig, PackConfig
 
 if TYPE_CHECKING:
     from autosparse.data.tars import Shard

@@ -1,0 +1,108 @@
+"""Settings of data, and of packing them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from autosparse.core.config import local
+from autosparse.data import identity as data_identity
+
+
+def _root_identity(config: DataConfig) -> str | None:
+    """Own data are known by their content, wherever they lie; named sets by their name."""
+    return data_identity.content(config)
+
+
+def _normalisation_identity(config: DataConfig) -> str | list[Any]:
+    """Named sets keep the ids from when nothing else could be asked for; own data says what it is.
+
+    (What auto meant for own data once depended on whether it fitted into memory.)
+    """
+    auto, other = ("imagenet", None) if config.name in data_identity.OWN else ("auto", "measured")
+    return auto if config.normalisation in ("auto", other) else config.normalisation
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how they are split."""
+
+    name: str = "digits"
+    """digits, a torchvision set (cifar10, cifar100, mnist, fashion_mnist), folder or shards."""
+    root: str | None = field(default=None, metadata={"identity": _root_identity})
+    """Folder of the data: required for folder and shards; torchvision sets download into it.
+
+    For shards also one of the folder's tars, or a pattern such as DIR/train-{0000..0099}.tar.
+    """
+    image_size: int | None = None
+    """Side of the square images in pixels; by default what suits the data set."""
+    augment: str = "auto"
+    """none, shift, shift+flip, shift+altflip (every other epoch each image is mirrored, in memory
+    only), crop+flip (random resized crops, of streamed images), or auto.
+
+    All but none and auto may be followed by timm's RandAugment: crop+flip+rand-m9-mstd0.5-inc1.
+    """
+    normalisation: list[list[float]] | list[float] | str = field(
+        default="auto", metadata={"identity": _normalisation_identity}
+    )
+    """imagenet, measured (on the training images), or [mean, std], each a number or three, of 0..1.
+
+    auto: imagenet for folder and shards, measured for the named sets.
+    """
+    validation_fraction: float = 0.15
+    """Share of the training images held out for validation, stratified, the same every time."""
+    train_limit: int | None = None
+    """Use only this many training images, stratified, the same ones every time."""
+    workers: int = local(2)
+    """Processes per rank that decode images, for sets that are too large for memory."""
+    memory_limit_gb: float = local(4.0)
+    """Sets whose decoded images take less than this are held in memory as uint8 tensors.
+
+    So are the images that streamed sets are scored on. What is computed is the same either way.
+    """
+    lanes: int = 16
+    """Streamed shards are shuffled in so many lanes, best a multiple of the number of ranks."""
+    max_bad_images: int = local(0)
+    """Images that may be damaged: a neighbour stands in for each in training; one more: stop."""
+    allow_remote: bool = local(False)
+    """Let data.root be a URL (http, https, gs, s3) that shards are fetched from."""
+    cache: str = local("~/.cache/autosparse")
+    """Folder for fetched shards, and for indexes of shards that came without one."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How images are packed into shards."""
+
+    resize: int | None = None
+    """Make images smaller until their shorter side has so many pixels; none by default."""
+    quality: int | None = None
+    """Encode all as JPEG of this quality; by default bytes are copied; resized: 90."""
+    per_shard: int = 1000
+    """Images per shard."""
+    seed: int = 0
+    """Fixes the order of the images."""
+    validation_fraction: float = 0.15
+    """Share of the training images that becomes validation, where there is none; stratified."""
+    max_bad_images: int = local(0)
+    """Images that may be damaged or missing, and are left out; one more: stop."""
+    workers: int = local(2)
+    """Processes that pack."""
+    root: str | None = local(None)
+    """Folder of a torchvision set; by default AUTOSPARSE_DATA or data."""
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How tars that others wrote are read."""
+
+    label: str = "cls"
+    """Extension of a sample's label, such as cls or txt, or json:KEY for an entry of its json."""
+    dotted: bool = False
+    """Keys hold dots: extensions begin at a name's last dot, not at its first as in WebDataset."""
+    split: str | None = None
+    """train, validation or test: the split of tars whose names do not say it."""
+    classes: str | None = None
+    """Number of classes, or a file with a class a line; by default the largest label + 1."""
+    validation_fraction: float = 0.15
+    """Share of the training tars that becomes validation, where there is none."""

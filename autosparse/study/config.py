@@ -1,0 +1,165 @@
+"""Settings of trainings, comparisons and sweeps of tickets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from autosparse.core.config import local
+from autosparse.criteria.config import PruneConfig, ScoringConfig
+from autosparse.data.config import DataConfig
+from autosparse.models.config import ModelConfig
+from autosparse.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What only training under DeepSpeed uses."""
+
+    zero_stage: int = 1
+    """ZeRO stage, 0 to 3."""
+    gradient_accumulation: int = 1
+    """Micro-batches per step."""
+    overlap_comm: bool = local(True)
+    """On several GPUs: send the first gradients while the others are computed (ZeRO 1 to 3)."""
+
+
+@dataclass(frozen=True)
+class SparseTrainConfig:
+    """Train tickets, or the dense model where no ticket is given."""
+
+    tickets: list[str] | str = local([])
+    """A ticket file, pattern or registered models:/NAME@ALIAS, or a list; one folder for each."""
+    prune: PruneConfig | None = None
+    """Prune at the start, if no ticket is given: what `autosparse prune` takes. Its model and data
+    are those below, unless it names others."""
+    model: ModelConfig | None = None
+    """The model that is pruned; if there is neither ticket nor pruning, it is trained dense."""
+    data: DataConfig | None = None
+    """The data; by default what the ticket was made on."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Used by launch/train_sparse.py only."""
+    seed: int | None = None
+    """Fixes the order of batches; by default the ticket's own seed."""
+    device: str = local("auto")
+    """auto, cpu, cuda …"""
+    tracking: bool = local(True)
+    """Log to MLflow."""
+    dead: str = local("warn")
+    """What becomes of a ticket whose output does not depend on the image: warn, or error."""
+    out: str = local("trained")
+    """Folder for the trained tickets."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Take a trained ticket out of autosparse."""
+
+    ticket: str = "trained.safetensors"
+    """A trained ticket's file, the folder of its training, or a registered models:/NAME@ALIAS."""
+    format: str = "dense"
+    """dense (a timm state dict), onnx, or ticket."""
+    out: str | None = None
+    """The file to write; by default beside the ticket, named by the format."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train the tickets of several criteria and their twins, and say what makes the difference."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    criteria: list[str] | str = "snip,synflow,magnitude"
+    """Criteria, `irp`, or labels that `options` explains; a list, or with commas."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Label -> options; {fast: {criterion: synflow, rounds: 10}} makes a label of your own."""
+    sparsities: list[float] | float | str = "0.9,0.95"
+    """Sparsities; a list, or with commas."""
+    seeds: list[int] | int | str = "0,1,2"
+    """Seeds; a list, or with commas. Verdicts need two, and are sharper with more."""
+    twins: list[str] = field(
+        default_factory=lambda: ["shuffled", "reinitialised", "inverted", "erk", "uniform"]
+    )
+    """Controls to train: shuffled, reinitialised, inverted; erk and uniform at the same budget."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How everything is trained."""
+    scope: str = "global"
+    """Over what scores are compared: global or layer."""
+    allocation: str | None = None
+    """Whose layer densities to use: uniform, or another criterion's name; by default its own."""
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that other criterion."""
+    guard: str = "layer"
+    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
+    in every layer and as few as can be off all paths from input to output (live)."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What scores are computed on."""
+    device: str = local("auto")
+    """auto, cpu, cuda …"""
+    tracking: bool = local(True)
+    """Log to MLflow."""
+    out: str = local("comparison")
+    """Folder for tickets, results, table and figure."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train tickets of many models, criteria, sparsities, seeds and options with Ray Tune."""
+
+    models: list[ModelConfig] = field(default_factory=lambda: [ModelConfig()])
+    """The models."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    criteria: list[str] | str = "snip,synflow,magnitude"
+    """Criteria, `irp`, or labels that `options` explains; a list, or with commas."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Label -> options; {fast: {criterion: synflow, rounds: 10}} makes a label of your own."""
+    sparsities: list[float] | float | str = "0.8,0.9,0.95"
+    """Sparsities; a list, or with commas."""
+    seeds: list[int] | int | str = "0,1"
+    """Seeds; a list, or with commas."""
+    twins: list[str] = field(default_factory=list)
+    """Controls to train too: shuffled, reinitialised, inverted, erk, uniform (see compare)."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How everything is trained."""
+    variations: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    """Grid: what differs from `training`, each tried, e.g. [{}, {learning_rate: 0.01}]."""
+    search: str = "grid"
+    """grid: every cell; or optuna: `samples` cells of each model and sparsity, chosen by TPE."""
+    samples: int = 20
+    """Optuna: how many cells of each model and sparsity."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Optuna: training option -> list of choices, or {low: 0.001, high: 0.03, log: true}."""
+    asha: bool = False
+    """Stop the worst early; only cells of one model, sparsity and seed are held against another."""
+    asha_epochs: int = 1
+    """ASHA: no cell is stopped before so many epochs."""
+    asha_factor: int = 3
+    """ASHA: one in so many goes on from rung to rung."""
+    scope: str = "global"
+    """Over what scores are compared: global or layer."""
+    allocation: str | None = None
+    """Whose layer densities to use: uniform, or another criterion's name; by default its own."""
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that other criterion."""
+    guard: str = "layer"
+    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
+    in every layer and as few as can be off all paths from input to output (live)."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What scores are computed on."""
+    cpus_per_trial: float = 1.0
+    """Ray CPUs of one cell; also its number of threads."""
+    gpus_per_trial: float = 0.0
+    """Ray GPUs of one cell; may be a fraction, so that several small models share one."""
+    memory_gb_per_trial: float = 0.0
+    """Memory of one cell that Ray keeps free for it, in GB; 0: not looked at."""
+    tracking: bool = True
+    """Log to MLflow: a run for the sweep, and one nested in it for every cell."""
+    dry_run: bool = False
+    """Print the cells, which are finished, and about what the rest costs; then stop."""
+    out: str = "sweep"
+    """Folder for tickets, results, table, figures and report; shared by the nodes of a cluster."""
