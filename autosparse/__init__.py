@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from autosparse.autos.network import AutoS
     from autosparse.corpus.store import Corpus
     from autosparse.criteria.prune import prune
-    from autosparse.sparsity.compact import compact, densify
-    from autosparse.sparsity.ticket import Ticket
+    from autosparse.sparsity.compact import densify
+    from autosparse.sparsity.ticket import Ticket, compact
     from autosparse.training.optimizers import parameter_groups
 
 _HOMES = {
     "AutoS": "autos.network",
     "Corpus": "corpus.store",
     "Ticket": "sparsity.ticket",
-    "compact": "sparsity.compact",
+    "compact": "sparsity.ticket",
     "densify": "sparsity.compact",
     "parameter_groups": "training.optimizers",
     "prune": "criteria.prune",

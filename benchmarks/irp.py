@@ -42,8 +42,7 @@ from autosparse.irp.config import CorpusConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
-from autosparse.sparsity.compact import compact
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training import loop, optimizers, steppers
 from autosparse.training.config import TrainingConfig
 from benchmarks.report import figure, publish, seconds_in_turn

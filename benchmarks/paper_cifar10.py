@@ -26,7 +26,7 @@ from typing import Any
 from autosparse.autos import fit as fit_scorer
 from autosparse.autos import fit_heads
 from autosparse.autos.config import FitConfig
-from autosparse.cli import main as cli
+from autosparse.cli.arguments import guarded, parse
 from autosparse.core.config import from_plain, run_id
 from autosparse.core.errors import Stopped, unknown
 from autosparse.core.files import write_json
@@ -297,7 +297,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args(arguments)
     clock = Clock(60 * asked.minutes)
-    config = cli.parse(PaperConfig, ["--config", asked.config], "paper_cifar10", __doc__)
+    config = parse(PaperConfig, ["--config", asked.config], "paper_cifar10", __doc__)
     if asked.data:
         config = replace(config, data=replace(config.data, root=asked.data))
 
@@ -316,4 +316,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from autosparse.core.files import write_json
 from autosparse.integrations.deepspeed import engine_config
 from autosparse.models.zoo import prunable
-from autosparse.sparsity.compact import compact, compact_weights
+from autosparse.sparsity.compact import compact_weights
 from autosparse.sparsity.counts import keep_count
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import Ranks

@@ -26,8 +26,7 @@ from autosparse.core.memory import keep_freed_blocks
 from autosparse.integrations import deepspeed as ours
 from autosparse.models import zoo
 from autosparse.sparsity import masks
-from autosparse.sparsity.compact import compact
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import History, Ranks

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from autosparse.cli.main import guarded, parse
+from autosparse.cli.arguments import guarded, parse
 from autosparse.study.config import SparseTrainConfig
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from autosparse.cli.main import guarded, parse
+from autosparse.cli.arguments import guarded, parse
 from autosparse.irp.config import CorpusConfig
 
 

@@ -14,7 +14,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autosparse.cli.main import guarded, parse
+from autosparse.cli.arguments import guarded, parse
 from autosparse.study.config import SweepConfig
 
 if TYPE_CHECKING:

@@ -28,16 +28,16 @@ from autosparse.irp.run import run_irp
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks, reach
-from autosparse.sparsity.compact import compact, compact_weights, dense_name, densify
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.compact import compact_weights, dense_name, densify
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import evaluate, fit, seeded, steps_per_epoch
 from autosparse.training.recipe import Recipe
 from autosparse.training.steppers import History, PlainStepper
 from tests.conftest import QUICK, make_model, quick_irp
-from tests.test_compaction import CASES, masked, random_ticket
-from tests.test_standardised import CASES as STANDARDISED
-from tests.test_standardised import Only, chosen_for
+from tests.models.test_standardised import CASES as STANDARDISED
+from tests.models.test_standardised import Only, chosen_for
+from tests.sparsity.test_compact import CASES, masked, random_ticket
 
 CPU = torch.device("cpu")
 PLAIN = replace(QUICK, sparse_products=False, optimizer="sgd", learning_rate=0.01, schedule="none")

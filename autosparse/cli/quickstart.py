@@ -19,8 +19,8 @@ from typing import Any
 import autosparse
 from autosparse import criteria
 from autosparse.autos.config import FitConfig
+from autosparse.cli.arguments import parse
 from autosparse.cli.config import QuickstartConfig
-from autosparse.cli.main import parse
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import check_folder, read_card

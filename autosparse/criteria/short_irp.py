@@ -24,9 +24,9 @@ from autosparse.criteria.rounds import counts
 from autosparse.models.gradients import Batch, Batches, spend
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks
-from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.compact import densify
 from autosparse.sparsity.counts import keep_density
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import PlainStepper
 

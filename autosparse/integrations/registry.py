@@ -30,8 +30,7 @@ from autosparse.core.files import read_json, write_bytes
 from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus
 from autosparse.models import zoo
 from autosparse.report import drawing
-from autosparse.sparsity.compact import load_state
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.study import sweep
 from autosparse.study.trainings import RESULT, TRAINED
 

@@ -53,9 +53,9 @@ from autosparse.irp.config import IRPConfig
 from autosparse.models import zoo
 from autosparse.models.zoo import device_name, device_of
 from autosparse.sparsity import masks, reach
-from autosparse.sparsity.compact import compact, densify
+from autosparse.sparsity.compact import densify
 from autosparse.sparsity.counts import keep_density
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import Span, fit, seeded, steps_per_epoch
 from autosparse.training.masked_stepper import MaskedStepper, can_train

@@ -1,6 +1,6 @@
 """Compact parameters: a pruned weight is held as the 1-D parameter of its surviving values.
 
-`compact` swaps each pruned weight of a model for a `torch.nn.utils.parametrize` parametrization:
+`hold_compact` swaps each pruned weight of a model for a `torch.nn.utils.parametrize` parametrization:
 forward scatters the values into a dense tensor, backward gathers the gradient. What was pruned
 does not exist: the optimizer, ZeRO, all-reduce and checkpoints only ever see survivors.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from autosparse.models.standardised import keep_mask, mask_kernel, unmask
 from autosparse.models.zoo import owner, unwrapped
 from autosparse.sparsity import masks
 from autosparse.sparsity.cpu_products import Pattern, available, pays, sparse_weight
-
-if TYPE_CHECKING:
-    from autosparse.sparsity.ticket import Ticket
 
 SUFFIX = ".original"
 MARK = "parametrizations."
@@ -213,34 +210,17 @@ class CompactWeight(nn.Module):
 
 
 @torch.inference_mode(False)
-def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
-    """Put `model` into the ticket's state, its pruned weights compact; in place.
+def hold_compact(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
+    """Make the weights that masks do not keep whole compact; in place.
 
-    Weights that the ticket keeps whole stay ordinary parameters. A weight that several modules
-    share stays shared. An optimizer is made afterwards, of `autosparse.parameter_groups`, so that
-    compact weights, which are 1-D, decay. Raises UsageError that names the first parameter that
-    differs if the ticket is for another model.
+    Args:
+        model: dense; a weight that several modules share stays shared.
+        chosen: bool masks by parameter name, True = kept. What is pruned need not be zero.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UsageError(
-            "compact comes first, then DistributedDataParallel, which holds on to its parameters"
-        )
-    plain = unwrapped(model)
-    ticket.check(plain)
-    unmask(plain)
-    load_state(plain, ticket)
-    for name, mask in ticket.masks.items():
+    unmask(model)
+    for name, mask in chosen.items():
         if not mask.all():
-            _register(plain, name, mask)
-    return model
-
-
-def load_state(model: nn.Module, ticket: Ticket) -> None:
-    """Copy the ticket's values and the rest of its state into a dense model (pruned = 0)."""
-    with torch.no_grad():
-        state = model.state_dict()
-        for name, tensor in ticket.dense_state().items():
-            state[name].copy_(tensor)
+            _register(model, name, mask)
 
 
 def _register(model: nn.Module, name: str, mask: Tensor) -> None:

@@ -18,7 +18,7 @@ from autosparse.core.errors import UsageError
 from autosparse.core.files import read_tensors, require, write_tensors
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity import masks as masks_module
-from autosparse.sparsity.compact import compact_weights, dense_name
+from autosparse.sparsity.compact import compact_weights, dense_name, hold_compact
 
 FORMAT = 1
 
@@ -200,6 +200,33 @@ class Ticket:
         if ticket.content_hash != header["content_hash"]:
             raise UsageError(f"{path}: the values do not match their hash; the file is damaged")
         return ticket
+
+
+def compact(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """Put `model` into the ticket's state, its pruned weights compact; in place.
+
+    Weights that the ticket keeps whole stay ordinary parameters. A weight that several modules
+    share stays shared. An optimizer is made afterwards, of `autosparse.parameter_groups`, so that
+    compact weights, which are 1-D, decay. Raises UsageError that names the first parameter that
+    differs if the ticket is for another model.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "compact comes first, then DistributedDataParallel, which holds on to its parameters"
+        )
+    plain = unwrapped(model)
+    ticket.check(plain)
+    load_state(plain, ticket)
+    hold_compact(plain, ticket.masks)
+    return model
+
+
+def load_state(model: nn.Module, ticket: Ticket) -> None:
+    """Copy the ticket's values and the rest of its state into a dense model (pruned = 0)."""
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, tensor in ticket.dense_state().items():
+            state[name].copy_(tensor)
 
 
 def _tied_names(model: nn.Module, masks: dict[str, Tensor]) -> set[str]:

@@ -12,8 +12,8 @@ from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import replacing, write_tensors
 from autosparse.models import zoo
 from autosparse.models.standardised import differs_from_plain
-from autosparse.sparsity.compact import compact, densify
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.compact import densify
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.trainings import TRAINED
 
 FORMATS = ("dense", "ticket", "onnx")

@@ -24,8 +24,7 @@ from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
 from autosparse.models import zoo
-from autosparse.sparsity.compact import compact
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
 from autosparse.study.config import SparseTrainConfig
 from autosparse.training.loop import Span, Watch, evaluate, fit, seeded, steps_per_epoch

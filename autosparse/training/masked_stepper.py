@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from autosparse.core.errors import UsageError
 from autosparse.models.standardised import keep_mask, mask_kernel, unmask
 from autosparse.models.zoo import owner
-from autosparse.sparsity.compact import load_state
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import optimizer_and_schedule
 from autosparse.training.recipe import make_ema

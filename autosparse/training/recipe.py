@@ -22,8 +22,8 @@ from torch.nn import functional
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
 from autosparse.models.zoo import device_of
-from autosparse.sparsity.compact import lay_out, load_state
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.compact import lay_out
+from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.training.config import TrainingConfig
 
 

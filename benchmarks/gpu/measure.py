@@ -19,8 +19,7 @@ from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
 from autosparse.models.config import ModelConfig
 from autosparse.models.zoo import create, prunable
-from autosparse.sparsity.compact import compact
-from autosparse.sparsity.ticket import Ticket
+from autosparse.sparsity.ticket import Ticket, compact
 from benchmarks.gpu.goals import STAGES
 from benchmarks.report import figure, machine
 

@@ -143,8 +143,7 @@ def test_champions_load_without_pickle_and_compute_the_same(
 ) -> None:
     from autosparse.integrations import mlflow, registry
     from autosparse.models import zoo
-    from autosparse.sparsity.compact import load_state
-    from autosparse.sparsity.ticket import Ticket
+    from autosparse.sparsity.ticket import Ticket, load_state
 
     path = trained.folder / TRAINED
     with mlflow.parent_run("parent", folder) as run:

@@ -17,7 +17,8 @@ from autosparse.autos import features
 from autosparse.autos.config import FitConfig
 from autosparse.autos.fit import fit
 from autosparse.autos.network import AutoS
-from autosparse.cli.main import _main, guarded
+from autosparse.cli.arguments import guarded
+from autosparse.cli.main import _main
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.criteria.autos import PRETRAINED
 from autosparse.data.sets import DataSource

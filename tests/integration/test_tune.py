@@ -16,7 +16,7 @@ from autosparse.data.config import DataConfig
 from autosparse.integrations import tune
 from autosparse.study import sweep
 from autosparse.study.trainings import RESULT
-from tests.test_sweep import config, result
+from tests.study.test_sweep import config, result
 
 
 @pytest.fixture(scope="module")

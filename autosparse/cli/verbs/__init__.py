@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.autos.config import FitConfig
-from autosparse.cli.config import QuickstartConfig
 from autosparse.cli.verbs.corpus_actions import corpus
 from autosparse.cli.verbs.inspection import inspect
 from autosparse.cli.verbs.registry_actions import registry
@@ -23,16 +22,9 @@ from autosparse.irp.config import IRPConfig
 from autosparse.study.config import CompareConfig, ExportConfig, SparseTrainConfig
 
 __all__ = [
-    "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "prune", "quickstart",
+    "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "prune",
     "registry", "report", "shards", "train",
 ]  # fmt: skip
-
-
-def quickstart(config: QuickstartConfig) -> None:
-    """Run the whole path."""
-    from autosparse.cli import quickstart as steps
-
-    steps.run(config)
 
 
 def irp(config: IRPConfig) -> None:

@@ -1,0 +1,538 @@
+"""The command line: every mistake is one line that names it, and leaves nothing behind."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import autosparse
+from autosparse.autos.config import FitConfig
+from autosparse.cli import main
+from autosparse.cli.verbs.corpus_actions import CORPUS_ACTIONS, USAGE_OF
+from autosparse.core.errors import UsageError
+from autosparse.core.files import read_json
+from autosparse.corpus import store as corpora
+from autosparse.criteria.config import PruneConfig
+from autosparse.data.config import DataConfig
+from autosparse.irp import run as irp
+from autosparse.irp.config import CorpusConfig, IRPConfig
+from autosparse.models.config import ModelConfig
+from autosparse.study.config import SparseTrainConfig
+from tests.conftest import flip, quick_irp, tiny_run
+
+ROOT = Path(autosparse.__file__).parent.parent
+
+DENSE = ("train", "--model.name", "test_resnet", "--data.train_limit", "64")
+QUICK = ("--tracking", "false", "--training.epochs", "1", "--training.batch_size", "16")
+PRUNE = ("prune", "--criterion", "random")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def run(*arguments: str) -> int:
+    return main.guarded(main._main, list(arguments))
+
+
+def refuse(capsys, arguments, *named: str, code: int = 2) -> str:
+    """Run what must fail: one line that holds all of `named`, and the folder as it was."""
+    before = contents(Path.cwd())
+    assert run(*arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in line
+    for word in named:
+        assert word in line
+    assert contents(Path.cwd()) == before
+    return line
+
+
+def two_classes(root: Path) -> None:
+    """Write an image folder of two classes, 16 x 16."""
+    for place, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (16, 16), 100 * place + number).save(root / name / f"{number}.png")
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["prunee"], ["verb 'prunee'", "'prune'"]),
+        ([*PRUNE, "--model.name", "resnet1888"], ["model 'resnet1888'", "'resnet18'"]),
+        ([*PRUNE, "--data.name", "digit"], ["data set 'digit'", "'digits'"]),
+        ([*PRUNE, "--data.name", "folder"], ["data.root"]),
+        ([*PRUNE, "--data.name", "folder", "--data.root", "nowhere"], ["nowhere"]),
+        (["prune", "--criterion", "snipp"], ["criterion 'snipp'", "'snip'"]),
+        (["prune", "--criterion", "snip", "--options.trainin_mode", "1"], ["trainin_mode"]),
+        (["prune", "--options.scorer", "nowhere.safetensors"], ["nowhere.safetensors"]),
+        ([*PRUNE, "--sparsty", "0.5"], ["'sparsty'", "'sparsity'"]),
+        ([*PRUNE, "--model.nam", "x"], ["'model.nam'", "'model.name'"]),
+        (["irp", "--training.epoch", "3"], ["'training.epoch'", "'training.epochs'"]),
+        (["train", "--trackin", "false"], ["'trackin'", "'tracking'"]),
+        ([*PRUNE, "--sparsity", "half"], ["sparsity", "half"]),
+        ([*PRUNE, "--seed", "1.5"], ["seed", "1.5"]),
+        ([*PRUNE, "extra"], ["extra"]),
+        ([*PRUNE, "--sparsity", "1.0"], ["sparsity", "1.0"]),
+        ([*PRUNE, "--sparsity", "-0.1"], ["sparsity", "-0.1"]),
+        ([*PRUNE, "--scope", "globl"], ["scope 'globl'", "'global'"]),
+        ([*PRUNE, "--device", "gpu0"], ["'gpu0'"]),
+        ([*PRUNE, "--model.exclude", "[nothing.like.it]"], ["nothing.like.it"]),
+        ([*PRUNE, "--model.options", "{depth_of_it: 3}"], ["depth_of_it"]),
+        ([*PRUNE, "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["fit", "--corpus", "nowhere"], ["nowhere"]),
+        (["irp", "--label", "magnitud"], ["'magnitud'", "'magnitude'"]),
+        (["irp", "--schedule", "linar"], ["'linar'", "'linear'"]),
+        (["irp", "--levels", "0"], ["levels", "0"]),
+        (["irp", "--final_density", "1.5"], ["final_density", "1.5"]),
+        (["inspect"], ["path"]),
+        (["inspect", "--all"], ["--all"]),
+        (["inspect", "nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["train", *QUICK], ["tickets", "model"]),
+        (["train", "--tickets", "[nowhere.safetensors]", *QUICK], ["nowhere.safetensors"]),
+        (["train", "--tickets", "[none*.safetensors]", *QUICK], ["none*.safetensors"]),
+        ([*DENSE, *QUICK, "--training.optimizer", "adamww"], ["'adamww'", "'adamw'"]),
+        ([*DENSE, *QUICK, "--training.schedule", "cosin"], ["'cosin'", "'cosine'"]),
+        ([*DENSE, *QUICK, "--training.precision", "bf61"], ["'bf61'", "'bf16'"]),
+        ([*DENSE, *QUICK, "--training.optimizer_options", "{momentu: 1}"], ["momentu"]),
+        ([*DENSE, *QUICK, "--training.batch_size", "65"], ["batch_size 65", "64 images"]),
+        ([*DENSE, *QUICK, "--training.batch_size", "0"], ["batch_size"]),
+        ([*DENSE, *QUICK, "--training.epochs", "0"], ["epochs"]),
+        ([*DENSE, *QUICK, "--training.mixup", "-1"], ["training.mixup", "-1"]),
+        ([*DENSE, *QUICK, "--training.cutmix", "-1"], ["training.cutmix", "-1"]),
+        ([*DENSE, "--training.batch_size", "15", "--training.mixup", "1"], ["mixup", "even", "15"]),
+        ([*DENSE, *QUICK, "--training.ema", "1"], ["training.ema", "below 1"]),
+        ([*DENSE, *QUICK, "--training.teacher", "nobody.safetensors"], ["nobody.safetensors"]),
+        ([*DENSE, *QUICK, "--training.distill_weight", "2"], ["training.distill_weight", "2"]),
+        ([*DENSE, *QUICK, "--training.temperature", "0"], ["training.temperature", "0"]),
+        ([*DENSE, *QUICK, "--training.precision", "fp16"], ["fp16", "bf16"]),
+        ([*DENSE, *QUICK, "--training.checkpoint_steps", "-1"], ["training.checkpoint_steps"]),
+        ([*DENSE, *QUICK, "--training.mix_up", "1"], ["'training.mix_up'", "'training.mixup'"]),
+        (["train", *QUICK, "--prune.criterion", "snipp"], ["criterion 'snipp'", "'snip'"]),
+        (["train", *QUICK, "--prune.sparsty", "0.5"], ["prune", "'sparsty'", "'sparsity'"]),
+        (["train", *QUICK, "--prune.criterion", "random", "--prune.sparsity", "1"], ["sparsity"]),
+        (["quickstart", "--seeds", "0"], ["seeds", "0"]),
+    ],
+    ids=lambda value: " ".join(value[-2:]),
+)
+def test_mistake_is_one_line(arguments, named, capsys):
+    refuse(capsys, arguments, *named)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("sparsty: 0.5", ["sparsty", "'sparsity'"]),
+        ("model: {nam: resnet18}", ["nam", "'name'"]),
+        ("sparsity: half", ["sparsity", "half"]),
+        ("data: {workers: many}", ["workers", "many"]),
+        ("sparsity: 1.0", ["sparsity", "1.0"]),
+        ("model: {name: resnet1888}", ["'resnet1888'", "'resnet18'"]),
+        ("model: [", ["settings.yaml"]),
+        ("just words", ["settings.yaml"]),
+    ],
+)
+def test_mistake_in_a_file_is_one_line(text, named, folder, capsys):
+    (folder / "settings.yaml").write_text(text)
+    refuse(capsys, [*PRUNE, "--config", "settings.yaml"], *named)
+
+
+def test_config_that_is_no_text_is_named(folder, capsys):
+    (folder / "settings.yaml").write_bytes(b"\xd0\xff\x00")
+    refuse(capsys, [*PRUNE, "--config", "settings.yaml"], "settings.yaml")
+
+
+@pytest.mark.parametrize("key", ["optimizer", "schedule"])
+def test_irp_that_cannot_train_leaves_no_run_behind(key, capsys):
+    refuse(capsys, ["irp", f"--training.{key}", "nonsense"], f"{key} 'nonsense'")
+
+
+def test_missing_ticket_leaves_no_tracking_database(capsys):
+    refuse(capsys, ["train", "--tickets", "[nowhere.safetensors]"], "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("verb", [["fit", "--corpus"], ["inspect"]])
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_corpus_without_finished_runs(verb, unfinished, folder, capsys):
+    (folder / "runs").mkdir()
+    if unfinished:
+        (folder / "runs" / "0123456789ab").mkdir()
+        (folder / "runs" / "0123456789ab" / "card.json").write_text("{}")
+    refuse(capsys, [*verb, "runs"], "runs", "no finished run")
+
+
+def test_inspect_names_what_is_no_file_of_ours(folder, capsys):
+    (folder / "notes.txt").write_text("just some words")
+    save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
+    for name in ("notes.txt", "foreign.safetensors"):
+        refuse(capsys, ["inspect", name], name)
+
+
+def test_ticket_for_another_data_set(folder, capsys):
+    two_classes(folder / "pets")
+    assert run(*PRUNE, "--out", "t.safetensors") == 0
+    train = ["train", "--tickets", "[t.safetensors]", *QUICK]
+    pets = ["--data.name", "folder", "--data.root", "pets", "--data.image_size", "16"]
+    refuse(capsys, [*train, *pets], "in_chans 1", "pets 3")
+    refuse(capsys, [*train, "--data.image_size", "8"], "image_size 16", "digits 8")
+
+
+def test_damaged_ticket_is_named(folder, capsys):
+    assert run(*PRUNE, "--out", "t.safetensors") == 0
+    whole = (folder / "t.safetensors").read_bytes()
+    (folder / "t.safetensors").write_bytes(whole[: len(whole) // 2])
+    refuse(capsys, ["train", "--tickets", "[t.safetensors]", *QUICK], "t.safetensors")
+    refuse(capsys, ["inspect", "t.safetensors"], "t.safetensors")
+
+
+def test_loss_that_is_not_finite_names_the_step(capsys):
+    arguments = [*DENSE, *QUICK, "--training.learning_rate", "1e30"]
+    before = contents(Path.cwd())
+    assert run(*arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]  # After that of the progress.
+    assert line.startswith("error: the loss is")
+    assert "learning_rate" in line
+    assert contents(Path.cwd()) == before
+    # 64 images make 4 steps of 16. The first loss, before any update, is finite.
+    assert re.search(r"at step [234] \(epoch 1\)", line)
+
+
+def test_place_that_cannot_be_written_is_a_failure(folder, capsys):
+    (folder / "taken").mkdir()
+    refuse(capsys, [*PRUNE, "--out", "taken"], "taken", code=1)
+
+
+# settings
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in main.VERBS.items() if kind])
+def test_printed_config_can_be_given_back(verb, folder, capsys):
+    kind = main.settings_class(main.VERBS[verb][0])
+    given = {
+        "quickstart": ["--seeds", "1"],
+        "irp": ["--model.name", "resnet18", "--data.root", "x", "--training.clip_grad", "1"],
+        "fit": ["--hidden", "[8, 4]", "--learning_rate", "1e-5"],
+        "prune": ["--options.rounds", "3", "--model.exclude", "[head, stem]"],
+        "compare": ["--criteria", "snip,erk", "--sparsities", "[0.9]", "--seeds", "3"],
+        "export": ["--ticket", "x", "--format", "onnx"],
+        "train": ["--tickets", "[a, b*]", "--data.name", "mnist", "--tracking", "false"],
+    }[verb]
+    with pytest.raises(SystemExit) as caught:
+        run(verb, *given, "--print_config")
+    assert caught.value.code == 0
+    (folder / "printed.yaml").write_text(capsys.readouterr().out)
+    again = main.parse(kind, ["--config", "printed.yaml"], verb, None)
+    assert again == main.parse(kind, given, verb, None)
+    assert again != kind()
+
+
+def parsed(kind: type, *arguments: str):
+    return main.parse(kind, list(arguments), "autosparse", None)
+
+
+def test_nothing_given_is_the_default():
+    for name, _ in filter(lambda entry: entry[0], main.VERBS.values()):
+        kind = main.settings_class(name)
+        assert parsed(kind) == kind()
+
+
+def test_later_config_wins_key_by_key(folder):
+    (folder / "a.yaml").write_text("sparsity: 0.5\nseed: 1\nmodel: {name: resnet18, exclude: [a]}")
+    (folder / "b.yaml").write_text("sparsity: 0.8\nmodel: {name: resnet34}")
+    expected = PruneConfig(model=ModelConfig("resnet34", exclude=["a"]), sparsity=0.8, seed=1)
+    assert parsed(PruneConfig, "--config", "a.yaml", "--config", "b.yaml") == expected
+    backwards = parsed(PruneConfig, "--config", "b.yaml", "--config", "a.yaml")
+    assert (backwards.sparsity, backwards.model.name) == (0.5, "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--dry-run"], (True, 1)),
+        (["--dry_run"], (True, 1)),
+        (["--dry-run", "--cpus-per-run", "2"], (True, 2)),
+        (["--dry-run=false", "--cpus-per-run=0.5"], (False, 0.5)),
+        (["--cpus_per_run", "3", "--dry-run", "false"], (False, 3)),
+    ],
+)
+def test_options_as_people_write_them(given, expected):
+    found = parsed(CorpusConfig, *given)
+    assert (found.dry_run, found.cpus_per_run) == expected
+
+
+def test_bare_options_of_inner_settings():
+    found = parsed(SparseTrainConfig, "--training.channels-last", "--training.ema", "0.9")
+    assert (found.training.channels_last, found.training.ema) == (True, 0.9)
+
+
+def test_a_setting_that_is_no_yes_or_no_needs_a_value():
+    with pytest.raises(UsageError):
+        parsed(PruneConfig, "--sparsity", "--seed", "1")
+
+
+def test_flags_and_configs_are_taken_in_their_order(folder):
+    (folder / "a.yaml").write_text("sparsity: 0.5")
+    after = parsed(PruneConfig, "--config", "a.yaml", "--sparsity", "0.9")
+    before = parsed(PruneConfig, "--sparsity", "0.9", "--config", "a.yaml")
+    assert (after.sparsity, before.sparsity) == (0.9, 0.5)
+
+
+def test_nested_settings_are_dataclasses():
+    found = parsed(IRPConfig, "--data.name", "mnist", "--training.optimizer_options", "{a: 1}")
+    assert found.data == DataConfig("mnist")
+    assert found.training.optimizer_options == {"a": 1}
+    given = parsed(SparseTrainConfig, "--model.name", "resnet18", "--seed", "3")
+    assert (given.model, given.data, given.seed) == (ModelConfig("resnet18"), None, 3)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")))
+def test_configs_of_the_source_tree_parse(path):
+    kinds = {"corpus": CorpusConfig, "scorer": FitConfig, "train": SparseTrainConfig}
+    if path.parent.name in kinds:
+        kind = kinds[path.parent.name]
+        assert parsed(kind, "--config", str(path)) != kind()
+
+
+# what works
+
+
+def test_prune_then_inspect(folder, capsys):
+    assert run(*PRUNE, "--sparsity", "0.9", "--out", "deep/t.safetensors") == 0
+    said = capsys.readouterr()
+    assert "deep/t.safetensors" in said.out
+    assert "90.00% sparsity" in said.out
+    assert said.err == ""
+    assert run("inspect", "deep/t.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "ticket deep/t.safetensors" in said
+    assert "criterion: random" in said
+    assert sorted(contents(folder)) == ["deep", "deep/t.safetensors"]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", None])
+def test_help_lists_the_verbs(flag, capsys):
+    assert run(*([flag] if flag else [])) == 0
+    said = capsys.readouterr().out
+    for verb, (_, description) in main.VERBS.items():
+        assert re.search(rf"^ +{verb} +{re.escape(description)}$", said, flags=re.MULTILINE)
+
+
+# autosparse corpus
+
+
+@pytest.fixture()
+def grown(folder) -> Path:
+    """A corpus of two finished runs, made by hand."""
+    for name in ("run1", "run2"):
+        corpora.write_run(folder / "grown" / name, tiny_run(name))
+    return folder / "grown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["lss", "grown"], ["corpus action 'lss'", "'ls'"]),
+        (["grown"], ["corpus action 'grown'", "verify"]),
+        (["ls"], ["autosparse corpus ls takes one corpus folder"]),
+        (["ls", "grown", "grown"], ["autosparse corpus ls takes one corpus folder"]),
+        (["verify"], ["verify takes one corpus folder"]),
+        (["verify", "grown", "grown"], ["verify takes one corpus folder"]),
+        (["index"], ["index takes one corpus folder"]),
+        (["report", "a", "b"], ["report takes one corpus folder"]),
+        (["merge", "grown"], ["merge takes one or more corpora and the corpus to copy"]),
+        (["export-parquet", "grown"], ["export-parquet takes a corpus and the file to write"]),
+        (["export-parquet", "grown", "a", "b"], ["export-parquet takes a corpus and the file"]),
+        (["ls", "nowhere"], ["no corpus at nowhere"]),
+        (["verify", "nowhere"], ["no corpus at nowhere"]),
+        (["index", "nowhere"], ["no corpus at nowhere"]),
+        (["report", "nowhere"], ["no corpus at nowhere"]),
+        (["merge", "grown", "nowhere", "all"], ["no corpus at nowhere"]),
+        (["export-parquet", "nowhere", "w.parquet"], ["no corpus at nowhere"]),
+        (["ls", "s4://bucket/corpus"], ["cannot open s4://bucket/corpus"]),
+        (["ls", "--all", "grown"], ["paths only, not --all"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_mistake_with_a_corpus_is_one_line(arguments, named, grown, capsys):
+    refuse(capsys, ["corpus", *arguments], *named)
+
+
+def test_corpus_without_an_action(grown, capsys):
+    refuse(capsys, ["corpus"], "autosparse corpus needs a path")
+
+
+def test_help_of_corpus_names_every_action(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("corpus", "--help")
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: autosparse corpus ls DIR | ")
+    assert set(CORPUS_ACTIONS) == set(USAGE_OF)
+    for action in CORPUS_ACTIONS:
+        assert said.count(action) >= 2
+
+
+def test_corpus_ls_lists_finished_runs(grown, capsys):
+    (grown / "run3").mkdir()
+    before = contents(grown)
+    assert run("corpus", "ls", "grown") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "2 finished runs in grown" in said.out
+    assert "run1" in said.out and "run2" in said.out and "run3" not in said.out
+    assert "70.0% at 50.0%" in said.out
+    assert contents(grown) == before
+
+
+def test_corpus_index_is_made_anew(grown, capsys):
+    (grown / "index.parquet").write_bytes(b"")
+    assert run("corpus", "ls", "grown") == 0
+    said = capsys.readouterr()
+    assert "2 finished runs in grown" in said.out
+    assert len(said.err.splitlines()) == 1
+    assert run("corpus", "index", "grown") == 0
+    assert "index of 2 runs: grown/index.parquet" in capsys.readouterr().out
+    assert run("corpus", "ls", "grown") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_corpus_verify_says_that_all_is_well(grown, capsys):
+    (grown / "run2" / "finished.json").unlink()
+    before = contents(grown)
+    assert run("corpus", "verify", "grown") == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("2 runs in grown: every byte is what was written\n", "")
+    assert contents(grown) == before
+
+
+def flipped_tensor(path: Path) -> None:
+    flip(path, -1)  # safetensors puts the uint8 tensors last, by name.
+
+
+def flipped_header(path: Path) -> None:
+    flip(path, path.read_bytes().index(b"magnitude"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flipped_tensor, "run run2: run.safetensors: parameter b.weight (survival) is not"),
+        (flipped_header, "run run2: run.safetensors: its header"),
+        (cut, "run run2: run.safetensors: grown/run2/run.safetensors is damaged"),
+        (Path.unlink, "run run2: run.safetensors: is missing"),
+    ],
+)
+def test_corpus_verify_names_what_is_damaged(damage, named, grown, capsys):
+    damage(grown / "run2" / "run.safetensors")
+    before = contents(grown)
+    assert run("corpus", "verify", "grown") == 1
+    said = capsys.readouterr()
+    (line,) = said.out.splitlines()
+    assert line.startswith(named)
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: 1 of 2 runs in grown are damaged: ")
+    assert contents(grown) == before
+
+
+def test_corpus_merge(grown, folder, capsys):
+    assert run("corpus", "merge", "grown", "all") == 0
+    assert capsys.readouterr().out == "2 runs copied to all, 0 were there already\n"
+    assert run("corpus", "merge", "grown", "all", "all") == 0
+    assert capsys.readouterr().out == "0 runs copied to all, 4 were there already\n"
+    flip(grown / "run1" / "run.safetensors", -1)
+    assert run("corpus", "merge", "grown", "more") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: 1 runs copied; run run1: run.safetensors: parameter b.weight")
+    assert sorted(path.name for path in (folder / "more").iterdir()) == ["index.parquet", "run2"]
+
+
+def test_corpus_export_parquet(grown, folder, capsys):
+    assert run("corpus", "export-parquet", "grown", "w.parquet") == 0
+    assert capsys.readouterr().out == "w.parquet: 14 weights\n"
+    assert pyarrow.parquet.read_metadata(folder / "w.parquet").num_rows == 14
+
+
+def test_corpus_report_draws_figures(folder, capsys):
+    irp.run_irp(quick_irp("grown", levels=1))
+    assert run("corpus", "report", "grown") == 0
+    figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {path.name for path in figures} >= {"levels.png", "survival.png"}
+    for path in figures:
+        assert path.parent == Path("grown/report")
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert run("corpus", "verify", "grown") == 0
+
+
+def test_irp_writes_to_a_url_and_inspect_reads_it(remote, folder, monkeypatch, capsys):
+    monkeypatch.setattr("autosparse.core.locks.SETTLE", 0.01)
+    given = ["--model.name", "test_byobnet", "--data.train_limit", "300", "--levels", "1",
+             "--training.epochs", "1", "--training.batch_size", "100",
+             "--store_initial", "false", "--ticket", "t.safetensors"]  # fmt: skip
+    assert run("irp", *given, "--out", str(remote)) == 0
+    assert contents(folder).keys() == {"t.safetensors"}
+    (name,) = [path.name for path in remote.iterdir()]
+    assert read_json(remote / name / "finished.json")["row"]["run_id"] == name
+    capsys.readouterr()
+    for arguments in (["corpus", "ls", str(remote)], ["inspect", str(remote)]):
+        assert run(*arguments) == 0
+        assert name in capsys.readouterr().out
+    assert run("corpus", "verify", str(remote)) == 0
+    assert run("inspect", str(remote / name)) == 0
+    assert f"run_id {name}" in capsys.readouterr().out
+
+
+# processes
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from autosparse.cli.main import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_takes_less_than_a_second():
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = call("--help")
+        seconds.append(time.perf_counter() - started)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "usage: autosparse VERB" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def test_mistake_ends_the_process_with_code_two():
+    done = call("prune", "--sparsty", "0.5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("heavy", ["torch", "numpy", "timm", "jsonargparse"])
+def test_importing_the_command_line_is_light(heavy):
+    program = f"import sys, autosparse.cli.main; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
