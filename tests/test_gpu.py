@@ -387,7 +387,7 @@ def test_however_weights_are_scattered_the_training_is_bit_equal(
 ) -> None:
     """Without a GPU, `triton` falls back on torch's operations."""
     if device.type == "cuda" and kind == "triton":
-        from autosparse.sparsity import flat_kernels
+        from autosparse.training import flat_kernels
 
         flat_kernels.try_out(device)
     images, labels = digits.to(device).score_batches(3)[0]

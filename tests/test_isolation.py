@@ -1,4 +1,4 @@
-"""The core needs no Ray, DeepSpeed, MLflow or WebDataset, and imports point downwards only."""
+"""What may import what. The order of packages is import-linter's (pyproject.toml)."""
 
 import ast
 import subprocess
@@ -11,97 +11,69 @@ import pytest
 import autosparse
 
 PACKAGE = Path(autosparse.__file__).parent
-EDGES = ("ray", "deepspeed", "mlflow")
-LAYERS = (
-    ("errors",),
-    ("contract", "files", "logs", "memory", "progress", "versions"),
-    ("data_identity",),
-    ("config",),
-    ("style", "gradients"),
-    ("roles",),
-    (
-        "masks",
-        "models",
-        "data",
-        "features",
-        "figures",
-        "results",
-        "sparse_products",
-        "standardised",
-    ),
-    ("compaction", "survival", "table", "paths", "rounds"),
-    ("reach", "flat_kernels"),
-    ("flat_scatter",),
-    ("ticket", "claims", "optimizers", "scorer"),
-    ("recipe",),
-    ("steppers",),
-    ("training", "masked_stepper"),
-    ("criteria",),
-    ("corpus", "scoring"),
-    ("pruning",),
-    ("fit_scorer", "cells"),
-    ("irp", "corpus_figures", "fit_survival", "sparse_training", "sweep_figures"),
-    ("controls", "watching"),
-    ("compare", "corpus_report", "exporting", "plan", "upkeep", "autos_figures"),
-    ("verdicts",),
-    ("sweep",),
-    ("drawing",),
-    ("report",),
-    ("integrations",),
-    ("verbs",),
-    ("cli",),
-    ("quickstart",),
-)
-"""From the bottom to the top; a package (data, criteria, integrations) is one module here."""
-HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-DISPATCHED = {("verbs", "quickstart")}
-"""`autosparse quickstart` is a verb, and itself a user of the command line."""
+EDGES = {
+    "ray": {"ray", "tune"},
+    "deepspeed": {"deepspeed", "deepspeed_checkpoints"},
+    "mlflow": {"mlflow", "tracking", "registry"},
+}
+"""Library -> the modules of `integrations` that may import it."""
+SCRIPTS = {"launch", "ray_jobs", "benchmarks", "tests"}
 
 
 def modules() -> dict[str, Path]:
-    """Return every module's dotted name, without `autosparse`, and its file."""
+    """Return every module's dotted name, and its file."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         found[".".join(part for part in parts if part != "__init__")] = path
-    return {name: path for name, path in found.items() if name}
-
-
-def unit(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the full name of all that is imported, also inside functions, not for typing only."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "imports are absolute here"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imports(node)
+    return found
 
 
 def imported(path: Path) -> set[str]:
-    return set(imports(ast.parse(path.read_text())))
+    """Return the top-level names of all that a file imports, inside functions too."""
+
+    def names(tree: ast.AST) -> Iterator[str]:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: imports are absolute here"
+                yield str(node.module)
+
+    return {name.partition(".")[0] for name in names(ast.parse(path.read_text()))}
 
 
-def own(names: set[str]) -> set[str]:
-    """Return the units of this package among imported names."""
-    return {name.split(".")[1] for name in names if name.startswith("autosparse.")}
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    """The checks below rest on this."""
+    source = tmp_path / "module.py"
+    source.write_text("import a.b\ndef f():\n    with g():\n        from c.d import e\n")
+    assert imported(source) == {"a", "c"}
 
 
-def core() -> list[str]:
-    return [name for name in modules() if unit(name) not in ("integrations", "quickstart")]
+def test_the_order_of_packages_is_kept() -> None:
+    """As `lint-imports` in continuous integration does; here so that a plain pytest tells."""
+    pytest.importorskip("importlinter")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+    done = subprocess.run(
+        [*command, "--no-cache"], capture_output=True, text=True, cwd=PACKAGE.parent, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
-def test_core_imports_none_of_the_edges():
-    names = [f"autosparse.{name}" for name in core()]
-    assert "autosparse.irp.run" in names
-    assert "autosparse.data.shards" in names
+@pytest.mark.parametrize("edge", EDGES)
+def test_each_edge_is_imported_by_its_own_integration_only(edge: str) -> None:
+    users = {name for name, path in modules().items() if edge in imported(path)}
+    assert users == {f"autosparse.integrations.{name}" for name in EDGES[edge]}
+
+
+def test_the_library_knows_nothing_of_its_scripts() -> None:
+    assert not {name for name, path in modules().items() if imported(path) & SCRIPTS}
+
+
+def test_importing_all_but_the_edges_loads_none_of_them() -> None:
+    """Nor WebDataset: what a criterion or a training needs is torch and timm."""
+    names = [each for each in modules() if not each.startswith("autosparse.integrations")]
+    assert {"autosparse.irp.run", "autosparse.data.shards"} <= set(names)
     program = (
         "import importlib, sys\n"
         f"for name in {names}: importlib.import_module(name)\n"
@@ -111,55 +83,3 @@ def test_core_imports_none_of_the_edges():
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
-
-
-@pytest.mark.parametrize("name", core())
-def test_core_names_the_edges_nowhere(name):
-    """Not inside a function either: only integrations know Ray, DeepSpeed and MLflow."""
-    assert not {each.partition(".")[0] for each in imported(modules()[name])} & set(EDGES)
-
-
-@pytest.mark.parametrize("edge", EDGES)
-def test_each_edge_is_imported_by_its_own_integration_only(edge):
-    users = {
-        name
-        for name, path in modules().items()
-        if edge in {each.partition(".")[0] for each in imported(path)}
-    }
-    own = f"integrations.{edge}"
-    more = {
-        "ray": {"integrations.tune"},
-        "deepspeed": {"integrations.deepspeed_checkpoints"},
-        "mlflow": {"integrations.tracking", "integrations.registry", "integrations.promotion"},
-    }
-    assert users == {own} | more[edge]
-
-
-def test_every_module_has_a_layer():
-    assert {unit(name) for name in modules()} <= set(HEIGHT)
-
-
-@pytest.mark.parametrize("name", modules())
-def test_imports_point_downwards(name):
-    mine = unit(name)
-    for other in own(imported(modules()[name])) - {mine}:
-        if (mine, other) not in DISPATCHED:
-            assert HEIGHT[other] < HEIGHT[mine], f"{name} imports {other}"
-
-
-@pytest.mark.parametrize("name", modules())
-def test_library_knows_nothing_of_its_scripts(name):
-    above = {"launch", "ray_jobs", "benchmarks", "tests"}
-    assert not {each.partition(".")[0] for each in imported(modules()[name])} & above
-
-
-def test_imports_are_found_wherever_they_stand():
-    """The checks above rest on this."""
-    source = (
-        "from typing import TYPE_CHECKING\n"
-        "import autosparse.core.config as c\n"
-        "if TYPE_CHECKING:\n    from autosparse.sparsity.ticket import Ticket\n"
-        "def f():\n    with g():\n        from autosparse import masks, models\n"
-    )
-    found = set(imports(ast.parse(source)))
-    assert own(found) == {"config", "masks", "models"}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autosparse.core.errors import unknown
 from autosparse.models.contract import outputs_of
 from autosparse.models.gradients import spend
+from autosparse.models.zoo import called
 
 KINDS: dict[str, tuple[str, ...]] = {
     "paper": ("weight", "gradient"),
@@ -126,13 +127,6 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
     seen = [math.log(count) for count in found.values() if count]
     usual = math.exp(sum(seen) / len(seen)) if seen else 1.0
     return {name: count or usual for name, count in found.items()}
-
-
-def called(model: nn.Module, name: str) -> nn.Module:
-    """Return the module whose call uses a weight: attention does not call its projection."""
-    owner = name.rpartition(".")[0]
-    parent = model.get_submodule(owner.rpartition(".")[0])
-    return parent if isinstance(parent, nn.MultiheadAttention) else model.get_submodule(owner)
 
 
 def layer_features(

@@ -29,10 +29,10 @@ from autosparse.integrations.deepspeed_checkpoints import Checkpoint
 from autosparse.models.contract import in_single
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import rescattering
-from autosparse.sparsity.flat_scatter import scatterer
 from autosparse.study.cells import cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
+from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.training.steppers import History, Ranks, check, set_up

@@ -347,3 +347,10 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name} was asked for, but torch sees no GPU")
     return device
+
+
+def called(model: nn.Module, name: str) -> nn.Module:
+    """Return the module whose call uses a weight: attention does not call its projection."""
+    owner = name.rpartition(".")[0]
+    parent = model.get_submodule(owner.rpartition(".")[0])
+    return parent if isinstance(parent, nn.MultiheadAttention) else model.get_submodule(owner)

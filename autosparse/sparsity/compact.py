@@ -1,8 +1,9 @@
 """Compact parameters: a pruned weight is held as the 1-D parameter of its surviving values.
 
-`hold_compact` swaps each pruned weight of a model for a `torch.nn.utils.parametrize` parametrization:
-forward scatters the values into a dense tensor, backward gathers the gradient. What was pruned
-does not exist: the optimizer, ZeRO, all-reduce and checkpoints only ever see survivors.
+`hold_compact` swaps each pruned weight of a model for a parametrization of
+`torch.nn.utils.parametrize`: forward scatters the values into a dense tensor, backward gathers the
+gradient. What was pruned does not exist: the optimizer, ZeRO, all-reduce and checkpoints only ever
+see survivors.
 """
 
 from __future__ import annotations

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autosparse.autos.features import called
 from autosparse.core.memory import keep_freed_blocks
 from autosparse.models import roles
 from autosparse.models.gradients import exactly, note, spend
-from autosparse.models.zoo import device_of
+from autosparse.models.zoo import called, device_of
 from autosparse.sparsity.masks import Masks, keep_counts, top
 from autosparse.sparsity.paths import CannotFollow, followed, only_paths, without_shifts
 

@@ -22,9 +22,9 @@ from autosparse.core.files import write_bytes
 from autosparse.models.contract import in_single, outputs_of
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import lay_out, multiply_sparse, rescattering
-from autosparse.sparsity.flat_scatter import scatterer
 from autosparse.training import recipe
 from autosparse.training.config import TrainingConfig
+from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from autosparse.models.zoo import owner
 from autosparse.sparsity.compact import compact_weights
-from autosparse.sparsity.flat_scatter import FlatScatter
 from autosparse.training.config import TrainingConfig
+from autosparse.training.flat_scatter import FlatScatter
 from autosparse.training.steppers import autocast
 from benchmarks.gpu.goals import SCORED
 from benchmarks.gpu.measure import (
@@ -68,7 +68,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
 def kernels_of(setting: Setting, recorder: Recorder) -> ModuleType | None:
     """Return Triton's kernels, where they run."""
     try:
-        from autosparse.sparsity import flat_kernels
+        from autosparse.training import flat_kernels
 
         flat_kernels.try_out(setting.device)
     except Exception as error:  # Whatever hinders a compiler on a strange machine.

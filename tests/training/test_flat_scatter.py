@@ -19,11 +19,11 @@ from torch._dynamo.backends.registry import lookup_backend
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
-from autosparse.sparsity import flat_scatter
 from autosparse.sparsity.compact import GIVEN, compact_weights, densify, rescattering
-from autosparse.sparsity.flat_scatter import FlatScatter, chosen
 from autosparse.sparsity.ticket import compact
+from autosparse.training import flat_scatter
 from autosparse.training.config import TrainingConfig
+from autosparse.training.flat_scatter import FlatScatter, chosen
 from autosparse.training.steppers import PlainStepper, lay_out
 from tests.sparsity.test_compact import Attention, Tied, random_ticket
 
@@ -36,7 +36,7 @@ SETTINGS = TrainingConfig(
 @pytest.fixture()
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Triton's kernels, run by its interpreter."""
-    name = "autosparse.sparsity.flat_kernels"
+    name = "autosparse.training.flat_kernels"
     before = sys.modules.pop(name, None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     yield import_module(name)

@@ -318,7 +318,7 @@ def scatterer(
 
 def _kernels(device: torch.device) -> ModuleType | None:
     try:
-        from autosparse.sparsity import flat_kernels
+        from autosparse.training import flat_kernels
 
         flat_kernels.try_out(device)
     except Exception as error:  # Whatever hinders a compiler on a strange machine.
