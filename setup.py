@@ -50,7 +50,13 @@ setup(
         "onnx": ["onnx", "onnxscript"],
         "optuna": ["optuna>=3"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff~=0.17.6", "pyright[nodejs]==1.1.414"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff~=0.17.6",
+            "pyright[nodejs]==1.1.414",
+            "import-linter~=2.17",
+        ],
     },
     entry_points={"console_scripts": ["autosparse = autosparse.cli.main:main"]},
 )

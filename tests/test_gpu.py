@@ -380,12 +380,25 @@ def test_five_steps_never_wait_for_the_device(
     assert stepper.updates == 6
 
 
+def interpreted() -> bool:
+    """Whether a test before has left Triton's kernels interpreted: they run without a GPU then."""
+    from autosparse.training import flat_kernels
+
+    try:
+        flat_kernels.try_out(CPU)
+    except Exception:  # Whatever a compiler without a GPU raises.
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", ["flat", "triton"])
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "channels_last": True}])
 def test_however_weights_are_scattered_the_training_is_bit_equal(
     kind: str, changes: dict, device: torch.device, digits: DataSource
 ) -> None:
     """Without a GPU, `triton` falls back on torch's operations."""
+    if device.type == "cpu" and kind == "triton" and "precision" in changes and interpreted():
+        pytest.skip("Triton's interpreter cuts bits where a GPU rounds to bf16")
     if device.type == "cuda" and kind == "triton":
         from autosparse.training import flat_kernels
 

@@ -14,7 +14,7 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = {
     "ray": {"ray", "tune"},
     "deepspeed": {"deepspeed", "deepspeed_checkpoints"},
-    "mlflow": {"mlflow", "tracking", "registry"},
+    "mlflow": {"mlflow", "promotion", "registry", "tracking"},
 }
 """Library -> the modules of `integrations` that may import it."""
 SCRIPTS = {"launch", "ray_jobs", "benchmarks", "tests"}

@@ -1,4 +1,4 @@
-"""Fit our AutoS: one head for what layers keep, one for which weights (see survival.py).
+"""Fit our AutoS: one head for what layers keep, one for which weights (see heads.py).
 
 Both by binary cross-entropy at every level of every run, each level weighed by the inverse of its
 density. The selection head is fitted with the layers' true densities given, so that it learns

@@ -1,7 +1,7 @@
 """AutoS: the network from features to score, and its file.
 
 Two heads. `mean` (the paper's): one number, predicted survival, to be compared over the whole
-network. `survival` (ours): see survival.py.
+network. `survival` (ours): see heads.py.
 """
 
 from __future__ import annotations

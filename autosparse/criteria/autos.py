@@ -5,7 +5,7 @@ pruning, arXiv 2408.14757: a network maps the initial weight and its initial gra
 survival that iterative rewind pruning would give it; the lowest scores are pruned.
 
 Departures: with `features: context` the network sees more than those two (see features.py), and
-it is a small MLP. With `head: survival` (see survival.py) it says how many weights each layer keeps
+it is a small MLP. With `head: survival` (see heads.py) it says how many weights each layer keeps
 at the asked sparsity, and apart from that which ones; by default those are drawn on paths from
 input to output (see reach.py), since its own ranking is worth no more than chance.
 """

@@ -1,6 +1,6 @@
 """Short-horizon IRP: iterative rewind pruning with a few steps of training per level.
 
-Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp.py) with
+Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp/run.py) with
 its costly part cut short: every level trains the subnetwork from its initial weights for
 `steps_per_level` steps at a constant rate, ranks what is left by magnitude (or LAMP, which
 compares layers better), prunes, and rewinds weights, optimizer and the order of batches. It is no

@@ -155,7 +155,7 @@ class CompactWeight(nn.Module):
         self.register_buffer("fingerprint", mark)
         self.register_buffer("moved", None, persistent=False)
         self.pattern: Pattern | None = None
-        """Set where layers multiply with the survivors alone; see sparse_products.py."""
+        """Set where layers multiply with the survivors alone; see cpu_products.py."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -199,7 +199,7 @@ class FlatScatter(AbstractContextManager):
 
     It is entered anew for every forward pass. Backward may come later; not after the values have
     changed and another forward pass has begun, which raises RuntimeError. Layers that multiply
-    with survivors alone (sparse_products.py) are left out.
+    with survivors alone (cpu_products.py) are left out.
 
     Args:
         model: compact, on its device, its parameters whole (not under ZeRO 3).

@@ -14,7 +14,7 @@ from benchmarks.gpu import table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.goals import STAGES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_A_GPU_ONLY = ("peak_vs_dense", "device_ms", "nvjpeg", "_triton", "_4w", "_8w", "_15w")
 """What a CPU has no figure for, by parts of their names."""
 

@@ -17,7 +17,7 @@ from autosparse.irp.config import CorpusConfig
 from benchmarks import paper_cifar10
 from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows, table
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = """
 model: {name: test_byobnet}
 others: [{name: test_resnet}]

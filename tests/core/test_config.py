@@ -16,6 +16,7 @@ from autosparse.cli import main
 from autosparse.core import config
 from autosparse.core.config import from_plain, identity, plain, run_id
 from autosparse.core.errors import UsageError
+from autosparse.criteria import base
 from autosparse.criteria.config import PruneConfig
 from autosparse.data.config import DataConfig
 from autosparse.irp.config import SCHEDULE_KEYS, CorpusConfig, IRPConfig
@@ -173,7 +174,7 @@ def first_values() -> dict[str, object]:
         if spec.metadata.get("identity", True) is not False
     }
     for name in criteria.names():
-        first = criteria.get(name).options | criteria.FIRST.get(name, {})
+        first = criteria.get(name).options | base.FIRST.get(name, {})
         found |= {f"{name}.{key}": str(first[key]) for key in first if first[key] is not EMPTY}
     return json.loads(json.dumps(found))
 
@@ -202,12 +203,12 @@ def test_a_default_that_changes_makes_new_ids_and_keeps_the_old(monkeypatch):
 def test_a_criterions_default_and_file_count_once_they_are_not_the_first(monkeypatch):
     for name in ("autos", "autos_irp", "iter_snip"):
         assert criteria.get(name).beyond({}) == {}
-    monkeypatch.setitem(criteria.FIRST, "iter_snip", {"rounds": 1})
+    monkeypatch.setitem(base.FIRST, "iter_snip", {"rounds": 1})
     rounds = criteria.get("iter_snip").options["rounds"]
     assert criteria.get("iter_snip").beyond({}) == {"rounds": rounds}
     assert criteria.get("iter_snip").beyond({"rounds": 1}) == {}
-    file = criteria.FIRST["autos"]["autos"]
-    monkeypatch.setitem(criteria.FIRST, "autos", {**criteria.FIRST["autos"], "autos": "earlier"})
+    file = base.FIRST["autos"]["autos"]
+    monkeypatch.setitem(base.FIRST, "autos", {**base.FIRST["autos"], "autos": "earlier"})
     assert criteria.get("autos").beyond({}) == {"autos": file}
 
 

@@ -10,7 +10,7 @@ import autosparse
 
 SAID = f"""
 import logging, warnings
-from autosparse import logs
+from autosparse.core import logs
 
 logging.getLogger("autosparse.data").warning("%s is\\nnot shown twice", "this")
 logs.to_stderr()

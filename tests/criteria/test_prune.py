@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from autosparse import criteria, prune
 from autosparse.core.errors import UsageError
-from autosparse.criteria import rounds
+from autosparse.criteria import base, rounds
 from autosparse.criteria.config import ScoringConfig
 from autosparse.criteria.scoring import Selection, score
 from autosparse.data.config import DataConfig
@@ -394,7 +394,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
         seen.extend(batches)
         return found.function(model, parameters, batches, loss_fn)
 
-    monkeypatch.setitem(criteria._REGISTRY, "snip", replace(found, function=watched))
+    monkeypatch.setitem(base._REGISTRY, "snip", replace(found, function=watched))
     return seen
 
 

@@ -18,7 +18,7 @@ from autosparse.core.config import FIRST_DEFAULTS
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus.store import is_finished
-from autosparse.criteria import scoring
+from autosparse.criteria import base, scoring
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.models.config import ModelConfig
@@ -316,7 +316,7 @@ def test_a_second_comparison_in_the_folder_is_told_of_the_first(tmp_path: Path):
 def test_what_other_criteria_allocate_by_counts(tmp_path: Path, monkeypatch):
     trial, settings = Trial("snip", "ticket", 0.5, 0), config(tmp_path, allocation="iter_snip")
     before = compare.folder_of(settings, trial)
-    monkeypatch.setitem(criteria.FIRST, "iter_snip", {"rounds": 1})
+    monkeypatch.setitem(base.FIRST, "iter_snip", {"rounds": 1})
     assert compare.folder_of(settings, trial) != before
 
 

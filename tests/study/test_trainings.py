@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse import criteria, prune
+from autosparse import prune
 from autosparse.autos.network import AutoS
 from autosparse.cli.arguments import guarded
 from autosparse.cli.main import _main
@@ -19,6 +19,7 @@ from autosparse.core import locks
 from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.core.files import write_json
 from autosparse.core.locks import CLAIM
+from autosparse.criteria import base
 from autosparse.criteria import prune as pruning_module
 from autosparse.criteria.config import PruneConfig
 from autosparse.data.config import DataConfig
@@ -345,7 +346,7 @@ def test_what_a_criterion_hangs_on_makes_another_ticket(
     assert len(set(paths)) == 3
     assert len(list((Path(pruning.out) / "tickets").iterdir())) == 3
     (before,) = cells(pruning)
-    monkeypatch.setitem(criteria.FIRST, "random", {"seed": 99})
+    monkeypatch.setitem(base.FIRST, "random", {"seed": 99})
     (now,) = cells(pruning)
     assert now.name != before.name
 
@@ -404,7 +405,7 @@ def test_mistakes_are_told_before_anything_is_scored(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    for module, name in ((pruning_module, "score"), (pruning_module.data_module, "load"),
+    for module, name in ((pruning_module, "score"), (pruning_module.sets, "load"),
                          (loop, "fit")):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     monkeypatch.chdir(tmp_path)
