@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from autosparse import criteria, masks, models, paths, roles
 from autosparse import data as data_module
 from autosparse.config import DataConfig, ScoringConfig, check_sparsity, keep_count, plain
-from autosparse.contract import Checked, gradients_on
+from autosparse.contract import Checked, gradients_on, remedy
 from autosparse.data import DataSource
 from autosparse.errors import RunFailed, UsageError, UserError, unknown
-from autosparse.gradients import LossFn, Shared, counting, note, of_the_machine
+from autosparse.gradients import LossFn, Shared, counting, note, of_the_machine, untouched
 from autosparse.models import device_of
 from autosparse.paths import CannotFollow
 from autosparse.steppers import Ranks
@@ -223,11 +223,28 @@ class _Context:
         try:
             yield
         except CannotFollow as error:
+            self._check_forward()
             name = type(self.model).__name__
             raise UsageError(
                 f"{criterion.name} has no scores for {name}, whose paths cannot be followed "
                 f"({error}); use a criterion that needs none, such as snip"
             ) from error
+
+    def _check_forward(self) -> None:
+        """Raise UsageError if it is the model itself that fails, in eval mode."""
+        shape = self.shape()
+        if shape is None:
+            return
+        weight = next(self.model.parameters())
+        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        with untouched(self.model), torch.no_grad():
+            self.model.eval()
+            try:
+                self.model(image)
+            except Exception as error:
+                if of_the_machine(error) or isinstance(error, UserError):
+                    raise
+                raise UsageError(own_failure(self.model, shape, error)) from error
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
@@ -329,7 +346,8 @@ def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str
     message = " ".join(str(error).split()) or "no message"
     kind = type(error).__name__
     name = type(model).__name__
-    return f"{name} raised {kind} in its own forward, on an image {list(shape)}: {message}"
+    where = f"in its own forward, on an image {list(shape)}"
+    return f"{name} raised {kind} {where}: {message}{remedy(error)}"
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
