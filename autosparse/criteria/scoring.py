@@ -24,8 +24,8 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import roles, zoo
-from autosparse.models.contract import Checked, gradients_on
-from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine
+from autosparse.models.contract import Checked, gradients_on, remedy
+from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine, untouched
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.counts import check_sparsity, keep_count
@@ -197,9 +197,9 @@ class _Context:
 
     @contextmanager
     def _revealed(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Let nothing hide layers from the scores, for a while; see models.revealing.
+        """Let nothing hide layers from the scores, for a while; see zoo.revealing.
 
-        A model that `models.create` made is taken as it is: it has a setting for that.
+        A model that `zoo.create` made is taken as it is: it has a setting for that.
         """
         shape = self.shape()
         if shape is None or hasattr(self.model, "autosparse_recipe"):
@@ -228,11 +228,28 @@ class _Context:
         try:
             yield
         except CannotFollow as error:
+            self._check_forward()
             name = type(self.model).__name__
             raise UsageError(
                 f"{criterion.name} has no scores for {name}, whose paths cannot be followed "
                 f"({error}); use a criterion that needs none, such as snip"
             ) from error
+
+    def _check_forward(self) -> None:
+        """Raise UsageError if it is the model itself that fails, in eval mode."""
+        shape = self.shape()
+        if shape is None:
+            return
+        weight = next(self.model.parameters())
+        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        with untouched(self.model), torch.no_grad():
+            self.model.eval()
+            try:
+                self.model(image)
+            except Exception as error:
+                if of_the_machine(error) or isinstance(error, UserError):
+                    raise
+                raise UsageError(own_failure(self.model, shape, error)) from error
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
@@ -334,7 +351,8 @@ def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str
     message = " ".join(str(error).split()) or "no message"
     kind = type(error).__name__
     name = type(model).__name__
-    return f"{name} raised {kind} in its own forward, on an image {list(shape)}: {message}"
+    where = f"in its own forward, on an image {list(shape)}"
+    return f"{name} raised {kind} {where}: {message}{remedy(error)}"
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:

@@ -240,13 +240,15 @@ class TrainingBatches:
 
 def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Scale uint8 images [B, C, H, W] to 0..1 and normalise each channel."""
-    return (images - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+    dtype = torch.get_default_dtype()
+    shift, scale = (_per_channel(each, images.device, dtype) for each in (mean, std))
+    return (images - shift) / scale
 
 
 @lru_cache(maxsize=64)
-def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+def _per_channel(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return numbers [C] times 255 as [C, 1, 1], sent once: making them would hold up a GPU."""
-    return torch.tensor(numbers).view(-1, 1, 1).mul(255).to(device)
+    return torch.tensor(numbers, dtype=dtype).view(-1, 1, 1).mul(255).to(device)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ def outputs_of(network: Callable[[Tensor], Any], images: Tensor) -> Any:
         raise
     except Exception as error:
         raise UsageError(
-            f"the model fails on images {list(images.shape)}: {_words(error)}{_remedy(error)}"
+            f"the model fails on images {list(images.shape)}: {_words(error)}{remedy(error)}"
         ) from error
 
 
@@ -53,7 +53,8 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _remedy(error: Exception) -> str:
+def remedy(error: Exception) -> str:
+    """Return what to do about what a model raised, to be added to its message."""
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return "; batch norm needs larger batches, or scoring in eval mode"
     if isinstance(error, TypeError) and "required positional argument" in str(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,8 @@ from autosparse.core.errors import UsageError
 from autosparse.models.contract import LossFn as LossFn
 from autosparse.models.contract import outputs_of
 
+ONLY_ONCE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")
+"""What torch says of an operation that has a first derivative only."""
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]
 Network = Callable[[Tensor], Any]
@@ -193,9 +196,21 @@ def copied(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Use the attention that can be differentiated twice; the fused kernels cannot."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    """Use the attention that can be differentiated twice; the fused kernels cannot.
+
+    Raises UsageError for what torch cannot differentiate twice at all, such as hard sigmoids.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        found = ONLY_ONCE.search(str(error))
+        if found is None:
+            raise
+        raise UsageError(
+            f"torch cannot differentiate the model twice ({found[1]} has no second derivative); "
+            "use a criterion that needs first gradients only, such as snip"
+        ) from error
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Network:

@@ -442,6 +442,13 @@ def test_a_second_input(criterion: str) -> None:
     one_line(error)
 
 
+def test_a_second_input_where_paths_are_followed() -> None:
+    said = "SecondInput raised TypeError .*'angle'; it is called with the images alone"
+    with pytest.raises(UsageError, match=said) as error:
+        pruned(small(SecondInput), "synflow")
+    one_line(error)
+
+
 class Picky(Small):
     def forward(self, images: Tensor) -> Any:
         if images.shape[-1] < 32:
@@ -455,6 +462,18 @@ def test_the_models_own_words(criterion: str) -> None:
         pruned(small(Picky), criterion)
     one_line(error)
     assert isinstance(error.value.__cause__, NotImplementedError)
+
+
+class HardGate(Small):
+    def forward(self, images: Tensor) -> Any:
+        return nn.functional.hardsigmoid(super().forward(images))
+
+
+@pytest.mark.parametrize("criterion", ["grasp", "prospr"])
+def test_what_cannot_be_differentiated_twice(criterion: str) -> None:
+    with pytest.raises(UsageError, match=r"hardsigmoid_backward has no second.* as snip") as error:
+        pruned(small(HardGate), criterion)
+    one_line(error)
 
 
 @pytest.mark.parametrize("criterion", ["px", "synflow"])

@@ -811,3 +811,14 @@ def test_a_set_that_is_remembered_is_loaded_once():
         assert first[0] is not first[1]
     assert sets.load(DIGITS) is not first[0]
     assert sets.load(DIGITS).fingerprint == first[0].fingerprint
+
+
+def test_images_have_the_default_dtype_of_the_time() -> None:
+    images = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.float32):  # What is kept of the first is not used again.
+            torch.set_default_dtype(dtype)
+            assert sets.prepare(images, (0.125, 0.25, 0.5), (0.5, 0.25, 0.125)).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
