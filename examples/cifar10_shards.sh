@@ -46,11 +46,11 @@ from pathlib import Path
 import timm, torch
 from safetensors.torch import load_file
 
-from autosparse import data
-from autosparse.config import DataConfig
+from autosparse.data import sets
+from autosparse.data.config import DataConfig
 
 out = Path(sys.argv[1])
-source = data.load(DataConfig(name="shards", root=str(out / "shards"), image_size=32))
+source = sets.load(DataConfig(name="shards", root=str(out / "shards"), image_size=32))
 model = timm.create_model("test_resnet", num_classes=10)
 model.load_state_dict(load_file(out / "model.safetensors"))
 model.eval()

@@ -13,6 +13,7 @@ import os
 import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -300,8 +301,9 @@ def _add_autos(path: Path) -> dict[str, Any]:
                 if key != "epoch":
                     found.log_metric(run, key, value, step=epoch["epoch"])
         log_corpus(found, run, "corpus", network.card["corpus"])
-        for figure in drawing.draw_autos(path, None, path.parent / drawing.FIGURES):
-            found.log_artifact(run, str(figure), "figures")
+        with TemporaryDirectory() as folder:  # Nothing is written beside a file of the package.
+            for figure in drawing.draw_autos(path, None, Path(folder)):
+                found.log_artifact(run, str(figure), "figures")
     version = register_autos(path, run)
     found.set_terminated(run)
     return _row(AUTOS, version, _contend(AUTOS, version))

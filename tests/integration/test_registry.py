@@ -114,6 +114,7 @@ def test_links_lead_to_what_a_checkpoint_came_from(added: list[dict]):
 def test_an_autos_with_two_heads_is_registered_and_says_the_same(added: list[dict]):
     network = AutoS.load(PRETRAINED)
     made = registry.add(PRETRAINED)[0]["version"]
+    assert list(PRETRAINED.parent.iterdir()) == [PRETRAINED], "nothing is written beside the file"
     version = registry.MlflowClient().get_model_version("autos", str(made))
     assert version.tags["head"] == "survival"
     assert "alive at 60, 37, 23" in version.description
