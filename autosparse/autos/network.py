@@ -220,6 +220,7 @@ class AutoS(nn.Module):
         except UsageError as error:
             raise UsageError(f"{path} does not fit its own card: {error}") from None
         scorer.table = Table() if header.get("tabulated") else None
+        scorer.float()  # As in the file, whatever torch's default dtype is now.
         try:
             scorer.load_state_dict(tensors)
         except RuntimeError as error:

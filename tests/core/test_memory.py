@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from autosparse.memory import keep_freed_blocks
+from autosparse.core.memory import keep_freed_blocks
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

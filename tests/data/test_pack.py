@@ -113,7 +113,7 @@ def test_other_options_do_not_mix_with_finished_shards(pets, tmp_path):
 
 PACKING = """
 import sys
-from autosparse.config import PackConfig
+from autosparse.data.config import PackConfig
 from autosparse.data import pack
 def count(shard):
     print(shard.name, flush=True)
