@@ -49,13 +49,23 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxscript"],
         "optuna": ["optuna>=3"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.29",
+            "latex2mathml>=3.78",
+        ],
+        "test": [
+            "pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3",
+            "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29",
+        ],  # fmt: skip
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff~=0.17.6",
             "pyright[nodejs]==1.1.414",
             "import-linter~=2.17",
+            "codespell>=2.4",
         ],
     },
     entry_points={"console_scripts": ["autosparse = autosparse.cli.main:main"]},

@@ -5,7 +5,7 @@ steps and keeps the largest weights. But what each layer keeps comes from AutoS'
 (see heads.py), which has seen what iterative pruning with full-length levels leaves of a layer;
 and the first levels, in which a few steps say no more than the initial weights, are left to AutoS
 altogether: by its odds down to a quarter of the weights, and where few levels follow, drawn on
-paths further down. It is no paper's method; what was measured is in docs/research.md.
+paths further down. It is no paper's method; what was measured is in docs/results/log.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; s
 its costly part cut short: every level trains the subnetwork from its initial weights for
 `steps_per_level` steps at a constant rate, ranks what is left by magnitude (or LAMP, which
 compares layers better), prunes, and rewinds weights, optimizer and the order of batches. It is no
-paper's method; what was measured is in docs/research.md.
+paper's method; what was measured is in docs/results/log.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+"""The hook of mkdocs: adds the pages that are made from the code, and draws formulas.
+
+Formulas between $$ become MathML, which browsers draw without a script or a network.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mkdocs.structure.files import File, Files  # noqa: E402
+
+from docs.generate import configuration, criteria, python, verbs  # noqa: E402 (after the path)
+
+FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Name the generated pages in the navigation: a page for every criterion and package."""
+    lists = {
+        "Each criterion": [{Path(path).stem: path} for path in criteria.pages()],
+        "Each package": [{Path(path).stem: path} for path in python.pages() if "python/" in path],
+    }
+    for tab in config.nav:
+        for entries in tab.values():
+            for entry in entries if isinstance(entries, list) else []:
+                for name in lists.keys() & entry.keys():
+                    entry[name] = lists[name]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made from the code."""
+    pages = {
+        "reference/configuration.md": configuration.page(),
+        "reference/verbs.md": verbs.page(),
+        **python.pages(),
+        **criteria.pages(),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Return the page with every formula outside of code as MathML."""
+    if "$$" not in markdown:
+        return markdown
+    parts = FENCED.split(markdown)
+    return "".join(
+        part if place % 2 else FORMULA.sub(_mathml, part) for place, part in enumerate(parts)
+    )
+
+
+def _mathml(found: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
+    alone = found.string[: found.start()].endswith("\n\n")
+    return convert(" ".join(found[1].split()), display="block" if alone else "inline")
