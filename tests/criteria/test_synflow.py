@@ -69,7 +69,7 @@ def in_float64(
         total = network(torch.ones(1, *shape, dtype=torch.float64)).sum()
         gradients = torch.autograd.grad(total, weights, materialize_grads=True)
         layers = [(w * g).detach().abs() for w, g in zip(weights, gradients, strict=True)]
-        mask = highest(layers, count, mask, least=0)
+        mask = highest(layers, count, mask, least=1)
         with torch.no_grad():
             for weight, part in zip(weights, mask.split(sizes), strict=True):
                 weight.mul_(part.view_as(weight))
