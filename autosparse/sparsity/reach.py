@@ -95,9 +95,9 @@ def within_reach(
 
     Every kept weight gets a random positive value. Other parameters are `GAIN`, but zero where they
     are added to the signal (biases, positions; see roles.py), norms and activations are left out,
-    and differences of signals are sums; where a norm computes with several channels, these hear of each other. A weight is in
-    reach if the gradient of the output by it depends on the image. Signals are rescaled after
-    every module, so that no gate saturates.
+    and differences of signals are sums; where a norm computes with several channels, these hear of
+    each other. A weight is in reach if the gradient of the output by it depends on the image.
+    Signals are rescaled after every module, so that no gate saturates.
 
     Raises CannotFollow where such a network cannot be computed.
     """
@@ -359,7 +359,10 @@ class _Network:
         outputs: dict[str, list[Tensor]] = {}
 
         def record(name: str) -> Callable:
-            return lambda module, given, output: outputs.setdefault(name, []).append(_sum(output).detach())
+            def keep(module: nn.Module, given: Any, output: Any) -> None:
+                outputs.setdefault(name, []).append(_sum(output).detach())
+
+            return keep
 
         hooks = [called(self.copy, n).register_forward_hook(record(n)) for n in self.weights]
         self.remeasure()

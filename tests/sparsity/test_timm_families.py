@@ -191,8 +191,10 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any]]] = {
 CRITERIA: dict[str, dict[str, Any]] = {"snip": {}, "synflow": {"rounds": 12}, "autos": {}}
 UNABLE = {
     ("efficientvit_mit", "synflow"): "synflow has no scores for EfficientVit, .* is not finite",
+    ("levit", "synflow"): "synflow has no scores for LevitDistilled, .*gradient.* is not finite",
 }
-"""What cannot be, and the line that says so: linear attention multiplies three positive signals."""
+"""What cannot be, and the line that says so: linear attention multiplies three positive signals,
+and without norms the slope of a softmax grows from block to block."""
 SAY_NOTHING: dict[str, list[str]] = {
     "coat": [f"crpe4.conv_list.{number}.weight" for number in range(3)],
 }
@@ -248,11 +250,8 @@ def pruned(model: nn.Module, family: str, criterion: str, sparsity: float) -> Ti
     lines = [str(each.message) for each in told]
     assert any("ticket is dead" in line for line in lines) == ("dead" in ticket.card)
     assert "paths" not in ticket.card and "chosen_without_paths" not in ticket.card, lines
-    if criterion != "synflow":
-        assert "ties" not in ticket.card, ticket.card["ties"]
-        assert set(ticket.card.get("level", ())) <= set(SAY_NOTHING.get(family, ()))
-    elif "ties" in ticket.card:  # A layer was emptied in a round: no flow is left to go by.
-        assert any(str(ticket.card["ties"]) in line.replace(",", "") for line in lines), lines
+    assert "ties" not in ticket.card, ticket.card["ties"]
+    assert set(ticket.card.get("level", ())) <= set(SAY_NOTHING.get(family, ()))
     return ticket
 
 
