@@ -135,6 +135,8 @@ def check(config: PruneConfig) -> None:
     selection_of(config).check()
     for name, options in criteria_of(config):
         criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+    if config.criterion != DENSE:
+        selection_of(config).check_for(criteria.get(config.criterion), config.options)
     check_scoring(config.scoring)
     check_model(config.model, config.data)
 
@@ -172,11 +174,13 @@ def selection_of(config: PruneConfig) -> Selection:
 def choose(
     model: nn.Module, scored: Scored, card: dict[str, Any], *, ranks: Ranks | None = None
 ) -> Ticket:
-    """Do the second half of `prune`: from scores to the ticket."""
-    chosen = select(scored, card["sparsity"])
-    card = {**card, **_ties(scored, chosen)}
-    if scored.selection.guard == "live":
-        chosen = _onto_paths(model, chosen, scored)
+    """Do the second half of `prune`: from scores or masks to the ticket."""
+    chosen = scored.masks
+    if chosen is None:
+        chosen = select(scored, card["sparsity"])
+        card = {**card, **_ties(scored, chosen)}
+        if scored.selection.guard == "live":
+            chosen = _onto_paths(model, chosen, scored)
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(ticket.fingerprint, "chose other weights", ranks)
@@ -262,7 +266,7 @@ def dead_line(card: Mapping[str, Any]) -> str:
     """Return what to tell of a dead ticket."""
     return (
         f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
-        "prune with guard live, at a lower sparsity or by another criterion"
+        "prune at a lower sparsity, by another criterion or, if that gives scores, with guard live"
     )
 
 

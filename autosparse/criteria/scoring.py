@@ -19,6 +19,7 @@ from autosparse import criteria
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
 from autosparse.core.versions import library_versions
+from autosparse.criteria.base import as_on_rank_0
 from autosparse.criteria.config import ScoringConfig
 from autosparse.data import sets
 from autosparse.data.config import DataConfig
@@ -29,6 +30,7 @@ from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_m
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.counts import check_sparsity, keep_count
+from autosparse.sparsity.masks import Masks
 from autosparse.sparsity.paths import CannotFollow
 from autosparse.training.loop import seeded
 from autosparse.training.steppers import Ranks
@@ -56,7 +58,7 @@ class Selection:
         if self.scope not in masks.SCOPES:
             raise unknown("scope", self.scope, masks.SCOPES)
         if self.allocation is not None and self.allocation != UNIFORM:
-            criteria.get(self.allocation).check(self.allocation_options)
+            self._check_allocation(criteria.get(self.allocation))
         if self.allocation is not None and self.scope == "layer":
             raise UsageError(
                 f"scope layer settles how much layers keep, and so does allocation "
@@ -71,6 +73,28 @@ class Selection:
             if self.guard == "live":
                 raise UsageError("a pattern n:m settles where weights may be; leave out guard live")
 
+    def _check_allocation(self, other: criteria.Criterion) -> None:
+        other.check(self.allocation_options)
+        if self.guard in ("channel", "none") and other.makes_choice(self.allocation_options):
+            raise UsageError(
+                f"allocation {other.name} chooses how much layers keep, so guard {self.guard} does "
+                "not apply; leave out one of them"
+            )
+
+    def check_for(self, criterion: criteria.Criterion, options: Mapping[str, Any]) -> None:
+        """Raise UsageError for settings that do not apply to what the criterion returns.
+
+        A criterion that returns Scores follows every selection; one that returns Masks, none.
+        """
+        usual = Selection()
+        for name in ("scope", "allocation", "guard", "pattern"):
+            asked = getattr(self, name)
+            if asked != getattr(usual, name) and criterion.makes_choice(options):
+                raise UsageError(
+                    f"criterion {criterion.name} chooses the weights itself, so {name} {asked} "
+                    f"does not apply; leave it out, or use a criterion that gives scores (snip)"
+                )
+
     def n_of_m(self) -> tuple[int, int]:
         """Return n and m of the pattern."""
         n, colon, m = (self.pattern or "").partition(":")
@@ -81,14 +105,17 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores, how many weights each layer is to keep if that is given, and how to choose."""
+    """What a criterion said of a model's weights, and how that becomes masks."""
 
-    scores: dict[str, Tensor]
+    scores: criteria.Scores
+    """Empty where the criterion chose."""
     counts: dict[str, int] | None
-    """Per layer, where another criterion allocates."""
+    """How many weights each layer keeps, where another criterion allocates."""
     selection: Selection
     shape: tuple[int, ...] | None
     """[C, H, W] of an image, where it is known."""
+    masks: Masks | None = None
+    """What the criterion chose, if it does."""
 
 
 @gradients_on()
@@ -106,7 +133,7 @@ def score(
     loss_fn: LossFn = nn.functional.cross_entropy,
     ranks: Ranks | None = None,
 ) -> tuple[Scored, dict[str, Any]]:
-    """Do the first half of `prune`: return scores, and the card that the ticket will have."""
+    """Do the first half of `prune`: return scores or masks, and the card of the ticket."""
     selection.check()
     model = zoo.unwrapped(model)
     zoo.check_values(model)
@@ -118,6 +145,7 @@ def score(
     check_sparsity(sparsity)
     found = criteria.get(criterion)
     found.check(asked)
+    selection.check_for(found, asked)
     exclude = excluded(model, exclude)
     source: Any = sets.load(data) if isinstance(data, str | DataConfig) else data
     others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
@@ -129,8 +157,11 @@ def score(
     started = time.perf_counter()
     with counting() as cost:
         scores = context.run(found, sparsity, asked)
-        _tell_level(scores, criterion, sparsity)
-        counts = context.allocated(selection, scores, sparsity)
+        chosen = scores if found.makes_choice(asked) else None
+        counts = None
+        if chosen is None:
+            _tell_level(scores, criterion, sparsity)
+            counts = context.allocated(selection, scores, sparsity)
     changed = found.changed_defaults(asked)
     card = {
         **describe(model, source),
@@ -149,7 +180,7 @@ def score(
         "seconds": round(time.perf_counter() - started, 3),
         "versions": library_versions(),
     }
-    return Scored(scores, counts, selection, context.shape()), card
+    return Scored({} if chosen else scores, counts, selection, context.shape(), chosen), card
 
 
 def check_scoring(scoring: ScoringConfig) -> None:
@@ -175,8 +206,8 @@ class _Context:
 
     def run(
         self, criterion: criteria.Criterion, sparsity: float, options: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Return the criterion's scores; `sparsity` and `seed` are filled in where it has them."""
+    ) -> criteria.Scores | Masks:
+        """Return scores or masks; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
         usual = {key: value for key, value in known.items() if key in criterion.options}
         with seeded(self.seed), self._revealed(criterion), self._told(criterion):
@@ -189,10 +220,8 @@ class _Context:
                 warm_up=self.scoring.warm_up,
                 **usual | options,
             )
-        if self.ranks.world_size > 1:  # Of steps and passes that differ in the last bit, say.
-            for name in scores:
-                scores[name] = scores[name].contiguous()
-                dist.broadcast(scores[name], 0)
+        if self.ranks.world_size > 1:
+            as_on_rank_0(scores)
         return scores
 
     @contextmanager
@@ -266,10 +295,12 @@ class _Context:
             return masks.allocate(dict.fromkeys(sizes, 1.0), sizes, total, least)
         other = criteria.get(selection.allocation)
         theirs = self.run(other, sparsity, selection.allocation_options)
-        chosen = masks.keep(
-            theirs, total, min_per_layer=0 if selection.guard == "none" else 1,
-            per_channel=selection.guard == "channel",
-        )  # fmt: skip
+        chosen = theirs
+        if not other.makes_choice(selection.allocation_options):
+            chosen = masks.keep(
+                theirs, total, min_per_layer=0 if selection.guard == "none" else 1,
+                per_channel=selection.guard == "channel",
+            )  # fmt: skip
         return {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
 
     def shape(self) -> tuple[int, ...] | None:
