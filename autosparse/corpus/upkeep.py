@@ -13,7 +13,6 @@ from autosparse.core.files import (
     read_card,
     read_json,
     read_tensors,
-    replacing,
     sha256_of_file,
     write_bytes,
 )
@@ -159,42 +158,3 @@ def _same(one: Path, other: Path) -> bool:
     one_has, other_has = first.get("tensors", {}), second.get("tensors", {})
     common = one_has.keys() & other_has.keys()
     return bool(common) and all(one_has[key] == other_has[key] for key in common)
-
-
-def export_parquet(path: str | Path, file: str | Path) -> int:
-    """Write a row per prunable weight of every finished run; return how many.
-
-    Columns: run_id, model, parameter, position (row-major, within the parameter), initial
-    (float32), survival (uint8), levels (uint8: survival lies in 0 to that). One row group per
-    parameter, so that a corpus larger than memory can be written and read.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    text = pa.dictionary(pa.int32(), pa.string())
-    schema = pa.schema([
-        ("run_id", text), ("model", text), ("parameter", text), ("position", pa.int64()),
-        ("initial", pa.float32()), ("survival", pa.uint8()), ("levels", pa.uint8()),
-    ])  # fmt: skip
-    rows = 0
-    with replacing(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for folder in Corpus(path).folders():
-            run = store.read_run(folder)
-            for name, survival in run.survival.items():
-                count = survival.numel()
-                constant = {"run_id": folder.name, "model": run.card["model"]["name"],
-                            "parameter": name}  # fmt: skip
-                columns = [
-                    pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [value])
-                    for value in constant.values()
-                ]
-                columns += [
-                    pa.array(np.arange(count)),
-                    pa.array(run.initial[name].flatten().float().numpy()),
-                    pa.array(survival.flatten().numpy()),
-                    pa.array(np.full(count, run.levels, np.uint8)),
-                ]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                rows += count
-    return rows
