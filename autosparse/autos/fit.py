@@ -73,7 +73,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     held_out = Rows.join([sample_rows(corpus.read(each), config, each) for each in checked])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = AutoS(config.features, config.hidden, backbone=config.backbone)
+        network = AutoS(config.features, config.hidden)
     network.mean.copy_(train.inputs.mean(0))
     network.std.copy_(train.inputs.std(0).clamp(min=1e-6))
     history = _optimise(network, train, held_out, config, on_epoch)
@@ -89,10 +89,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
         "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
         "versions": library_versions(),
     }
-    network.eval()
-    if config.features == "paper":
-        network.tabulate(torch.cat([train.inputs, held_out.inputs]))
-    return network
+    return network.eval()
 
 
 def corpus_of(corpus: Corpus, used: list[str]) -> str:
