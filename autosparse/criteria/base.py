@@ -47,7 +47,7 @@ Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEF
 """
 EMPTY = inspect.Parameter.empty
 _REGISTRY: dict[str, Criterion] = {}
-NO_CRITERION = ("base", "config", "prune", "rounds", "scoring")
+NO_CRITERION = ("base", "config", "prune", "rounds", "scoring", "selection")
 """Files of this package that hold no criterion."""
 
 
