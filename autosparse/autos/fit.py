@@ -136,7 +136,7 @@ def split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]
 def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
     """Sample weights of one run, all with the same chance, at most `config.rows_per_run`."""
     gradients = initial_gradients(run)
-    found = features.contexts(run.initial, gradients)
+    contexts = features.contexts(run.initial, gradients)
     total = sum(weight.numel() for weight in run.initial.values())
     generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -144,7 +144,9 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
     inputs, targets, start = [], [], 0
     for name, weight in run.initial.items():
         survival = run.survival[name].flatten()
-        for piece in features.layer_features(config.features, weight, gradients[name], found[name]):
+        for piece in features.layer_features(
+            config.features, weight, gradients[name], contexts[name]
+        ):
             picked = chosen[start : start + piece.shape[1]]
             inputs.append(piece[:, picked].T)
             start += piece.shape[1]

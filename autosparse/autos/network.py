@@ -96,11 +96,11 @@ class AutoS(nn.Module):
         weights = {name: weight.detach() for name, weight in weights.items()}
         if self.table is not None:
             return {name: self.table(weight, gradients[name]) for name, weight in weights.items()}
-        found = features.contexts(weights, gradients)
+        contexts = features.contexts(weights, gradients)
         fused = self._fused()
         scores = {}
         for name, weight in weights.items():
-            pieces = features.layer_features(self.kind, weight, gradients[name], found[name])
+            pieces = features.layer_features(self.kind, weight, gradients[name], contexts[name])
             scores[name] = torch.cat([fused(piece) for piece in pieces]).view(weight.shape)
         return scores
 
@@ -117,13 +117,13 @@ class AutoS(nn.Module):
         `lift`: what to add to the log-odds of whole layers.
         """
         weights = {name: weight.detach() for name, weight in weights.items()}
-        found = features.contexts(weights, gradients)
+        contexts = features.contexts(weights, gradients)
         scores = {
-            name: self.heads.weight_scores(weight, gradients[name], found[name], density)
+            name: self.heads.weight_scores(weight, gradients[name], contexts[name], density)
             for name, weight in weights.items()
         }
         shapes = {name: weight.shape for name, weight in weights.items()}
-        return scores, self.heads.layer_densities(shapes, found, density, lift)
+        return scores, self.heads.layer_densities(shapes, contexts, density, lift)
 
     def layer_densities(
         self,
@@ -133,9 +133,9 @@ class AutoS(nn.Module):
         lift: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Return the expected layer densities alone (survival head), with `lift` as in `rate`."""
-        found = features.contexts(weights, gradients)
+        contexts = features.contexts(weights, gradients)
         shapes = {name: weight.shape for name, weight in weights.items()}
-        return self.heads.layer_densities(shapes, found, density, lift)
+        return self.heads.layer_densities(shapes, contexts, density, lift)
 
     def _fused(self) -> Callable[[Tensor], Tensor]:
         """Fold the normalisation into the first layer and work on pieces [F, n] as they come."""

@@ -73,13 +73,13 @@ def _of_finished(folder: Path) -> Iterator[Problem]:
     except UsageError as error:
         yield Problem(name, RUN, str(error))
         return
-    found = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
+    digests_now = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
     if whole:
-        yield from _of_marker(name, marker, found, store.row_of(card))
+        yield from _of_marker(name, marker, digests_now, store.row_of(card))
         yield from _of_first_card(folder / CARD, card)
         return
     digests = marker.get("tensors", {})
-    wrong = [key for key, digest in digests.items() if found.get(key) != digest]
+    wrong = [key for key, digest in digests.items() if digests_now.get(key) != digest]
     for key in wrong:
         group, _, parameter = key.partition("/")
         yield Problem(name, RUN, f"parameter {parameter} ({group}) is not what was written")
@@ -128,9 +128,9 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
     copied, there, problems = [], [], []
     for folder in [folder for source in sources for folder in Corpus(source).folders()]:
         goal = target / folder.name
-        found = list(_problems(folder))
-        if found:
-            problems += [str(problem) for problem in found]
+        wrong = list(_problems(folder))
+        if wrong:
+            problems += [str(problem) for problem in wrong]
         elif store.is_finished(goal):
             there.append(folder.name)
             if not _same(folder, goal):

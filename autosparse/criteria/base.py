@@ -168,15 +168,15 @@ class Criterion:
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            found = self.function(model, parameters, batches, loss, **options)
+            returned = self.function(model, parameters, batches, loss, **options)
         if isinstance(batches, Shared):
-            as_on_rank_0(found)
-        found = {name: found[name].detach() for name in parameters}
+            as_on_rank_0(returned)
+        returned = {name: returned[name].detach() for name in parameters}
         if self.makes_choice(options):
-            self._check_masks(found, options.get("sparsity"))
+            self._check_masks(returned, options.get("sparsity"))
         else:
-            self._check_scores(found)
-        return found
+            self._check_scores(returned)
+        return returned
 
     def _check_scores(self, scores: Scores) -> None:
         for layer, score in scores.items():
@@ -196,11 +196,11 @@ class Criterion:
             )
 
 
-def as_on_rank_0(found: dict[str, Tensor]) -> None:
+def as_on_rank_0(tensors: dict[str, Tensor]) -> None:
     """Give every rank the tensors of rank 0: the last bits may differ between machines."""
-    for name, tensor in found.items():
-        found[name] = tensor.contiguous()
-        dist.broadcast(found[name], 0)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.contiguous()
+        dist.broadcast(tensors[name], 0)
 
 
 def register(

@@ -149,10 +149,10 @@ def check(config: PruneConfig) -> None:
 
 def criteria_of(config: PruneConfig) -> list[tuple[str, dict[str, Any]]]:
     """Return the criteria that score, with their options: one, or another that allocates too."""
-    found = [(config.criterion, config.options)] if config.criterion != DENSE else []
+    used = [(config.criterion, config.options)] if config.criterion != DENSE else []
     if config.allocation not in (None, UNIFORM):
-        found.append((str(config.allocation), config.allocation_options))
-    return found
+        used.append((str(config.allocation), config.allocation_options))
+    return used
 
 
 def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:

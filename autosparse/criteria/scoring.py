@@ -264,7 +264,7 @@ class _Context:
             if not criterion.needs_data:
                 return data.score_batches(1, seed=self.seed)
             images = scoring.samples_per_class * data.num_classes
-            found = data.score_batches(
+            batches = data.score_batches(
                 scoring.samples_per_class,
                 seed=self.seed,
                 batches=scoring.batches,
@@ -272,7 +272,7 @@ class _Context:
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
             )
-            return found if self.ranks.world_size == 1 else Shared(found)
+            return batches if self.ranks.world_size == 1 else Shared(batches)
         if criterion.trains:
             return data
         chosen = data if criterion.needs_data else islice(data, 1)
@@ -292,8 +292,8 @@ def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any
 
 def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
     """Return how many classes the labels may name, where that is known."""
-    found = getattr(model, "num_classes", None)
-    return found if isinstance(found, int) and loss_fn is nn.functional.cross_entropy else None
+    classes = getattr(model, "num_classes", None)
+    return classes if isinstance(classes, int) and loss_fn is nn.functional.cross_entropy else None
 
 
 def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:

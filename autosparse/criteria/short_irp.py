@@ -116,13 +116,13 @@ def short_levels(model, batches, loss_fn, horizon: Horizon, best: Best, alive: M
 def _counts(alive: Masks, horizon: Horizon) -> list[int]:
     """Return what each level keeps: the density falls exponentially from that of the masks."""
     total, inside = masks.total(alive), masks.kept(alive)
-    found = list(counts(total, horizon.sparsity, horizon.levels))
+    kept = list(counts(total, horizon.sparsity, horizon.levels))
     if inside == total:
-        return found
-    ratio = found[-1] / inside
+        return kept
+    ratio = kept[-1] / inside
     shares = (ratio ** (k / horizon.levels) for k in range(1, horizon.levels))
     falling = [keep_density(inside, share) for share in shares]
-    return [*falling, found[-1]]
+    return [*falling, kept[-1]]
 
 
 def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn) -> Scores:
