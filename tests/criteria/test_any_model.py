@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES, SIDE, SPARSITY = 4, 32, 0.9
 FEW = {"rounds": 2, "steps_per_level": 2, "levels": 2, "draws": 1, "steps": 2}
-SURVIVORS_COUNT = ("force", "iter_snip", "ntk_sap", "px", "short_irp", "synflow")
+SURVIVORS_COUNT = ("force", "iter_snip", "ntk_sap", "px", "synflow")
 """Criteria that prune by themselves: what they kept scores zero or more, the rest less."""
 ZERO_GAIN = ("fisher", "grasp", "snip")
 """What sees nothing of test_nfnet's branches, whose last gain starts at zero."""
