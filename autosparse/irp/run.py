@@ -61,6 +61,7 @@ from autosparse.training.loop import Span, fit, seeded, steps_per_epoch
 from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import Epoch, PlainStepper, check_plain
 from autosparse.training.steppers import check as check_training
+from autosparse.training.topology.moving import STATIC
 
 LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
@@ -87,6 +88,11 @@ def densities(levels: int, final_density: float, schedule: str) -> list[float]:
 def check(config: IRPConfig) -> None:
     """Raise UsageError for settings that cannot be."""
     check_training(config.training)
+    if config.training.topology != STATIC:
+        raise UsageError(
+            f"training.topology {config.training.topology} moves the masks that a level of IRP is "
+            "to have; leave it out"
+        )
     if config.label not in LABELS:
         raise unknown("label criterion", config.label, LABELS)
     if config.schedule not in SCHEDULES:
