@@ -23,13 +23,22 @@ RANKS = 2
 FP32 = [way for way in WAYS if "bf16" not in way]
 
 
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("topologies")
+def train(out: Path, names: list[str], ways: list[str]) -> Path:
     script = ROOT / "tests" / "integration" / "topologies_on_ranks.py"
-    done = launch(script, str(out), ranks=RANKS, seconds=800)
+    told = (str(out), ",".join(names), ",".join(ways))
+    done = launch(script, *told, ranks=RANKS, seconds=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("few"), ["test_vit"], ["3"])
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("topologies"), list(CASES), list(WAYS))
 
 
 def losses_of(out: Path, key: str) -> list[list[float]]:
@@ -59,14 +68,25 @@ def reference(
     return by_rank, masks, dict(model.named_parameters())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
+def test_zero_3_does_what_masked_dense_rigl_does_and_resumes(few: Path, digits) -> None:
+    same_as_reference(few, "test_vit", ["3"], digits)
+    assert losses_of(few, "resumed 3") == losses_of(few, "test_vit 3")[4:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_stage_does_what_masked_dense_rigl_does(
     trainings: Path, name: str, digits: DataSource
 ) -> None:
+    same_as_reference(trainings, name, FP32, digits)
+
+
+def same_as_reference(trainings: Path, name: str, ways: list[str], digits: DataSource) -> None:
     """The engine computes in float32, the reference in float64."""
     losses, masks, weights = reference(name, digits)
-    for way in FP32:
+    for way in ways:
         found = losses_of(trainings, f"{name} {way}")
         assert len(found) == STEPS
         for mine, expected in zip(found, losses, strict=True):
@@ -84,7 +104,8 @@ def test_every_stage_does_what_masked_dense_rigl_does(
             torch.testing.assert_close(mine.double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", list(CASES))
 def test_moments_follow_wherever_they_are_kept(trainings: Path, name: str) -> None:
     """Without ZeRO they are the optimizer's own, whole; with it, all ranks' shares."""
@@ -97,7 +118,8 @@ def test_moments_follow_wherever_they_are_kept(trainings: Path, name: str) -> No
             torch.testing.assert_close(found[key], moment, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", list(CASES))
 def test_bf16_exchanges_too(trainings: Path, name: str) -> None:
     exact, found = (losses_of(trainings, f"{name} {way}") for way in ("1", "1 bf16"))
@@ -109,7 +131,8 @@ def test_bf16_exchanges_too(trainings: Path, name: str) -> None:
     assert any(not torch.equal(first[layer], mask) for layer, mask in last.items())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("stage", range(4))
 def test_a_resume_between_updates_is_equal_in_every_bit(trainings: Path, stage: int) -> None:
     """From after step 4, one step past the first update."""
