@@ -40,6 +40,8 @@ HELD_OUT = {
         small_stem=False,
     ),
 }
+PLAIN = {"narrow": "resnet10t-16/32/48/64", "grouped": "seresnext26t_32x4d-16/32/48/64"}
+"""Model -> what figures call it: the name in timm, and the channels of its stages."""
 RATE = 0.01
 """Peak learning rate: of 0.003, 0.01 and 0.03 the best for dense development models."""
 SHORT = {"criterion": "short_irp", "levels": 7, "label": "lamp", "learning_rate": RATE}
@@ -213,7 +215,7 @@ def main() -> None:
         rows = verdicts.table(config, results, verdicts.training_passes(config, source))
         lowest = min(row["sparsity"] for row in rows if row["label"] != DENSE)
         images = arguments.data.name if arguments.data else config.data.name
-        title = f"{config.model.name} ({name}), {images}, {100 * lowest:g} % pruned"
+        title = f"{PLAIN.get(name, config.model.name)}, {images}, {100 * lowest:g} % pruned"
         drawn = frontier(shown(rows, lowest), arguments.out / f"{name}.png", title)
         print(f"figure: {drawn}")
         figures |= {

@@ -33,7 +33,7 @@ PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safe
 CHOICES = ("live", "random")
 TILT = 1.0
 """Exponent of the path sums by which weights are drawn (see reach.thinned): in proportion to them.
-0.5 and 1 differed by less than seeds do (docs/research.md)."""
+0.5 and 1 differed by less than seeds do (docs/results/log.md)."""
 
 
 def fingerprints(scorer: str | None = None, **_) -> dict[str, str]:

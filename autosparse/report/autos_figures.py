@@ -15,7 +15,16 @@ from autosparse.autos.heads import interpolation
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.corpus.store import Corpus
-from autosparse.report.style import COLOURS, COLUMN, OKABE_ITO, panels, save
+from autosparse.report.style import (
+    COLOURS,
+    COLUMN,
+    MARKERS,
+    OKABE_ITO,
+    criterion_of,
+    labels_beside,
+    panels,
+    save,
+)
 
 STEPS, GROUPS = 41, 20
 REACH = 3.0
@@ -205,31 +214,30 @@ def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
 
     Args:
         rows: `label`, `accuracy`, `spread` (0 to 1), `cost_share` (of the training), and `name`
-            where the legend is not to say the label.
+            where the figure is not to say the label.
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    with panels((8, 4.6)) as (figure, grid):
-        axes = grid[0, 0]
-        for number, row in enumerate(sorted(rows, key=lambda each: -each["accuracy"])):
+    with panels((8, 4.8)) as (figure, grid):
+        axes, items = grid[0, 0], []
+        for row in rows:
+            height = 100 * row["accuracy"]
             if row["label"] == "dense":
-                axes.axhline(100 * row["accuracy"], color="#444444", linestyle="--")
+                axes.axhline(height, color=COLOURS["dense"], linestyle="--")
+                axes.annotate("dense", (0.02, height), xycoords=("axes fraction", "data"),
+                              xytext=(0, 4), textcoords="offset points")  # fmt: skip
                 continue
-            ours = row["label"].startswith("autos") and row["label"] != "autos_paper"
+            cost = max(100 * row["cost_share"], 100 * FEWEST)
+            criterion = criterion_of(row["label"])
+            colour = COLOURS.get(criterion, "#000000")
             axes.errorbar(
-                max(100 * row["cost_share"], 100 * FEWEST),
-                100 * row["accuracy"],
-                yerr=100 * row["spread"],
-                marker="osD^vXP*<>hp8d"[number % 14],
-                linestyle="none",
-                color=COLOURS["autos"] if ours else COLOURS["magnitude"],
-                markersize=8,
-                capsize=3,
-                label=f"{row.get('name', row['label'])}: {100 * row['accuracy']:.1f}",
-            )
+                cost, height, yerr=100 * row["spread"], linestyle="none", color=colour,
+                marker=MARKERS.get(criterion, "o"), markersize=8, capsize=3,
+            )  # fmt: skip
+            items.append((cost, height, f"{row.get('name', row['label'])}: {height:.1f}", colour))
         axes.set_xscale("log")
         axes.set_xlabel(f"cost of the ticket, % of its training ({100 * FEWEST:g}: none)")
-        axes.set_ylabel("test accuracy, % (dashed: dense)")
+        axes.set_ylabel("test accuracy, %")
         axes.set_title(title, loc="left", fontsize=11)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        labels_beside(axes, items)
         return save(figure, rows, path)

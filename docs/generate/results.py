@@ -102,7 +102,7 @@ def index() -> str:
             *wrapped(f"- n: {claim['n']}", 2),
             *wrapped(f"- interval: {interval(claim)}", 2),
             *wrapped(f"- limits: {claim['limits']}", 2),
-            f"- experiment: {links}",
+            *wrapped(f"- experiment: {links}", 2),
         ]  # fmt: skip
     return "\n".join(parts) + "\n"
 

@@ -1,0 +1,91 @@
+"""Draws the figures of README.md and docs/autos.md from the figures that are kept.
+
+    python -m docs.generate.figures
+
+accuracy_over_sparsity.png comes from results/long_trainings.json, autos_frontier.png and
+autos_long.png from the CSV files beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+from ast import literal_eval
+from pathlib import Path
+from typing import Any
+
+from autosparse.report.autos_figures import frontier
+from autosparse.report.style import COLOURS, LABELS, labels_beside, looks, panels, save
+from docs.generate.results import RESNET, read
+
+DOCS = Path(__file__).parents[1]
+LINES = ("autos", "synflow", "snip", "short_irp")
+REFERENCE = "irp"
+
+
+def points() -> list[dict[str, Any]]:
+    """Return accuracy and spread of every row and sparsity that is drawn, and dense."""
+    net = read("long_trainings")["nets"][RESNET]
+    rows = [
+        {"row": row["key"], "sparsity": int(level), "accuracy": cell["mean"], "spread": cell["sd"]}
+        for row in net["rows"]
+        if row["key"] in (*LINES, REFERENCE)
+        for level, cell in row["cells"].items()
+    ]
+    dense = net["dense"]
+    return [{"row": "dense", "sparsity": 0, "accuracy": dense["mean"], "spread": dense["sd"]}, *rows]
+
+
+def accuracy_over_sparsity(path: Path) -> Path:
+    """Draw accuracy over sparsity: a line per criterion, dense and full IRP as bands."""
+    rows = points()
+    places = sorted({row["sparsity"] for row in rows} - {0})
+    order = {level: place for place, level in enumerate(places)}
+    with panels((7.2, 4.4)) as (figure, grid):
+        axes, items = grid[0, 0], []
+        axes.set_xlim(-0.15, len(places) - 0.85)
+        axes.set_ylim(43, 69.5)
+        found = looks(LINES)
+        for name in ("dense", REFERENCE, *LINES):
+            own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["sparsity"])
+            if name == "dense":
+                own = [{**own[0], "sparsity": level} for level in places]
+            x = [order[row["sparsity"]] for row in own]
+            y = [row["accuracy"] for row in own]
+            low = [row["accuracy"] - max(row["spread"], 0.15) for row in own]
+            high = [row["accuracy"] + max(row["spread"], 0.15) for row in own]
+            axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
+            if name in found:
+                axes.plot(x, y, linewidth=2, markersize=7, **found[name])
+            else:
+                axes.plot(x, y, linewidth=1, color=COLOURS[name], linestyle="--")
+            label = {"irp": "full IRP, five trainings", "dense": "dense"}.get(name, LABELS.get(name))
+            last = [(a, b) for a, b in zip(x, y, strict=True) if b > 43][-1]
+            text = f"{label}: {y[-1]:.1f}" + (" at 99 %" if name == "snip" else "")
+            items.append((*last, text, COLOURS[name]))
+        axes.set_xticks(range(len(places)), [f"{level} %" for level in places])
+        axes.set_xlabel("sparsity: prunable weights removed before training")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(f"{RESNET}, CIFAR-10 at 16 px, 8,820 steps, 3 seeds", loc="left", fontsize=11)
+        labels_beside(axes, items, 0.06)
+        return save(figure, rows, path)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a figure's CSV, numbers as numbers."""
+    with path.open(newline="") as file:
+        return [
+            {key: value if key in ("label", "name") else literal_eval(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def main() -> None:
+    """Draw all of them."""
+    accuracy_over_sparsity(DOCS / "accuracy_over_sparsity.png")
+    for name, level, steps in (("autos_frontier", 95, "468"), ("autos_long", 98, "8,820")):
+        title = f"{RESNET}, CIFAR-10 at 16 px, {level} % pruned, {steps} steps"
+        frontier(rows_of(DOCS / f"{name}.csv"), DOCS / f"{name}.png", title)
+
+
+if __name__ == "__main__":
+    main()
