@@ -97,7 +97,8 @@ def index() -> str:
         links = ", ".join(f"[{titles[name]}]({name}.md)" for name in claim["experiments"])
         parts += [
             "", f'<a id="{claim["id"].replace("_", "-")}"></a>', "",
-            f"## {claim['statement'].rstrip('.')}", "",
+            f"## {claim['title']}", "",
+            *wrapped(f"> {claim['statement']}", 2), "",
             *wrapped(f"**{claim['verdict'].capitalize()}.** {claim['evidence']}"), "",
             *wrapped(f"- n: {claim['n']}", 2),
             *wrapped(f"- interval: {interval(claim)}", 2),
