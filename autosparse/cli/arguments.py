@@ -66,10 +66,10 @@ def parse(
     try:
         found = parser.parse_args(arguments)
         found.pop("config", None)
-        _unquote(found, parser)
         values = parser.instantiate(found)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(_explain(str(error), parser, kind)) from error
+    _unquote(values, parser)
     return kind(**vars(values))
 
 
@@ -105,13 +105,15 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if value.lower() in WORDS else value
 
 
-def _unquote(found: Any, parser: Any) -> None:
+def _unquote(values: Any, parser: Any) -> None:
     """Take the quotes off again, which the parser leaves where they are."""
     for action in filter(_is_free, parser._actions):
-        settings = found.get(action.dest) or {}
-        for key, value in settings.items():
-            if isinstance(value, str) and value == _quoted(value[1:-1]):
-                settings[key] = value.strip('"')
+        settings = values
+        for part in action.dest.split("."):
+            settings = getattr(settings, part, None)
+        for key, value in (settings or {}).items():
+            if isinstance(value, str) and value == _quoted(value[1:-1]) != value[1:-1]:
+                settings[key] = value[1:-1]
 
 
 def _check_files(arguments: list[str]) -> None:
