@@ -26,7 +26,8 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import zoo
-from autosparse.models.gradients import mean_gradients, untouched
+from autosparse.models.gradients import mean_gradients
+from autosparse.models.restore import untouched
 
 EXCLUDABLE = ("run_id", "model", "data", "seed", "label", "levels")
 """What an entry of `exclude` may name."""

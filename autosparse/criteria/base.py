@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError, unknown
-from autosparse.models import gradients
+from autosparse.models import batch_norm
 from autosparse.models.contract import checked_loss, gradients_on
-from autosparse.models.gradients import LossFn, Shared, untouched
+from autosparse.models.gradients import LossFn, Shared
+from autosparse.models.restore import untouched
 from autosparse.models.standardised import kernels_masked
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks
@@ -164,7 +165,7 @@ class Criterion:
         parameters, loss = prunable(model, exclude), checked_loss(loss_fn, model)
         with gradients_on(), untouched(model), kernels_masked(model):
             if warm_up and self.needs_data and not self.trains:
-                gradients.warm_up(model, batches)
+                batch_norm.warm_up(model, batches)
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)

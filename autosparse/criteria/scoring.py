@@ -26,8 +26,9 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import roles, zoo
-from autosparse.models.contract import Checked, gradients_on, remedy
-from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine, untouched
+from autosparse.models.contract import Checked, gradients_on, of_the_machine, remedy
+from autosparse.models.gradients import LossFn, Shared, counting, note
+from autosparse.models.restore import untouched
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.counts import check_sparsity, keep_count

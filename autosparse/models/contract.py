@@ -26,6 +26,14 @@ PASS_ON = (UserError, torch.OutOfMemoryError)
 """Errors that are told as they are."""
 
 
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error tells of memory or of the device, not of what was computed."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", "cuda error"))
+
+
 @contextmanager
 def gradients_on() -> Iterator[None]:
     """Run with autograd on, also inside `torch.no_grad` and `torch.inference_mode`."""

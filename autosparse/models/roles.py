@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse.models.gradients import untouched
+from autosparse.models.restore import untouched
 
 FAINT = 0.01
 """A gain that is nowhere larger hides what lies behind it: all gradients there are a hundredth."""

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from autosparse.core.errors import UsageError, unknown
 from autosparse.models import roles
 from autosparse.models.config import ModelConfig
-from autosparse.models.gradients import of_the_machine
+from autosparse.models.contract import of_the_machine
 
 COMPILED = "_orig_mod"
 """Under which name `torch.compile` holds a module."""

@@ -14,8 +14,8 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError, UserError
-from autosparse.models.contract import joined
-from autosparse.models.gradients import copied, of_the_machine
+from autosparse.models.contract import joined, of_the_machine
+from autosparse.models.restore import copied
 from autosparse.models.standardised import as_plain
 from autosparse.models.zoo import CONV_OR_LINEAR, expected_shape
 
