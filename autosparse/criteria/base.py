@@ -66,9 +66,12 @@ class Criterion:
     provenance: Callable[..., dict[str, str]] | None = None
     """Options -> what else the scores depend on, for the ticket's card."""
     learned: bool = False
-    """Whether it was fitted on networks as `models.create` makes them, and wants such ones."""
+    """Whether it was fitted on networks of `models.create`, and expects their initial values."""
     chooses: bool | Callable[..., bool] = False
     """Whether it returns Masks instead of Scores; where its options decide, a function of them."""
+
+    allocates: bool = False
+    """Whether its scores are made for given layer counts, which no other setting may change."""
 
     def makes_choice(self, options: Mapping[str, Any]) -> bool:
         """Return whether the criterion returns Masks when it is given these options."""
@@ -98,7 +101,7 @@ class Criterion:
         return self.changed_defaults(asked) | other
 
     def changed_defaults(self, asked: Collection[str]) -> dict[str, Any]:
-        """Return the defaults that count, as no option asks otherwise, and are not the first."""
+        """Return the defaults in force, of options not asked for, that differ from the first."""
         first = {**self.options, **FIRST.get(self.name, {})}
         return {
             key: each
@@ -120,7 +123,7 @@ class Criterion:
     def check_whole(self, options: Mapping[str, Any], filled: Collection[str] = ()) -> None:
         """Raise UsageError for options that are unknown or lacking, and files that are not there.
 
-        `filled` are options that are given later.
+        `filled` are options that are given when it is called.
         """
         self.check(options)
         self._check_none_lacks((*options, *filled))
@@ -212,12 +215,13 @@ def register(
     provenance: Callable[..., dict[str, str]] | None = None,
     learned: bool = False,
     chooses: bool | Callable[..., bool] = False,
+    allocates: bool = False,
 ) -> Callable:
     """Register the decorated function as the criterion `name`; see Criterion for the fields."""
 
     def add(function: Callable[..., Scores | Masks]) -> Callable[..., Scores | Masks]:
         _REGISTRY[name] = Criterion(
-            name, function, needs_data, trains, provenance, learned, chooses
+            name, function, needs_data, trains, provenance, learned, chooses, allocates
         )
         return function
 
