@@ -64,7 +64,7 @@ class Criterion:
     trains: bool = False
     """Whether it trains, and so wants an endless stream of training batches, not a sample."""
     provenance: Callable[..., dict[str, str]] | None = None
-    """Options -> what else the scores depend on, for the ticket's card."""
+    """Options -> fingerprints of the files that the result depends on, for the ticket's card."""
     learned: bool = False
     """Whether it was fitted on networks of `models.create`, and expects their initial values."""
     chooses: bool | Callable[..., bool] = False
@@ -90,9 +90,9 @@ class Criterion:
         return FORMER.get(self.name, {}) | own
 
     def beyond(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what scores depend on beyond the name and the options asked for.
+        """Return what the result depends on beyond the name and the options asked for.
 
-        Defaults that are no longer the first ones, and files such as AutoS by their content.
+        That is: defaults that have changed since the first version, and files by their content.
         """
         first, files = FIRST.get(self.name, {}), {}
         if self.provenance:

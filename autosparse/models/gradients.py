@@ -27,8 +27,8 @@ Network = Callable[[Tensor], Any]
 class Shared(Sequence[Batch]):
     """This rank's share of the batches: a mean over it is taken over those of all ranks.
 
-    Every rank must hold one (it may be empty) and call the same functions in the same order.
-    It holds no more of the batches in memory than what it is made of does.
+    Every rank must hold one (it may be empty) and call the same functions in the same order. The
+    batches are not copied.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -46,11 +46,11 @@ class Shared(Sequence[Batch]):
 
 @dataclass
 class Cost:
-    """What was computed, in forward-backward passes of one image each."""
+    """What a computation cost, in forward-backward passes of one image."""
 
     image_passes: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
-    """What was not done as it was asked for, for the ticket's card."""
+    """Entries for the ticket's card, mostly of what was done otherwise than asked for."""
 
 
 _COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
@@ -79,7 +79,7 @@ def spend(images: float, passes: float = 1.0) -> None:
 
 
 def note(key: str, value: Any) -> None:
-    """Leave an entry for the card of the ticket that is being made."""
+    """Add an entry to the card of the ticket that is being made."""
     cost = _COST.get()
     if cost is not None:
         cost.notes[key] = value
@@ -105,8 +105,8 @@ def mean_of(
 
     Args:
         batches: (images, labels); sizes may differ. A `Shared` list is summed over the ranks.
-        part: (images, labels) -> a tensor (or None: zero) per entry of `like`, mean of the batch.
-        like: what the tensors look like, by name.
+        part: (images, labels) -> per entry of `like` the batch's mean (None: zero).
+        like: tensors of the same shapes, dtypes and device, by name.
         passes: forward-backward passes over its images that one call of `part` takes.
 
     Raises UsageError if there is no sample.
@@ -131,7 +131,7 @@ class _Mean:
         self.sums: list[Tensor | None] = [None] * len(self.like)
 
     def add(self, place: int, tensor: Tensor) -> None:
-        """Add a sum over samples to the place-th tensor; `tensor` is used up."""
+        """Add a sum over samples to the place-th tensor; `tensor` may be overwritten."""
         sum_ = self.sums[place]
         if sum_ is None:
             self.sums[place] = tensor
@@ -207,7 +207,7 @@ def mean_over_gradients(
         parameters: leaf tensors to differentiate by, by name.
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
-        parts: gradient (a tensor to use up) -> as many tensors of its shape for each of them.
+        parts: gradient (may be overwritten) -> the tensors to average, each of its shape.
 
     Returns the k-th parts under the names, the first (k = 0) as they are, others with " k" added.
     """
@@ -266,10 +266,10 @@ def sum_gradients(
     loss_fn: LossFn,
     take: Callable[[int, Tensor], None],
 ) -> int:
-    """Hand over dL/dθ, summed over samples, batch by batch and one by one; return the samples.
+    """Give `take` each gradient dL/dθ, summed over a batch's samples; count the samples.
 
-    `take` gets the place in `parameters` and a gradient to use up, as many times as there are
-    batches.
+    `take` is called for every batch and parameter, with the place in `parameters` and a gradient
+    that it may overwrite.
     """
     samples, tensors = 0, list(parameters.values())
     for images, labels in batches:
@@ -285,9 +285,9 @@ def sum_gradients(
 def backward_one_by_one(
     total: Tensor, tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]
 ) -> None:
-    """Hand over the gradient of each of the leaf `tensors` when it is there, and forget it.
+    """Give `take` the gradient of each of the leaf `tensors` once it is computed, and free it.
 
-    Their gradients are never held all at once. `take` gets the place in `tensors` and the gradient.
+    So they are never held all at once. `take` gets the place in `tensors` and the gradient.
     """
     with _handed_over(tensors, take):
         total.backward(inputs=list(tensors))
@@ -312,12 +312,12 @@ def differentiate_again(
     tensors: Sequence[Tensor],
     take: Callable[[int, Tensor], None],
 ) -> None:
-    """Hand over d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
+    """Give `take` d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
 
     Args:
         products: see `with_edges`.
         tensors: θ, leaves.
-        take: gets the place in `tensors` and the gradient, to use up.
+        take: gets the place in `tensors` and the gradient, which it may overwrite.
     """
     if products:
         edges, vectors = zip(*products, strict=True)
@@ -327,7 +327,7 @@ def differentiate_again(
 
 @contextmanager
 def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Give every gradient that comes to one of the leaf `tensors` to `take`, and forget it."""
+    """Inside, `take` gets the gradients of the leaf `tensors`, which are then freed."""
 
     def hand_over(place: int, tensor: Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put all back afterwards: gradients, buffers, modes and whatever else modules hold or cache.
+    """Put everything back afterwards: gradients, buffers, modes, what else modules hold or cache.
 
     `requires_grad` and the CPU and GPU RNGs too.
     """
