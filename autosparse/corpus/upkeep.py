@@ -1,4 +1,4 @@
-"""Looking after a corpus: is every byte what was written, and moving runs about."""
+"""Look after a corpus: check every byte, and copy runs from one corpus into another."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
 def _of_marker(
     name: str, marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
 ) -> Iterator[Problem]:
-    """Compare what else the marker says with the run, which is whole."""
+    """Compare the marker's other entries with the run, whose file is whole."""
     expected: dict[str, Any] = {"sha256": marker["sha256"], "tensors": digests}
     # A later version's row may have more columns.
     expected["row"] = {key: row.get(key) for key in marker.get("row", {})}

@@ -48,7 +48,7 @@ from autosparse.training.steppers import Ranks
 
 DENSE = "dense"
 SOME_CLASSES = 10
-"""Where only the data themselves tell how many there are."""
+"""Classes of the model that settings are checked on, where only the data tell how many."""
 DEAD = ("warn", "error")
 
 
@@ -150,7 +150,7 @@ def check(config: PruneConfig) -> None:
 
 
 def criteria_of(config: PruneConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Return the criteria that score, with their options: one, or another that allocates too."""
+    """Return the criteria that are used, with their options: the main one, and the allocator."""
     used = [(config.criterion, config.options)] if config.criterion != DENSE else []
     if config.allocation not in (None, UNIFORM):
         used.append((str(config.allocation), config.allocation_options))
@@ -226,9 +226,9 @@ def finish_card(
 
 
 def dead_line(card: Mapping[str, Any]) -> str:
-    """Return what to tell of a dead ticket."""
+    """Return the warning for a dead ticket."""
     return (
-        f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
+        f"this ticket is dead: its output does not depend on the image, from {card['dead']} on; "
         "prune at a lower sparsity, by another criterion or, if that gives scores, with guard live"
     )
 
