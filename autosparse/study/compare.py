@@ -7,7 +7,6 @@ be run in any order, by anyone (`run_cell`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,6 @@ from autosparse.study.config import CompareConfig, SparseTrainConfig
 from autosparse.study.trainings import RESULT, Cell, Observer, train_cell
 from autosparse.training.steppers import Epoch, PlainStepper, check, check_plain
 
-EMPTY = inspect.Parameter.empty
 IRP = "irp"
 BASELINES = ("erk", "uniform")
 TICKET = "ticket"
@@ -108,7 +106,9 @@ def check_config(config: CompareConfig) -> None:
         if name == IRP:
             _irp_config(config, options, 0.5, 0)
         else:
-            criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+            criterion = criteria.get(name)
+            criterion.check_whole(options, filled=("sparsity", "seed"))
+            selection(config, label).check_for(criterion, options)
     for twin in config.twins:
         if twin not in ALL_TWINS:
             raise unknown("twin", twin, ALL_TWINS)
@@ -165,8 +165,7 @@ def _key(config: CompareConfig, trial: Trial, *, trained: bool) -> str:
     """
     name, asked = criterion_of(config, trial.label)
     criterion = None if name in (DENSE, IRP) else criteria.get(name)
-    defaults = criterion.options if criterion else {}
-    options = {key: each for key, each in defaults.items() if each is not EMPTY} | asked
+    options = (criterion.defaults if criterion else {}) | asked
     parts = [run_id(config.model), run_id(config.data), run_id(config.scoring), str(trial)]
     parts += [name, str(sorted(options.items())), str(selection(config, trial.label))]
     if trained or name == IRP:
@@ -272,7 +271,11 @@ def _make(config: CompareConfig, trial: Trial, source: DataSource) -> tuple[Tick
         options=options,
     )
     ticket = prune.choose(model, scored, card)
-    return ticket, controls.inverted_twin(ticket, model, scored.scores)
+    scores = scored.scores
+    if scored.masks is not None:  # A choice ranks nothing: draw from what it left out.
+        chosen = {name: mask.cpu() for name, mask in scored.masks.items()}
+        scores = controls.survival_scores(chosen, trial.seed)
+    return ticket, controls.inverted_twin(ticket, model, scores)
 
 
 def _make_by_irp(

@@ -332,3 +332,41 @@ def test_a_comparison_of_other_images_is_not_taken(done: CompareConfig, digits: 
     assert compare.run_trial(done, trial, digits)["label"] == "snip"
     with pytest.raises(UsageError, match="is of other images"):
         compare.run_trial(done, trial, replace(digits, fingerprint="another"))
+
+
+# Criteria that choose
+
+
+def test_a_choice_names_what_does_not_apply_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(UsageError, match="autos chooses the weights itself, so scope layer"):
+        compare.trials(config(tmp_path, criteria="snip,autos", scope="layer"))
+    labelled = {"short": {"criterion": "short_irp", "levels": 1}}
+    with pytest.raises(UsageError, match="short_irp chooses the weights itself, so guard live"):
+        compare.trials(config(tmp_path, criteria="short", options=labelled, guard="live"))
+
+
+def test_the_inverted_twin_of_a_choice_is_drawn_from_what_it_left_out(tmp_path: Path, digits):
+    settings = config(tmp_path, criteria="autos", sparsities=[0.75])
+    ticket, other = (
+        compare.ticket_of(settings, Trial("autos", twin, 0.75, 0), digits)
+        for twin in ("ticket", "inverted")
+    )
+    for name, mask in ticket.masks.items():
+        count, theirs = int(mask.sum()), other.masks[name]
+        assert int(theirs.sum()) == count
+        assert int((theirs & mask).sum()) == max(2 * count - mask.numel(), 0), name
+
+
+def test_options_that_went_are_part_of_old_ids(tmp_path: Path):
+    """Cells that earlier versions trained with AutoS, short levels and SNIP are found again."""
+    settings = CompareConfig(criteria="autos,autos_irp,short_irp,snip", out=str(tmp_path))
+    found = {
+        label: compare.folder_of(settings, Trial(label, "ticket", 0.9, 0)).name
+        for label in compare.labels(settings)
+    }
+    assert found == {
+        "autos": "autos-90-seed0-88a15cf39fcf",
+        "autos_irp": "autos_irp-90-seed0-74831e98d39e",
+        "short_irp": "short_irp-90-seed0-690f492bf928",
+        "snip": "snip-90-seed0-d03af14dccac",
+    }
