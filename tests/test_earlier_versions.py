@@ -19,8 +19,9 @@ from autosparse.irp.config import IRPConfig
 from autosparse.irp.run import run_folder
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity.ticket import Ticket
-from autosparse.study import compare, sweep
-from autosparse.study.config import CompareConfig, SparseTrainConfig, SweepConfig
+from autosparse.study import plan, tickets
+from autosparse.study.config import SparseTrainConfig, StudyConfig, SweepConfig
+from autosparse.study.grid import StudyCell
 from tests.conftest import QUICK
 
 FIXTURES = Path(__file__).parent / "fixtures" / "before_packages"
@@ -28,7 +29,7 @@ MODEL = ModelConfig(
     "vit_tiny_patch16_224", {"embed_dim": 8, "depth": 1, "num_heads": 2, "patch_size": 8}
 )
 DATA = DataConfig(train_limit=200)
-COMPARISON = CompareConfig(
+COMPARISON = StudyConfig(
     model=MODEL, data=DATA, criteria=["snip", "fast", "irp"],
     options={"fast": {"criterion": "synflow", "rounds": 3}, "irp": {"levels": 1}},
     sparsities=[0.5], seeds=[0], twins=["shuffled", "inverted", "uniform"], training=QUICK,
@@ -118,13 +119,13 @@ def test_figures_and_page_of_earlier_folders_are_drawn(earlier: Path):
 )
 def test_cells_of_a_sweep_are_found(earlier: Path, config: SweepConfig, states: list[str]):
     folder = earlier / ("search" if config.search == "optuna" else "sweep")
-    cells = sweep.cells(replace(config, out=str(folder)))
+    cells = plan.cells(replace(config, out=str(folder)))
     assert [cell.state for cell in cells] == states
     assert {cell.key for cell in cells} == {each.name for each in (folder / "cells").iterdir()}
 
 
 def test_an_earlier_ticket_serves_twins_of_today(earlier: Path, monkeypatch, digits):
     config = replace(COMPARISON, out=str(earlier / "comparison"))
-    trial = compare.Trial("snip", "reinitialised", 0.5, 0)
-    monkeypatch.setattr(compare, "_make", None)
-    assert compare.ticket_of(config, trial, digits).fingerprint == "4f64919fec82e1cb"
+    cell = StudyCell(config, "snip", "reinitialised", 0.5, 0)
+    monkeypatch.setattr(tickets, "_make", None)
+    assert tickets.ticket_of(cell, digits).fingerprint == "4f64919fec82e1cb"
