@@ -57,8 +57,6 @@ LABELS = {
     "iter_snip": {},
     "grasp": {},
     "synflow": {},
-    "autos_top": {"criterion": "autos", "choice": "top"},
-    "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": {"criterion": "autos", "choice": "live"},
     "autos_no_reuse": {"criterion": "autos", "reuse": 0.0},
@@ -74,8 +72,6 @@ LABELS = {
 NAMES = {
     **LEGENDS,
     "magnitude": "magnitude",
-    "autos_top": "AutoS, highest odds",
-    "autos_sampled": "AutoS, drawn by odds",
     "autos_random": "AutoS, any weights",
     "autos_live": "AutoS",
     "autos_no_reuse": "AutoS, reuse 0",
@@ -130,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--seeds", type=int, default=3, help="how many seeds")
     found.add_argument("--sparsities", help="with commas; by default as the form has it")
-    found.add_argument("--guard", default="layer", help="of all rows: layer, or live")
+    found.add_argument("--guard", default="layer", help="layer; or live, for rows that give scores")
     return found
 
 

@@ -72,12 +72,12 @@ def contexts(
         for name, weight in weights.items()
     }
     mean_mass = sum(mass[name] * weight.numel() for name, weight in weights.items()) / total
-    found = {}
+    by_layer = {}
     for place, (name, weight) in enumerate(weights.items()):
         fan_out, fan_in = weight.shape[0], weight.shape[1]
         kernel = math.prod(weight.shape[2:])
         sensitivity = math.log10(max(mass[name], TINY) / max(mean_mass, TINY))
-        found[name] = LayerContext(
+        by_layer[name] = LayerContext(
             (
                 math.log10(weight.numel()) - 4,
                 math.log10(weight.numel() / total) + 1,
@@ -88,7 +88,7 @@ def contexts(
                 min(max(sensitivity, -3.0), 3.0),
             )
         )
-    return found
+    return by_layer
 
 
 @torch.no_grad()
@@ -103,18 +103,18 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         names: of prunable parameters.
         image: [1, C, H, W].
     """
-    found = dict.fromkeys(names, 0.0)
+    places = dict.fromkeys(names, 0.0)
 
     def note(name: str) -> Callable:
         channels = 1 if model.get_parameter(name).ndim > 2 else -1
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             signal = output[0] if isinstance(output, tuple) else output
-            found[name] += signal.numel() / signal.shape[channels]
+            places[name] += signal.numel() / signal.shape[channels]
 
         return hook
 
-    hooks = [called(model, name).register_forward_hook(note(name)) for name in found]
+    hooks = [called(model, name).register_forward_hook(note(name)) for name in places]
     modes = [(module, module.training) for module in model.modules()]
     try:
         outputs_of(model.eval(), image)
@@ -124,9 +124,9 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         for each in hooks:
             each.remove()
     spend(1)
-    seen = [math.log(count) for count in found.values() if count]
+    seen = [math.log(count) for count in places.values() if count]
     usual = math.exp(sum(seen) / len(seen)) if seen else 1.0
-    return {name: count or usual for name, count in found.items()}
+    return {name: count or usual for name, count in places.items()}
 
 
 def layer_features(

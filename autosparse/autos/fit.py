@@ -73,7 +73,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     held_out = Rows.join([sample_rows(corpus.read(each), config, each) for each in checked])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = AutoS(config.features, config.hidden, backbone=config.backbone)
+        network = AutoS(config.features, config.hidden)
     network.mean.copy_(train.inputs.mean(0))
     network.std.copy_(train.inputs.std(0).clamp(min=1e-6))
     history = _optimise(network, train, held_out, config, on_epoch)
@@ -89,10 +89,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
         "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
         "versions": library_versions(),
     }
-    network.eval()
-    if config.features == "paper":
-        network.tabulate(torch.cat([train.inputs, held_out.inputs]))
-    return network
+    return network.eval()
 
 
 def corpus_of(corpus: Corpus, used: list[str]) -> str:
@@ -139,7 +136,7 @@ def split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]
 def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
     """Sample weights of one run, all with the same chance, at most `config.rows_per_run`."""
     gradients = initial_gradients(run)
-    found = features.contexts(run.initial, gradients)
+    contexts = features.contexts(run.initial, gradients)
     total = sum(weight.numel() for weight in run.initial.values())
     generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -147,7 +144,9 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
     inputs, targets, start = [], [], 0
     for name, weight in run.initial.items():
         survival = run.survival[name].flatten()
-        for piece in features.layer_features(config.features, weight, gradients[name], found[name]):
+        for piece in features.layer_features(
+            config.features, weight, gradients[name], contexts[name]
+        ):
             picked = chosen[start : start + piece.shape[1]]
             inputs.append(piece[:, picked].T)
             start += piece.shape[1]

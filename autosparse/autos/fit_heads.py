@@ -100,7 +100,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
 def sample(run: IRPRun, config: FitConfig, salt: str, heads: Heads) -> Part:
     """Take a run's layers, and `rows_per_run` of its weights, layers by the root of their size."""
     gradients = initial_gradients(run)
-    found = features.contexts(run.initial, gradients)
+    contexts = features.contexts(run.initial, gradients)
     generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
     roots = {name: math.sqrt(weight.numel()) for name, weight in run.initial.items()}
     share = config.rows_per_run / sum(roots.values())
@@ -108,15 +108,15 @@ def sample(run: IRPRun, config: FitConfig, salt: str, heads: Heads) -> Part:
     for place, (name, weight) in enumerate(run.initial.items()):
         count = min(weight.numel(), round(share * roots[name]))
         picked = torch.randperm(weight.numel(), generator=generator)[:count]
-        pieces = features.layer_features("context", weight, gradients[name], found[name])
+        pieces = features.layer_features("context", weight, gradients[name], contexts[name])
         inputs.append(torch.cat(list(pieces), dim=1)[:, picked].T)
         survival.append(run.survival[name].flatten()[picked])
         layer.append(torch.full((count,), place))
-    layers = _layers(run, found, heads)
+    layers = _layers(run, contexts, heads)
     return layers, Weights(torch.cat(inputs), torch.cat(survival), torch.cat(layer))
 
 
-def _layers(run: IRPRun, found: dict[str, features.LayerContext], heads: Heads) -> Layers:
+def _layers(run: IRPRun, contexts: dict[str, features.LayerContext], heads: Heads) -> Layers:
     shapes = {name: weight.shape for name, weight in run.initial.items()}
     total = sum(weight.numel() for weight in run.initial.values())
     densities, erk, truth = [], [], []
@@ -126,7 +126,7 @@ def _layers(run: IRPRun, found: dict[str, features.LayerContext], heads: Heads) 
         erk.append(list(erk_log_odds(shapes, densities[-1]).values()))
         truth.append([alive[name] / shape.numel() for name, shape in shapes.items()])
     return Layers(
-        torch.tensor([found[name].constants for name in shapes]),
+        torch.tensor([contexts[name].constants for name in shapes]),
         torch.tensor(erk).T,
         torch.tensor(truth).T,
         torch.tensor([float(shape.numel()) for shape in shapes.values()]),

@@ -32,17 +32,17 @@ DENSITIES = (0.6, 0.37, 0.23, 0.14, 0.087, 0.053, 0.033, 0.02)
 
 def interpolation(density: float, densities: Sequence[float]) -> list[float]:
     """Return the weight of each of `densities` (falling) at `density`: linear in its logarithm."""
-    found = [0.0] * len(densities)
+    mix = [0.0] * len(densities)
     if density >= densities[0]:
-        found[0] = 1.0
+        mix[0] = 1.0
     elif density <= densities[-1]:
-        found[-1] = 1.0
+        mix[-1] = 1.0
     else:
         place = next(i for i, each in enumerate(densities) if each < density)
         high, low = math.log(densities[place - 1]), math.log(densities[place])
-        found[place] = (high - math.log(density)) / (high - low)
-        found[place - 1] = 1 - found[place]
-    return found
+        mix[place] = (high - math.log(density)) / (high - low)
+        mix[place - 1] = 1 - mix[place]
+    return mix
 
 
 def erk_log_odds(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
@@ -124,8 +124,8 @@ class Heads(nn.Module):
         more = lift or dict.fromkeys(shapes, 0.0)
         odds += torch.tensor([start[name] + more[name] for name in shapes], dtype=torch.float64)
         sizes = torch.tensor([math.prod(shape) for shape in shapes.values()], dtype=torch.float64)
-        found = torch.sigmoid(odds + _shift(odds, sizes, density))
-        return dict(zip(shapes, found.tolist(), strict=True))
+        expected = torch.sigmoid(odds + _shift(odds, sizes, density))
+        return dict(zip(shapes, expected.tolist(), strict=True))
 
     @torch.no_grad()
     def weight_scores(
@@ -143,15 +143,15 @@ class Heads(nn.Module):
         fixed = matrices[0][:, -CONSTANTS:] @ scaled.clamp(-LIMIT, LIMIT)
         first, biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
         mean, std = self.mean[:-CONSTANTS, None], self.std[:-CONSTANTS, None]
-        found = []
+        parts = []
         for piece in features.layer_features("context", weight, gradient, None):
             part = piece.sub_(mean).div_(std).clamp_(-LIMIT, LIMIT)
             for number, bias in enumerate(biases):
                 matrix = first if number == 0 else matrices[number]
                 part = torch.addmm(bias, matrix, part)
                 part = part.relu_() if number + 1 < len(biases) else part
-            found.append(part[0])
-        return torch.cat(found).view(weight.shape)
+            parts.append(part[0])
+        return torch.cat(parts).view(weight.shape)
 
 
 def _shift(odds: Tensor, sizes: Tensor, density: float) -> float:

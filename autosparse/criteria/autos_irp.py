@@ -18,7 +18,7 @@ import torch
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import autos
-from autosparse.criteria.base import Scores, register
+from autosparse.criteria.base import Masks, Scores, register
 from autosparse.criteria.short_irp import Horizon, short_levels
 from autosparse.models.gradients import mean_gradients
 from autosparse.sparsity import masks, paths, reach
@@ -31,7 +31,14 @@ BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
 
 
-@register("autos_irp", needs_data=True, trains=True, provenance=autos.fingerprints, learned=True)
+@register(
+    "autos_irp",
+    needs_data=True,
+    trains=True,
+    provenance=autos.fingerprints,
+    learned=True,
+    chooses=True,
+)
 def autos_irp(
     model,
     parameters,
@@ -52,8 +59,8 @@ def autos_irp(
     learning_rate: float = 1e-2,
     weight_decay: float = 0.05,
     seed: int = 0,
-) -> Scores:
-    """Return scores that are positive for exactly the weights that are left at the last level.
+) -> Masks:
+    """Return the masks of the last level.
 
     Args:
         sparsity: fraction of weights to remove in the end.
@@ -72,7 +79,7 @@ def autos_irp(
         weight_decay: as in training: not on biases and norms.
         seed: fixes what is drawn, and dropout.
     """
-    network = autos.found(scorer)
+    network = autos.load_scorer(scorer)
     if network.head != "survival":
         raise UsageError("autos_irp needs an AutoS with the head survival")
     if not 0 < start <= 1:
@@ -93,11 +100,11 @@ def autos_irp(
     )
     initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
 
-    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
+    def best(trained: Scores, alive: Masks, count: int) -> Masks:
         scores = {
             name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
         }
-        return scores, layers.best(scores, alive, count)
+        return layers.best(scores, alive, count)
 
     training = TrainingConfig(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
@@ -106,16 +113,16 @@ def autos_irp(
     begin = (1 - sparsity) * fall**levels
     steep = begin < start
     alive = layers.drawn(begin, seed) if steep else layers.first(max(start, 1 - sparsity))
-    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
+    return short_levels(model, batches, loss_fn, horizon, best, alive)
 
 
-def _followed(model, batches, live: bool) -> Callable[..., masks.Masks]:
+def _followed(model, batches, live: bool) -> Callable[..., Masks]:
     """Return what keeps the highest scores, if `live` of those that lie on paths."""
     shape = paths.image_shape(model, batches)
 
     def choose(
-        scores: Scores, kept: dict[str, int], within: masks.Masks, rounds: int, tilt: float
-    ) -> masks.Masks:
+        scores: Scores, kept: dict[str, int], within: Masks, rounds: int, tilt: float
+    ) -> Masks:
         if not live:
             return masks.keep_counts(scores, kept, within=within)
         return reach.best_on_paths(
@@ -143,11 +150,11 @@ class _Layers:
     def best(
         self,
         scores: Scores,
-        alive: masks.Masks,
+        alive: Masks,
         count: int,
         rounds: int = ROUNDS,
         tilt: float = 0.0,
-    ) -> masks.Masks:
+    ) -> Masks:
         """Keep the best of what is alive, in each layer as many as AutoS allots it.
 
         `rounds` and `tilt` are those of reach.thinned.
@@ -163,14 +170,14 @@ class _Layers:
         )
         return self.choose(scores, kept, alive, rounds, tilt)
 
-    def everything(self) -> masks.Masks:
+    def everything(self) -> Masks:
         """Return masks that keep all."""
         return {
             name: torch.ones(weight.shape, dtype=torch.bool)
             for name, weight in self.parameters.items()
         }
 
-    def first(self, density: float) -> masks.Masks:
+    def first(self, density: float) -> Masks:
         """Return the masks that AutoS's odds alone prune to, before any step."""
         alive = self.everything()
         if density == 1:
@@ -179,10 +186,10 @@ class _Layers:
         scores = {name: score.cpu() for name, score in scores.items()}
         return self.best(scores, alive, keep_density(self.total, density))
 
-    def drawn(self, density: float, seed: int) -> masks.Masks:
+    def drawn(self, density: float, seed: int) -> Masks:
         """Return masks as `autos` draws them, on paths."""
         alive = self.everything()
         generator = torch.Generator().manual_seed(seed)
-        scores = {n: autos.drawn(mask, "live", 1.0, generator) for n, mask in alive.items()}
+        scores = {n: autos.noise_for("live", mask, generator) for n, mask in alive.items()}
         count = keep_density(self.total, density)
         return self.best(scores, alive, count, reach.ROUNDS, autos.TILT)

@@ -146,9 +146,9 @@ def _seconds_per_image(
     seconds: dict[tuple[Any, ...], list[float]] = {}
     for name, run in plan.items():
         for level in _entries(place(folder) / name):
-            found = seconds.setdefault(_kind(run), [0.0, 0.0])
-            found[0] += level["seconds"]
-            found[1] += level["image_passes"]
+            sums = seconds.setdefault(_kind(run), [0.0, 0.0])
+            sums[0] += level["seconds"]
+            sums[1] += level["image_passes"]
     return {kind: (taken / images, "corpus") for kind, (taken, images) in seconds.items() if images}
 
 

@@ -204,11 +204,11 @@ def twice_differentiable() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        found = ONLY_ONCE.search(str(error))
-        if found is None:
+        match = ONLY_ONCE.search(str(error))
+        if match is None:
             raise
         raise UsageError(
-            f"torch cannot differentiate the model twice ({found[1]} has no second derivative); "
+            f"torch cannot differentiate the model twice ({match[1]} has no second derivative); "
             "use a criterion that needs first gradients only, such as snip"
         ) from error
 
@@ -241,9 +241,9 @@ def mean_of(
     """
     mean = _Mean(like)
     for images, labels in batches:
-        found = list(part(images, labels))
-        for place, tensor in enumerate(found):
-            found[place] = None
+        parts = list(part(images, labels))
+        for place, tensor in enumerate(parts):
+            parts[place] = None
             if tensor is not None:
                 mean.add(place, tensor * len(labels))
             del tensor
@@ -378,10 +378,10 @@ def mean_hessian_times(
             mean.add(place, product.mul_(count))
 
         loss = loss_fn(outputs_of(model, images), labels)
-        found = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
         del loss
-        edges = with_edges(found, vectors)
-        del found
+        edges = with_edges(gradients, vectors)
+        del gradients
         differentiate_again(edges, tensors, take)
         mean.samples += len(labels)
     return mean.finished(isinstance(batches, Shared), 2.0)

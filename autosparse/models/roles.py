@@ -71,8 +71,8 @@ def faint(model: nn.Module, image: Tensor, limit: float = FAINT) -> list[str]:
         limit: 0 for those only that are zero.
     """
     small = [name for name, parameter in _gains_perhaps(model) if _size(parameter) <= limit]
-    found = of(model, image).gains if small else {}
-    return [name for name in small if found.get(name, math.inf) <= limit]
+    gains = of(model, image).gains if small else {}
+    return [name for name in small if gains.get(name, math.inf) <= limit]
 
 
 def _gains_perhaps(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

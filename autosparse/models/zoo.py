@@ -87,9 +87,9 @@ def check(config: ModelConfig, *, num_classes: int, in_chans: int, image_size: i
     Its name, its options, and what it excludes are looked at; nothing is computed.
     """
     with torch.device("meta"):
-        found = _build(config.name, _options(config, num_classes, in_chans, image_size))
-    prunable(found, config.exclude)
-    return found
+        model = _build(config.name, _options(config, num_classes, in_chans, image_size))
+    prunable(model, config.exclude)
+    return model
 
 
 def _shrink_stem(model: nn.Module) -> None:
@@ -204,7 +204,7 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
     parameter of its own: under weight or spectral norm, `torch.nn.utils.prune`, or compact.
     """
     model = unwrapped(model)
-    found: dict[str, nn.Parameter] = {}
+    weights: dict[str, nn.Parameter] = {}
     computed: dict[str, UsageError] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -216,23 +216,25 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
                 weight = getattr(module, attribute)
             if id(weight) not in seen:
                 seen.add(id(weight))
-                found[name] = weight
+                weights[name] = weight
     left_out: set[str] = set()
     for pattern in exclude:
-        names = [name for name in found if _excluded(model, pattern, name)]
+        names = [name for name in weights if _excluded(model, pattern, name)]
         if not names:
-            parts = {".".join(name.split(".")[: depth + 1]) for name in found for depth in range(3)}
+            parts = {
+                ".".join(name.split(".")[: depth + 1]) for name in weights for depth in range(3)
+            }
             raise unknown("layer to exclude", pattern, parts)
         left_out.update(names)
-    found = {name: weight for name, weight in found.items() if name not in left_out}
-    if not found:
+    weights = {name: weight for name, weight in weights.items() if name not in left_out}
+    if not weights:
         raise UsageError(f"{type(model).__name__} has no prunable weight")
-    for name in found:
+    for name in weights:
         if name in computed:
             raise computed[name]
         if COMPILED in name:
             raise UsageError(f"{name}: a part of the model is compiled; compile it afterwards")
-    return found
+    return weights
 
 
 def _computed(module: nn.Module, name: str, attribute: str) -> UsageError:
@@ -244,8 +246,8 @@ def _computed(module: nn.Module, name: str, attribute: str) -> UsageError:
         how, function = kind.strip("_"), "parametrize.remove_parametrizations"
     else:
         tensors = {**module._parameters, **module._buffers}
-        found = (known for ending, known in COMPUTED.items() if attribute + ending in tensors)
-        how, function = next(found, ("its module", ""))
+        known_ones = (known for ending, known in COMPUTED.items() if attribute + ending in tensors)
+        how, function = next(known_ones, ("its module", ""))
     call = f"torch.nn.utils.{function}(model.get_submodule({name!r}), {attribute!r})"
     return UsageError(
         f"{name}.{attribute} is no parameter: {how} computes it, so it cannot be pruned; "

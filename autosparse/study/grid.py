@@ -7,7 +7,6 @@ cells may be trained in any order, by any process, on any machine that shares th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from autosparse.study.config import StudyConfig
 from autosparse.study.labels import BASELINES, IRP, TICKET
 from autosparse.study.trainings import RESULT
 
-EMPTY = inspect.Parameter.empty
 LOCAL, RAY, DEEPSPEED = "local", "ray", "deepspeed"
 STOPPED, FAILED = "stopped.json", "failed.json"
 
@@ -151,8 +149,7 @@ def _hash(cell: StudyCell, *, trained: bool) -> str:
     config = cell.config
     name, given = asked.criterion_of(config, cell.label)
     criterion = None if name in (DENSE, IRP) else criteria.get(name)
-    defaults = criterion.options if criterion else {}
-    options = {key: each for key, each in defaults.items() if each is not EMPTY} | given
+    options = (criterion.defaults if criterion else {}) | given
     place = (  # As the first version wrote it: folders are named by it.
         f"Trial(label={cell.label!r}, twin={cell.twin!r}, sparsity={cell.sparsity!r}, "
         f"seed={cell.seed!r})"

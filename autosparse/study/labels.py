@@ -92,7 +92,9 @@ def check(config: StudyConfig) -> None:
         if name == IRP:
             irp_config(config, options, 0.5, 0)
         else:
-            criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+            criterion = criteria.get(name)
+            criterion.check_whole(options, filled=("sparsity", "seed"))
+            selection(config, label).check_for(criterion, options)
     for twin in config.twins:
         if twin not in ALL_TWINS:
             raise unknown("twin", twin, ALL_TWINS)

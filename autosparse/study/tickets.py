@@ -67,7 +67,11 @@ def _make(cell: StudyCell, source: DataSource) -> tuple[Ticket, Ticket]:
         options=options,
     )
     ticket = prune.choose(model, scored, card)
-    return ticket, controls.inverted_twin(ticket, model, scored.scores)
+    scores = scored.scores
+    if scored.masks is not None:  # A choice ranks nothing: draw from what it left out.
+        chosen = {name: mask.cpu() for name, mask in scored.masks.items()}
+        scores = controls.survival_scores(chosen, cell.seed)
+    return ticket, controls.inverted_twin(ticket, model, scores)
 
 
 def _make_by_irp(

@@ -39,6 +39,22 @@ class TrainingConfig:
     """cosine, tanh, poly (timm's), or none: a constant rate."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up, counted in the total."""
+    topology: str = "static"
+    """Which weights survive: static, as the ticket says; or set, rigl, mest: some are exchanged in
+    training, as many in every layer as before."""
+    topology_every: int = 100
+    """Steps from one exchange to the next."""
+    topology_fraction: float = 0.3
+    """Share of each layer's survivors that an exchange replaces at first; falls with a cosine."""
+    topology_until: float = 0.75
+    """Share of the training's steps after which nothing is exchanged any more."""
+    topology_grow_from: str = "auto"
+    """Where others come: gradient (the largest of the dense weight), random, or auto: gradient for
+    rigl, random for set and mest."""
+    topology_on_paths: bool = False
+    """Let only such come as lie on a path from input to output; holds a dense copy on the CPU."""
+    topology_gradient_weight: float = 1.0
+    """mest: what goes has the least |weight| + this times |gradient|."""
     clip_grad: float | None = None
     """Largest norm of the gradient; none by default."""
     label_smoothing: float = 0.0

@@ -15,6 +15,21 @@ from autosparse.models.zoo import unwrapped
 from autosparse.sparsity.compact import compact_weights, dense_name
 from autosparse.training.config import TrainingConfig
 
+ELEMENTWISE = (
+    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "momentumw", "adam", "adamw", "nadam",
+    "nadamw", "radam", "adamax", "adadelta", "adagrad", "rmsprop", "rmsproptf", "lion",
+)  # fmt: skip
+"""Optimizers that treat every weight by itself: for the others a weight's shape, or the norm of a
+layer, makes a difference, and compact weights are 1-D."""
+STARTS_AT_ONE = "rmsproptf"
+"""Its running mean of squares does; the moments of all other elementwise ones start at zero."""
+
+
+def starts_at_zero(config: TrainingConfig) -> bool:
+    """Return whether all that the optimizer keeps for each weight is known to start at zero."""
+    given = config.optimizer_options.get("initial_accumulator_value")
+    return config.optimizer in ELEMENTWISE and config.optimizer != STARTS_AT_ONE and not given
+
 
 def optimizer_and_schedule(
     model: nn.Module, config: TrainingConfig, steps_per_epoch: int

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, write_json
@@ -19,20 +18,15 @@ from autosparse.study.trainings import RESULT
 from tests.study.small import result
 from tests.study.small import sweep as config
 
-
-@pytest.fixture(scope="module")
-def local_ray():
-    from autosparse.integrations import ray as growing
-
-    growing.connect()
-    yield
-    ray.shutdown()
+ONE_AT_A_TIME = float(os.cpu_count() or 1)
+"""CPUs of a cell: one process, whose start takes longest, does one cell after another."""
 
 
 def two_of_four(out: Path):
     """Two cells that can be trained and two that cannot."""
     return config(
         out, criteria=["magnitude"], sparsities=[0.5], seeds=[0], tracking=True,
+        cpus_per_trial=ONE_AT_A_TIME,
         variations=[{}, {"optimizer": "sgd", "learning_rate": 1e30}],
     )  # fmt: skip
 
@@ -165,8 +159,11 @@ def test_optuna_goes_on_from_what_is_over(local_ray, tmp_path: Path):
     pytest.importorskip("optuna")
     settings = config(
         tmp_path, search="optuna", samples=2, sparsities=[0.5], seeds=[0],
+        cpus_per_trial=ONE_AT_A_TIME,
         space={"learning_rate": {"low": 0.001, "high": 0.1, "log": True}},
     )  # fmt: skip
+    (dense,) = plan.cells(settings)
+    result(dense, 0.5)
     first = studies.run(settings)
     assert [cell.state for cell in first.cells] == ["finished"] * 3, "dense and two samples"
     again = studies.run(replace(settings, samples=3))

@@ -10,7 +10,8 @@ from autosparse.core.config import FIRST_DEFAULTS
 from autosparse.core.files import write_json
 from autosparse.criteria import base
 from autosparse.models.config import ModelConfig
-from autosparse.study import grid, plan
+from autosparse.study import grid, labels, plan
+from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
 from tests.conftest import QUICK
 from tests.study.small import comparison, result, sweep
@@ -117,3 +118,47 @@ def test_what_became_of_a_cell_is_known_from_its_folder(tmp_path: Path):
     assert not without.over, "without ASHA it is to be finished"
     result(cell, 0.5)
     assert (cell.state, cell.over) == ("finished", True)
+
+
+def test_options_that_went_are_part_of_old_ids(tmp_path: Path):
+    """Cells that earlier versions trained with AutoS, short levels and SNIP are found again."""
+    settings = StudyConfig(criteria="autos,autos_irp,short_irp,snip", out=str(tmp_path))
+    names = labels.labels(settings)
+    assert [StudyCell(settings, label, "ticket", 0.9, 0).key for label in names] == [
+        "autos-90-seed0-88a15cf39fcf",
+        "autos_irp-90-seed0-74831e98d39e",
+        "short_irp-90-seed0-690f492bf928",
+        "snip-90-seed0-d03af14dccac",
+    ]
+
+
+def test_an_axis_is_any_dotted_setting(tmp_path: Path):
+    axes = {"training.optimizer_options.momentum": [0.8, 0.9], "options.fast.rounds": [2, 3],
+            "data.train_limit": [200, 300], "model.name": ["test_vit", "test_resnet"]}  # fmt: skip
+    settings = comparison(
+        tmp_path, criteria=["fast"], options={"fast": {"criterion": "synflow"}}, seeds=[0],
+        twins=[], axes=axes, training=replace(QUICK, optimizer="momentum"),
+    )  # fmt: skip
+    found = plan.cells(settings)
+    tickets = [cell for cell in found if cell.label == "fast"]
+    assert len(tickets) == len({cell.key for cell in tickets}) == 2**4
+    last = tickets[-1].config
+    assert last.training.optimizer_options == {"momentum": 0.9}
+    assert last.options["fast"] == {"criterion": "synflow", "rounds": 3}
+    assert (last.data.train_limit, last.model.name) == (300, "test_resnet")
+    dense = [cell for cell in found if cell.label == "dense"]
+    assert len(dense) == 2**3, "the rounds of a criterion make no other dense network"
+
+
+def test_axes_and_variations_are_tried_with_each_other(tmp_path: Path):
+    settings = comparison(
+        tmp_path, variations=[{}, {"weight_decay": 0.1}], axes={"training.epochs": [1, 2]}
+    )
+    trainings = {
+        (cell.config.training.weight_decay, cell.config.training.epochs)
+        for cell in plan.cells(settings)
+    }
+    assert trainings == {(0.05, 1), (0.05, 2), (0.1, 1), (0.1, 2)}
+    by_key = comparison(tmp_path, axes={"training.epochs": [2]})
+    plain = comparison(tmp_path, training=replace(QUICK, epochs=2))
+    assert [c.key for c in plan.cells(by_key)] == [c.key for c in plan.cells(plain)]

@@ -183,3 +183,18 @@ def test_a_comparison_of_other_images_is_not_taken(done: StudyConfig, digits: Da
     assert local.run_cell(cell, digits)["label"] == "snip"
     with pytest.raises(UsageError, match="is of other images"):
         local.run_cell(cell, replace(digits, fingerprint="another"))
+
+
+# Criteria that choose
+
+
+def test_the_inverted_twin_of_a_choice_is_drawn_from_what_it_left_out(tmp_path: Path, digits):
+    settings = comparison(tmp_path, criteria="autos", sparsities=[0.75])
+    ticket, other = (
+        tickets.ticket_of(StudyCell(settings, "autos", twin, 0.75, 0), digits)
+        for twin in ("ticket", "inverted")
+    )
+    for name, mask in ticket.masks.items():
+        count, theirs = int(mask.sum()), other.masks[name]
+        assert int(theirs.sum()) == count
+        assert int((theirs & mask).sum()) == max(2 * count - mask.numel(), 0), name

@@ -66,6 +66,14 @@ def test_mistakes_of_sweeps_are_found_before_anything_is_trained(tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_choice_names_what_does_not_apply_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(UsageError, match="autos chooses the weights itself, so scope layer"):
+        plan.check(comparison(tmp_path, criteria="snip,autos", scope="layer"))
+    labelled = {"short": {"criterion": "short_irp", "levels": 1}}
+    with pytest.raises(UsageError, match="short_irp chooses the weights itself, so guard live"):
+        plan.check(comparison(tmp_path, criteria="short", options=labelled, guard="live"))
+
+
 def test_the_dry_run_counts_what_is_left(tmp_path: Path):
     settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5])
     cells = plan.cells(settings)
