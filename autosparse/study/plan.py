@@ -31,7 +31,10 @@ def cells(config: StudyConfig) -> list[StudyCell]:
     if config.search == OPTUNA:
         found = [cell for cell in found if cell.label == DENSE]
         found += [cell for part in search.parts(config) for cell in search.begun(config, *part)]
-    return list({cell.key: cell for cell in found}.values())
+    unique: dict[str, StudyCell] = {}
+    for cell in found:
+        unique.setdefault(cell.key, cell)
+    return list(unique.values())
 
 
 def left(config: StudyConfig, planned: list[StudyCell]) -> int:

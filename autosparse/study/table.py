@@ -43,19 +43,30 @@ def placed(result: Result, batch_size: int | None = None) -> Result:
 
 def table(found: Iterable[StudyCell]) -> list[Row]:
     """Return the rows of a study's finished cells."""
+    finished = [cell for cell in found if cell.state == "finished"]
     groups: dict[tuple[str, str], list[StudyCell]] = {}
-    for cell in found:
-        if cell.state == "finished":
-            key = (run_id(cell.config.model), axes.shown(cell.point))
-            groups.setdefault(key, []).append(cell)
+    for cell in finished:
+        groups.setdefault((run_id(cell.config.model), axes.shown(cell.point)), []).append(cell)
+    shared = [cell for cell in finished if cell.label in (DENSE, *BASELINES)]
     made, names = [], list(dict.fromkeys(model for model, _ in groups))
     for (model, _), mine in groups.items():
         config = mine[0].config
-        results = [{**each.result(), "batch_size": each.config.training.batch_size}
-                   for each in mine]  # fmt: skip
+        results = [
+            {**cell.result(), "batch_size": config.training.batch_size}
+            for cell in [*mine, *_also(mine, shared)]
+        ]
         order = [DENSE, *labels(config), *BASELINES]
         made += [(names.index(model), row) for row in rows(results, order, config.twins)]
     return [row for _, row in sorted(made, key=lambda each: (each[0], each[1]["sparsity"]))]
+
+
+def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[StudyCell]:
+    """Yield the controls that are a group's too: trained once, as an axis does not concern them."""
+    known, place = {cell.key for cell in mine}, mine[0]
+    for cell in shared:
+        moved = replace(cell, config=place.config, point=place.point)
+        if cell.key not in known and moved.key == cell.key:
+            yield moved
 
 
 def rows(results: Sequence[Result], order: Sequence[str] = (), twins: Sequence[str] = ()) -> list:

@@ -85,6 +85,25 @@ def test_table_and_best_take_variations_apart(tmp_path: Path):
     assert "training" in shown[0] and "model" not in shown[0] and "verdict" not in shown[0]
 
 
+def test_controls_that_an_axis_does_not_concern_are_in_every_group(tmp_path: Path):
+    settings = sweep(
+        tmp_path, criteria=["iter_snip"], sparsities=[0.5], twins=["shuffled", "uniform"],
+        axes={"options.iter_snip.rounds": [2, 3]},
+    )  # fmt: skip
+    found = plan.cells(settings)
+    assert [cell.label for cell in found].count("uniform") == 2, "one a seed, trained once"
+    for cell in found:
+        accuracy = {"dense": 0.9, "uniform": 0.3}.get(cell.label, 0.6)
+        result(cell, accuracy - (cell.twin == "shuffled") / 10 + cell.seed / 1000)
+    rows = [row for row in table.table(found) if row["label"] == "iter_snip"]
+    assert [row["training"] for row in rows] == [
+        "options.iter_snip.rounds 2", "options.iter_snip.rounds 3",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["verdict"] == "selection matters"
+        assert row["twins"]["uniform"]["accuracy"] == pytest.approx(0.3005)
+
+
 def test_the_report_names_what_failed(tmp_path: Path):
     settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0])
     dense, snip = plan.cells(settings)
