@@ -33,6 +33,10 @@ class TrainingConfig:
     """Weight decay; biases and norms are exempt, compact weights are not."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for the optimizer, e.g. {momentum: 0.9}."""
+    optimizer_wrapper: str = "none"
+    """What sparse training adds to the optimizer: none, ham, sign_in or sparseopt."""
+    optimizer_wrapper_options: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments, e.g. {alpha: 100, beta: 0.001} for ham."""
     bias_rate: float = 1.0
     """Factor on the learning rate of the norms' biases (64 in airbench, arXiv 2404.00498)."""
     schedule: str = "cosine"
