@@ -84,7 +84,8 @@ def test_sparseopt_by_hand() -> None:
 @pytest.mark.parametrize("name", ["test_byobnet", "test_vit"])
 def test_compact_weights_are_trained_as_masked_ones(name: str, wrapper: str, options: dict) -> None:
     config = replace(SGD, optimizer="momentum", optimizer_options={}, weight_decay=0.01,
-                     learning_rate=0.02, optimizer_wrapper=wrapper, optimizer_wrapper_options=options)  # fmt: skip
+                     learning_rate=0.02, optimizer_wrapper=wrapper,
+                     optimizer_wrapper_options=options)  # fmt: skip
     model = make_model(name)
     ticket = ticket_of(model)
     without = replace(config, optimizer_wrapper="none", optimizer_wrapper_options={})

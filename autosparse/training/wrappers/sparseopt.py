@@ -3,8 +3,8 @@
     g_i = sqrt(d_i / d) · dL/dθ_i
 
 for the weights of neuron i (an output channel), d_i the share of its fan-in that survives, d the
-mean of the layer. Batch norm makes gradients of neurons with few weights larger than those of others;
-this undoes it, and leaves the layer's gradient about as long as it was.
+mean of the layer. Batch norm makes gradients of neurons with few weights larger than those of
+others; this undoes it, and leaves the layer's gradient about as long as it was.
 
 Paper: M. Adnan et al., SparseOpt: Addressing Normalization-induced Gradient Skew in Sparse
 Training, arXiv 2605.27541: D = diag(sqrt(1 − s_i)), step lr / sqrt(1 − s_avg) · D g.
