@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+
 setup(
     name="autosparse",
     version="0.1.0",
@@ -56,12 +58,16 @@ setup(
             "latex2mathml>=3.78",
         ],
         "test": [
-            "pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3",
-            "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29",
-        ],  # fmt: skip
+            *TEST,
+            "onnx",
+            "onnxscript",
+            "optuna>=3",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+        ],
         "dev": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
+            *TEST,
             "ruff~=0.17.6",
             "pyright[nodejs]==1.1.414",
             "import-linter~=2.17",
