@@ -30,12 +30,13 @@ class Stopped(UserError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or ""."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    spelt = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), list(spelt), n=1, cutoff=0.5)
+    return f" Did you mean {spelt[close[0]]!r}?" if close else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Build the error for a name that nobody knows, with the nearest right one."""
     known = sorted(known)
-    listing = f" Known: {', '.join(known)}." if len(known) <= 20 else ""
+    listing = f" Known: {', '.join(known) or 'none'}." if len(known) <= 20 else ""
     return UsageError(f"unknown {kind} {name!r}.{nearest(name, known)}{listing}")

@@ -11,7 +11,8 @@ from autosparse.core.errors import UsageError
 def check_sparsity(sparsity: float) -> float:
     """Return `sparsity` if 0 <= sparsity < 1; raise UsageError otherwise."""
     if not 0 <= sparsity < 1:
-        raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+        hint = f"; {sparsity:g} % is {sparsity / 100:g}" if 1 < sparsity < 100 else ""
+        raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity}{hint}")
     return sparsity
 
 

@@ -1,0 +1,81 @@
+"""The 40 commonest mistakes: each is one line that names what is wrong, and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autosparse.cli import main
+
+TRAIN = "train --model.name test_resnet --tracking false"
+MISTAKES = [
+    # names
+    ("prunee", "'prunee'", "'prune'"),
+    ("prune --sparsty 0.9", "sparsty", "'sparsity'"),
+    ("prune --model.nam resnet18", "model.nam", "'model.name'"),
+    ("prune --model.name resnet5", "'resnet5'", "'resnet50'"),
+    ("prune --data.name cifar", "'cifar'", "'cifar10'"),
+    ("prune --criterion snipp", "'snipp'", "'snip'"),
+    ("prune --criterion SNIP", "'SNIP'", "'snip'"),
+    ("prune --scope globally", "'globally'", "'global'"),
+    ("prune --criterion random --guard channels", "'channels'", "'channel'"),
+    ("prune --criterion snip --allocation er", "'er'", "'erk'"),
+    ("prune --device gpu", "'gpu'", "cuda"),
+    (f"{TRAIN} --training.optimizer adamv", "'adamv'", "'adam'"),
+    (f"{TRAIN} --training.precision fp8", "'fp8'", "bf16"),
+    (f"{TRAIN} --training.schedule cosin", "'cosin'", "'cosine'"),
+    ("irp --label magnitud", "'magnitud'", "'magnitude'"),
+    ("irp --schedule linar", "'linar'", "'linear'"),
+    ("compare --criteria snip,erkk --tracking false", "'erkk'", "'erk'"),
+    ("compare --twins [shuffle] --tracking false", "'shuffle'", "'shuffled'"),
+    ("corpus lst empty", "'lst'", "ls"),
+    ("registry promot x", "'promot'", "'promote'"),
+    # values
+    ("prune --sparsity 90", "got 90", "90 % is 0.9"),
+    ("prune --sparsity 1.0", "sparsity", "below 1"),
+    ("prune --sparsity -0.1", "sparsity", "at least 0"),
+    ("prune --sparsity 95%", "sparsity", "95%"),
+    ("prune --criterion snip --options.round 3", "'round'", "none"),
+    ("prune --criterion iter_snip --options.round 3", "'round'", "'rounds'"),
+    ("prune --criterion random --pattern 2to4", "2to4", "2:4"),
+    (f"{TRAIN} --training.epochs 0", "training.epochs", "at least 1"),
+    (f"{TRAIN} --training.batch_size 0", "training.batch_size", "at least 1"),
+    ("irp --levels 0", "levels", "1 to 255"),
+    ("irp --final_density 2", "final_density", "below 1"),
+    ("quickstart --seeds 0", "seeds", "at least 1"),
+    # files and folders
+    ("prune --data.name folder", "data.root", "folder to read"),
+    ("prune --data.name folder --data.root nowhere", "data.root nowhere", "folder"),
+    ("prune --data.name shards --data.root empty", "manifest", "autosparse shards"),
+    ("prune --options.scorer nowhere.safetensors", "nowhere.safetensors", "autosparse fit"),
+    ("prune --config nowhere.yaml", "nowhere.yaml", "No such file"),
+    ("prune --config notes.yaml", "notes.yaml", "key: value"),
+    ("train --tracking false", "tickets", "--model.name"),
+    ("export --ticket empty", "empty", "not finished"),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.yaml").write_text("hello")
+    return tmp_path
+
+
+def test_there_are_forty() -> None:
+    assert len({command for command, *_ in MISTAKES}) == 40
+
+
+@pytest.mark.parametrize(("command", "wrong", "right"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_line_with_the_remedy(
+    command: str, wrong: str, right: str, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main.guarded(main._main, command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert wrong in line
+    assert right in line.replace(wrong, "", 1) or right == wrong
+    assert sorted(folder.rglob("*")) == before
