@@ -32,7 +32,10 @@ def points() -> list[dict[str, Any]]:
         for level, cell in row["cells"].items()
     ]
     dense = net["dense"]
-    return [{"row": "dense", "sparsity": 0, "accuracy": dense["mean"], "spread": dense["sd"]}, *rows]
+    return [
+        {"row": "dense", "sparsity": 0, "accuracy": dense["mean"], "spread": dense["sd"]},
+        *rows,
+    ]
 
 
 def accuracy_over_sparsity(path: Path) -> Path:
@@ -58,14 +61,18 @@ def accuracy_over_sparsity(path: Path) -> Path:
                 axes.plot(x, y, linewidth=2, markersize=7, **found[name])
             else:
                 axes.plot(x, y, linewidth=1, color=COLOURS[name], linestyle="--")
-            label = {"irp": "full IRP, five trainings", "dense": "dense"}.get(name, LABELS.get(name))
+            label = {"irp": "full IRP, five trainings", "dense": "dense"}.get(
+                name, LABELS.get(name)
+            )
             last = [(a, b) for a, b in zip(x, y, strict=True) if b > 43][-1]
             text = f"{label}: {y[-1]:.1f}" + (" at 99 %" if name == "snip" else "")
             items.append((*last, text, COLOURS[name]))
         axes.set_xticks(range(len(places)), [f"{level} %" for level in places])
         axes.set_xlabel("sparsity: prunable weights removed before training")
         axes.set_ylabel("test accuracy, %")
-        axes.set_title(f"{RESNET}, CIFAR-10 at 16 px, 8,820 steps, 3 seeds", loc="left", fontsize=11)
+        axes.set_title(
+            f"{RESNET}, CIFAR-10 at 16 px, 8,820 steps, 3 seeds", loc="left", fontsize=11
+        )
         labels_beside(axes, items, 0.06)
         return save(figure, rows, path)
 
@@ -74,7 +81,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a figure's CSV, numbers as numbers."""
     with path.open(newline="") as file:
         return [
-            {key: value if key in ("label", "name") else literal_eval(value) for key, value in row.items()}
+            {
+                key: value if key in ("label", "name") else literal_eval(value)
+                for key, value in row.items()
+            }
             for row in csv.DictReader(file)
         ]
 

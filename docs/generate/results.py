@@ -210,7 +210,9 @@ def readme_table() -> str:
     rows = []
     for key in ("irp", "autos", "synflow", "snip", "short_irp", "lamp", "erk"):
         known = first.get(key) or second[key]
-        both = [third[key]["cells"][level]["mean"] for level in ("98", "99")] if key in third else []
+        both = (
+            [third[key]["cells"][level]["mean"] for level in ("98", "99")] if key in third else []
+        )
         rows.append([
             bold(known),
             *(f"{net[key]['mean']:.1f}" if "mean" in net.get(key, {}) else "not run"

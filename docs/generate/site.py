@@ -49,12 +49,35 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Return the page with every formula outside of code as MathML."""
-    if "$$" not in markdown:
-        return markdown
     parts = FENCED.split(markdown)
     return "".join(
-        part if place % 2 else FORMULA.sub(_mathml, part) for place, part in enumerate(parts)
+        part if place % 2 else FORMULA.sub(_mathml, _apart(part))
+        for place, part in enumerate(parts)
     )
+
+
+def on_post_page(output: str, page: Any, **_: object) -> str:
+    """Let pages opened from disk find what search needs beside them, not on the network."""
+    here = "../" * page.file.dest_uri.count("/")
+    return output.replace("https://unpkg.com/iframe-worker/shim", f"{here}assets/iframe-worker.js")
+
+
+def _apart(markdown: str) -> str:
+    """Put an empty line before lists and tables that follow prose, as GitHub takes them."""
+    lines: list[str] = []
+    for line in markdown.split("\n"):
+        before = lines[-1] if lines else ""
+        prose = before.strip() and not before.startswith((" ", "-", "|", "#", "<"))
+        if prose and line.startswith(("- ", "|")) and not _in_a_list(lines):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _in_a_list(lines: list[str]) -> bool:
+    """Whether the lines since the last empty one began as a list (its text may go on unindented)."""
+    last = next((n for n in range(len(lines) - 1, -1, -1) if not lines[n].strip()), -1)
+    return any(line.startswith("- ") for line in lines[last + 1 :])
 
 
 def _mathml(found: re.Match[str]) -> str:

@@ -41,6 +41,9 @@ def test_a_command_that_fails_is_told() -> None:
 
 
 def test_what_differs_from_machine_to_machine_is_left_out() -> None:
-    ours, theirs = "│ a │ 0.52 │\nfingerprint b3bd113257e306e5", "│ a   │ 10.5e-3 │ fingerprint 77aa"
+    ours, theirs = (
+        "│ a │ 0.52 │\nfingerprint b3bd113257e306e5",
+        "│ a   │ 10.5e-3 │ fingerprint 77aa",
+    )
     assert tutorials.alike(ours) == tutorials.alike(theirs.replace("77aa", "77aa77aa77aa"))
     assert tutorials.alike("12 kept") != tutorials.alike("12 lost")
