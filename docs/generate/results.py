@@ -87,10 +87,10 @@ def index() -> str:
     parts = [
         "# Results, as claims", NOTE, "",
         "What we say of autosparse, and how sure it is. *Supported*: it held wherever it was",
-        "looked at. *Mixed*: it held in some places, or only on development nets. *Refuted*: it did",
-        "not hold. A **development net** is one that a choice was made on (a default, a method): what",
-        "it shows is a best case. A **held out** net was in no table when choices were made. The",
-        "[research log](log.md) has everything else, also what failed.", "",
+        "looked at. *Mixed*: it held in some places, or only on development nets. *Refuted*: it",
+        "did not hold. A **development net** is one that a choice was made on (a default, a",
+        "method): what it shows is a best case. A **held out** net was in no table when choices",
+        "were made. The [research log](log.md) has everything else, also what failed.", "",
         table(["claim", "verdict", "n", "interval"], rows),
     ]  # fmt: skip
     for claim in claims():
@@ -130,7 +130,7 @@ def tables_of(experiment: dict[str, Any]) -> list[str]:
 
 
 def net_heading(experiment: dict[str, Any], name: str) -> list[str]:
-    """Return the line above a net's table: its name, whether a choice saw it, its dense accuracy."""
+    """Return the line above a net's table: name, whether a choice saw it, dense accuracy."""
     net = experiment["nets"][name]
     dense = f"; dense {number(net['dense'])}" if "dense" in net else ""
     return wrapped(f"**{name}**, {net['seen']}{dense}:")
@@ -195,7 +195,8 @@ def experiment_page(experiment: dict[str, Any]) -> str:
         *wrapped(f"**Protocol** ({written}; [in the log's words]({protocol['link']})). "
                  f"{protocol['text']}"), "",
         "## Table", "", *wrapped(f"In {experiment['unit']}."), "", *tables_of(experiment), "",
-        "## Limits", "", *(line for each in experiment["limits"] for line in wrapped(f"- {each}", 2)),
+        "## Limits", "",
+        *(line for each in experiment["limits"] for line in wrapped(f"- {each}", 2)),
         "", "## How it was run", "",
         table(["what", "which"], [[key, str(value)] for key, value in facts.items()]), "",
     ])  # fmt: skip

@@ -12,18 +12,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from mkdocs.structure.files import File, Files  # noqa: E402
+from mkdocs.structure.files import File, Files
 
-from docs.generate import configuration, criteria, python, verbs  # noqa: E402 (after the path)
+from docs.generate import configuration, criteria, python, results, verbs
 
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
-    """Name the generated pages in the navigation: a page for every criterion and package."""
+    """Name in the navigation what is generated: every criterion, package and experiment."""
     lists = {
         "Each criterion": [{Path(path).stem: path} for path in criteria.pages()],
+        "Each experiment": [
+            {each["title"]: f"results/{each['id']}.md"} for each in results.experiments()
+        ],
         "Each package": [{Path(path).stem: path} for path in python.pages() if "python/" in path],
     }
     for tab in config.nav:
@@ -75,7 +78,7 @@ def _apart(markdown: str) -> str:
 
 
 def _in_a_list(lines: list[str]) -> bool:
-    """Whether the lines since the last empty one began as a list (its text may go on unindented)."""
+    """Whether the lines since the last empty one began as a list."""
     last = next((n for n in range(len(lines) - 1, -1, -1) if not lines[n].strip()), -1)
     return any(line.startswith("- ") for line in lines[last + 1 :])
 

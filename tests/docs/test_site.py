@@ -14,7 +14,7 @@ from docs.generate import configuration, python
 
 def test_every_key_of_every_settings_class_is_explained() -> None:
     page = configuration.page()
-    found = dict((kind, package) for package, kind in configuration.classes())
+    found = {kind: package for package, kind in configuration.classes()}
     assert found[PruneConfig] == "criteria" and found[TrainingConfig] == "training"
     for kind in found:
         known = configuration.meanings(kind)
