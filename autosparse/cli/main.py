@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from autosparse.cli.arguments import guarded, parse
+from autosparse.cli.next_steps import next_step
 from autosparse.core.errors import UsageError, unknown
 
 VERBS: dict[str, tuple[str | None, str]] = {
@@ -84,6 +85,8 @@ def _main(arguments: list[str]) -> None:
         import_module("autosparse.cli.quickstart").run(*arguments_of_verb)
     else:
         getattr(import_module("autosparse.cli.verbs"), verb)(*arguments_of_verb)
+    if line := next_step(verb, arguments_of_verb[-1]):
+        print(line)
 
 
 def settings_class(name: str) -> type[Any]:

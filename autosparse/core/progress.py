@@ -15,6 +15,10 @@ from rich.table import Table
 LOG_SECONDS = 10.0
 
 
+UNKNOWN_WIDTH = 120
+"""Columns of a table that is not printed to a terminal."""
+
+
 class Progress:
     """Bars on a terminal; a line now and then where the output is a file."""
 
@@ -103,15 +107,32 @@ class Bar:
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
-    """Print rows of the same keys as a table; numbers to the right."""
-    table = Table(title=title or None, title_justify="left")
+    """Print rows of the same keys as a table; numbers to the right.
+
+    No word of a head is cut, and no cell: what is too long for the terminal is folded. Where even
+    that is too wide, lines go beyond its edge. Long paths in the title lose their middle.
+    """
+    width = Console().width if sys.stdout.isatty() else UNKNOWN_WIDTH
+    table = Table(title=shortened(title, width) or None, title_justify="left")
+    least = 1
     for key, value in (rows[0] if rows else {}).items():
         right = isinstance(value, int | float) or str(value)[:1].isdigit()
-        table.add_column(key, justify="right" if right else "left")
+        longest = max((len(word) for word in key.split()), default=1)
+        least += longest + 3
+        table.add_column(
+            key, justify="right" if right else "left", min_width=longest, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(_shown(value) for value in row.values()))
-    width = None if sys.stdout.isatty() else 120
-    Console(width=width, soft_wrap=False).print(table)
+    Console(width=max(width, least), soft_wrap=False).print(table)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text of at most `width` characters: a longer one loses its middle."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
 def _shown(value: Any) -> str:
