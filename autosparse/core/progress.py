@@ -124,7 +124,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
         )
     for row in rows:
         table.add_row(*(_shown(value) for value in row.values()))
-    Console(width=max(width, least), soft_wrap=False).print(table)
+    Console(width=max(width, least), soft_wrap=False).print(table, crop=False)
 
 
 def shortened(text: str, width: int) -> str:
