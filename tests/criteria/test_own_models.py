@@ -19,7 +19,7 @@ from autosparse import criteria
 from autosparse.core.errors import UsageError
 from autosparse.criteria.config import ScoringConfig
 from autosparse.models import zoo
-from autosparse.models.gradients import untouched
+from autosparse.models.restore import untouched
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.ticket import Ticket
 
