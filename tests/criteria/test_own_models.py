@@ -474,6 +474,20 @@ def test_a_model_that_fails_on_the_data_given_gets_no_ticket(criterion: str, dig
     assert autosparse.prune(small(Picky), [], criterion, 0.5).kept  # It need not run.
 
 
+def test_a_model_that_divides_by_zero_says_so() -> None:
+    """timm's own forward of a HieraDet of these options does."""
+    model = timm.create_model(
+        "hieradet_small", num_classes=CLASSES, embed_dim=24, stages=[1, 1, 2, 1],
+        global_att_blocks=[2],
+    )  # fmt: skip
+    with pytest.raises(
+        UsageError, match=r"HieraDet raised ZeroDiv.* its own forward.* zero"
+    ) as error:
+        pruned(model, data=[(torch.randn(2, 3, 64, 64), torch.arange(2))])
+    one_line(error)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
 class HardGate(Small):
     def forward(self, images: Tensor) -> Any:
         return nn.functional.hardsigmoid(super().forward(images))
