@@ -108,7 +108,7 @@ def _quoted(value: str) -> str:
 def _unquote(values: Any, parser: Any) -> None:
     """Take the quotes off again, which the parser leaves where they are."""
     for action in filter(_is_free, parser._actions):
-        settings = values
+        settings: Any = values
         for part in action.dest.split("."):
             settings = getattr(settings, part, None)
         for key, value in (settings or {}).items():
