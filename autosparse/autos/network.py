@@ -27,7 +27,7 @@ TABLE_ONLY = "resnet18"
 
 
 def check(kind: str, head: str) -> None:
-    """Raise UsageError for an AutoS that cannot be."""
+    """Raise UsageError for an unknown kind or head, or a pair that does not go together."""
     features.names_of(kind)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
@@ -172,7 +172,7 @@ class AutoS(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> AutoS:
-        """Read an AutoS file; raise UsageError when it is none or its features are not ours."""
+        """Read an AutoS file; raise UsageError for another file or other features than ours."""
         tensors, header = read_tensors(path)
         if header.get("kind") != "autos":
             raise UsageError(

@@ -38,7 +38,7 @@ BYTES_STORED, BYTES_REMADE = 5, 1
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model must know of its data."""
+    """What a model is built for: classes, channels and pixels."""
 
     num_classes: int = 10
     in_chans: int = 3
@@ -193,7 +193,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], config: CorpusConfig) -> str:
-    """Return in one line what is left to do, and about what it takes."""
+    """Return one line: how many runs are left, and about what they cost."""
     finished = sum(row["seconds"] == 0 for row in rows)
     hours = sum(row["seconds"] for row in rows) / 3600
     unit = "GPU" if config.gpus_per_run else "CPU"
