@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from autosparse.core.versions import library_versions
 from autosparse.criteria.config import PruneConfig, ScoringConfig
 from autosparse.criteria.scoring import (
     Data,
+    check_runs,
     check_scoring,
     describe,
     excluded,
@@ -34,7 +36,7 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
-from autosparse.models.contract import gradients_on
+from autosparse.models.contract import Checked, gradients_on
 from autosparse.models.gradients import LossFn
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
@@ -239,6 +241,8 @@ def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> T
     exclude = excluded(model, exclude)
     if isinstance(data, str | DataConfig):
         data = sets.load(data)
+    data = data if isinstance(data, sets.DataSource) else list(islice(Checked(data, None), 1))
+    check_runs(model, data)
     chosen = {
         name: torch.ones_like(weight, dtype=torch.bool)
         for name, weight in prunable(model, exclude).items()

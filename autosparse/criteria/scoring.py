@@ -76,6 +76,8 @@ def score(
         source = _held(source, [main, *others], _classes(model, loss_fn))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
+    if not main.needs_data:
+        check_runs(model, source)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
     with counting() as cost:
@@ -174,8 +176,7 @@ class _Context:
         if shape is None or hasattr(self.model, "autosparse_recipe"):
             yield
             return
-        weight = next(self.model.parameters())
-        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        image = _ones(self.model, shape)
         limit = 0.0 if criterion.learned else roles.FAINT
         try:
             with torch.random.fork_rng(devices=[]):
@@ -207,18 +208,8 @@ class _Context:
     def _check_forward(self) -> None:
         """Raise UsageError if the model itself fails on an image in eval mode."""
         shape = self.shape()
-        if shape is None:
-            return
-        weight = next(self.model.parameters())
-        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
-        with untouched(self.model), torch.no_grad():
-            self.model.eval()
-            try:
-                self.model(image)
-            except Exception as error:
-                if of_the_machine(error) or isinstance(error, UserError):
-                    raise
-                raise UsageError(own_failure(self.model, shape, error)) from error
+        if shape is not None:
+            _run(self.model, _ones(self.model, shape))
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
@@ -315,6 +306,40 @@ def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity
             "comes through there; give larger images, or exclude these layers",
             stacklevel=5,
         )
+
+
+def check_runs(model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise UsageError if a model of the user's own fails on the data that are given.
+
+    So that no ticket is made of it by criteria that never run it either; without data it may fail.
+    """
+    if not isinstance(data, DataSource):
+        first = next(iter(data), None)
+        image = None if first is None else first[0][:1].to(device_of(model))
+    elif hasattr(model, "autosparse_recipe"):  # It was made for the data.
+        return
+    else:
+        image = _ones(model, (data.in_chans, data.image_size, data.image_size))
+    if image is not None:
+        _run(model, image)
+
+
+def _run(model: nn.Module, image: Tensor) -> None:
+    """Run a model on an image [1, ...], in eval mode; raise UsageError if it fails."""
+    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            model(image)
+        except Exception as error:
+            if of_the_machine(error) or isinstance(error, UserError):
+                raise
+            raise UsageError(own_failure(model, image.shape[1:], error)) from error
+
+
+def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Return an image of ones, of the model's dtype and device."""
+    weight = next(model.parameters())
+    return torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
 
 
 def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:

@@ -45,6 +45,7 @@ from autosparse.sparsity.ticket import Ticket
 from autosparse.training.loop import steps_per_epoch
 from autosparse.training.steppers import check as check_training
 from autosparse.training.steppers import check_plain
+from autosparse.training.topology.moving import STATIC
 
 LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
@@ -54,6 +55,11 @@ MAX_LEVELS = 255
 def check(config: IRPConfig) -> None:
     """Raise UsageError for settings that cannot be."""
     check_training(config.training)
+    if config.training.topology != STATIC:
+        raise UsageError(
+            f"training.topology {config.training.topology} moves the masks that a level of IRP is "
+            "to have; leave it out"
+        )
     if config.label not in LABELS:
         raise unknown("label criterion", config.label, LABELS)
     if config.schedule not in SCHEDULES:

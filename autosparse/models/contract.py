@@ -80,6 +80,8 @@ def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
                 "the model has no classifier (num_classes=0), and the cross-entropy of features "
                 "means nothing: build it with its classes, or pass loss_fn"
             )
+        if loss_fn is cross_entropy:
+            _check_labels(outputs, labels)
         try:
             value = loss_fn(outputs, labels)
         except PASS_ON:
@@ -97,6 +99,14 @@ def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
         return value
 
     return loss
+
+
+def _check_labels(outputs: Any, labels: Tensor) -> None:
+    """Raise UsageError for a label that logits [B, C] have no class for."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        return
+    if labels.ndim == 1 and not labels.is_floating_point():
+        _check_range(labels, outputs.shape[1])
 
 
 def _kind(value: Any) -> str:

@@ -176,11 +176,10 @@ def test_a_criterion_on_a_model(name: str, criterion: str, scorer: str) -> None:
     assert flat.min() < flat.max()
     hidden = name == "test_nfnet" and criterion in ZERO_GAIN
     chooses = flat.dtype == torch.bool
-    if criterion != "synflow" and not hidden and not chooses:
+    if not hidden and not chooses:
         assert [key for key, each in scores.items() if each.min() == each.max()] == []
 
-    collapse_is_allowed = criterion == "synflow"
-    chosen = masks.from_scores(scores, SPARSITY, min_per_layer=0 if collapse_is_allowed else 1)
+    chosen = masks.from_scores(scores, SPARSITY)
     assert sum(int(mask.sum()) for mask in chosen.values()) == len(flat) - removed(len(flat))
     if chooses:
         assert all(torch.equal(chosen[key], each) for key, each in scores.items())

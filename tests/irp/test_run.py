@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,7 @@ def test_a_folder_begun_on_other_data_is_refused(tmp_path: Path) -> None:
         ({"final_density": 0.0}, "final_density"),
         ({"levels": 0}, "levels"),
         ({"scope": "globl"}, "global"),
+        ({"training": replace(QUICK, topology="set")}, "topology set moves the masks"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict, named: str) -> None:

@@ -251,3 +251,10 @@ def test_a_ticket_trained_with_masks_is_the_one_trained_compact(
     for name, values in trained["compact"].values.items():
         assert torch.equal(trained["masked"].masks[name], trained["compact"].masks[name])
         torch.testing.assert_close(trained["masked"].values[name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_masks_of_a_topology_that_moves_are_refused() -> None:
+    config = replace(ADAM, topology="rigl")
+    assert not can_train(config)
+    with pytest.raises(UsageError, match="topology rigl exchanges compact weights"):
+        MaskedStepper(make_model(), config, 10, [])
