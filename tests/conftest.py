@@ -12,9 +12,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -144,6 +145,35 @@ def remote() -> Iterator[Path]:
     folder = place(f"memory://{secrets.token_hex(8)}")
     yield folder
     remove_tree(folder)
+
+
+def few(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Return values (a tuple is several) as cases of a test: slow but for the quick ones."""
+    return [
+        pytest.param(
+            *(each if isinstance(each, tuple) else [each]),
+            marks=() if each in quick else pytest.mark.slow,
+        )
+        for each in values
+    ]
+
+
+def grid(rows: Iterable[Any], columns: Iterable[Any], each: int = 2) -> list[Any]:
+    """Return all pairs as cases of a test: slow but for a few, so that a quick run meets every one.
+
+    Row i has `each` columns that are quick, from the i-th group of so many on; more where there
+    would be columns that no row has.
+    """
+    rows, columns = list(rows), list(columns)
+    each = max(each, -(-len(columns) // len(rows)))
+    quick = {
+        (place, (place * each + more) % len(columns))
+        for place in range(len(rows)) for more in range(each)
+    }  # fmt: skip
+    return [
+        pytest.param(row, column, marks=() if (r, c) in quick else pytest.mark.slow)
+        for r, row in enumerate(rows) for c, column in enumerate(columns)
+    ]  # fmt: skip
 
 
 def make_model(name: str = "test_byobnet", seed: int = 0, **options) -> nn.Module:

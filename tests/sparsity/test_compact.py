@@ -25,7 +25,7 @@ from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training import steppers
 from autosparse.training.config import TrainingConfig
 
-STEPS, BATCH, RATE, DECAY = 50, 32, 1e-3, 0.5
+STEPS, BATCH, RATE, DECAY = 30, 32, 1e-3, 0.5
 
 
 def conv_net() -> nn.Module:
