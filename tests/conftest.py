@@ -239,16 +239,16 @@ HOLDER = (
     "import sys, time\n"
     "from pathlib import Path\n"
     "from autosparse.core.locks import claimed\n"
-    "with claimed(Path(sys.argv[1])):\n"
+    "with claimed(Path(sys.argv[1]), **dict(zip(['name'], sys.argv[2:]))):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"
 )
 
 
 @contextmanager
-def holder(folder: Path) -> Iterator[subprocess.Popen]:
-    """Run a process that holds the claim on a folder until it is killed."""
-    command = [sys.executable, "-c", HOLDER, str(folder)]
+def holder(folder: Path, *name: str) -> Iterator[subprocess.Popen]:
+    """Run a process that holds the claim on a folder (or that `name`) until it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(folder), *name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -18,7 +18,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
     "fit": ("autos.FitConfig", "fit AutoS on a corpus"),
     "prune": ("criteria.PruneConfig", "prune a timm model at initialization, save the ticket"),
     "compare": (
-        "study.CompareConfig",
+        "study.StudyConfig",
         "train tickets and their twins: does the choice of weights matter?",
     ),
     "train": ("study.SparseTrainConfig", "train tickets (or a dense model) in one process"),
