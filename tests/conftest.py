@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import secrets
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores if whole and asked.markexpr == "not slow" and cores > 1 else 0
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, so that its fixtures are made once."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Keep the tests of a file in one process, so that its fixtures are made once.
+
+    A wrapper, as xdist reads the groups before any hook that is none.
+    """
     groups: dict[Path, str] = {}
     for item in items:
         used = [name for name in DEAR if name in getattr(item, "fixturenames", ())]
@@ -68,6 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups[item.path]))
     items.sort(key=lambda item: groups[item.path] not in DEAR)
+    return (yield)
 
 
 STATUS = pytest.StashKey[int]()
