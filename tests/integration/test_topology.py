@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,16 @@ from autosparse.core.files import read_tensors
 from autosparse.data.sets import DataSource
 from tests.conftest import make_model
 from tests.integration.masked_dense import CASES
-from tests.integration.ranks import ROOT
-from tests.integration.test_deepspeed import launch
-from tests.integration.topologies_on_ranks import EVERY, STEPS, UPDATES, WAYS, Run, settings
+from tests.integration.ranks import Group
+from tests.integration.topologies_on_ranks import (
+    EVERY,
+    STEPS,
+    UPDATES,
+    WAYS,
+    Run,
+    settings,
+    topologies,
+)
 from tests.training.masked_rigl import masked_rigl
 
 RANKS = 2
@@ -26,27 +34,34 @@ RIGL = [way for way in WAYS if way not in WRAPPED]
 FP32 = [way for way in RIGL if "bf16" not in way]
 
 
-def train(out: Path, names: list[str], ways: list[str]) -> Path:
-    script = ROOT / "tests" / "integration" / "topologies_on_ranks.py"
-    told = (str(out), ",".join(names), ",".join(ways))
-    done = launch(script, *told, ranks=RANKS, seconds=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+Train = Callable[[str, list[str], list[str]], Path]
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("few"), ["test_vit"], ["3"])
+def train(group: Group, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Give what trains models in some ways, in a new folder that it returns."""
+
+    def trained(title: str, names: list[str], ways: list[str]) -> Path:
+        out = tmp_path_factory.mktemp(title)
+        group.call(topologies, out, names, ways, seconds=1500)
+        return out
+
+    return trained
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("topologies"), list(CASES), RIGL)
+def few(train: Train) -> Path:
+    return train("few", ["test_vit"], ["3"])
 
 
 @pytest.fixture(scope="module")
-def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("wrapped"), ["test_vit"], WRAPPED)
+def trainings(train: Train) -> Path:
+    return train("topologies", list(CASES), RIGL)
+
+
+@pytest.fixture(scope="module")
+def wrapped(train: Train) -> Path:
+    return train("wrapped", ["test_vit"], WRAPPED)
 
 
 def losses_of(out: Path, key: str) -> list[list[float]]:

@@ -1,9 +1,8 @@
-"""Run by `deepspeed` on two ranks: losses and masks of topologies that move, by ZeRO stage."""
+"""Called on two ranks: losses and masks of topologies that move, by ZeRO stage."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from autosparse.integrations import deepspeed
 from autosparse.integrations.deepspeed_values import KeptSharded
 from autosparse.sparsity.compact import compact_weights
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
-from autosparse.training.steppers import History
+from autosparse.training.steppers import History, Ranks
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, batches
 
@@ -82,8 +81,8 @@ class Run:
         return found
 
 
-def main(out: Path, names: list[str], ways: list[str]) -> None:
-    ranks, _ = deepspeed.start()
+def topologies(ranks: Ranks, out: Path, names: list[str], ways: list[str]) -> None:
+    """Train each model in each way; write what `test_topology.py` looks at into `out`."""
     source = sets.load(SMALL_DIGITS)
     losses: dict[str, list[float]] = {}
     for name in names:
@@ -124,7 +123,3 @@ def resumed(stage: int, ranks: Any, source: Any, folder: Path) -> list[float]:
     found = again.steps(4, STEPS)
     again.stepper.close()
     return found
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[-3]), sys.argv[-2].split(","), sys.argv[-1].split(","))

@@ -25,6 +25,7 @@ from autosparse.training import flat_scatter
 from autosparse.training.config import TrainingConfig
 from autosparse.training.flat_scatter import FlatScatter, chosen
 from autosparse.training.steppers import PlainStepper, lay_out
+from tests.conftest import grid
 from tests.sparsity.test_compact import Attention, Tied, random_ticket
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -73,20 +74,20 @@ def assert_equal(found: tuple[list[float], dict], expected: tuple[list[float], d
         assert torch.equal(found[1][name], tensor), name
 
 
-@pytest.mark.parametrize("largest", [1, 1 << 12, 1 << 24])
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("test_resnet", {}),
-        ("test_byobnet", {"channels_last": True}),
-        ("test_vit", {"precision": "bf16"}),
-        ("test_nfnet", {}),
-        ("test_vit", {"grad_checkpointing": True}),
-    ],
-)
+TRAININGS = [
+    ("test_resnet", {}),
+    ("test_byobnet", {"channels_last": True}),
+    ("test_vit", {"precision": "bf16"}),
+    ("test_nfnet", {}),
+    ("test_vit", {"grad_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("training", "largest"), grid(TRAININGS, [1, 1 << 12, 1 << 24], each=1))
 def test_trainings_are_equal(
-    name: str, changes: dict, largest: int, monkeypatch: pytest.MonkeyPatch
+    training: tuple[str, dict], largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, changes = training
     monkeypatch.setattr(flat_scatter, "LARGEST", largest)
     expected = trained(name, **{**changes, "scatter": "each"})
     assert_equal(trained(name, **changes), expected)

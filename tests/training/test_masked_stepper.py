@@ -26,7 +26,7 @@ from autosparse.study.trainings import train_cell
 from autosparse.training.config import TrainingConfig
 from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import PlainStepper, Stepper
-from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
+from tests.conftest import QUICK, SMALL_DIGITS, few, grid, make_model, quick_irp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,8 +80,9 @@ def masked(
     return MaskedStepper(model, config, 10, list(ticket.masks)).begin(ticket)
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "test_vit", "test_nfnet"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "kind"), grid(["test_byobnet", "test_vit", "test_nfnet"], CONFIGS)
+)
 def test_survivors_are_trained_as_compact_ones_are(name: str, kind: str) -> None:
     model, config = make_model(name).double(), CONFIGS[kind]
     ticket = ticket_of(model)
@@ -164,7 +165,9 @@ def test_a_gpu_has_masks_where_that_comes_to_the_same() -> None:
 # IRP
 
 
-@pytest.mark.parametrize("changes", [{}, {"rewind_steps": 1}, {"live": True}])
+@pytest.mark.parametrize(
+    "changes", few([{}, {"rewind_steps": 1}, {"live": True}], [{"rewind_steps": 1}])
+)
 def test_irp_with_masks_finds_the_masks_of_irp_with_compact_weights(
     tmp_path: Path, changes: dict
 ) -> None:
