@@ -3,8 +3,8 @@
 P(weight is alive at density d) = sigmoid(allocation(layer, d) + selection(weight, d)). The
 allocation head says how dense iterative pruning leaves a layer, starting from the densities of ERK
 (Mocanu et al. 2018; Evci et al. 2020): where it knows nothing, it says ERK. The selection head says
-how a weight compares with the others of its layer. Both say so at a few densities, and between
-them by interpolation over log density; beyond the last one the nearest counts.
+how a weight compares with the others of its layer. Both speak at a few densities; between two of
+them their log-odds are interpolated over log density, and beyond them the nearest counts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from autosparse.sparsity import masks
 from autosparse.sparsity.counts import keep_density
 
 CONSTANTS = 7
-"""The last so many of the `context` features are the same for all weights of a layer."""
+"""How many `context` features, the last ones, are the same for all weights of a layer."""
 LIMIT = 3.0
-"""Standardised inputs are cut at so many standard deviations: no layer is far from all others."""
+"""Standardised inputs are cut at this many standard deviations, so that no layer is an outlier."""
 MOST = 1 - 1e-3
 """ERK densities are cut here, where their log-odds would be infinite."""
 DENSITIES = (0.6, 0.37, 0.23, 0.14, 0.087, 0.053, 0.033, 0.02)
+"""Where the heads speak: about 0.02 ** (k / 8), the levels of the packaged AutoS's corpus."""
+
+
+SHIFT, BISECTIONS = 40.0, 80
+"""Log-odds of 40 are 0 or 1 in float64, and 80 halvings of that interval leave one number."""
 
 
 def interpolation(density: float, densities: Sequence[float]) -> list[float]:
@@ -156,9 +161,9 @@ class Heads(nn.Module):
 
 def _shift(odds: Tensor, sizes: Tensor, density: float) -> float:
     """Return what to add to all log-odds so that sum(sizes * sigmoid) is the budget."""
-    low, high = -40.0, 40.0
+    low, high = -SHIFT, SHIFT
     budget = float(sizes.sum()) * density
-    for _ in range(80):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if float((sizes * torch.sigmoid(odds + middle)).sum()) > budget:
             high = middle

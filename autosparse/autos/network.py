@@ -36,7 +36,7 @@ def check(kind: str, head: str) -> None:
 
 
 class AutoS(nn.Module):
-    """Features [N, F] -> predicted survival [N], 0 (first to go) to 1 (never); or our two heads.
+    """Features [N, F] -> predicted survival [N], from 0 (pruned first) to 1 (never); or two heads.
 
     Args:
         kind: which features it reads (see `features.KINDS`).
@@ -138,7 +138,7 @@ class AutoS(nn.Module):
         return self.heads.layer_densities(shapes, contexts, density, lift)
 
     def _fused(self) -> Callable[[Tensor], Tensor]:
-        """Fold the normalisation into the first layer and work on pieces [F, n] as they come."""
+        """Return the MLP as a function of pieces [F, n], the normalisation in its first layer."""
         assert self.layers is not None
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         first = linears[0].weight / self.std

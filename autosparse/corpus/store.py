@@ -40,7 +40,7 @@ FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
 REPORT = "report"
 NO_RUNS = (INDEX, REPORT, "mlflow.json", "mlflow.db", "mlartifacts")
-"""What else lies in a corpus folder."""
+"""Names in a corpus folder that are no runs."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Looking after a corpus: is every byte what was written, and moving runs about."""
+"""Look after a corpus: check every byte, and copy runs from one corpus into another."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from autosparse.core.files import (
     sha256_of_file,
     write_bytes,
 )
+from autosparse.core.locks import claimed
 from autosparse.corpus import store
 from autosparse.corpus.store import FINISHED, NO_RUNS, RUN, Corpus
 
@@ -109,7 +110,7 @@ def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
 def _of_marker(
     name: str, marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
 ) -> Iterator[Problem]:
-    """Compare what else the marker says with the run, which is whole."""
+    """Compare the marker's other entries with the run, whose file is whole."""
     expected: dict[str, Any] = {"sha256": marker["sha256"], "tensors": digests}
     # A later version's row may have more columns.
     expected["row"] = {key: row.get(key) for key in marker.get("row", {})}
@@ -122,7 +123,7 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
     """Copy finished runs into another corpus; return (copied, found there already).
 
     Each is checked on the way, and its commit marker comes last. Raises RunFailed after all that
-    can be copied is, if a run is damaged or is there with another content.
+    can be copied is, if a run is damaged, is there with another content, or is being worked on.
     """
     target = place(into)
     copied, there, problems = [], [], []
@@ -131,20 +132,33 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
         wrong = list(_problems(folder))
         if wrong:
             problems += [str(problem) for problem in wrong]
-        elif store.is_finished(goal):
-            there.append(folder.name)
-            if not _same(folder, goal):
-                problems.append(f"{folder} and {goal} differ; kept {goal}")
-        else:
-            for name in (RUN, CARD, FINISHED):
-                if (folder / name).is_file():
-                    write_bytes(goal / name, (folder / name).read_bytes())
-            copied.append(folder.name)
+            continue
+        try:
+            (copied if _copied(folder, goal) else there).append(folder.name)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        if folder.name in there and not _same(folder, goal):
+            problems.append(f"{folder} and {goal} differ; kept {goal}")
     if copied:
         Corpus(target).write_index()
     if problems:
         raise RunFailed(f"{len(copied)} runs copied; " + "; ".join(problems))
     return copied, there
+
+
+def _copied(folder: Path, goal: Path) -> bool:
+    """Copy a finished run; False if it is there. UsageError if another process works on it."""
+    if store.is_finished(goal):
+        return False
+    with claimed(goal, finished=lambda: store.is_finished(goal)) as claim:
+        if claim is None or store.is_finished(goal):
+            return False
+        for name in (RUN, CARD, FINISHED):
+            if (folder / name).is_file():
+                claim.check()
+                write_bytes(goal / name, (folder / name).read_bytes())
+    return True
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -5,9 +5,9 @@ pruning, arXiv 2408.14757: a network maps the initial weight and its initial gra
 survival that iterative rewind pruning would give it; the lowest scores are pruned.
 
 Departures: with `features: context` the network sees more than those two (see features.py), and
-it is a small MLP. With `head: survival` (see heads.py) it says how many weights each layer keeps
-at the asked sparsity, and apart from that which ones; by default those are drawn on paths from
-input to output (see reach.py), since its own ranking is worth no more than chance.
+it is a small MLP. With `head: survival` (see heads.py) it predicts how many weights each layer
+keeps at the sparsity asked for. Which ones is drawn, by default on paths from input to output (see
+reach.py), since its own ranking inside layers was no better than chance.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def autos(
 
 
 def lifted(model, parameters, batches, reuse: float) -> dict[str, float] | None:
-    """Return what `reuse` adds to the log-odds of each layer; None for 0."""
+    """Return what `reuse` adds to the log-odds of each layer; None if that is nothing."""
     if not reuse:
         return None
     first = next(iter(batches), None)

@@ -1,11 +1,11 @@
-"""AutoS with short levels: a few rewound steps say which weights, AutoS how many per layer.
+"""AutoS with short levels: training ranks the weights, AutoS says how many each layer keeps.
 
-As short_irp.py: every level trains the subnetwork from its initial weights for `steps_per_level`
-steps and keeps the largest weights. But what each layer keeps comes from AutoS's allocation head
-(see heads.py), which has seen what iterative pruning with full-length levels leaves of a layer;
-and the first levels, in which a few steps say no more than the initial weights, are left to AutoS
-altogether: by its odds down to a quarter of the weights, and where few levels follow, drawn on
-paths further down. It is no paper's method; what was measured is in docs/research.md.
+As in short_irp.py, every level trains the subnetwork from its initial weights for `steps_per_level`
+steps and keeps the largest weights. Two things differ. How many weights a layer keeps comes from
+AutoS's allocation head (see heads.py), which was fitted on iterative pruning with levels of full
+length. And AutoS alone prunes before any training, where a few steps tell no more than the initial
+weights do: to a quarter of the weights by its odds; where only few levels follow, further down,
+drawn on paths. This is no paper's method; what was measured is in docs/research.md.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import autos
 from autosparse.criteria.base import Masks, Scores, register
-from autosparse.criteria.short_irp import Horizon, short_levels
+from autosparse.criteria.short_irp import Best, Horizon, short_levels
 from autosparse.models.gradients import mean_gradients
 from autosparse.sparsity import masks, paths, reach
 from autosparse.sparsity.counts import keep_density
 from autosparse.training.config import TrainingConfig
 
 ROUNDS = 4
-"""In which a level removes weights: what has lost its paths in one goes first in the next."""
+"""Rounds in which a level removes weights: what loses its paths in one goes first in the next."""
 BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
 
@@ -80,12 +80,7 @@ def autos_irp(
         seed: fixes what is drawn, and dropout.
     """
     network = autos.load_scorer(scorer)
-    if network.head != "survival":
-        raise UsageError("autos_irp needs an AutoS with the head survival")
-    if not 0 < start <= 1:
-        raise UsageError(f"autos_irp: start must be above 0 and at most 1, got {start}")
-    if fall <= 1:
-        raise UsageError(f"autos_irp: fall must be above 1, got {fall}")
+    _check(network, start, fall)
     if iter(batches) is batches:
         batches = list(islice(batches, max(steps_per_level, BATCHES)))
     first = list(islice(batches, BATCHES))
@@ -98,26 +93,27 @@ def autos_irp(
         _followed(model, first, live),
         autos.lifted(model, parameters, first, reuse),
     )
-    initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
-
-    def best(trained: Scores, alive: Masks, count: int) -> Masks:
-        scores = {
-            name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
-        }
-        return layers.best(scores, alive, count)
-
     training = TrainingConfig(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
     )
     horizon = Horizon(sparsity, levels, steps_per_level, training, seed)
-    begin = (1 - sparsity) * fall**levels
-    steep = begin < start
-    alive = layers.drawn(begin, seed) if steep else layers.first(max(start, 1 - sparsity))
+    steep = (1 - sparsity) * fall**levels
+    alive = layers.drawn(steep, seed) if steep < start else layers.first(max(start, 1 - sparsity))
+    best = layers.by_movement(movement)
     return short_levels(model, batches, loss_fn, horizon, best, alive)
 
 
+def _check(network: AutoS, start: float, fall: float) -> None:
+    if network.head != "survival":
+        raise UsageError("autos_irp needs an AutoS with the head survival")
+    if not 0 < start <= 1:
+        raise UsageError(f"autos_irp: start must be above 0 and at most 1, got {start}")
+    if fall <= 1:
+        raise UsageError(f"autos_irp: fall must be above 1, got {fall}")
+
+
 def _followed(model, batches, live: bool) -> Callable[..., Masks]:
-    """Return what keeps the highest scores, if `live` of those that lie on paths."""
+    """Return the function that keeps the highest scores; `live`: on paths first."""
     shape = paths.image_shape(model, batches)
 
     def choose(
@@ -133,7 +129,7 @@ def _followed(model, batches, live: bool) -> Callable[..., Masks]:
 
 
 class _Layers:
-    """What AutoS says of the layers, from the initial weights and gradients."""
+    """Masks whose layer counts AutoS predicts from the initial weights and gradients."""
 
     def __init__(
         self,
@@ -147,6 +143,18 @@ class _Layers:
         self.choose, self.lift = choose, lift
         self.total = masks.total(parameters)
 
+    def by_movement(self, movement: float) -> Best:
+        """Return how a level chooses: by |initial weight + movement * change|."""
+        initial = {name: weight.detach().cpu() for name, weight in self.parameters.items()}
+
+        def best(trained: Scores, alive: Masks, count: int) -> Masks:
+            scores = {
+                name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
+            }
+            return self.best(scores, alive, count)
+
+        return best
+
     def best(
         self,
         scores: Scores,
@@ -155,7 +163,7 @@ class _Layers:
         rounds: int = ROUNDS,
         tilt: float = 0.0,
     ) -> Masks:
-        """Keep the best of what is alive, in each layer as many as AutoS allots it.
+        """Keep `count` of the living weights: in each layer its share by AutoS, the highest scores.
 
         `rounds` and `tilt` are those of reach.thinned.
         """

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError, unknown
-from autosparse.models import gradients
+from autosparse.models import batch_norm
 from autosparse.models.contract import checked_loss, gradients_on
-from autosparse.models.gradients import LossFn, Shared, untouched
+from autosparse.models.gradients import LossFn, Shared
+from autosparse.models.restore import untouched
 from autosparse.models.standardised import kernels_masked
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks
@@ -63,11 +64,14 @@ class Criterion:
     trains: bool = False
     """Whether it trains, and so wants an endless stream of training batches, not a sample."""
     provenance: Callable[..., dict[str, str]] | None = None
-    """Options -> what else the scores depend on, for the ticket's card."""
+    """Options -> fingerprints of the files that the result depends on, for the ticket's card."""
     learned: bool = False
-    """Whether it was fitted on networks as `models.create` makes them, and wants such ones."""
+    """Whether it was fitted on networks of `models.create`, and expects their initial values."""
     chooses: bool | Callable[..., bool] = False
     """Whether it returns Masks instead of Scores; where its options decide, a function of them."""
+
+    allocates: bool = False
+    """Whether its scores are made for given layer counts, which no other setting may change."""
 
     def makes_choice(self, options: Mapping[str, Any]) -> bool:
         """Return whether the criterion returns Masks when it is given these options."""
@@ -86,9 +90,9 @@ class Criterion:
         return FORMER.get(self.name, {}) | own
 
     def beyond(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what scores depend on beyond the name and the options asked for.
+        """Return what the result depends on beyond the name and the options asked for.
 
-        Defaults that are no longer the first ones, and files such as AutoS by their content.
+        That is: defaults that have changed since the first version, and files by their content.
         """
         first, files = FIRST.get(self.name, {}), {}
         if self.provenance:
@@ -97,7 +101,7 @@ class Criterion:
         return self.changed_defaults(asked) | other
 
     def changed_defaults(self, asked: Collection[str]) -> dict[str, Any]:
-        """Return the defaults that count, as no option asks otherwise, and are not the first."""
+        """Return the defaults in force, of options not asked for, that differ from the first."""
         first = {**self.options, **FIRST.get(self.name, {})}
         return {
             key: each
@@ -119,7 +123,7 @@ class Criterion:
     def check_whole(self, options: Mapping[str, Any], filled: Collection[str] = ()) -> None:
         """Raise UsageError for options that are unknown or lacking, and files that are not there.
 
-        `filled` are options that are given later.
+        `filled` are options that are given when it is called.
         """
         self.check(options)
         self._check_none_lacks((*options, *filled))
@@ -164,7 +168,7 @@ class Criterion:
         parameters, loss = prunable(model, exclude), checked_loss(loss_fn, model)
         with gradients_on(), untouched(model), kernels_masked(model):
             if warm_up and self.needs_data and not self.trains:
-                gradients.warm_up(model, batches)
+                batch_norm.warm_up(model, batches)
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -211,12 +215,13 @@ def register(
     provenance: Callable[..., dict[str, str]] | None = None,
     learned: bool = False,
     chooses: bool | Callable[..., bool] = False,
+    allocates: bool = False,
 ) -> Callable:
     """Register the decorated function as the criterion `name`; see Criterion for the fields."""
 
     def add(function: Callable[..., Scores | Masks]) -> Callable[..., Scores | Masks]:
         _REGISTRY[name] = Criterion(
-            name, function, needs_data, trains, provenance, learned, chooses
+            name, function, needs_data, trains, provenance, learned, chooses, allocates
         )
         return function
 

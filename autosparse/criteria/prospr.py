@@ -21,10 +21,10 @@ from autosparse.models.gradients import (
     differentiate_again,
     gathered,
     spend,
-    twice_differentiable,
     with_edges,
     with_weights,
 )
+from autosparse.models.numerics import twice_differentiable
 
 Weights = dict[str, Tensor]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from autosparse.core.versions import library_versions
 from autosparse.criteria.config import PruneConfig, ScoringConfig
 from autosparse.criteria.scoring import (
     Data,
+    check_runs,
     check_scoring,
     describe,
     excluded,
@@ -34,7 +36,7 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
-from autosparse.models.contract import gradients_on
+from autosparse.models.contract import Checked, gradients_on
 from autosparse.models.gradients import LossFn
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
@@ -46,7 +48,7 @@ from autosparse.training.steppers import Ranks
 
 DENSE = "dense"
 SOME_CLASSES = 10
-"""Where only the data themselves tell how many there are."""
+"""Classes of the model that settings are checked on, where only the data tell how many."""
 DEAD = ("warn", "error")
 
 
@@ -148,7 +150,7 @@ def check(config: PruneConfig) -> None:
 
 
 def criteria_of(config: PruneConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Return the criteria that score, with their options: one, or another that allocates too."""
+    """Return the criteria that are used, with their options: the main one, and the allocator."""
     used = [(config.criterion, config.options)] if config.criterion != DENSE else []
     if config.allocation not in (None, UNIFORM):
         used.append((str(config.allocation), config.allocation_options))
@@ -224,9 +226,9 @@ def finish_card(
 
 
 def dead_line(card: Mapping[str, Any]) -> str:
-    """Return what to tell of a dead ticket."""
+    """Return the warning for a dead ticket."""
     return (
-        f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
+        f"this ticket is dead: its output does not depend on the image, from {card['dead']} on; "
         "prune at a lower sparsity, by another criterion or, if that gives scores, with guard live"
     )
 
@@ -241,6 +243,8 @@ def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> T
     exclude = excluded(model, exclude)
     if isinstance(data, str | DataConfig):
         data = sets.load(data)
+    data = data if isinstance(data, sets.DataSource) else list(islice(Checked(data, None), 1))
+    check_runs(model, data)
     chosen = {
         name: torch.ones_like(weight, dtype=torch.bool)
         for name, weight in prunable(model, exclude).items()

@@ -157,7 +157,8 @@ class _Left:
                 flat = flat.to(wide)
                 self._keep_scores(self.scores.to(wide))
             layer, weight = self.layers[place], flattened(values[place])
-            if self.lasting and not _tells(flat, weight, places and places[place]):
+            mine = None if places is None else places[place]
+            if self.lasting and not _tells(flat, weight, mine):
                 return
             if place not in missing:
                 flat = flat if places is None else flat.index_select(0, places[place])

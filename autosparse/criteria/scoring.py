@@ -26,8 +26,9 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import roles, zoo
-from autosparse.models.contract import Checked, gradients_on, remedy
-from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine, untouched
+from autosparse.models.contract import Checked, gradients_on, of_the_machine, remedy
+from autosparse.models.gradients import LossFn, Shared, counting, note
+from autosparse.models.restore import untouched
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.counts import check_sparsity, keep_count
@@ -75,6 +76,8 @@ def score(
         source = _held(source, [main, *others], _classes(model, loss_fn))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
+    if not main.needs_data:
+        check_runs(model, source)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
     with counting() as cost:
@@ -118,7 +121,7 @@ def check_scoring(scoring: ScoringConfig) -> None:
 
 @dataclass(frozen=True)
 class _Context:
-    """What several criteria that score the same model have in common."""
+    """One model and its data, for the main criterion and the one that allocates."""
 
     model: nn.Module
     data: DataSource | Iterable[tuple[Tensor, Tensor]]
@@ -165,16 +168,15 @@ class _Context:
 
     @contextmanager
     def _revealed(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Let nothing hide layers from the scores, for a while; see zoo.revealing.
+        """Inside, no parameter hides layers from the scores; see zoo.revealing.
 
-        A model that `zoo.create` made is taken as it is: it has a setting for that.
+        Models of `zoo.create` are scored as they are: `zero_init` is their setting for that.
         """
         shape = self.shape()
         if shape is None or hasattr(self.model, "autosparse_recipe"):
             yield
             return
-        weight = next(self.model.parameters())
-        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        image = _ones(self.model, shape)
         limit = 0.0 if criterion.learned else roles.FAINT
         try:
             with torch.random.fork_rng(devices=[]):
@@ -184,7 +186,7 @@ class _Context:
                 raise
             if criterion.needs_data:
                 raise UsageError(own_failure(self.model, shape, error)) from error
-            values = {}  # It need not run; what does run it, says what is wrong.
+            values = {}  # The criterion does not call it; whatever does reports the error.
         if values:
             note("revealed", sorted(values))
         with roles.replaced(self.model, values):
@@ -192,7 +194,7 @@ class _Context:
 
     @contextmanager
     def _told(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Say it in one line if a criterion needs the paths of a network that has none."""
+        """Turn CannotFollow into one line: the criterion needs paths, and finds none here."""
         try:
             yield
         except CannotFollow as error:
@@ -206,23 +208,13 @@ class _Context:
     def _check_forward(self) -> None:
         """Raise UsageError if it is the model itself that fails, in eval mode."""
         shape = self.shape()
-        if shape is None:
-            return
-        weight = next(self.model.parameters())
-        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
-        with untouched(self.model), torch.no_grad():
-            self.model.eval()
-            try:
-                self.model(image)
-            except Exception as error:
-                if of_the_machine(error) or isinstance(error, UserError):
-                    raise
-                raise UsageError(own_failure(self.model, shape, error)) from error
+        if shape is not None:
+            _run(self.model, _ones(self.model, shape))
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
     ) -> dict[str, int] | None:
-        """Return how much each layer keeps, if another criterion says so."""
+        """Return how many weights each layer keeps, if another criterion allocates."""
         if selection.allocation is None:
             return None
         least = masks.least_of(
@@ -254,7 +246,7 @@ class _Context:
     def _batches(
         self, criterion: criteria.Criterion, options: Mapping[str, Any]
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return what is scored; if no data are needed, one batch, which shows their shape."""
+        """Return the batches to score; if no data are needed one, for the shape of an image."""
         device, scoring, data = device_of(self.model), self.scoring, self.data
         if isinstance(data, DataSource):
             data = data.to(device)
@@ -281,7 +273,7 @@ class _Context:
 
 
 def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
-    """Return batches that can be looked at more than once, and no more of them than needed."""
+    """Return batches that can be read repeatedly, no more of them than the criteria need."""
     checked = Checked(data, classes)
     if any(criterion.trains for criterion in used):
         return list(checked) if isinstance(data, Iterator) else checked
@@ -291,7 +283,7 @@ def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any
 
 
 def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
-    """Return how many classes the labels may name, where that is known."""
+    """Return the number of classes that labels lie below, where the loss tells."""
     classes = getattr(model, "num_classes", None)
     return classes if isinstance(classes, int) and loss_fn is nn.functional.cross_entropy else None
 
@@ -316,6 +308,40 @@ def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity
         )
 
 
+def check_runs(model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise UsageError if a model of the user's own fails on the data that are given.
+
+    So that no ticket is made of it by criteria that never run it either; without data it may fail.
+    """
+    if not isinstance(data, DataSource):
+        first = next(iter(data), None)
+        image = None if first is None else first[0][:1].to(device_of(model))
+    elif hasattr(model, "autosparse_recipe"):  # It was made for the data.
+        return
+    else:
+        image = _ones(model, (data.in_chans, data.image_size, data.image_size))
+    if image is not None:
+        _run(model, image)
+
+
+def _run(model: nn.Module, image: Tensor) -> None:
+    """Run a model on an image [1, ...], in eval mode; raise UsageError if it fails."""
+    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            model(image)
+        except Exception as error:
+            if of_the_machine(error) or isinstance(error, UserError):
+                raise
+            raise UsageError(own_failure(model, image.shape[1:], error)) from error
+
+
+def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Return an image of ones, of the model's dtype and device."""
+    weight = next(model.parameters())
+    return torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+
+
 def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
     """Return one line on what a model raised when it was called."""
     message = " ".join(str(error).split()) or "no message"
@@ -326,7 +352,7 @@ def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
-    """Return the patterns of weights to leave dense: as given, or as the model\'s recipe says."""
+    """Return the patterns of weights to leave dense: as given, or as the model's recipe says."""
     return tuple(exclude) or tuple(getattr(model, "autosparse_recipe", {}).get("exclude", ()))
 
 
@@ -346,7 +372,7 @@ def describe(
 
 
 def same_everywhere(mine: str, what: str, ranks: Ranks) -> None:
-    """Raise RunFailed on every rank unless all say the same."""
+    """Raise RunFailed on every rank unless `mine` is the same on all ranks."""
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):

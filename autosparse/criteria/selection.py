@@ -62,16 +62,24 @@ class Selection:
     def check_for(self, criterion: criteria.Criterion, options: Mapping[str, Any]) -> None:
         """Raise UsageError for settings that do not apply to what the criterion returns.
 
-        A criterion that returns Scores follows every selection; one that returns Masks, none.
+        Scores follow every selection, but for those that are made for given layer counts (ERK);
+        masks follow none.
         """
         usual = Selection()
-        for name in ("scope", "allocation", "guard", "pattern"):
+        for name in ("scope", "allocation", "pattern", "guard"):
             asked = getattr(self, name)
-            if asked != getattr(usual, name) and criterion.makes_choice(options):
-                raise UsageError(
-                    f"criterion {criterion.name} chooses the weights itself, so {name} {asked} "
-                    f"does not apply; leave it out, or use a criterion that gives scores (snip)"
-                )
+            if asked == getattr(usual, name):
+                continue
+            if criterion.makes_choice(options):
+                does, others = "chooses the weights itself", "one that gives scores (snip)"
+            elif criterion.allocates and name != "guard":
+                does, others = "settles how much layers keep", "another (random)"
+            else:
+                continue
+            raise UsageError(
+                f"criterion {criterion.name} {does}, so {name} {asked} does not apply; leave it "
+                f"out, or use {others}"
+            )
 
     def n_of_m(self) -> tuple[int, int]:
         """Return n and m of the pattern."""

@@ -1,10 +1,10 @@
 """Short-horizon IRP: iterative rewind pruning with a few steps of training per level.
 
 Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp/run.py) with
-its costly part cut short: every level trains the subnetwork from its initial weights for
-`steps_per_level` steps at a constant rate, ranks what is left by magnitude (or LAMP, which
-compares layers better), prunes, and rewinds weights, optimizer and the order of batches. It is no
-paper's method; what was measured is in docs/research.md.
+short trainings: every level trains the subnetwork from its initial weights for `steps_per_level`
+steps at a constant learning rate, ranks what is left by magnitude (or LAMP, which compares layers
+better), prunes, and rewinds weights, optimizer and the order of batches. This is no paper's method;
+what was measured is in docs/research.md.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def short_levels(model, batches, loss_fn, horizon: Horizon, best: Best, alive: M
 
 
 def _counts(alive: Masks, horizon: Horizon) -> list[int]:
-    """Return what each level keeps: the density falls exponentially from that of the masks."""
+    """Return how many weights each level keeps: exponentially fewer, beginning at the masks."""
     total, inside = masks.total(alive), masks.kept(alive)
     kept = list(counts(total, horizon.sparsity, horizon.levels))
     if inside == total:

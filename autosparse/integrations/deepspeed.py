@@ -38,6 +38,7 @@ from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.training.steppers import History, Ranks, check, set_up
+from autosparse.training.topology.gradual import SCHEDULES
 from autosparse.training.topology.moving import Topology
 from autosparse.training.watching import StepWatch
 
@@ -258,6 +259,11 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     for name in ("compile", "ema", "grad_checkpointing"):
         if stage == 3 and getattr(config.training, name):
             raise UsageError(f"training.{name} does not work with deepspeed.zero_stage 3")
+    if config.training.topology in SCHEDULES:
+        raise UsageError(
+            f"training.topology {config.training.topology} trains in one process, without "
+            "DeepSpeed: use `autosparse train`"
+        )
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
     if config.training.batch_size % parts:
         raise UsageError(

@@ -19,7 +19,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autosparse.training.topology.moving import Kept, KeptHere
+from autosparse.training.topology.kept import Kept, KeptHere
 
 
 def kept_by(engine: Any, optimizer: torch.optim.Optimizer) -> Kept:

@@ -39,7 +39,7 @@ from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import Epoch, PlainStepper
 
 ROUNDS = 4
-"""In which a level of `live` removes weights: what has lost its paths in one goes in the next."""
+"""Rounds in which `live` removes weights: what loses its paths in one goes first in the next."""
 REWIND, MASK = "rewind/", "mask/"
 MASKED, COMPACT = "masked", "compact"
 """The two ways to train a level: dense weights under masks, or compact weights."""
@@ -63,13 +63,13 @@ def level_file(folder: Path, level: int) -> Path:
 
 
 def way_on(device: torch.device, config: TrainingConfig) -> str:
-    """Return how levels are trained on a device: `masked` on a GPU, if that comes to the same."""
+    """Return how levels are trained on a device: `masked` on a GPU, if the optimizer allows it."""
     return MASKED if device.type == "cuda" and can_train(config) else COMPACT
 
 
 @dataclass(frozen=True)
 class LevelRun:
-    """What all levels have in common."""
+    """One run: what all of its levels share."""
 
     config: IRPConfig
     initial: nn.Module
@@ -83,7 +83,7 @@ class LevelRun:
 
     @cached_property
     def masked(self) -> MaskedStepper:
-        """Return what trains all levels where weights are masked."""
+        """Return the one stepper that trains all levels under masks."""
         training = self.training()
         return MaskedStepper(
             copy.deepcopy(self.initial).to(zoo.choose_device(self.config.device)),
@@ -93,7 +93,7 @@ class LevelRun:
         )
 
     def stepper(self, level: int, current: dict[str, Tensor]) -> PlainStepper:
-        """Return what trains a level, at its start."""
+        """Return the stepper of a level, before its first step."""
         dense = self.start(level)
         ticket = Ticket.from_model(dense, current, {})
         if self.way == MASKED:

@@ -20,7 +20,7 @@ from autosparse.training.steppers import PlainStepper
 
 
 def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dict[str, Tensor]:
-    """Return the dense state dict after `steps` steps of a level, made again: zero where pruned.
+    """Train a level of a finished run again; return the dense state dict, zero where pruned.
 
     Args:
         run: a finished run.
@@ -28,8 +28,8 @@ def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dic
         steps: how many of the level's steps to make, at least 1.
         source: the data that the run was made on.
 
-    Bit for bit what the run had, on the same hardware, versions and number of threads. Raises
-    UsageError if the data are others, or the level has not so many steps.
+    It is the run's own state bit for bit on the same hardware, versions and number of threads.
+    Raises UsageError if the data are others, or the level has fewer steps.
     """
     if source.fingerprint != run.card["data_fingerprint"]:
         raise UsageError(f"run {run.card['run_id']} was made on other data")

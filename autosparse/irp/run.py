@@ -3,8 +3,7 @@
 Paper: J. Frankle & M. Carbin, The Lottery Ticket Hypothesis (ICLR 2019), arXiv 1803.03635.
 Level i trains the subnetwork of mask i from the initial state; its trained weights are ranked by
 the label criterion, and the highest of those that are left make mask i + 1. Everything is
-rewound: weights, biases, norms, buffers, the order of batches and the RNG. A level's file holds
-the next mask, so a run that was killed goes on with the first level that has no file.
+rewound: weights, biases, norms, buffers, the order of batches and the RNG (see levels.py).
 
 Late rewinding (J. Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis,
 ICML 2020, arXiv 1912.05671): with `rewind_steps` k, levels from 1 on start from the state that
@@ -101,11 +100,11 @@ def run_irp(
     wait: bool = False,
     way: str | None = None,
 ) -> Path:
-    """Do one IRP run, or what is left of it; return its folder.
+    """Do one IRP run, or the rest of one that was interrupted; return its folder.
 
-    On a GPU all levels share one network with dense weights under masks (see masked_stepper.py),
-    elsewhere each has compact weights of its own; that makes no difference but rounding. The
-    card records which it was, and the device.
+    On a GPU all levels share one network with dense weights under masks (see masked_stepper.py);
+    elsewhere each level has compact weights of its own. The two differ by rounding only. The card
+    records which it was, and the device.
 
     Args:
         config: what to run; `config.out` is the corpus folder (or URL).
@@ -113,7 +112,7 @@ def run_irp(
         on_level: called with the level's entry of the card, also for levels found on disk.
         wait: if another process is at this run, wait for it to finish or to die; otherwise that
             is a UsageError.
-        way: `masked` or `compact`, if it is not to be as the device has it.
+        way: `masked` or `compact`; by default the one that suits the device.
     """
     check(config)
     folder = run_folder(config)
@@ -144,7 +143,7 @@ def check_found(folder: Path, there: DataSource | None) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a kill between a run's commit marker and its end has left behind."""
+    """Remove what is left where a run was killed after it wrote its commit marker."""
     with suppress(OSError):  # A corpus that may only be read stays as it is.
         if (folder / "levels").exists():
             remove_tree(folder / "levels")
@@ -195,7 +194,7 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
 
 
 def _begin(folder: Path, card: dict[str, Any]) -> None:
-    """Write the card of a new run, or make sure that the folder holds the same run's levels."""
+    """Write the card of a new run; of one that was begun, check that it is the same run."""
     path = folder / "card.json"
     if not path.exists():
         write_json(path, card)

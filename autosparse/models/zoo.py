@@ -16,17 +16,17 @@ from torch.nn.utils import parametrize
 from autosparse.core.errors import UsageError, unknown
 from autosparse.models import roles
 from autosparse.models.config import ModelConfig
-from autosparse.models.gradients import of_the_machine
+from autosparse.models.contract import of_the_machine
 
 COMPILED = "_orig_mod"
-"""Under which name `torch.compile` holds a module."""
+"""The attribute under which `torch.compile` holds the module."""
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 COMPUTED = {
     "_mask": ("torch.nn.utils.prune", "prune.remove"),
     "_g": ("weight norm", "remove_weight_norm"),
     "_u": ("spectral norm", "remove_spectral_norm"),
 }
-"""What torch's hooks hold beside a weight that they compute -> what they are; what undoes them."""
+"""Ending of a tensor beside a weight that torch computes -> the method, and what removes it."""
 CONV_OR_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -137,7 +137,7 @@ def revealing(model: nn.Module, image: torch.Tensor, limit: float) -> dict[str, 
 
 
 def _reveal(model: nn.Module, name: str, image: torch.Tensor) -> None:
-    """Let no gain or layer start at zero."""
+    """Give gains and layers that start at zero other values; see `revealing`."""
     try:
         roles.set_values(model, revealing(model, image, 0.0))
     except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError) as error:
@@ -238,7 +238,7 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
 
 
 def _computed(module: nn.Module, name: str, attribute: str) -> UsageError:
-    """Return what to say of a layer whose weight is computed from other tensors."""
+    """Return the error for a layer whose weight is computed from other tensors."""
     if parametrize.is_parametrized(module, attribute):
         kind = type(module.parametrizations[attribute][0]).__name__  # type: ignore[index]
         if kind == "CompactWeight":
@@ -352,7 +352,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def called(model: nn.Module, name: str) -> nn.Module:
-    """Return the module whose call uses a weight: attention does not call its projection."""
+    """Return the module whose call uses a weight; attention uses its projection's uncalled."""
     owner = name.rpartition(".")[0]
     parent = model.get_submodule(owner.rpartition(".")[0])
     return parent if isinstance(parent, nn.MultiheadAttention) else model.get_submodule(owner)

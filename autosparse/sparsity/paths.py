@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autosparse.core.errors import UsageError, UserError
-from autosparse.models.contract import joined
-from autosparse.models.gradients import copied, of_the_machine
+from autosparse.models.contract import joined, of_the_machine
+from autosparse.models.restore import copied
 from autosparse.models.standardised import as_plain
 from autosparse.models.zoo import CONV_OR_LINEAR, expected_shape
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from autosparse.core.memory import keep_freed_blocks
 from autosparse.models import roles
-from autosparse.models.gradients import exactly, note, spend
+from autosparse.models.gradients import note, spend
+from autosparse.models.numerics import exactly
 from autosparse.models.zoo import called, device_of
 from autosparse.sparsity.masks import Masks, keep_counts, top
 from autosparse.sparsity.paths import (

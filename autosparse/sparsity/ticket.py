@@ -23,6 +23,8 @@ from autosparse.sparsity.compact import compact_weights, dense_name, hold_compac
 FORMAT = 1
 TOPOLOGY = "autosparse_topology"
 """Attribute of a model: how its masks have changed in training, for the card."""
+MASKS = "autosparse_masks"
+"""Attribute of a model: the masks of ordinary weights that were pruned in training, by name."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class Ticket:
         """
         state = state or unwrapped(model).state_dict()
         state = {dense_name(name): tensor.detach().cpu() for name, tensor in state.items()}
-        now = {name: weight.mask().cpu() for name, weight in compact_weights(model)}
-        masks = {name: now.get(name, mask) for name, mask in start.masks.items()}
+        made_compact = {name: weight.mask().cpu() for name, weight in compact_weights(model)}
+        pruned = {name: m.bool().cpu() for name, m in getattr(unwrapped(model), MASKS, {}).items()}
+        masks = start.masks | {n: m for n, m in (pruned | made_compact).items() if n in start.masks}
         values = {
-            name: state[name].clone() if name in now else state[name][mask].clone()
+            name: state[name].clone() if name in made_compact else state[name][mask].clone()
             for name, mask in masks.items()
         }
         rest = {name: state[name].clone() for name in start.rest}

@@ -28,7 +28,7 @@ from autosparse.training.topology.moving import STATIC
 def can_train(config: TrainingConfig) -> bool:
     """Return whether masked weights are trained just as compact ones would be."""
     elementwise = config.optimizer in ELEMENTWISE and not config.optimizer_options.get("caution")
-    return elementwise and config.topology == STATIC
+    return elementwise and config.topology == STATIC and config.optimizer_wrapper != "sparseopt"
 
 
 class MaskedStepper(PlainStepper):

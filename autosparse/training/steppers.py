@@ -28,8 +28,10 @@ from autosparse.training.config import TrainingConfig
 from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
-from autosparse.training.topology import moving
-from autosparse.training.topology.moving import KeptHere, Topology
+from autosparse.training.topology import chosen
+from autosparse.training.topology.chosen import topology_of
+from autosparse.training.topology.gradual import Gradual
+from autosparse.training.topology.kept import KeptHere
 
 Answer = TypeVar("Answer")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -159,7 +161,7 @@ class PlainStepper:
         set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
         self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
-        self.topology = Topology(model, config, config.epochs * steps_per_epoch)
+        self.topology = topology_of(model, config, config.epochs * steps_per_epoch)
         self.updates, self.settings = 0, {}
         self.network = torch.compile(model) if config.compile else model
         self.scattered = scatterer(model, config, device_of(model))
@@ -203,9 +205,13 @@ class PlainStepper:
 
     def after_backward(self) -> None:
         """Called when gradients are there, before they are clipped."""
+        if isinstance(self.topology, Gradual):
+            self.topology.after_backward()
 
     def after_update(self) -> None:
         """Called when the optimizer has changed the parameters."""
+        if isinstance(self.topology, Gradual):
+            self.topology.after_update()
 
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
@@ -290,7 +296,7 @@ def check(config: TrainingConfig) -> None:
             "leave one of them out"
         )
     recipe.check(config)
-    moving.check(config)
+    chosen.check(config)
 
 
 def check_whole(config: TrainingConfig, world_size: int = 1) -> None:

@@ -289,6 +289,16 @@ def test_a_setting_that_is_no_yes_or_no_needs_a_value():
         parsed(PruneConfig, "--sparsity", "--seed", "1")
 
 
+@pytest.mark.parametrize("word", ["no", "Yes", "on", "OFF", "y"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_settings_of_any_type_take_a_word_for_a_word(word, equals):
+    """A scorer's folder may be called no; YAML 1.1 takes that for false."""
+    given = ["--options.scorer", word]
+    found = parsed(PruneConfig, *(["=".join(given)] if equals else given), "--options.gate", "true")
+    assert found.options == {"scorer": word, "gate": True}
+    assert parsed(PruneConfig, "--model.options.name", word).model.options == {"name": word}
+
+
 def test_flags_and_configs_are_taken_in_their_order(folder):
     (folder / "a.yaml").write_text("sparsity: 0.5")
     after = parsed(PruneConfig, "--config", "a.yaml", "--sparsity", "0.9")

@@ -14,7 +14,7 @@ from autosparse.core.files import read_json, write_json, write_tensors
 from autosparse.corpus import store, upkeep
 from autosparse.corpus.store import FINISHED, RUN, Corpus
 from autosparse.corpus.upkeep import merge, verify
-from tests.conftest import flip, tiny_run
+from tests.conftest import flip, holder, tiny_run
 
 
 @pytest.fixture()
@@ -202,6 +202,18 @@ def test_merge_copies_finished_runs_and_finds_them_again(folder: Path, tmp_path:
             assert (into / run.name / path.name).read_bytes() == path.read_bytes()
     assert problems(into) == []
     assert merge([folder, more], into) == ([], ["run1", "run2", "run3"])
+
+
+def test_merge_leaves_a_run_alone_that_another_process_makes(folder: Path, tmp_path: Path) -> None:
+    into = tmp_path / "all"
+    with holder(into / "run1") as process:
+        with pytest.raises(
+            RunFailed, match=f"^1 runs copied; .*run1 is being worked on .*{process.pid}"
+        ):
+            merge([folder], into)
+        assert [path.name for path in (into / "run1").iterdir()] == ["claim.json"]
+    assert merge([folder], into) == (["run1"], ["run2"])
+    assert not list(into.glob("*/claim.json"))
 
 
 def test_merge_leaves_out_what_is_damaged(folder: Path, tmp_path: Path) -> None:

@@ -369,6 +369,20 @@ def test_a_choice_allocates_too(digits: DataSource) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("selection", "named"),
+    [
+        (Selection(scope="layer"), "scope layer"),
+        (Selection(allocation="snip"), "allocation snip"),
+        (Selection(pattern="2:4"), "pattern 2:4"),
+    ],
+)
+def test_layer_counts_of_erk_are_not_overridden(selection: Selection, named: str) -> None:
+    said = f"^criterion erk settles how much layers keep, so {named} does not apply; .*random"
+    with pytest.raises(UsageError, match=said):
+        prune(make_model(), "digits", "erk", 0.9, selection=selection)
+
+
 # Scoring
 
 

@@ -20,7 +20,10 @@ from tests.integration.topologies_on_ranks import EVERY, STEPS, UPDATES, WAYS, R
 from tests.training.masked_rigl import masked_rigl
 
 RANKS = 2
-FP32 = [way for way in WAYS if "bf16" not in way]
+WRAPPERS = ("none", "ham", "sign_in", "sparseopt")
+WRAPPED = [way for way in WAYS if way.endswith(WRAPPERS)]
+RIGL = [way for way in WAYS if way not in WRAPPED]
+FP32 = [way for way in RIGL if "bf16" not in way]
 
 
 def train(out: Path, names: list[str], ways: list[str]) -> Path:
@@ -38,7 +41,12 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("topologies"), list(CASES), list(WAYS))
+    return train(tmp_path_factory.mktemp("topologies"), list(CASES), RIGL)
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("wrapped"), ["test_vit"], WRAPPED)
 
 
 def losses_of(out: Path, key: str) -> list[list[float]]:
@@ -139,3 +147,17 @@ def test_a_resume_between_updates_is_equal_in_every_bit(trainings: Path, stage: 
     assert 4 % EVERY == 1
     whole = losses_of(trainings, f"test_vit {stage}")
     assert losses_of(trainings, f"resumed {stage}") == whole[4:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_optimizer_wrappers_do_the_same_at_every_stage(wrapped: Path) -> None:
+    """With SET; clipped, and accumulated over two parts."""
+    plain = losses_of(wrapped, "test_vit 0 none")
+    for wrapper in WRAPPERS:
+        expected = losses_of(wrapped, f"test_vit 0 {wrapper}")
+        assert (expected == plain) is (wrapper == "none")
+        for stage in (1, 2, 3):
+            found = losses_of(wrapped, f"test_vit {stage} {wrapper}")
+            for mine, other in zip(found, expected, strict=True):
+                assert mine == pytest.approx(other, abs=1e-5), (stage, wrapper)

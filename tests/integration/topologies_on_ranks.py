@@ -23,19 +23,25 @@ from tests.integration.masked_dense import BATCH, CASES, batches
 
 UPDATES, EVERY = 3, 3
 STEPS = UPDATES * EVERY + 1
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "0": {}, "1": {}, "2": {}, "3": {},
     "1 flat": {"scatter": "flat"}, "0 rescatter": {"rescatter": True},
     "3 rescatter": {"rescatter": True}, "1 bf16": {"precision": "bf16"},
+}  # fmt: skip
+SGD = {"optimizer": "momentum", "learning_rate": 0.02, "optimizer_options": {}}
+WAYS |= {
+    f"{stage} {wrapper}": {**SGD, "topology": "set", "optimizer_wrapper": wrapper}
+    for stage in range(4) for wrapper in ("none", "ham", "sign_in", "sparseopt")
 }  # fmt: skip
 
 
 def settings(name: str, **changes: Any) -> SparseTrainConfig:
     """Return how a case is trained; `masked_rigl` takes the same training config."""
     case = CASES[name]
+    changes = {"topology": "rigl", **changes}
     training = replace(
         case.settings(), ema=0.0, epochs=1, sparse_products=False,
-        topology="rigl", topology_every=EVERY, topology_until=1.0, **changes,
+        topology_every=EVERY, topology_until=1.0, **changes,
     )  # fmt: skip
     return SparseTrainConfig(training=training, deepspeed=DeepSpeedConfig(0, case.accumulation))
 

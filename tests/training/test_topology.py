@@ -21,6 +21,7 @@ from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import History, PlainStepper
 from autosparse.training.topology import mest, rigl
 from autosparse.training.topology import set as set_
+from autosparse.training.topology.chosen import check
 from autosparse.training.topology.growth import (
     Layer,
     fraction_at,
@@ -28,7 +29,6 @@ from autosparse.training.topology.growth import (
     rearranged,
     sources,
 )
-from autosparse.training.topology.moving import check
 from tests.conftest import make_model
 from tests.training.masked_rigl import masked_rigl
 
@@ -355,6 +355,7 @@ def test_gradients_that_are_no_numbers_exchange_nothing() -> None:
 def test_static_is_the_default_and_moves_nothing() -> None:
     stepper, ticket = stepper_of("test_byobnet", replace(RIGL, topology="static"))
     losses(stepper, images_of(4))
+    assert not stepper.topology.weights
     assert "topology" not in Ticket.from_compact(stepper.model, ticket, {}).card
     assert all(torch.equal(m, ticket.masks[n]) for n, m in masks_of(stepper.model).items())
 
@@ -364,6 +365,7 @@ def test_static_is_the_default_and_moves_nothing() -> None:
     [
         ({"topology": "rigel"}, "unknown topology 'rigel'. Did you mean 'rigl'"),
         ({"topology_grow_from": "weights"}, "unknown topology_grow_from 'weights'"),
+        ({"topology_sparsity": 1.0}, "topology_sparsity must be above 0 and below 1, got 1.0"),
         ({"topology_every": 0}, "topology_every must be at least 1"),
         ({"topology_fraction": 0.0}, "topology_fraction must be above 0"),
         ({"topology_until": 1.5}, "topology_until must be above 0 and at most 1"),

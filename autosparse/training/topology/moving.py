@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.core.errors import RunFailed
 from autosparse.models import zoo
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity.compact import (
@@ -28,15 +28,16 @@ from autosparse.sparsity.paths import CannotFollow
 from autosparse.sparsity.reach import within_reach
 from autosparse.sparsity.ticket import TOPOLOGY
 from autosparse.training.config import TrainingConfig
-from autosparse.training.optimizers import ELEMENTWISE, starts_at_zero
 from autosparse.training.recipe import step_seed
 from autosparse.training.topology import mest, rigl
 from autosparse.training.topology import set as set_
 from autosparse.training.topology.growth import Layer, fraction_at, grow, rearranged, sources
+from autosparse.training.topology.kept import Kept
 
 logger = logging.getLogger(__name__)
 STATIC, AUTO, GRADIENT, RANDOM = "static", "auto", "gradient", "random"
 GROW_FROM = (AUTO, GRADIENT, RANDOM)
+"""What `training.topology_grow_from` may say."""
 DRAWN = 0x5E7
 """Tells the draws of growth from those of dropout."""
 
@@ -57,35 +58,6 @@ METHODS = {
     "rigl": Method(rigl.stays, GRADIENT),
     "mest": Method(mest.stays, RANDOM, weighs_gradients=True),
 }
-NAMES = (STATIC, *METHODS)
-"""What `training.topology` may say."""
-
-
-class Kept(Protocol):
-    """Where a stepper keeps the values of parameters, and what its optimizer knows of them."""
-
-    def whole(self, parameter: nn.Parameter) -> Tensor:
-        """Return the values, [kept], on every rank; called by all ranks."""
-        ...
-
-    def change(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the values and every moment, [kept] each, alike; called by all ranks."""
-        ...
-
-
-class KeptHere:
-    """In this process's own memory: parameters, and the optimizer's state of them."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def whole(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
-
-    def change(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
-        for tensor in (parameter.detach(), *self.optimizer.state[parameter].values()):
-            if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
-                tensor.copy_(change(tensor))
 
 
 @dataclass
@@ -358,30 +330,3 @@ class Topology:
                 weight.exchange(index.to(weight.index.device))
         self.history = list(history)
         self._remember()
-
-
-def check(config: TrainingConfig) -> None:
-    """Raise UsageError for settings that cannot be."""
-    if config.topology not in NAMES:
-        raise unknown("topology", config.topology, NAMES)
-    if config.topology_grow_from not in GROW_FROM:
-        raise unknown("topology_grow_from", config.topology_grow_from, GROW_FROM)
-    if config.topology_every < 1:
-        raise UsageError(f"training.topology_every must be at least 1: {config.topology_every}")
-    for name in ("topology_fraction", "topology_until"):
-        if not 0 < getattr(config, name) <= 1:
-            raise UsageError(
-                f"training.{name} must be above 0 and at most 1, got {getattr(config, name)}"
-            )
-    if config.topology_gradient_weight < 0:
-        raise UsageError(
-            "training.topology_gradient_weight must be at least 0, got "
-            f"{config.topology_gradient_weight}"
-        )
-    if config.topology != STATIC and not starts_at_zero(config):
-        known = ", ".join(ELEMENTWISE)
-        raise UsageError(
-            f"optimizer {config.optimizer} does not keep for every weight a state that starts at "
-            f"zero, so that training.topology {config.topology} cannot exchange weights; take one "
-            f"of {known}, without initial_accumulator_value (rmsproptf starts at one)"
-        )
