@@ -20,7 +20,7 @@ COLUMNS = ("run_id", "model", "data", "seed", "label", "level", "density", "accu
 LINES, POINTS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "X", "P", "*")
 BINS = 20
 MOST_RUNS, MOST_LAYERS, MOST_LEVELS, LONGEST = 24, 40, 20, 48
-"""How many runs, layers and levels are named one by one, and how long a layer's name may be."""
+"""Most runs, layers and levels that get a label each, and the longest name of a layer."""
 
 
 def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
