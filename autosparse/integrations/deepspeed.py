@@ -24,13 +24,14 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_tensors, write_tensors
 from autosparse.core.progress import Progress
 from autosparse.data import sets
+from autosparse.data.sets import DataSource
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
 from autosparse.integrations.deepspeed_values import kept_by, loss_scale
 from autosparse.models.contract import in_single
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import rescattering
-from autosparse.study.cells import cells, check_config
+from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
 from autosparse.training.flat_scatter import scatterer
@@ -426,26 +427,36 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
                 continue
             if key not in sources:
                 sources[key] = sets.load(cell.data).to(torch.device(device))
-            made: list[DeepSpeedStepper] = []
-
-            def make(model: nn.Module, steps: int, made=made, cell=cell) -> DeepSpeedStepper:
-                made.append(DeepSpeedStepper(model, config, steps, ranks, cell.folder))
-                return made[0]
-
-            result = train_cell(
-                cell,
-                config,
-                sources[key],
-                make,
-                device=device,
-                ranks=ranks,
-                observer=observer if first else None,
-                watch=StepWatch(progress, cell.name),
-                stop=stop,
+            watch = StepWatch(progress, cell.name)
+            results.append(
+                train_one(cell, config, sources[key], ranks, device, stop, watch, observer)
             )
-            results.append(result)
-            stop.answer()
-            dist.barrier()
-            if made:  # Not where another process has finished the cell meanwhile.
-                made[0].close()
     return results
+
+
+def train_one(
+    cell: Cell,
+    config: SparseTrainConfig,
+    source: DataSource,
+    ranks: Ranks,
+    device: str,
+    stop: Stopping,
+    watch: StepWatch,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Train a cell on this rank, with all the others; return its result."""
+    made: list[DeepSpeedStepper] = []
+
+    def make(model: nn.Module, steps: int) -> DeepSpeedStepper:
+        made.append(DeepSpeedStepper(model, config, steps, ranks, cell.folder))
+        return made[0]
+
+    result = train_cell(
+        cell, config, source, make, device=device, ranks=ranks,
+        observer=observer if ranks.rank == 0 else None, watch=watch, stop=stop,
+    )  # fmt: skip
+    stop.answer()
+    dist.barrier()
+    if made:  # Not where another process has finished the cell meanwhile.
+        made[0].close()
+    return result

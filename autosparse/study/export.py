@@ -37,7 +37,7 @@ def dense_model(ticket: Ticket) -> nn.Module:
 
 
 def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
-    """Write a ticket in a format of `FORMATS`; return what is worth telling.
+    """Write a ticket in a format of `FORMATS`; return its path, bytes and kept weights.
 
     dense: safetensors that `timm.create_model(…).load_state_dict` takes, and with which it gives
         the trained logits (UsageError where that cannot be); the card in its header.
