@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autosparse import prune
 from autosparse.data import sets
-from tests.conftest import SMALL_DIGITS, make_model
+from tests.conftest import SMALL_DIGITS
 from tests.integration.masked_dense import CASES
 from tests.integration.ranks import Group
 from tests.integration.topologies_on_ranks import (
@@ -20,6 +20,7 @@ from tests.integration.topologies_on_ranks import (
     STEPS,
     UPDATES,
     first_batches,
+    model_of,
     resumed,
     settings,
     trained,
@@ -45,7 +46,7 @@ def reference(
 ) -> tuple[list[list[float]], list[dict[str, Tensor]], dict[str, Tensor]]:
     """Return the losses [steps][ranks], the masks after every update, and the last weights."""
     case, source = CASES[name], sets.load(SMALL_DIGITS)
-    model = make_model(name, **case.options)
+    model = model_of(name)
     chosen = prune(model, source, "erk", case.sparsity).masks
     model.double().train()
     parts = RANKS * case.accumulation

@@ -7,13 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from autosparse import compact, prune
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.integrations import deepspeed
 from autosparse.integrations.deepspeed_values import KeptSharded
+from autosparse.models import zoo
 from autosparse.sparsity.compact import compact_weights
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.steppers import History, Ranks
@@ -35,6 +36,15 @@ def settings(name: str, stage: int = 0, **changes: Any) -> SparseTrainConfig:
     return SparseTrainConfig(training=training, deepspeed=DeepSpeedConfig(stage, case.accumulation))
 
 
+def model_of(name: str) -> nn.Module:
+    """Return a case's model, of which one weight does not decay: so optimizers have two groups."""
+    model = make_model(name, **CASES[name].options)
+    largest = max(zoo.prunable(model).items(), key=lambda each: each[1].numel())[0]
+    exempt = set(getattr(model, "no_weight_decay", set)())
+    model.no_weight_decay = lambda: exempt | {largest}
+    return model
+
+
 def first_batches(source: DataSource) -> list[tuple[Tensor, Tensor]]:
     return list(islice(batches(source), STEPS))
 
@@ -46,7 +56,7 @@ class Run:
         self, ranks: Ranks, name: str, config: SparseTrainConfig, folder: Path | None = None
     ) -> None:
         case, source = CASES[name], sets.load(SMALL_DIGITS)
-        self.model = make_model(name, **case.options)
+        self.model = model_of(name)
         compact(self.model, prune(self.model, source, "erk", case.sparsity))
         self.stepper = deepspeed.DeepSpeedStepper(self.model, config, STEPS, ranks, folder)
         self.stepper.model.train()
