@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from autosparse import prune
+from autosparse.core.errors import UsageError
 from autosparse.data import sets
+from autosparse.integrations.deepspeed import engine_config
+from autosparse.training.steppers import Ranks
 from tests.conftest import SMALL_DIGITS
 from tests.integration.masked_dense import CASES
 from tests.integration.ranks import Group
@@ -60,6 +63,19 @@ def reference(
         torch.tensor(each).view(RANKS, case.accumulation).mean(1).tolist() for each in losses
     ]
     return by_rank, masks, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer": "adagrad"}, "DeepSpeed makes adagrad anew for ZeRO"),
+        ({"topology": "gmp"}, "topology gmp trains in one process, without DeepSpeed"),
+    ],
+)
+def test_what_deepspeed_cannot_is_one_line(changes: dict, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        engine_config(settings("test_vit", 1, **changes), Ranks())
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def on_ranks(group: Group, name: str, stage: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
