@@ -39,8 +39,9 @@ from autosparse.training.optimizers import advance, last_rate, optimizer_and_sch
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.training.steppers import History, Ranks, check, set_up
 from autosparse.training.topology.gradual import SCHEDULES
-from autosparse.training.topology.moving import Topology
+from autosparse.training.topology.moving import STATIC, Topology
 from autosparse.training.watching import StepWatch
+from autosparse.training.wrappers import NONE
 
 NEVER = 2**31 - 1
 TOPOLOGY_FILE = "topology.safetensors"
@@ -263,6 +264,12 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         raise UsageError(
             f"training.topology {config.training.topology} trains in one process, without "
             "DeepSpeed: use `autosparse train`"
+        )
+    plain = config.training.topology == STATIC and config.training.optimizer_wrapper == NONE
+    if stage and config.training.optimizer == "adagrad" and not plain:
+        raise UsageError(
+            "DeepSpeed makes adagrad anew for ZeRO, without what training.topology and "
+            "optimizer_wrapper have added; set deepspeed.zero_stage 0 or take another optimizer"
         )
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
     if config.training.batch_size % parts:
