@@ -1,23 +1,23 @@
 """From the arguments of a command to its settings, and from a mistake to one line.
 
-Only the standard library is imported until arguments are parsed, so that `--help` is quick.
+Only the standard library is imported until arguments are parsed, so that importing this is quick.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from autosparse.core import logs
-from autosparse.core.errors import UsageError, UserError
+from autosparse.core.errors import UsageError, UserError, unknown
 
 Config = TypeVar("Config")
+OWN_OPTIONS = ("config", "print_config", "help")
+"""Options that jsonargparse gives every command that takes settings."""
 
 
 def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
@@ -49,74 +49,112 @@ def parse(
     Raises UsageError that names a wrong key, with the nearest right one, or a wrong value.
     `--help` and `--print_config` print and exit.
     """
+    parser = parser_of(kind, prog=program, description=description)
+    found = parsed(parser, spelt_out(kind, arguments))
+    return config_of(kind, parser, found)
+
+
+def parser_of(kind: type | None, **options: Any) -> Any:
+    """Return a parser of jsonargparse that takes the settings of `kind`, if there is one."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=program, description=description, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file; several may be given")
-    parser.add_class_arguments(kind)
-    arguments = _spelt_out(arguments, parser)
-    _check_files(arguments)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    if kind is not None:
+        parser.add_argument("--config", action="config", help="YAML file; several may be given")
+        parser.add_class_arguments(kind)
+    return parser
+
+
+def parsed(parser: Any, arguments: list[str]) -> Any:
+    """Return what the parser makes of arguments; raise UsageError with its own words."""
     import argparse
 
     try:
-        found = parser.parse_args(arguments)
-        found.pop("config", None)
-        values = parser.instantiate(found)
+        return parser.parse_args(arguments)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise UsageError(_explain(str(error), parser, kind)) from error
-    return kind(**vars(values))
+        raise _in_words(error, parser) from error
 
 
-def _spelt_out(arguments: list[str], parser: Any) -> list[str]:
-    """Write options with underscores, and `true` after those that are true or false and bare."""
-    flags = {f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool}
+def config_of(kind: type[Config], parser: Any, found: Any) -> Config:
+    """Return the settings of `kind` that were parsed."""
+    found.pop("config", None)
+    try:
+        return kind(**vars(parser.instantiate(found)))
+    except (ValueError, TypeError) as error:
+        raise _in_words(error, parser) from error
+
+
+def _in_words(error: Exception, parser: Any) -> UsageError:
+    return UsageError(f"{error} (`{parser.prog} --help` says what there is)")
+
+
+def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
+    """Write options with underscores, and `true` after those that are true or false and bare.
+
+    Raises UsageError for an option that is no setting of `kind`, or a file that holds such a key.
+    """
+    keys = {} if kind is None else _keys(kind)
     found = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
-        if argument.startswith("--"):
+        if argument.startswith("--") and argument != "--":
             name, equals, value = argument[2:].partition("=")
-            argument = f"--{name.replace('-', '_')}{equals}{value}"
+            name = name.replace("-", "_")
+            argument = f"--{name}{equals}{value}"
+            _check_key(name.removesuffix("+"), keys)
+            if name == "config" and kind is not None:
+                _check_file(value if equals else following, keys)
         found.append(argument)
-        if argument in flags and following.startswith("--"):
+        if keys.get(argument[2:]) is bool and following.startswith("--"):
             found.append("true")
     return found
 
 
-def _check_files(arguments: list[str]) -> None:
-    """Raise UsageError that names a --config file which is missing or no YAML mapping."""
+def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Return the dotted names of all settings, those of inner settings too, and their types."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        found[prefix + name] = hint
+        for inner in (hint, *get_args(hint)):
+            if is_dataclass(inner) and isinstance(inner, type):
+                found |= _keys(inner, f"{prefix}{name}.")
+    return found
+
+
+def _check_key(name: str, keys: dict[str, Any]) -> None:
+    """Raise UsageError unless a dotted name is a setting, or lies in one that holds any keys."""
+    parts = name.split(".")
+    if name in keys or name in OWN_OPTIONS or parts[-1] == "help":
+        return
+    if any(_holds_any(keys.get(".".join(parts[:end]))) for end in range(1, len(parts))):
+        return
+    same = [key for key in keys if key.rpartition(".")[2] == name]
+    raise unknown("config key", name, same or keys)
+
+
+def _holds_any(hint: Any) -> bool:
+    return any(dict in (each, get_origin(each)) for each in (hint, *get_args(hint)))
+
+
+def _check_file(path: str, keys: dict[str, Any]) -> None:
+    """Raise UsageError that names a --config file that is missing, no mapping, or of other keys."""
     import yaml
 
-    for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            continue
-        path = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            problem = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UsageError(f"config file {path!r} cannot be read: {problem}") from None
-        if not isinstance(content, dict):
-            raise UsageError(f"config file {path!r} holds no settings (key: value)")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"config file {path!r} cannot be read: {problem}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config file {path!r} holds no settings (key: value)")
+    try:
+        _check_mapping(content, keys)
+    except UsageError as error:
+        raise UsageError(f"config file {path!r}: {error}") from None
 
 
-def _explain(message: str, parser: Any, kind: type) -> str:
-    """Shorten jsonargparse's message to one line and add the nearest key it knows."""
-    line = " ".join(message.split())
-    wrong = re.search(r"[Oo]ption '([^']+)'|unrecognized arguments: --([\w.]+)", line)
-    if not wrong:
-        return line
-    name = wrong.group(1) or wrong.group(2)
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    leaves = {key.rpartition(".")[2] for key in keys} | set(keys) | _optional_keys(kind)
-    close = difflib.get_close_matches(name, sorted(leaves), n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown config key {name!r}.{hint} ({line.partition(' Does not validate')[0]})"
-
-
-def _optional_keys(kind: type) -> set[str]:
-    """Return the keys of settings that are a config of their own or nothing."""
-    inner = {each for hint in get_type_hints(kind).values() for each in get_args(hint)}
-    return {spec.name for each in inner if is_dataclass(each) for spec in fields(each)}
+def _check_mapping(content: dict[Any, Any], keys: dict[str, Any], prefix: str = "") -> None:
+    for key, value in content.items():
+        _check_key(f"{prefix}{key}", keys)
+        if isinstance(value, dict) and not _holds_any(keys.get(f"{prefix}{key}")):
+            _check_mapping(value, keys, f"{prefix}{key}.")

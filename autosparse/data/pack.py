@@ -8,10 +8,8 @@ The manifest is written last, with an index of the samples and timm's `_info.jso
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from webdataset import TarWriter
 
 from autosparse.core.config import identity
 from autosparse.core.errors import RunFailed, UsageError
@@ -271,8 +270,11 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
     if record is not None:
         return record
     members, bad = [], []
-    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT,
-                                                    bufsize=1 << 20) as tar:  # fmt: skip
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb", buffering=1 << 20) as file,
+        TarWriter(file, "", "", encoder=False, mtime=0) as tar,
+    ):
         for place, (picture, label) in enumerate(task.samples):
             try:
                 content, extension = encoded(picture, config)
@@ -282,8 +284,10 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
                     raise too_many(bad[-1], config.max_bad_images) from None
                 continue
             key = f"{task.name.removesuffix('.tar').replace('-', '')}_{place:06d}"
-            members.append((_add(tar, f"{key}.{extension}", content), len(content), label))
-            _add(tar, f"{key}.cls", str(label).encode())
+            members.append((tar.tarstream.offset + BLOCK, len(content), label))
+            # One after the other: in one sample TarWriter would sort them, and bytes would change.
+            tar.write({"__key__": key, extension: content})
+            tar.write({"__key__": key, "cls": str(label).encode()})
     shard = Shard(task.name, task.split, len(members), path.stat().st_size, sha256_of_file(path))
     if not members:
         path.unlink()
@@ -305,15 +309,6 @@ def _kept(path: Path, kept: Path, task: Task) -> dict[str, Any] | None:
     except (UsageError, KeyError, TypeError):
         return None
     return record
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Add a member that depends on nothing but name and content; return where its data begin."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(content), 0o444
-    begin = tar.offset + BLOCK
-    tar.addfile(member, io.BytesIO(content))
-    return begin
 
 
 def _info(shards: list[Shard]) -> dict[str, Any]:
