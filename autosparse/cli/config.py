@@ -19,7 +19,7 @@ class QuickstartConfig:
 class PromoteConfig:
     """Which version of a registered model becomes champion."""
 
-    version: int
+    version: int = 0
     """The version that wants to be champion."""
     metric: str | None = None
     """What is compared; by default test_accuracy, for AutoS validation_mse."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, cast
 
-from autosparse.core.errors import UsageError
+from filelock import FileLock
+
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import check_writable, replacing
 from autosparse.data.config import DataConfig
 from autosparse.data.identity import expanded
 from autosparse.data.tars import (
@@ -19,7 +18,6 @@ from autosparse.data.tars import (
     Shard,
     check_content,
     check_size,
-    copy_atomically,
     read_manifest,
 )
 
@@ -95,29 +93,27 @@ class RemoteFolder(Folder):
                 raise UsageError(problem) from None
 
     def _fetch(self, name: str, path: Path) -> None:
-        import fsspec
+        from fsspec.core import url_to_fs
 
         url = f"{self.root}/{name}"
         try:
-            with fsspec.open(url, "rb") as content:
-                copy_atomically(cast(BinaryIO, content), path)
+            system, where = url_to_fs(url)
+            with replacing(path) as temporary:
+                system.get_file(where, str(temporary))
         except FileNotFoundError:
             raise UsageError(f"{url} is not there, or its server cannot be reached") from None
         except Exception as error:  # Each file system of fsspec raises errors of its own.
             raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine from fetching the same file."""
+def _locked(path: Path) -> FileLock:
+    """Return the lock that keeps other processes of this machine from fetching the same file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("wb")
-    except OSError as error:
+        check_writable(path.parent)
+    except (OSError, RunFailed) as error:
         raise UsageError(f"data.cache cannot be written: {error}") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def shards_of(config: DataConfig) -> tuple[Folder, Manifest]:

@@ -11,6 +11,7 @@ import os
 import resource
 import tarfile
 import tempfile
+import threading
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from autosparse.core.errors import UsageError
-from autosparse.core.files import read_json, read_tensors, replacing, sha256_of_file, write_tensors
+from autosparse.core.files import read_json, read_tensors, sha256_of_file, write_tensors
 from autosparse.data.samples import Reading, scan
 
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
@@ -198,19 +199,21 @@ def most_open() -> int:
 
 
 class Files:
-    """Open files, the last used ones, for reading at random by any process."""
+    """The files that were used last, kept open for reading at random, by any thread or process."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
         self._most = most_open()
+        self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict(), "_most": self._most}
+    def __reduce__(self) -> tuple[type[Files], tuple[()]]:
+        return Files, ()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`; raise UsageError that names a file that is cut."""
         try:
-            content = os.pread(self._handle(path).fileno(), size, offset)
+            with self._lock:  # Else another thread could close it meanwhile.
+                content = os.pread(self._handle(path).fileno(), size, offset)
         except OSError as error:
             raise UsageError(f"shard {path} cannot be read: {error.strerror or error}") from None
         if len(content) != size:
@@ -225,10 +228,3 @@ class Files:
             self._open.popitem(last=False)[1].close()
         self._open[path] = path.open("rb", buffering=0)
         return self._open[path]
-
-
-def copy_atomically(content: BinaryIO, path: Path) -> None:
-    """Write what a stream gives to `path`; nothing is there before it is whole."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        while block := content.read(1 << 20):
-            file.write(block)

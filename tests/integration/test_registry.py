@@ -257,7 +257,7 @@ def test_autos_models_are_compared_on_the_same_held_out_runs(added: list[dict]):
     ("arguments", "named"),
     [
         (["lst"], "unknown command of autosparse registry 'lst'"),
-        (["promote", NAME], "required: version"),
+        (["promote", NAME], "needs --version N"),
         (["promote", "nobody", "--version", "1"], "unknown registered model 'nobody'"),
         (["promote", NAME, "--version", "99"], "no version 99"),
         (["promote", NAME, "--version", "x"], "Got value: x"),

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from autosparse.cli.config import PromoteConfig
+from autosparse.core.errors import UsageError
 from autosparse.core.files import place
 from autosparse.core.progress import print_table
 
@@ -32,6 +33,8 @@ def promote(name: str, config: PromoteConfig) -> None:
     """Make a version champion, if it is better than the present one."""
     from autosparse.integrations import promotion
 
+    if config.version < 1:
+        raise UsageError("autosparse registry promote needs --version N, as `registry ls` lists it")
     print(promotion.promote(name, **asdict(config)))
 
 
