@@ -50,8 +50,8 @@ def parse(
     `--help` and `--print_config` print and exit.
     """
     parser = parser_of(kind, prog=program, description=description)
-    found = parsed(parser, spelt_out(kind, arguments))
-    return config_of(kind, parser, found)
+    values = parsed(parser, spelt_out(kind, arguments))
+    return config_of(kind, parser, values)
 
 
 def parser_of(kind: type | None, **options: Any) -> Any:
@@ -76,11 +76,11 @@ def parsed(parser: Any, arguments: list[str]) -> Any:
         raise _in_words(error, parser) from error
 
 
-def config_of(kind: type[Config], parser: Any, found: Any) -> Config:
+def config_of(kind: type[Config], parser: Any, values: Any) -> Config:
     """Return the settings of `kind` that were parsed."""
-    found.pop("config", None)
+    values.pop("config", None)
     try:
-        return kind(**vars(parser.instantiate(found)))
+        return kind(**vars(parser.instantiate(values)))
     except (ValueError, TypeError) as error:
         raise _in_words(error, parser) from error
 
@@ -95,7 +95,7 @@ def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
     Raises UsageError for an option that is no setting of `kind`, or a file that holds such a key.
     """
     keys = {} if kind is None else _keys(kind)
-    found = []
+    spelt = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         if argument.startswith("--") and argument != "--":
             name, equals, value = argument[2:].partition("=")
@@ -104,21 +104,21 @@ def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
             _check_key(name.removesuffix("+"), keys)
             if name == "config" and kind is not None:
                 _check_file(value if equals else following, keys)
-        found.append(argument)
+        spelt.append(argument)
         if keys.get(argument[2:]) is bool and following.startswith("--"):
-            found.append("true")
-    return found
+            spelt.append("true")
+    return spelt
 
 
 def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
     """Return the dotted names of all settings, those of inner settings too, and their types."""
-    found = {}
+    keys = {}
     for name, hint in get_type_hints(kind).items():
-        found[prefix + name] = hint
+        keys[prefix + name] = hint
         for inner in (hint, *get_args(hint)):
             if is_dataclass(inner) and isinstance(inner, type):
-                found |= _keys(inner, f"{prefix}{name}.")
-    return found
+                keys |= _keys(inner, f"{prefix}{name}.")
+    return keys
 
 
 def _check_key(name: str, keys: dict[str, Any]) -> None:

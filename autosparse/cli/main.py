@@ -141,9 +141,9 @@ def _run(verb: Verb, program: str, arguments: list[str]) -> None:
     parser = parser_of(kind, prog=program, description=verb.does)
     for name, count in verb.paths.items():
         parser.add_argument(name, nargs=count, metavar=name.upper())
-    found = parsed(parser, spelt_out(kind, arguments))
-    paths = [found.pop(name) for name in verb.paths]
-    settings = [] if kind is None else [config_of(kind, parser, found)]
+    values = parsed(parser, spelt_out(kind, arguments))
+    paths = [values.pop(name) for name in verb.paths]
+    settings = [] if kind is None else [config_of(kind, parser, values)]
     module, _, function = verb.function.rpartition(".")
     getattr(import_module(f"autosparse.cli.{module}"), function)(*paths, *settings)
 

@@ -89,10 +89,10 @@ class Claim:
     def state(self) -> object:
         """Return what changes with every heartbeat of the owner; None where there is no claim."""
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
 
     def owner_is_here(self) -> bool:
         """Whether the owner is a live process of this machine: no need to watch its heartbeat."""
@@ -154,8 +154,8 @@ class RemoteClaim(Claim):
 
     def owner(self) -> str:
         try:
-            found = json.loads(self._read() or "{}")
-            return f"process {found['pid']} on {found['host']}"
+            claim = json.loads(self._read() or "{}")
+            return f"process {claim['pid']} on {claim['host']}"
         except (ValueError, KeyError, TypeError):
             return "another process"
 

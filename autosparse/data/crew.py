@@ -1,4 +1,4 @@
-"""Worker processes that decode batches into memory that they share with the main process."""
+"""Worker processes that decode batches into memory shared with the main process."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class _Orders:
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
-"""Those that have worker processes."""
+"""All crews that have worker processes."""
 
 
 def _kill(workers: list[Any], owner: int) -> None:

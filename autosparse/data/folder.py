@@ -68,25 +68,25 @@ def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sam
     folders = parts_of_folder(root)
     train_root = folders.pop("train", root)
     train, classes = listed(train_root)
-    found: dict[str, list[Sample]] = {}
+    parts: dict[str, list[Sample]] = {}
     for part, folder in folders.items():
-        found[part], named = listed(folder)
+        parts[part], named = listed(folder)
         if named != classes:
             odd = sorted(set(named) ^ set(classes))[0]
             raise UsageError(f"{folder} and {train_root} differ in class {odd!r}")
-    if "test" not in found and "validation" in found:
-        found["test"] = found.pop("validation")
+    if "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
     for part, fraction, salt in (
         ("test", TEST_FRACTION, 2),
         ("validation", validation_fraction, 0),
     ):
-        if part not in found:
+        if part not in parts:
             rest, chosen = stratified(
                 torch.tensor([label for _, label in train]), fraction, salt=salt
             )
-            found[part] = [train[place] for place in chosen.tolist()]
+            parts[part] = [train[place] for place in chosen.tolist()]
             train = [train[place] for place in rest.tolist()]
-    return {"train": train, **found}, classes
+    return {"train": train, **parts}, classes
 
 
 class FolderSamples:

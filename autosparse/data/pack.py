@@ -1,7 +1,7 @@
 """Packing images into shards: `autosparse shards pack SRC DST`.
 
-Which image goes where follows from the list of images, the options and the seed alone. A shard that
-is finished has a record of what made it under DST/.packing, and is kept when packing starts again.
+Where an image goes depends only on the list of images, the options and the seed. A finished shard
+has a record of what it was made of under DST/.packing, and is kept when packing is started again.
 The manifest is written last, with an index of the samples and timm's `_info.json`.
 """
 
@@ -111,8 +111,8 @@ def _listed(source: str, config: PackConfig) -> tuple[dict[str, list[Sample]], l
     from autosparse.data.torchvision import SETS, class_names, load_torchvision
 
     if source not in SETS or Path(source).is_dir():
-        found, classes = parts_of(Path(source).expanduser(), config.validation_fraction)
-        return {split: list(found[split]) for split in SPLITS}, classes
+        parts, classes = parts_of(Path(source).expanduser(), config.validation_fraction)
+        return {split: list(parts[split]) for split in SPLITS}, classes
     data = DataConfig(source, config.root, validation_fraction=config.validation_fraction)
     loaded = load_torchvision(data)
     return {split: _pixels(getattr(loaded, split)) for split in SPLITS}, class_names(data)
@@ -155,7 +155,7 @@ def _made_of(samples: Sequence[Sample], config: PackConfig) -> str:
 
 
 def _state(path: Path) -> str:
-    """Return a file's size and time; what is not there is found out when it is packed."""
+    """Return a file's size and time; packing reports one that is missing."""
     try:
         facts = path.stat()
     except OSError:
@@ -178,17 +178,19 @@ def write(
     if (root / MANIFEST).exists():
         return _finished(root, plan)
     _tidy(root, tasks)
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     bad: list[str] = []
     total = sum(len(task.samples) for task in tasks)
     for record in _written(tasks, root, config, config.workers if workers is None else workers,
                            lambda: on_start and on_start(total)):  # fmt: skip
-        found[record["shard"]["name"]] = record
+        records[record["shard"]["name"]] = record
         _count(bad, record["bad"], config.max_bad_images)
         if on_shard:
             on_shard(Shard(**record["shard"]))
-    shards = [Shard(**found[task.name]["shard"]) for task in tasks if found[task.name]["members"]]
-    members = {shard.name: torch.tensor(found[shard.name]["members"]) for shard in shards}
+    shards = [
+        Shard(**records[task.name]["shard"]) for task in tasks if records[task.name]["members"]
+    ]
+    members = {shard.name: torch.tensor(records[shard.name]["members"]) for shard in shards}
     write_index(root / INDEX, members, shards)
     write_json(root / INFO, _info(shards))
     content = {
@@ -204,7 +206,7 @@ def write(
 
 
 def _count(bad: list[str], more: list[str], limit: int) -> None:
-    """Add images that are left out, and name them; raise UsageError at one too many."""
+    """Count images that are left out, and log them; raise UsageError if there are too many."""
     for problem in more:
         if len(bad) >= limit:
             raise too_many(problem, limit)
@@ -231,7 +233,7 @@ def _finished(root: Path, plan: str) -> list[Shard]:
 
 
 def _tidy(root: Path, tasks: list[Task]) -> None:
-    """Remove what a killed process left half written."""
+    """Remove half-written files of a process that was killed."""
     for task in tasks:
         for left in root.glob(f".{task.name}.*.tmp"):
             left.unlink(missing_ok=True)
@@ -312,7 +314,7 @@ def _kept(path: Path, kept: Path, task: Task) -> dict[str, Any] | None:
 
 
 def _info(shards: list[Shard]) -> dict[str, Any]:
-    """Return what timm's reader of WebDataset wants to know."""
+    """Return the content of `_info.json`, which timm's reader of WebDataset uses."""
     splits = {}
     for split in SPLITS:
         mine = [shard for shard in shards if shard.split == split]

@@ -1,4 +1,4 @@
-"""Where shards lie: a local folder, or a URL they are fetched from once, into a cache."""
+"""Where shards are: in a local folder, or at a URL, and each is fetched once into a cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Folder:
 
 
 class RemoteFolder(Folder):
-    """Shards at a URL. What was fetched is known by its content's hash, wherever it came from."""
+    """Shards at a URL; the cache knows them by their SHA-256, so copies elsewhere share it."""
 
     def __init__(self, root: str, cache: Path) -> None:
         self.root, self.cache = root.rstrip("/"), cache
@@ -56,7 +56,7 @@ class RemoteFolder(Folder):
         self._files: dict[str, Path] = {}
 
     def file(self, name: str, *, needed: bool = True) -> Path:
-        """Fetch a small file anew, once per process; where it is not there and not needed, none."""
+        """Fetch a small file, once per process; one that is not needed may be missing."""
         if name not in self._files:
             key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
             path = self.cache / "remote" / key / name
@@ -73,7 +73,7 @@ class RemoteFolder(Folder):
         return self.cache / "shards" / f"{shard.sha256}.tar"
 
     def check(self, shard: Shard) -> None:
-        """What is fetched later is checked then."""
+        """Do nothing: a shard is checked when it is fetched."""
 
     def fetch(self, shard: Shard) -> None:
         """Fetch a shard unless the cache holds it whole; raise UsageError that names it."""

@@ -74,8 +74,8 @@ _SHAPES = {
 def shape(config: DataConfig) -> Shape:
     """Return what the settings alone say of the images, without a look at them."""
     check_config(config)
-    found = _SHAPES[config.name]
-    return replace(found, image_size=config.image_size or found.image_size)
+    usual = _SHAPES[config.name]
+    return replace(usual, image_size=config.image_size or usual.image_size)
 
 
 def check_config(config: DataConfig) -> None:

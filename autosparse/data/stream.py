@@ -1,4 +1,4 @@
-"""Splits that are too large for memory: worker processes decode whole batches.
+"""Streamed splits, for data too large for memory: worker processes decode whole batches.
 
 The order of the samples is worked out before they are dealt out, so it depends neither on the
 number of workers nor, for the same global batch, on the number of ranks.
@@ -44,7 +44,7 @@ class Samples(Protocol):
         ...
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the samples in an epoch's order, and for each what to sort a batch by."""
+        """Return the samples in an epoch's order [N], and their lanes [N], to sort batches by."""
         ...
 
     def share(self, rank: int, world_size: int) -> list[int]:
@@ -52,7 +52,7 @@ class Samples(Protocol):
         ...
 
     def prepare(self, numbers: list[int]) -> None:
-        """Check what these samples lie in, where that has not been done."""
+        """Check the files that hold these samples, unless that has been done."""
         ...
 
     def read(self, number: int) -> tuple[bytes, int]:
@@ -60,7 +60,7 @@ class Samples(Protocol):
         ...
 
     def name(self, number: int) -> str:
-        """Return how messages call a sample."""
+        """Return the name of a sample in messages."""
         ...
 
     def neighbour(self, number: int) -> int:
@@ -81,7 +81,7 @@ class Stream:
     """Bad images met so far; shared by the splits of a source."""
     device: torch.device = torch.device("cpu")
     resting: list[Crew] = field(default_factory=list, repr=False, compare=False)
-    """Worker processes that have finished an epoch and wait for the next; one crew at most."""
+    """The crew that has finished an epoch and waits for the next; at most one."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -139,9 +139,9 @@ class Stream:
         return Crew(partial(_Decoder, self, replaced), workers, largest, self.size)
 
     def _batches(self, crew: Crew, tasks: Iterable[Task]) -> Iterator[Batch]:
-        """Yield a batch for each task, but for those of bad images only.
+        """Yield a batch for each task, unless all its images are bad.
 
-        The crew is still there at the end; it is ended where the loop is broken off.
+        The crew is kept at the end; it is ended if the loop stops early.
         """
         if self.device.type == "cpu":
             keep_freed_blocks()

@@ -119,11 +119,11 @@ def _register(
     version = _version_of(name, tags["fingerprint"])
     if version is not None:
         return version
-    found = MlflowClient()
+    server = MlflowClient()
     model = model.eval().cpu()
     with torch.no_grad():
         signature = infer_signature(example.numpy(), model(example).numpy())
-    before = found.get_run(run).info.status
+    before = server.get_run(run).info.status
     with mlflow.start_run(run_id=run):
         info = mlflow.pytorch.log_model(
             model,
@@ -134,21 +134,21 @@ def _register(
         )
         mlflow.log_artifact(str(path), artifact_path="tickets" if name != AUTOS else AUTOS)
     if before == "RUNNING":
-        found.update_run(run, status="RUNNING")
+        server.update_run(run, status="RUNNING")
     with redirect_stderr(io.StringIO()):  # It says there what we print ourselves.
         made = mlflow.register_model(info.model_uri, name, tags=tags)
-    found.update_model_version(name, made.version, description=text)
+    server.update_model_version(name, made.version, description=text)
     return int(made.version)
 
 
 def describe(name: str) -> None:
     """Write a registered model's page: what it is, and where every alias leads, with numbers."""
-    found = MlflowClient()
-    aliases = found.get_registered_model(name).aliases
-    tags = {alias: (number, found.get_model_version(name, str(number)).tags)
+    server = MlflowClient()
+    aliases = server.get_registered_model(name).aliases
+    tags = {alias: (number, server.get_model_version(name, str(number)).tags)
             for alias, number in aliases.items()}  # fmt: skip
     text = registry_pages.of_model(name, name == AUTOS, tags)
-    found.update_registered_model(name, text)
+    server.update_registered_model(name, text)
 
 
 def set_alias(name: str, alias: str, version: int) -> None:
@@ -183,38 +183,38 @@ def add(path: Path) -> list[dict[str, Any]]:
 
 
 def _add_autos(path: Path) -> dict[str, Any]:
-    found, experiment = client()
+    server, experiment = client()
     network = AutoS.load(path)
     wanted = f"tags.autos = '{network.fingerprint}' and tags.kind = 'fit'"
-    runs = found.search_runs([experiment], wanted, max_results=1)
+    runs = server.search_runs([experiment], wanted, max_results=1)
     if runs:
         run = runs[0].info.run_id
     else:
         tags = {"autos": network.fingerprint, "kind": "fit", "corpus": network.card["corpus"]}
-        run = found.create_run(experiment, tags=tags, run_name=f"fit {path.stem}").info.run_id
+        run = server.create_run(experiment, tags=tags, run_name=f"fit {path.stem}").info.run_id
         for epoch in network.card["history"]:
             for key, value in epoch.items():
                 if key != "epoch":
-                    found.log_metric(run, key, value, step=epoch["epoch"])
-        log_corpus(found, run, "corpus", network.card["corpus"])
+                    server.log_metric(run, key, value, step=epoch["epoch"])
+        log_corpus(server, run, "corpus", network.card["corpus"])
         with TemporaryDirectory() as folder:  # Nothing is written beside a file of the package.
             for figure in drawing.draw_autos(path, None, Path(folder)):
-                found.log_artifact(run, str(figure), "figures")
+                server.log_artifact(run, str(figure), "figures")
     version = register_autos(path, run)
-    found.set_terminated(run)
+    server.set_terminated(run)
     return _row(AUTOS, version, _contend(AUTOS, version))
 
 
 def _add_sweep(folder: Path) -> list[dict[str, Any]]:
     if not (folder / RUN_FILE).is_file():
         raise UsageError(f"{folder} was not tracked: sweep again with --tracking true")
-    found, experiment = client(folder)
+    server, experiment = client(folder)
     parent = read_json(folder / RUN_FILE)["run_id"]
     rows = []
     for model, sparsity, result in sweep.best_cells(read_json(folder / sweep.REPORT)):
         cell = folder / "cells" / result["cell"]
         wanted = f"tags.cell = '{result['cell']}' and tags.`mlflow.parentRunId` = '{parent}'"
-        runs = found.search_runs([experiment], wanted, max_results=1)
+        runs = server.search_runs([experiment], wanted, max_results=1)
         if not runs:
             raise UsageError(f"MLflow does not know the cell {result['cell']}: sweep again")
         full = read_json(cell / RESULT)
@@ -243,9 +243,9 @@ def _contend(name: str, version: int) -> str:
 
 def _row(name: str, version: int, alias: str) -> dict[str, Any]:
     """Return what is printed of a version."""
-    found = MlflowClient().get_model_version(name, str(version))
-    aliases = sorted({str(each) for each in found.aliases} | ({alias} if alias else set()))
-    tags = found.tags
+    registered = MlflowClient().get_model_version(name, str(version))
+    aliases = sorted({str(each) for each in registered.aliases} | ({alias} if alias else set()))
+    tags = registered.tags
     return {
         "model": name,
         "version": version,
@@ -261,11 +261,11 @@ def _row(name: str, version: int, alias: str) -> dict[str, Any]:
 def listing() -> list[dict[str, Any]]:
     """Return a row per version of our registered models, newest last."""
     client()
-    found = MlflowClient()
+    server = MlflowClient()
     rows = []
-    for model in found.search_registered_models():
+    for model in server.search_registered_models():
         if model.name == AUTOS or model.name.endswith("-sparse"):
-            versions = found.search_model_versions(f"name = '{model.name}'")
+            versions = server.search_model_versions(f"name = '{model.name}'")
             for version in sorted(versions, key=lambda each: int(each.version)):
                 rows.append(_row(model.name, int(version.version), ""))
     return rows
@@ -276,24 +276,24 @@ def fetch_ticket(uri: str) -> Path:
 
     It goes into the cache folder, once for each version; raises UsageError if there is none.
     """
-    found, _ = client()
+    server, _ = client()
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:
-            version = found.get_model_version_by_alias(name, alias)
+            version = server.get_model_version_by_alias(name, alias)
         else:
             name, _, number = name.partition("/")
-            version = found.get_model_version(name, number)
+            version = server.get_model_version(name, number)
     except MlflowException as error:
         raise UsageError(f"{uri}: {error.message}") from None
     target = CACHE / f"{name}-{version.version}-{version.tags.get('ticket', 'ticket')}"
     if not list(target.glob("*.safetensors")):
         run = version.run_id or ""
-        listed = found.list_artifacts(run, "tickets") if run else []
+        listed = server.list_artifacts(run, "tickets") if run else []
         paths = [each.path for each in listed if each.path.endswith(".safetensors")]
         if not paths:
             raise UsageError(f"{uri}: version {version.version} has no ticket beside it")
         with tempfile.TemporaryDirectory() as folder:
-            local = Path(found.download_artifacts(run, paths[0], folder))
+            local = Path(server.download_artifacts(run, paths[0], folder))
             write_bytes(target / local.name, local.read_bytes())
     return next(target.glob("*.safetensors"))

@@ -16,9 +16,9 @@ FIRST = ("champion", "challenger", "former-champion")
 """Aliases in the order of a page; all others follow by name."""
 
 
-def run_link(found: MlflowClient, run: str, text: str, artifact: str = "") -> str:
+def run_link(client: MlflowClient, run: str, text: str, artifact: str = "") -> str:
     """Return a Markdown link to a run, or to one of its artifacts."""
-    experiment = found.get_run(run).info.experiment_id
+    experiment = client.get_run(run).info.experiment_id
     where = f"#/experiments/{experiment}/runs/{run}"
     return f"[{text}]({where}{f'/artifacts/{artifact}' if artifact else ''})"
 

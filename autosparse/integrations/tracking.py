@@ -117,10 +117,10 @@ class SweepTracker:
         name = trial.name if len(self.config.models) == 1 else f"{settings.model.name} {trial.name}"
         made = self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
         self.runs[cell.key] = made
-        found = {"model": plain(settings.model), "data": plain(settings.data),
+        settled = {"model": plain(settings.model), "data": plain(settings.data),
                  "training": plain(settings.training), "seed": trial.seed}  # fmt: skip
         _, options = compare.criterion_of(settings, trial.label)
-        parameters = {**flattened(found), **flattened({"options": options})}
+        parameters = {**flattened(settled), **flattened({"options": options})}
         self.client.log_batch(made, params=[Param(key, value) for key, value in parameters.items()])
         log_data(self.client, made, self.source())
         return made
@@ -150,17 +150,17 @@ def sweep_tracker(config: SweepConfig, folder: Path) -> Iterator[SweepTracker]:
 
 def log_sweep(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Log the table, figures and page of a sweep to its run, and say there what is best."""
-    found, experiment = client(folder)
+    server, experiment = client(folder)
     run = read_json(folder / RUN_FILE)["run_id"]
     figures = sorted((folder / "figures").glob("*.png"))
     log_report(run, list(sweep.shown(list(rows))), figures)
     page = folder / "report.html"
     if page.is_file():
-        found.log_artifact(run, str(page))
-    found.set_tag(run, "mlflow.note.content", _note(found, experiment, run, folder))
+        server.log_artifact(run, str(page))
+    server.set_tag(run, "mlflow.note.content", _note(server, experiment, run, folder))
 
 
-def _note(found: Any, experiment: str, run: str, folder: Path) -> str:
+def _note(server: Any, experiment: str, run: str, folder: Path) -> str:
     """Return what the sweep's page says: the best ticket at each sparsity, with links."""
     where = f"#/experiments/{experiment}/runs"
     lines = ["The best ticket of each sparsity, by validation accuracy:", "",
@@ -168,7 +168,7 @@ def _note(found: Any, experiment: str, run: str, folder: Path) -> str:
              "|---|---|---|---|---|---|"]  # fmt: skip
     for model, sparsity, best in sweep.best_cells(read_json(folder / sweep.REPORT)):
         wanted = f"tags.cell = '{best['cell']}' and tags.`mlflow.parentRunId` = '{run}'"
-        runs = found.search_runs([experiment], wanted, max_results=1)
+        runs = server.search_runs([experiment], wanted, max_results=1)
         link = f"[{best['name']}]({where}/{runs[0].info.run_id})" if runs else best["name"]
         lines.append(
             f"| {model} | {100 * sparsity:g} % | {best['label']} | {best['seed']} | "

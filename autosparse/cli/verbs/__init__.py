@@ -150,7 +150,7 @@ def train_tickets(config: SparseTrainConfig) -> None:
     check_plain(config.training)
     check_config(config)
     planned = list(cells(fetched(config), device=str(device)))
-    found = []
+    trained = []
     wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)
     with tracking(wanted) as observer, Progress() as progress, told_to_stop() as stop:
         for cell in planned:
@@ -164,8 +164,8 @@ def train_tickets(config: SparseTrainConfig) -> None:
                 watch=StepWatch(progress, cell.name),
                 stop=stop,
             )
-            found.append(result)
-    results.show(found)
+            trained.append(result)
+    results.show(trained)
 
 
 def export_ticket(config: ExportConfig) -> None:
@@ -178,8 +178,8 @@ def export_ticket(config: ExportConfig) -> None:
         raise unknown("format", config.format, export.FORMATS)
     beside = source / "trained" if source.is_dir() else source.with_suffix("")
     out = Path(config.out or f"{beside}{export.ENDINGS[config.format]}")
-    found = export.export(ticket, config.format, out)
-    print(f"{out}: {found['bytes']:,} bytes, {ticket.kept:,} weights kept")
+    written = export.export(ticket, config.format, out)
+    print(f"{out}: {written['bytes']:,} bytes, {ticket.kept:,} weights kept")
 
 
 def _local_ticket(name: str) -> Path:
@@ -197,10 +197,10 @@ def draw_figures(paths: list[str]) -> None:
 
     if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
         file = place(paths[0])
-        found = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
+        drawn = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
     else:
-        found = [figure for path in paths for figure in drawing.draw(path)]
-    for figure in found:
+        drawn = [figure for path in paths for figure in drawing.draw(path)]
+    for figure in drawn:
         print(figure)
 
 
