@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,6 +16,8 @@ from autosparse.core import logs
 from autosparse.core.errors import UsageError, UserError, unknown
 
 Config = TypeVar("Config")
+WORDS = ("yes", "no", "on", "off", "y", "n")
+"""YAML 1.1 takes these for true or false, YAML 1.2 does not."""
 OWN_OPTIONS = ("config", "print_config", "help")
 """Options that jsonargparse gives every command that takes settings."""
 
@@ -80,9 +82,11 @@ def config_of(kind: type[Config], parser: Any, values: Any) -> Config:
     """Return the settings of `kind` that were parsed."""
     values.pop("config", None)
     try:
-        return kind(**vars(parser.instantiate(values)))
+        config = kind(**vars(parser.instantiate(values)))
     except (ValueError, TypeError) as error:
         raise _in_words(error, parser) from error
+    _unquote(config)
+    return config
 
 
 def _in_words(error: Exception, parser: Any) -> UsageError:
@@ -92,18 +96,22 @@ def _in_words(error: Exception, parser: Any) -> UsageError:
 def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
     """Write options with underscores, and `true` after those that are true or false and bare.
 
-    Raises UsageError for an option that is no setting of `kind`, or a file that holds such a key.
+    In a setting of any type (`--options.scorer no`) a word that only YAML 1.1 takes for true or false
+    is quoted. Raises UsageError for an option that is no setting of `kind`, or a file that holds one.
     """
     keys = {} if kind is None else _keys(kind)
-    spelt = []
+    spelt, any_type = [], False
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         if argument.startswith("--") and argument != "--":
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            argument = f"--{name}{equals}{value}"
             _check_key(name.removesuffix("+"), keys)
+            any_type = name not in keys and _in_free(name, keys)
+            argument = f"--{name}{equals}{_quoted(value) if any_type else value}"
             if name == "config" and kind is not None:
                 _check_file(value if equals else following, keys)
+        elif any_type:
+            argument, any_type = _quoted(argument), False
         spelt.append(argument)
         if keys.get(argument[2:]) is bool and following.startswith("--"):
             spelt.append("true")
@@ -123,13 +131,32 @@ def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
 
 def _check_key(name: str, keys: dict[str, Any]) -> None:
     """Raise UsageError unless a dotted name is a setting, or lies in one that holds any keys."""
-    parts = name.split(".")
-    if name in keys or name in OWN_OPTIONS or parts[-1] == "help":
-        return
-    if any(_holds_any(keys.get(".".join(parts[:end]))) for end in range(1, len(parts))):
+    if name in keys or name in OWN_OPTIONS or name.endswith(".help") or _in_free(name, keys):
         return
     same = [key for key in keys if key.rpartition(".")[2] == name]
     raise unknown("config key", name, same or keys)
+
+
+def _in_free(name: str, keys: dict[str, Any]) -> bool:
+    """Whether a dotted name lies in a setting that holds any keys."""
+    parts = name.split(".")
+    return any(_holds_any(keys.get(".".join(parts[:end]))) for end in range(1, len(parts)))
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if value.lower() in WORDS else value
+
+
+def _unquote(config: Any) -> None:
+    """Take the quotes off again in settings of any type, where the parser leaves them."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if is_dataclass(value):
+            _unquote(value)
+        elif isinstance(value, dict):
+            for key, text in value.items():
+                if isinstance(text, str) and text == _quoted(text[1:-1]) != text[1:-1]:
+                    value[key] = text[1:-1]
 
 
 def _holds_any(hint: Any) -> bool:

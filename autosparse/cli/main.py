@@ -51,7 +51,7 @@ VERBS = {
     ),
     "compare": Verb(
         "train tickets and their twins: does the choice of weights matter?",
-        "verbs.compare_tickets", "study.CompareConfig",
+        "verbs.compare_tickets", "study.StudyConfig",
     ),
     "train": Verb(
         "train tickets (or a dense model) in one process",
@@ -67,8 +67,6 @@ VERBS = {
         "index": Verb("write the index anew", "verbs.corpus_actions.index", paths=PATH),
         "merge": Verb("copy the runs of corpora into another one", "verbs.corpus_actions.merge",
                       paths={"source": "+", "into": None}),
-        "export-parquet": Verb("write every weight with its features to one file",
-                               "verbs.corpus_actions.export", paths={"path": None, "file": None}),
         "report": Verb("draw what is in it", "verbs.corpus_actions.report", paths=PATH),
     }),
     "shards": Verb("pack images into shards, or look after a folder of shards", actions={

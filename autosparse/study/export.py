@@ -10,6 +10,7 @@ from torch import nn
 
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import replacing, write_tensors
+from autosparse.core.locks import claimed
 from autosparse.models import zoo
 from autosparse.models.standardised import differs_from_plain
 from autosparse.sparsity.compact import densify
@@ -42,9 +43,17 @@ def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
         the trained logits (UsageError where that cannot be); the card in its header.
     onnx: the network from normalised images [batch, C, H, W] to logits, the batch free.
     ticket: the ticket itself, e.g. to train on from trained values.
+
+    Raises UsageError if another process is writing the same file.
     """
     if kind not in FORMATS:
         raise unknown("format", kind, FORMATS)
+    with claimed(path.parent, name=f"{path.name}.claim"):
+        _write(ticket, kind, path)
+    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept}
+
+
+def _write(ticket: Ticket, kind: str, path: Path) -> None:
     if kind == "ticket":
         ticket.save(path)
     elif kind == "dense":
@@ -54,7 +63,6 @@ def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
         write_tensors(path, {name: t.contiguous() for name, t in _once(state).items()}, ticket.card)
     else:
         _write_onnx(ticket, path)
-    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept}
 
 
 def _check_plain(model: nn.Module, name: str) -> None:

@@ -47,13 +47,6 @@ def merge(sources: list[str], target: str) -> None:
     print(f"{len(copied)} runs copied to {target}, {len(there)} were there already")
 
 
-def export(path: str, file: str) -> None:
-    """Write every weight with its features to one file."""
-    from autosparse.corpus.upkeep import export_parquet
-
-    print(f"{file}: {export_parquet(path, file):,} weights")
-
-
 def report(path: str) -> None:
     """Draw what is in a corpus."""
     from autosparse.corpus.store import Corpus
