@@ -90,14 +90,15 @@ def config_of(kind: type[Config], parser: Any, values: Any) -> Config:
 
 
 def _in_words(error: Exception, parser: Any) -> UsageError:
-    return UsageError(f"{error} (`{parser.prog} --help` says what there is)")
+    line = " ".join(str(error).split())
+    return UsageError(f"{line} (`{parser.prog} --help` says what there is)")
 
 
 def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
     """Write options with underscores, and `true` after those that are true or false and bare.
 
-    In a setting of any type (`--options.scorer no`) a word that only YAML 1.1 takes for true or false
-    is quoted. Raises UsageError for an option that is no setting of `kind`, or a file that holds one.
+    In a setting of any type (`--options.scorer no`) a word that only YAML 1.1 takes for true or
+    false is quoted. Raises UsageError for a key that is no setting of `kind`, also in a file.
     """
     keys = {} if kind is None else _keys(kind)
     spelt, any_type = [], False

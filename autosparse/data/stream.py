@@ -181,12 +181,22 @@ class Stream:
         images = torch.empty((len(self), 3, self.size, self.size), dtype=torch.uint8)
         labels: list[int] = []
         decoder = _Decoder(replace(self, augment="none"), replaced, torch.empty(0))
-        starts = range(0, len(self), CHUNK)
-        parts = [list(range(start, min(start + CHUNK, len(self)))) for start in starts]
+
+        def parts() -> Iterator[list[int]]:
+            for start in range(0, len(self), CHUNK):
+                numbers = list(range(start, min(start + CHUNK, len(self))))
+                self.samples.prepare(numbers)  # Here: several threads would do the same.
+                yield numbers
+
+        def decoded(numbers: list[int]) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+            return decoder.decoded(numbers, images[numbers[0] : numbers[-1] + 1])
+
         with ThreadPoolExecutor() as pool:
-            for chunk, more, bad in pool.map(decoder.decoded, parts):
+            for chunk, more, bad in pool.map(decoded, parts()):
                 self._count(bad)
-                images[len(labels) : len(labels) + len(more)] = chunk
+                place = images[len(labels) : len(labels) + len(more)]
+                if place.data_ptr() != chunk.data_ptr():  # Some before it were left out.
+                    place.copy_(chunk.clone())
                 labels += more
         return MemorySplit(images[: len(labels)], torch.tensor(labels, dtype=torch.int64))
 
