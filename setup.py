@@ -30,6 +30,7 @@ setup(
         "timm>=1.0.20",
         "webdataset>=1.0.2",
         "braceexpand>=0.1",
+        "filelock>=4.1",
         "deepspeed>=0.19",
         "ninja>=1.11",
         "ray[default,tune]>=2.50",

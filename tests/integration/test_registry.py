@@ -259,11 +259,11 @@ def test_autos_models_are_compared_on_the_same_held_out_runs(added: list[dict]):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["lst"], "unknown registry action 'lst'"),
-        (["promote", NAME], "--version"),
+        (["lst"], "unknown command of autosparse registry 'lst'"),
+        (["promote", NAME], "needs --version N"),
         (["promote", "nobody", "--version", "1"], "unknown registered model 'nobody'"),
         (["promote", NAME, "--version", "99"], "no version 99"),
-        (["promote", NAME, "--version", "x"], "--version cannot be 'x'"),
+        (["promote", NAME, "--version", "x"], "Got value: x"),
         (["promote", NAME, "--versoin", "1"], "'versoin'"),
         (["add", "nowhere"], "no such file"),
     ],
