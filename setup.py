@@ -47,9 +47,16 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "onnx": ["onnx", "onnxscript"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "optuna": ["optuna>=3"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "onnx", "onnxscript", "optuna>=3"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+            "optuna>=3",
+        ],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
     "train": ("study.SparseTrainConfig", "train tickets (or a dense model) in one process"),
     "export": (
         "study.ExportConfig",
-        "write a trained ticket as a dense state dict, ONNX or ticket",
+        "write a trained ticket as a state dict, ONNX, a smaller network or a ticket",
     ),
     "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
     "shards": (None, "pack images into shards; verify them; index tars that others wrote"),

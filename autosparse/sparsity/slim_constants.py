@@ -69,6 +69,15 @@ class Facts:
 @torch.no_grad()
 def facts(module: fx.GraphModule, images: Tensor) -> Facts:
     """Compute the graph for `images` [2, C, H, W] and tell what is constant."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # For tensors that the graph itself makes.
+    try:
+        return _facts(module, images)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
     found, run = Facts(), _Run()
     last = _last_uses(module.graph)
     for node in module.graph.nodes:

@@ -16,7 +16,7 @@ def fold(module: fx.GraphModule, facts: Facts, dtype: torch.dtype) -> None:
     """Replace what does not depend on the image by its value, where something else hears it."""
     for node, value in facts.constants.items():
         heard = [user for user in node.users if user not in facts.constants]
-        if heard and value.is_floating_point() and _whole(node) is not None:
+        if heard and value.is_floating_point() and value.numel() and _whole(node) is not None:
             _replace(module, node, value, facts, dtype)
     _clean(module)
 

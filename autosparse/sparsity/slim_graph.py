@@ -44,12 +44,42 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
         model.train(was_training)
     if not isinstance(module, fx.GraphModule):
         raise UsageError(f"{type(model).__name__}: torch.export gave no graph")
+    _inline(module)
     for node in list(module.graph.nodes):
         if (node.op == "call_module" and not node.users) or op_name(node) in GUARDS:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _inline(module: fx.GraphModule) -> None:
+    """Put graphs inside of the graph in its place: parts under `torch.autocast(enabled=False)`."""
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name == "wrap_with_autocast" and not node.args[2]:
+            inner, inputs = node.args[4], node.args[5:]
+        elif name == "wrap_with_set_grad_enabled":
+            inner, inputs = node.args[1], node.args[2:]
+        else:
+            continue
+        graph = operator.attrgetter(inner.target)(module).graph
+        places = [each for each in graph.nodes if each.op == "placeholder"]
+        with module.graph.inserting_before(node):
+            copies = dict(zip(places, inputs, strict=True))
+            found = module.graph.graph_copy(graph, copies)
+        for user in list(node.users):
+            user.replace_all_uses_with(found[user.args[1]])  # type: ignore[index]
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and not isinstance(tensor_at(module, node.target), Tensor):
+            user = next(iter(node.users))
+            raise UsageError(
+                f"the network has a part that is a graph of its own ({user.target}): it cannot be "
+                "slimmed"
+            )
 
 
 def _without_side_effects(graph: fx.Graph) -> bool:

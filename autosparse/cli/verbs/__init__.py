@@ -188,8 +188,11 @@ def export(config: ExportConfig) -> None:
         raise unknown("format", config.format, exporting.FORMATS)
     beside = source / "trained" if source.is_dir() else source.with_suffix("")
     out = Path(config.out or f"{beside}{exporting.ENDINGS[config.format]}")
-    found = exporting.export(ticket, config.format, out)
+    found = exporting.export(ticket, config.format, out, slimmed=config.slim)
     print(f"{out}: {found['bytes']:,} bytes, {ticket.kept:,} weights kept")
+    if "parameters" in found:
+        before, after = found["parameters"]
+        print(f"slimmed: {after:,} of {before:,} parameters are left, zeros among them")
 
 
 def _local_ticket(name: str) -> Path:
