@@ -15,6 +15,8 @@ from autosparse.core.errors import UsageError
 GUARDS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size")
 """Checks that an export writes into the graph; they name shapes and precisions of before."""
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+UNTAGGED = {"hardswish", "hardsigmoid", "hardtanh", "relu6", "mish", "selu", "celu"}
+"""Pointwise operators that torch does not tag as such."""
 
 
 def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
@@ -127,7 +129,8 @@ def op_name(node: fx.Node) -> str:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Does every output element hear of the input elements at its own place only?"""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return tagged or op_name(node) in UNTAGGED
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:

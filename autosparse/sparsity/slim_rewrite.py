@@ -103,12 +103,14 @@ def _add_constant(
 def _add_to_bias(module: fx.GraphModule, node: fx.Node, value: Tensor, weight: Tensor) -> None:
     bias = argument(node, "bias")
     path = str(node.args[1].target).rpartition(".")[0]  # type: ignore[union-attr]
-    if isinstance(bias, fx.Node):
-        before = tensor_at(module, str(bias.target)).detach()
-        value = value + before.double()
     name = free_name(module, f"{path}.bias" if path else "bias")
+    if isinstance(bias, fx.Node):
+        value = value + tensor_at(module, str(bias.target)).detach().double()
+        named = [each for each in module.graph.nodes if each.target == bias.target]
+        if len(named) == 1 == len(bias.users):
+            name = str(bias.target)
+    put_tensor(module, name, value.to(weight.dtype), trained=True)
     with module.graph.inserting_before(node):
-        put_tensor(module, name, value.to(weight.dtype), trained=True)
         set_argument(node, "bias", module.graph.get_attr(name))
 
 

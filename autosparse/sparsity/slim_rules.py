@@ -332,9 +332,17 @@ class Moves(Rules):
             )
             for place, positions in zip(new, parts, strict=True):
                 found[place] = positions
-        return found if op_name(node) == "flatten" else self._sizes_known(node, found)
+        known = op_name(node) in ("flatten", "reshape_as", "view_as")
+        return found if known else self._sizes_known(node, found)
 
     _reshape = _unsafe_view = _flatten = _unflatten = _view
+
+    def _reshape_as(self, node: fx.Node) -> Dims:
+        """Like a view whose sizes are those of another tensor."""
+        found, other = self._view(node), self.dims[node.args[1]]  # type: ignore[index]
+        return [self.units.same(a, b) for a, b in zip(found, other, strict=True)]
+
+    _view_as = _reshape_as
 
     def _sizes_known(self, node: fx.Node, dims: Dims) -> Dims:
         """Keep what a size that is computed in the graph speaks of."""
