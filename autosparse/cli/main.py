@@ -26,6 +26,10 @@ VERBS: dict[str, tuple[str | None, str]] = {
         "study.ExportConfig",
         "write a trained ticket as a state dict, ONNX, a smaller network or a ticket",
     ),
+    "measure": (
+        None,
+        "what a ticket or timm model costs, pruned and slimmed: operations, bytes, milliseconds",
+    ),
     "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
     "shards": (None, "pack images into shards; verify them; index tars that others wrote"),
     "figures": (None, "draw all that applies to a sweep, comparison, corpus or AutoS file"),
@@ -39,6 +43,7 @@ USAGE = {
     "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
                          | export-parquet DIR FILE""",
     "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR [--KEY VALUE …]",
+    "measure": "TICKET|MODEL [--KEY VALUE …]",
     "figures": "DIR … | AUTOS.safetensors CORPUS",
     "report": "DIR …",
     "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
@@ -46,8 +51,12 @@ USAGE = {
 }
 """What follows a verb that takes paths."""
 
-SETTINGS = {("shards", "pack"): "data.PackConfig", ("shards", "index"): "data.IndexConfig"}
-"""Actions that take settings after their paths, and the config class."""
+SETTINGS = {
+    ("shards", "pack"): "data.PackConfig",
+    ("shards", "index"): "data.IndexConfig",
+    ("measure", ""): "study.MeasureConfig",
+}
+"""Actions that take settings after their paths, and the config class; "": verbs without actions."""
 
 WITH_OPTIONS = ("registry",)
 """Verbs that read options of their own after what USAGE says."""
@@ -71,10 +80,11 @@ def _main(arguments: list[str]) -> None:
     if verb not in VERBS:
         raise unknown("verb", verb, VERBS)
     kind, description = VERBS[verb]
-    kind_of_action = SETTINGS.get((verb, rest[0])) if rest else None
+    action = rest[0] if rest and (verb, rest[0]) in SETTINGS else ""
+    kind_of_action = SETTINGS.get((verb, action)) if rest else None
     if kind_of_action:
         paths = _before_options(rest)
-        program = f"autosparse {verb} {rest[0]}"
+        program = f"autosparse {verb} {action}".rstrip()
         config = parse(settings_class(kind_of_action), rest[len(paths) :], program, description)
         arguments_of_verb: tuple[Any, ...] = (paths, config)
     elif kind is None:

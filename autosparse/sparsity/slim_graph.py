@@ -46,7 +46,9 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
         model.train(was_training)
     if not isinstance(module, fx.GraphModule):
         raise UsageError(f"{type(model).__name__}: torch.export gave no graph")
-    _inline(module)
+    for name in ("train", "eval"):  # An export's own ones raise.
+        module.__dict__.pop(name, None)
+    _inline(module.eval())
     for node in list(module.graph.nodes):
         if (node.op == "call_module" and not node.users) or op_name(node) in GUARDS:
             module.graph.erase_node(node)

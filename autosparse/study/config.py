@@ -68,6 +68,22 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class MeasureConfig:
+    """What a network costs: weights, operations, memory, bytes and milliseconds."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 32])
+    """How many images at once, for the latency."""
+    runs: int = 20
+    """Calls of each network, in turn."""
+    image_size: int | None = None
+    """Side of the images for a timm model; by default what timm names for it."""
+    num_classes: int = 1000
+    """Classes of a timm model; a ticket knows its own."""
+    json: str | None = None
+    """File to write all figures to, layers among them."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Train the tickets of several criteria and their twins, and say what makes the difference."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from autosparse.autos.config import FitConfig
 from autosparse.cli.verbs.corpus_actions import corpus
 from autosparse.cli.verbs.inspection import inspect
+from autosparse.cli.verbs.measuring import measure
 from autosparse.cli.verbs.registry_actions import registry
 from autosparse.cli.verbs.shards_actions import shards
 from autosparse.core.errors import unknown
@@ -22,7 +23,7 @@ from autosparse.irp.config import IRPConfig
 from autosparse.study.config import CompareConfig, ExportConfig, SparseTrainConfig
 
 __all__ = [
-    "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "prune",
+    "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "measure", "prune",
     "registry", "report", "shards", "train",
 ]  # fmt: skip
 
