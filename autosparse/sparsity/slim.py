@@ -10,8 +10,6 @@ the names of before: `layer1.0.conv1.weight`, smaller. See docs/slimming.md.
 
 from __future__ import annotations
 
-import copy
-import warnings
 from typing import Any
 
 import torch
@@ -22,9 +20,9 @@ from autosparse.models.zoo import check_values, device_of, expected_shape, unwra
 from autosparse.sparsity.slim_choice import Choice
 from autosparse.sparsity.slim_constants import facts
 from autosparse.sparsity.slim_fold import fold
-from autosparse.sparsity.slim_graph import tensor_at, traced
+from autosparse.sparsity.slim_graph import traced
+from autosparse.sparsity.slim_moves import Moves
 from autosparse.sparsity.slim_rewrite import rewrite
-from autosparse.sparsity.slim_rules import Moves
 
 TOLERANCE = 1e-5
 """How far logits may be from those of before, relative to their size, in float32."""

@@ -24,8 +24,8 @@ class Choice:
         sites = [(site, self._table(site.reads), self._rows(site)) for site in rules.sites]
         axes = {p.tobytes(): p for dims in rules.dims.values() for p in _all(dims)}
         tables = [self._table(positions) for positions in axes.values()]
-        while any([self._listen(*each) for each in reversed(sites)]) or self._fill(tables):
-            pass
+        while sum(self._listen(*each) for each in reversed(sites)) or self._fill(tables):
+            pass  # Every site listens once more.
 
     def kept(self, positions: Positions) -> np.ndarray | None:
         """Return the places along a dimension that stay, or None where all do."""

@@ -28,7 +28,7 @@ MOVES = {
     "split_with_sizes", "chunk", "unbind", "select", "getitem", "clone", "contiguous", "roll",
     "flip", "repeat", "alias", "detach", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "im2col", "unfold", "narrow", "index", "index_select", "dropout", "lift_fresh_copy",
-    "tile", "rot90", "numpy_T", "view_as", "reshape_as", "expand_as", "feature_dropout", "alpha_dropout",
+    "tile", "rot90", "view_as", "reshape_as", "expand_as", "feature_dropout", "alpha_dropout",
 }  # fmt: skip
 """They only move elements, so what hears moves alike."""
 POOLS = {

@@ -27,7 +27,9 @@ def _whole(node: fx.Node) -> list[bool] | None:
     if shape is None:
         return None
     free = [not isinstance(each, int) for each in shape]
-    if sum(free) > 1 or any(f and not str(n).isidentifier() for f, n in zip(free, shape)):
+    if sum(free) > 1 or any(
+        f and not str(n).isidentifier() for f, n in zip(free, shape, strict=True)
+    ):
         return None
     return free
 
@@ -51,7 +53,9 @@ def _replace(
     with module.graph.inserting_before(node):
         found = stored(module, value, dtype, f"constants.{node.name}")
         if any(not _broadcasts(user, node, facts) for user in node.users):
-            sizes = [_batch(module) if f else n for f, n in zip(free, facts.shapes[node])]
+            sizes = [
+                _batch(module) if f else n for f, n in zip(free, facts.shapes[node], strict=True)
+            ]
             found = module.graph.call_function(torch.ops.aten.expand.default, (found, sizes))
             facts.shapes[found] = facts.shapes[node]
     node.replace_all_uses_with(found)

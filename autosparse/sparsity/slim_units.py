@@ -100,9 +100,8 @@ class Units:
         if not varying:
             self.keep(positions)
             return dims
-        for unit, each in zip(
-            grid.reshape(-1).tolist(), itertools.product(*(d.tolist() for d in varying)), strict=True
-        ):
+        tuples = itertools.product(*(each.tolist() for each in varying))
+        for unit, each in zip(grid.reshape(-1).tolist(), tuples, strict=True):
             self._bind(unit, each)
         return dims
 
