@@ -76,6 +76,8 @@ def _check(model: nn.Module, small: nn.Module, images: Tensor) -> None:
     was_training = model.training
     expected = model.eval()(images)
     model.train(was_training)
+    if not isinstance(expected, Tensor):
+        raise UsageError(f"{type(model).__name__} gives no tensor of logits, so it is not slimmed")
     off = float((small(images) - expected).abs().max())
     size = max(1.0, float(expected.abs().max()))
     rounding = torch.finfo(images.dtype).eps / torch.finfo(torch.float32).eps

@@ -76,7 +76,8 @@ class Rules:
                 self.tensors[name] = [self.units.new(n) if n > 1 else None for n in shape]
             self.dims[node] = self.tensors[name]
         elif node.op == "output":
-            self._keep_inputs(node)
+            for positions in (p for each in node.all_input_nodes for p in _flat(self.dims[each])):
+                self.units.keep(positions)
         elif op_name(node) == "sym_size":
             self._keep(self.dims[node.args[0]][node.args[1]], node)  # type: ignore[index]
         elif self.facts.shapes.get(node) is None:
@@ -207,8 +208,10 @@ class Rules:
         read, rows = self.dims[signal], self.dims[weight]  # type: ignore[index]
         if len(read) < len(rows) or weight.op != "get_attr":  # type: ignore[union-attr]
             return self._unknown(node)
-        for positions in (*read[2:], *rows[2:]):
+        for positions in read[2:]:
             self._keep(positions, node)
+        for positions in rows[2:]:
+            self.units.keep(positions)  # Places of a kernel.
         channels, gives = self._shape(signal)[1], rows[0]
         if groups == channels > 1:
             each = self._shape(weight)[0] // channels

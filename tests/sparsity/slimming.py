@@ -12,9 +12,15 @@ def images_of(side: int, channels: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def spoilt(model: nn.Module, density: float, seed: int = 0) -> nn.Module:
-    """Prune at random; biases and norms get values that are not those of an initialization."""
-    generator = torch.Generator().manual_seed(seed)
+def spoilt(model: nn.Module, density: float, dead: int = 0) -> nn.Module:
+    """Prune at random; biases and norms get values that are not those of an initialization.
+
+    `dead`: every so many weights are zero as a whole.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for number, parameter in enumerate(each for each in model.parameters() if each.dim() > 1):
+        if dead and number % dead == dead - 1:
+            parameter.zero_()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(torch.rand(parameter.shape, generator=generator) < density)

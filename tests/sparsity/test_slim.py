@@ -242,12 +242,12 @@ def test_what_cannot_be_traced_is_told_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("density", [0.05, 0.001])
+@pytest.mark.parametrize(("density", "dead"), [(0.05, 0), (0.2, 5), (0.001, 0)])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_random_masks(name: str, density: float) -> None:
+def test_random_masks(name: str, density: float, dead: int) -> None:
     torch.manual_seed(0)
-    model = spoilt(timm.create_model(name, num_classes=10, img_size=32) if "vit" in name
-                   else timm.create_model(name, num_classes=10), density)  # fmt: skip
+    options = {"img_size": 32} if "vit" in name else {}
+    model = spoilt(timm.create_model(name, num_classes=10, **options), density, dead)
     images = images_of(32)
     small = slim(model, images)
     assert small.slimmed["parameters"][1] < small.slimmed["parameters"][0]

@@ -13,10 +13,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("density", [0.1, 0.02])
+@pytest.mark.parametrize(("density", "dead"), [(0.1, 6), (0.02, 0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_slimmed(family: str, density: float) -> None:
-    model, side = spoilt(fresh(family), density), FAMILIES[family][1]
+def test_a_family_is_slimmed(family: str, density: float, dead: int) -> None:
+    model, side = spoilt(fresh(family), density, dead), FAMILIES[family][1]
     images = images_of(side)
     small = slim(model, torch.zeros(2, 3, side, side))
     before, after = small.slimmed["parameters"]
