@@ -39,7 +39,7 @@ class Choice:
         return self._staying(self._table(positions))
 
     def _staying(self, table: np.ndarray) -> np.ndarray:
-        return self.stays[table].all(1)
+        return np.asarray(self.stays[table].all(1))
 
     def _table(self, positions: np.ndarray) -> np.ndarray:
         """Return a row per position: the units that all have to stay, filled up with `STAYS`."""

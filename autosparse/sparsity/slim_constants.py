@@ -117,16 +117,17 @@ def _shapes(value: Any) -> Any:
 
 def _note(found: Facts, run: _Run, node: fx.Node) -> None:
     value, name = run.values[node], op_name(node)
+    args: Any = node.args
     if isinstance(value, Tensor) and run.hears.get(node) is None:
         found.constants[node] = value
-    if (name in CONVOLUTIONS or name == "linear") and len(found.shapes[node.args[0]]) > 1:
-        found.heard[node] = _heard(run, node.args[0], 1 if name in CONVOLUTIONS else -1)
+    if (name in CONVOLUTIONS or name == "linear") and len(found.shapes[args[0]]) > 1:
+        found.heard[node] = _heard(run, args[0], 1 if name in CONVOLUTIONS else -1)
     elif name in ("matmul", "bmm"):
-        first, second = node.args[:2]
+        first, second = args[:2]
         if len(found.shapes[first]) > 1 and len(found.shapes[second]) > 1:
             found.zero_products[node] = run.zeros(first, -1) | run.zeros(second, -2)
     elif name == "scaled_dot_product_attention":
-        found.zero_products[node] = run.zeros(node.args[0], -1) | run.zeros(node.args[1], -1)
+        found.zero_products[node] = run.zeros(args[0], -1) | run.zeros(args[1], -1)
 
 
 def _heard(run: _Run, node: Any, dim: int) -> Heard:

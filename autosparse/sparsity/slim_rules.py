@@ -241,7 +241,7 @@ class Rules:
         if reads is None:
             return gives
         heard = self.facts.heard[node]
-        used = tensor_at(self.module, str(weight_node.target)).detach() != 0
+        used = tensor_at(self.module, str(weight_node.target)).detach() != 0  # type: ignore[union-attr]
         used = used.reshape(groups, shape[0] // groups, shape[1], -1).any(-1)
         self.sites.append(
             Site(node, reads, gives, used.cpu().numpy(), heard.constant.cpu().numpy())

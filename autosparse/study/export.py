@@ -70,7 +70,7 @@ def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> d
         model = dense_model(ticket)
         if slimmed or kind == "slim":
             model = slim(model, images)
-            told["parameters"] = model.slimmed["parameters"]
+            told["parameters"] = model.slimmed["parameters"]  # type: ignore[index]
         (write_onnx if kind == "onnx" else write_program)(model, images, path)
     return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept, **told}
 

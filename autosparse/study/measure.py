@@ -139,7 +139,7 @@ def file_bytes(model: nn.Module) -> dict[str, int]:
     state = {name: each.detach().clone() for name, each in model.state_dict().items()}
     content = save({name: each.contiguous() for name, each in state.items()})
     if importlib.util.find_spec("zstandard"):
-        import zstandard
+        import zstandard  # type: ignore[import-not-found]
 
         return {
             "safetensors_bytes": len(content),
