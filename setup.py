@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+
 setup(
     name="autosparse",
     version="0.1.0",
@@ -49,17 +51,9 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "optuna": ["optuna>=3"],
-        "test": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
-            "onnx",
-            "onnxscript",
-            "onnxruntime",
-            "optuna>=3",
-        ],
+        "test": [*TEST, "onnx", "onnxscript", "onnxruntime", "optuna>=3"],
         "dev": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
+            *TEST,
             "ruff~=0.17.6",
             "pyright[nodejs]==1.1.414",
             "import-linter~=2.17",

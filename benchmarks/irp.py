@@ -3,7 +3,7 @@
     python -m benchmarks.irp --json irp.json
 
 - `vs_bare_loop_conv`, `vs_bare_loop_vit`: images per second of an IRP level at 10 % density, as
-  `irp._do_level` trains it (compact weights, `PlainStepper`, `fit`, augmentation), relative to a
+  `irp.levels` trains it (compact weights, `PlainStepper`, `fit`, augmentation), relative to a
   loop over normalised float batches in memory that trains the same model dense with the same
   optimizer and batch size.
 - `vs_usual_way`: the same level relative to PIL images in a torchvision dataset with its

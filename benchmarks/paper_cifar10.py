@@ -41,6 +41,7 @@ from autosparse.data.identity import looked_at_once
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.irp.config import IRPConfig
+from autosparse.irp.levels import MASKED, level_file, way_on
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.study.cells import Cell, cells
@@ -130,7 +131,7 @@ class Study:
         def on_level(entry: dict[str, Any]) -> None:
             say(f"IRP level {entry['level']}: {entry['density']:.2%} of the weights, validation "
                 f"{entry['validation_accuracy']:.2%}, {entry['seconds']:.1f} s")  # fmt: skip
-            following = irp.level_file(folder, entry["level"] + 1)
+            following = level_file(folder, entry["level"] + 1)
             if entry["level"] < config.levels and not following.exists():
                 self.clock.check(entry["seconds"])
 
@@ -205,7 +206,7 @@ class Study:
     def stepper(self, cell: Cell, kind: ModelConfig, model: Any, steps: int) -> PlainStepper:
         """Return what trains a ticket: on a GPU one network for all tickets of a model."""
         training = self.config.training
-        if irp.way_on(self.device, training) != irp.MASKED:
+        if way_on(self.device, training) != MASKED:
             return PlainStepper(model, training, steps)
         key = run_id(kind)
         if key not in self.steppers:

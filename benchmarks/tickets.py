@@ -24,8 +24,10 @@ from autosparse.models.config import ModelConfig
 from autosparse.report.autos_figures import frontier
 from autosparse.report.style import LABELS as LEGENDS
 from autosparse.sparsity.twins import SHUFFLED
-from autosparse.study import compare, verdicts
-from autosparse.study.config import CompareConfig
+from autosparse.study import local, plan, table
+from autosparse.study.config import StudyConfig
+from autosparse.study.grid import StudyCell
+from autosparse.study.labels import TICKET
 from autosparse.training.config import TrainingConfig
 from benchmarks.report import figure, options, publish
 
@@ -55,8 +57,6 @@ LABELS = {
     "iter_snip": {},
     "grasp": {},
     "synflow": {},
-    "autos_top": {"criterion": "autos", "choice": "top"},
-    "autos_sampled": {"criterion": "autos", "choice": "sampled"},
     "autos_random": {"criterion": "autos", "choice": "random"},
     "autos_live": {"criterion": "autos", "choice": "live"},
     "autos_no_reuse": {"criterion": "autos", "reuse": 0.0},
@@ -72,8 +72,6 @@ LABELS = {
 NAMES = {
     **LEGENDS,
     "magnitude": "magnitude",
-    "autos_top": "AutoS, highest odds",
-    "autos_sampled": "AutoS, drawn by odds",
     "autos_random": "AutoS, any weights",
     "autos_live": "AutoS",
     "autos_no_reuse": "AutoS, reuse 0",
@@ -128,11 +126,11 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--seeds", type=int, default=3, help="how many seeds")
     found.add_argument("--sparsities", help="with commas; by default as the form has it")
-    found.add_argument("--guard", default="layer", help="of all rows: layer, or live")
+    found.add_argument("--guard", default="layer", help="layer; or live, for rows that give scores")
     return found
 
 
-def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
+def config_of(arguments: argparse.Namespace, name: str) -> StudyConfig:
     """Return the comparison of one held-out model."""
     small = arguments.small or arguments.long
     labels = dict(LONG if arguments.long else LABELS)
@@ -161,7 +159,7 @@ def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
             validation_fraction=0.05,
         )
         epochs = 14 if arguments.long else 6 if small else 30
-    return CompareConfig(
+    return StudyConfig(
         model=HELD_OUT[name],
         data=data,
         criteria=list(labels),
@@ -177,13 +175,9 @@ def config_of(arguments: argparse.Namespace, name: str) -> CompareConfig:
     )
 
 
-def wanted(config: CompareConfig, twins: tuple[str, ...] = TWINS) -> list[compare.Trial]:
+def wanted(config: StudyConfig, twins: tuple[str, ...] = TWINS) -> list[StudyCell]:
     """Return the trainings, seed by seed; twins: the rows whose shuffled ones are trained too."""
-    return [
-        trial
-        for trial in compare.trials(config)
-        if trial.twin == compare.TICKET or trial.label in twins
-    ]
+    return [cell for cell in plan.cells(config) if cell.twin == TICKET or cell.label in twins]
 
 
 def shown(rows: list[dict], sparsity: float) -> list[dict]:
@@ -203,18 +197,18 @@ def main() -> None:
     figures = {}
     for name in arguments.models.split(","):
         config = config_of(arguments, name)
-        source = compare.load(config)
+        source = local.load(config)
         found: dict[str, list[float]] = {}
-        results = []
-        for trial in wanted(config, () if arguments.long else TWINS):
-            result = compare.run_trial(config, trial, source)
-            results.append(result)
+        done = []
+        for cell in wanted(config, () if arguments.long else TWINS):
+            result = local.run_cell(cell, source)
+            done.append(cell)
             accuracy = 100 * result["test_accuracy"]
-            print(f"{name} {trial.name}: {accuracy:.1f}", flush=True)
-            row = trial.label if trial.twin == compare.TICKET else f"{trial.label}_{trial.twin}"
-            at = "" if trial.label == DENSE else f"_{trial.sparsity * 100:g}"
+            print(f"{name} {cell.name}: {accuracy:.1f}", flush=True)
+            row = cell.label if cell.twin == TICKET else f"{cell.label}_{cell.twin}"
+            at = "" if cell.label == DENSE else f"_{cell.sparsity * 100:g}"
             found.setdefault(f"{name}_{row}{at}", []).append(accuracy)
-        rows = verdicts.table(config, results, verdicts.training_passes(config, source))
+        rows = table.table(done)
         lowest = min(row["sparsity"] for row in rows if row["label"] != DENSE)
         images = arguments.data.name if arguments.data else config.data.name
         title = f"{config.model.name} ({name}), {images}, {100 * lowest:g} % pruned"

@@ -8,6 +8,11 @@ weights (torch.nn.utils.prune) in the same loop. `state_bytes_vs_floor_98` is th
 memory in training (with tiny images, the scratch of convolutions included), over dense weight
 bytes + 1.5 x density x the rest of what dense training holds (gradients and two Adam moments,
 shared by the ranks under ZeRO 1): with `training.rescatter`, and `_kept` without.
+
+`rigl_…`: a topology that moves by RigL. One step in four of a measurement ends with an exchange;
+its cost is counted once in 100 steps. The peer of `rigl_vs_masked_dense_rigl_98` multiplies masks
+into dense weights, as public code does (masked_rigl.py), with as many exchanges. The peak of memory
+is compared with that of the static ticket, outside updates, and with one (`_at_update`).
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from typing import Any
 from benchmarks.report import figure, publish
 
 RANKS, AT, DENSITY = 2, "0.98", 0.02
+EVERY = 100
+"""Steps between exchanges that figures are told for."""
 WORKER = Path(__file__).with_name("training_ranks.py")
 
 
@@ -83,10 +90,46 @@ def figures_of(found: dict[str, Any], memory: dict[tuple[str, str], int]) -> dic
         result[f"state_bytes_vs_dense_98{name}"] = figure(
             [memory[AT, how] / memory["0", "keep"]], "times", "", "dense training"
         )
+    result |= moving_figures(seconds, found["steps"], memory)
     result["rescatter_vs_kept_98"] = figure(
         ratios("rescatter", AT), "times", "", "a step that keeps scattered weights"
     )
     return result
+
+
+def moving_figures(
+    seconds: dict[str, list[float]], steps: int, memory: dict[tuple[str, str], int]
+) -> dict[str, Any]:
+    """Return the figures of topologies that move.
+
+    Args:
+        seconds: per step, means over `steps` steps of which one ends with an exchange.
+        steps: of a measurement.
+        memory: peaks, by sparsity and way.
+    """
+
+    def averaged(moving: str, still: str) -> list[float]:
+        pairs = zip(seconds[moving], seconds[still], strict=True)
+        return [b + steps * (a - b) / EVERY for a, b in pairs]
+
+    ours, static = averaged("rigl", AT), seconds[AT]
+    theirs = averaged("masked rigl", "masked")
+
+    def ratios(some: list[float], others: list[float]) -> list[float]:
+        return [a / b for a, b in zip(some, others, strict=True)]
+
+    kept = memory[AT, "keep"]
+    peer = "a static ticket, 98 %"
+    return {
+        "rigl_vs_static_98": figure(ratios(ours, static), "times", "<= 1.03", peer),
+        "rigl_vs_masked_dense_rigl_98": figure(
+            ratios(ours, theirs), "times", "<= 0.35", "masked-dense RigL, 98 %"
+        ),
+        "rigl_memory_vs_static_98": figure([memory[AT, "rigl"] / kept], "times", "<= 1.1", peer),
+        "rigl_memory_vs_static_98_at_update": figure(
+            [memory[AT, "update"] / kept], "times", "", peer
+        ),
+    }
 
 
 def main() -> None:
@@ -95,7 +138,8 @@ def main() -> None:
         out = Path(folder)
         launch(folder)
         memory = {}
-        for case in (("0", "keep"), (AT, "keep"), (AT, "rescatter")):
+        cases = [("0", "keep"), *((AT, way) for way in ("keep", "rescatter", "rigl", "update"))]
+        for case in cases:
             launch(folder, "memory", *case)
             path = out / f"memory-{'-'.join(case)}.json"
             memory[case] = json.loads(path.read_text())["peak"]

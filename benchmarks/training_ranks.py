@@ -1,4 +1,4 @@
-"""What benchmarks.training runs on every rank: `training_ranks.py OUT [memory SPARSITY keep]`."""
+"""What benchmarks.training runs on every rank: `training_ranks.py OUT [memory SPARSITY WAY]`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,15 @@ from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import History, Ranks
+from benchmarks.masked_rigl import MaskedRigL
 
 SIDE, BATCH, STEPS, TURNS = 32, 32, 4, 9
 """Pixels, images per rank, steps per measurement, measurements of each."""
 SPARSITIES = (0.0, 0.9, 0.95, 0.98, 0.99)
 BARE, MASKED, RESCATTER = "bare", "masked", "rescatter"
+RIGL, MASKED_RIGL = "rigl", "masked rigl"
+"""One of the STEPS steps of a measurement ends with an exchange."""
+FRACTION = 0.3
 
 
 def make_model(name: str = "resnet18") -> nn.Module:
@@ -50,21 +54,19 @@ def random_masks(model: nn.Module, sparsity: float) -> masks.Masks:
     return masks.from_scores(scores, sparsity)
 
 
-def settings(ranks: Ranks, rescatter: bool = False) -> SparseTrainConfig:
-    training = TrainingConfig(
-        batch_size=BATCH * ranks.world_size, schedule="none", rescatter=rescatter
-    )
+def settings(ranks: Ranks, **changes: Any) -> SparseTrainConfig:
+    training = TrainingConfig(batch_size=BATCH * ranks.world_size, schedule="none", **changes)
     return SparseTrainConfig(training=training, deepspeed=DeepSpeedConfig(zero_stage=1))
 
 
 def make_stepper(
-    sparsity: float, ranks: Ranks, name: str = "resnet18", rescatter: bool = False
+    sparsity: float, ranks: Ranks, name: str = "resnet18", **changes: Any
 ) -> ours.DeepSpeedStepper:
     """Return our training of a ticket; of the dense model at 0."""
     model = make_model(name)
     if sparsity:
         compact(model, Ticket.from_model(model, random_masks(model, sparsity), {}))
-    return ours.DeepSpeedStepper(model, settings(ranks, rescatter), 1000, ranks)
+    return ours.DeepSpeedStepper(model, settings(ranks, **changes), 1000, ranks)
 
 
 def make_bare(ranks: Ranks, sparsity: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -86,6 +88,13 @@ def make_bare(ranks: Ranks, sparsity: float = 0.0) -> Callable[[Tensor, Tensor],
 
     engine.train()
     return step
+
+
+def make_masked_rigl(ranks: Ranks, sparsity: float = 0.98) -> MaskedRigL:
+    """Return RigL over masked-dense weights, in a plain DeepSpeed loop."""
+    model = make_model()
+    config = ours.engine_config(settings(ranks), ranks)
+    return MaskedRigL(model, random_masks(model, sparsity), config, STEPS, FRACTION)
 
 
 @contextmanager
@@ -134,8 +143,10 @@ def measure(out: Path) -> dict[str, Any]:
     steppers = {f"{sparsity:g}": make_stepper(sparsity, ranks) for sparsity in SPARSITIES}
     steps: dict[str, Callable] = {name: each.step for name, each in steppers.items()}
     again = make_stepper(0.98, ranks, rescatter=True)
+    moving = make_stepper(0.98, ranks, topology="rigl", topology_every=STEPS)
     steps |= {BARE: make_bare(ranks), MASKED: make_bare(ranks, 0.98), RESCATTER: again.step}
-    for stepper in (*steppers.values(), again):
+    steps |= {RIGL: moving.step, MASKED_RIGL: make_masked_rigl(ranks).step}
+    for stepper in (*steppers.values(), again, moving):
         stepper.model.train()
     sent = {}
     for name, step in steps.items():
@@ -161,6 +172,7 @@ def measure(out: Path) -> dict[str, Any]:
     prunable = sum(weight.numel() for weight in zoo.prunable(make_model()).values())
     return {
         "seconds": seconds,
+        "steps": STEPS,
         "sent": sent,
         "optimizer": {name: optimizer_bytes(each) for name, each in steppers.items()},
         "written": written,
@@ -169,7 +181,16 @@ def measure(out: Path) -> dict[str, Any]:
     }
 
 
-def measure_memory(sparsity: float, rescatter: bool) -> dict[str, Any]:
+WAYS: dict[str, dict[str, Any]] = {
+    "keep": {},
+    "rescatter": {"rescatter": True},
+    "rigl": {"topology": "rigl", "topology_every": 100},
+    "update": {"topology": "rigl", "topology_every": 2},
+}
+"""How memory is measured; `update`: one of the three steps ends with an exchange."""
+
+
+def measure_memory(sparsity: float, changes: dict[str, Any]) -> dict[str, Any]:
     """Return by how many bytes memory rises from before the model to the peak of three steps.
 
     Two tiny images per rank, so that next to nothing of it is activations; a tiny model is
@@ -180,11 +201,11 @@ def measure_memory(sparsity: float, rescatter: bool) -> dict[str, Any]:
     library.mallopt(-3, 1 << 16)
     ranks, _ = ours.start()
     images, labels = torch.randn(2, 3, SIDE, SIDE), torch.arange(2)
-    three_steps(make_stepper(sparsity, ranks, "test_resnet", rescatter), images, labels)
+    three_steps(make_stepper(sparsity, ranks, "test_resnet", **changes), images, labels)
     gc.collect()
     library.malloc_trim(0)
     before = _status("VmRSS")
-    stepper = make_stepper(sparsity, ranks, rescatter=rescatter)
+    stepper = make_stepper(sparsity, ranks, **changes)
     gc.collect()
     library.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -207,7 +228,7 @@ def _status(key: str) -> int:
 def main(arguments: list[str]) -> None:
     out = Path(arguments[0])
     if arguments[1:2] == ["memory"]:
-        found = measure_memory(float(arguments[2]), arguments[3] == "rescatter")
+        found = measure_memory(float(arguments[2]), WAYS[arguments[3]])
         name = f"memory-{arguments[2]}-{arguments[3]}"
     else:
         found, name = measure(out), "measured"

@@ -20,13 +20,13 @@ def main(arguments: list[str]) -> None:
     config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
     from autosparse.cli.verbs import fetched, tracking
     from autosparse.integrations import deepspeed
-    from autosparse.study.results import show
+    from autosparse.study.table import show_trainings
 
     if not deepspeed.is_first():
         deepspeed.train(config)  # Rank 0 tells which tickets there are.
         return
     with tracking(config.tracking) as observer:
-        show(deepspeed.train(fetched(config), observer))
+        show_trainings(deepspeed.train(fetched(config), observer))
 
 
 if __name__ == "__main__":

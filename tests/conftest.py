@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -32,6 +33,41 @@ from autosparse.models.config import ModelConfig
 from autosparse.training.config import TrainingConfig
 
 logs.to_stderr()  # Tests read what a command says.
+
+# The same examples every time; a process that waits for the other core is no fault.
+hypothesis.settings.register_profile(
+    "same", max_examples=30, stateful_step_count=12, derandomize=True, deadline=None
+)
+hypothesis.settings.load_profile("same")
+
+MOST_WORKERS = 8
+DEAR = ("local_ray", "group")
+"""Session fixtures that take long to start: what uses one runs in one process, and first."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core where the whole quick suite is run; none for a part of it.
+
+    A part starts sooner in one process; slow tests and those of a GPU want the machine alone.
+    """
+    asked = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not asked.keyword
+    cores = min(os.cpu_count() or 1, MOST_WORKERS)
+    return cores if whole and asked.markexpr == "not slow" and cores > 1 else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, so that its fixtures are made once."""
+    groups: dict[Path, str] = {}
+    for item in items:
+        used = [name for name in DEAR if name in getattr(item, "fixturenames", ())]
+        groups[item.path] = used[0] if used else groups.get(item.path, str(item.path))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    items.sort(key=lambda item: groups[item.path] not in DEAR)
+
 
 STATUS = pytest.StashKey[int]()
 
@@ -54,6 +90,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(config.stash[STATUS])
+
+
+OUTPUTS = (
+    "*.db", "*.safetensors", "mlruns", "mlartifacts", "corpus", "trained", "tickets", "quickstart",
+    "sweep", "figures", "comparison", "data",
+)  # fmt: skip
+"""What autosparse writes into the current folder unless it is told otherwise."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def checkout_stays_clean() -> Iterator[None]:
+    """No test writes where it was started."""
+
+    def there() -> set[Path]:
+        return {path for name in OUTPUTS for path in Path.cwd().glob(name)}
+
+    start, before = Path.cwd(), there()
+    yield
+    assert Path.cwd() == start, "a test has changed the current folder"
+    assert there() == before, "a test has left something in the checkout"
 
 
 QUICK = TrainingConfig(epochs=1, batch_size=100, checkpoint_epochs=0)
@@ -153,16 +209,16 @@ HOLDER = (
     "import sys, time\n"
     "from pathlib import Path\n"
     "from autosparse.core.locks import claimed\n"
-    "with claimed(Path(sys.argv[1])):\n"
+    "with claimed(Path(sys.argv[1]), **dict(zip(['name'], sys.argv[2:]))):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"
 )
 
 
 @contextmanager
-def holder(folder: Path) -> Iterator[subprocess.Popen]:
-    """Run a process that holds the claim on a folder until it is killed."""
-    command = [sys.executable, "-c", HOLDER, str(folder)]
+def holder(folder: Path, *name: str) -> Iterator[subprocess.Popen]:
+    """Run a process that holds the claim on a folder (or that `name`) until it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(folder), *name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

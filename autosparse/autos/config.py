@@ -20,8 +20,6 @@ class FitConfig:
     """Widths of the hidden layers."""
     head: str = "mean"
     """mean (one number, squared error) or survival (layers and weights apart)."""
-    backbone: str = "mlp"
-    """mlp, or resnet18 (features paper, head mean: the paper's larger network, slow to fit)."""
     exclude: list[dict[str, Any]] = field(default_factory=list)
     """Runs of the corpus to leave out, e.g. [{model: test_nfnet, label: magnitude}]."""
     holdout: float = 0.25

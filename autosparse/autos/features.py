@@ -45,7 +45,18 @@ KINDS: dict[str, tuple[str, ...]] = {
 VARYING = 7
 """The first so many of the `context` features differ from weight to weight."""
 CHUNK = 1 << 16
+"""Weights whose features are computed in one go: what lies between stays in a core's cache."""
 TINY = 1e-12
+"""Keeps quotients and logarithms of zeros finite."""
+
+
+LOG_SIZE, LOG_SHARE, LOG_FAN_IN, LOG_FAN_OUT = 4, -1, 2, 1.5
+"""Where inputs on a layer are zero: log10 of its weights, its share of all, its fan-in and fan-out.
+
+Set by hand, about a middle layer of a small network; the fit standardises its inputs again.
+"""
+LIMIT = 3.0
+"""Inputs that compare with the layer or network are cut at so many powers (of 10, or of e)."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +83,23 @@ def contexts(
         for name, weight in weights.items()
     }
     mean_mass = sum(mass[name] * weight.numel() for name, weight in weights.items()) / total
-    found = {}
+    by_layer = {}
     for place, (name, weight) in enumerate(weights.items()):
         fan_out, fan_in = weight.shape[0], weight.shape[1]
         kernel = math.prod(weight.shape[2:])
         sensitivity = math.log10(max(mass[name], TINY) / max(mean_mass, TINY))
-        found[name] = LayerContext(
+        by_layer[name] = LayerContext(
             (
-                math.log10(weight.numel()) - 4,
-                math.log10(weight.numel() / total) + 1,
-                math.log10(fan_in * kernel) - 2,
-                math.log10(fan_out) - 1.5,
+                math.log10(weight.numel()) - LOG_SIZE,
+                math.log10(weight.numel() / total) - LOG_SHARE,
+                math.log10(fan_in * kernel) - LOG_FAN_IN,
+                math.log10(fan_out) - LOG_FAN_OUT,
                 math.log10(kernel),
                 place / max(len(weights) - 1, 1),
-                min(max(sensitivity, -3.0), 3.0),
+                min(max(sensitivity, -LIMIT), LIMIT),
             )
         )
-    return found
+    return by_layer
 
 
 @torch.no_grad()
@@ -103,18 +114,18 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         names: of prunable parameters.
         image: [1, C, H, W].
     """
-    found = dict.fromkeys(names, 0.0)
+    places = dict.fromkeys(names, 0.0)
 
     def note(name: str) -> Callable:
         channels = 1 if model.get_parameter(name).ndim > 2 else -1
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             signal = output[0] if isinstance(output, tuple) else output
-            found[name] += signal.numel() / signal.shape[channels]
+            places[name] += signal.numel() / signal.shape[channels]
 
         return hook
 
-    hooks = [called(model, name).register_forward_hook(note(name)) for name in found]
+    hooks = [called(model, name).register_forward_hook(note(name)) for name in places]
     modes = [(module, module.training) for module in model.modules()]
     try:
         outputs_of(model.eval(), image)
@@ -124,9 +135,9 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         for each in hooks:
             each.remove()
     spend(1)
-    seen = [math.log(count) for count in found.values() if count]
+    seen = [math.log(count) for count in places.values() if count]
     usual = math.exp(sum(seen) / len(seen)) if seen else 1.0
-    return {name: count or usual for name, count in found.items()}
+    return {name: count or usual for name, count in places.items()}
 
 
 def layer_features(
@@ -194,4 +205,4 @@ def _rms(tensor: Tensor) -> Tensor:
 def _relative(tensor: Tensor, dims: tuple[int, int], scale: Tensor) -> Tensor:
     """Return log of a channel's rms over the layer's, within -3..3; shape broadcasts to tensor."""
     channel = tensor.square().mean(dims, keepdim=True).sqrt()
-    return (channel / scale).clamp(min=TINY).log().clamp(-3, 3)
+    return (channel / scale).clamp(min=TINY).log().clamp(-LIMIT, LIMIT)

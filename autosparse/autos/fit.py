@@ -26,7 +26,8 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import zoo
-from autosparse.models.gradients import mean_gradients, untouched
+from autosparse.models.gradients import mean_gradients
+from autosparse.models.restore import untouched
 
 EXCLUDABLE = ("run_id", "model", "data", "seed", "label", "levels")
 """What an entry of `exclude` may name."""
@@ -65,7 +66,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     for a corpus with fewer than two finished runs, RunFailed if the loss is not finite.
     """
     if config.head == "survival":
-        raise UsageError("the head survival is fitted by fit_survival.fit")
+        raise UsageError("the head survival is fitted by fit_heads.fit")
     corpus = Corpus(config.corpus)
     train_ids, held_out_ids = split_runs(corpus, config)
     train = Rows.join([sample_rows(corpus.read(each), config, each) for each in train_ids])
@@ -73,7 +74,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     held_out = Rows.join([sample_rows(corpus.read(each), config, each) for each in checked])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = AutoS(config.features, config.hidden, backbone=config.backbone)
+        network = AutoS(config.features, config.hidden)
     network.mean.copy_(train.inputs.mean(0))
     network.std.copy_(train.inputs.std(0).clamp(min=1e-6))
     history = _optimise(network, train, held_out, config, on_epoch)
@@ -89,14 +90,11 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
         "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
         "versions": library_versions(),
     }
-    network.eval()
-    if config.features == "paper":
-        network.tabulate(torch.cat([train.inputs, held_out.inputs]))
-    return network
+    return network.eval()
 
 
 def corpus_of(corpus: Corpus, used: list[str]) -> str:
-    """Return the fingerprint of the runs that were used: of a whole corpus, its own."""
+    """Return the fingerprint of the runs that were used; if all were, that of the corpus."""
     entries = [(name, marker_of(corpus.path / name)["sha256"]) for name in sorted(used)]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
@@ -137,9 +135,9 @@ def split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]
 
 
 def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
-    """Sample weights of one run, all with the same chance, at most `config.rows_per_run`."""
+    """Sample `config.rows_per_run` weights of one run, all with the same chance."""
     gradients = initial_gradients(run)
-    found = features.contexts(run.initial, gradients)
+    contexts = features.contexts(run.initial, gradients)
     total = sum(weight.numel() for weight in run.initial.values())
     generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -147,7 +145,9 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
     inputs, targets, start = [], [], 0
     for name, weight in run.initial.items():
         survival = run.survival[name].flatten()
-        for piece in features.layer_features(config.features, weight, gradients[name], found[name]):
+        for piece in features.layer_features(
+            config.features, weight, gradients[name], contexts[name]
+        ):
             picked = chosen[start : start + piece.shape[1]]
             inputs.append(piece[:, picked].T)
             start += piece.shape[1]
@@ -157,7 +157,7 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
 
 @lru_cache(maxsize=1)
 def _loaded(config: str) -> DataSource:
-    """Load a data set by its config as JSON; the runs of a corpus mostly share one."""
+    """Load a data set by its config as JSON; kept, since most runs of a corpus share one."""
     return sets.load(from_plain(DataConfig, json.loads(config)))
 
 

@@ -1,9 +1,9 @@
 """Fit our AutoS: one head for what layers keep, one for which weights (see heads.py).
 
-Both by binary cross-entropy at every level of every run, each level weighed by the inverse of its
-density. The selection head is fitted with the layers' true densities given, so that it learns
-nothing but comparisons inside layers; the allocation head on layers, weighed by the root of their
-size, runs alike.
+Both minimise binary cross-entropy at every level of every run, each level weighed by the inverse of
+its density. The selection head is given the layers' true densities, so that it learns comparisons
+inside layers only. The allocation head is fitted on layers, weighed by the square root of their
+size; every run counts the same.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ from autosparse.corpus.store import Corpus, IRPRun
 
 BINS = 20
 """Of the calibration curve, even in log-odds."""
+SPAN = 7.0
+"""The curve covers log-odds from -7 to 7, probabilities from 0.1 to 99.9 %."""
+CLOSE = 1e-4
+"""Probabilities nearer to 0 or 1 than this are cut before their log-odds are taken."""
 DECAY = 0.01
-"""Weight decay of the allocation head: what a few layers say is not believed at once."""
+"""Weight decay of the allocation head: keeps it near ERK, as it sees some hundred layers only."""
 ALLOCATION_STEPS = 400
+"""On all layers at once; the packaged AutoS was fitted with that many. Set by hand, not tuned."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of one run: constants [L, C], ERK's log-odds and true densities [L, levels]."""
+    """The L layers of one run: constants [L, C], ERK's log-odds and true densities [L, levels]."""
 
     constants: Tensor
     erk: Tensor
@@ -98,9 +103,12 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
 
 
 def sample(run: IRPRun, config: FitConfig, salt: str, heads: Heads) -> Part:
-    """Take a run's layers, and `rows_per_run` of its weights, layers by the root of their size."""
+    """Return a run's layers and a sample of its weights: `rows_per_run` in all.
+
+    Each layer gives weights in proportion to the square root of its size.
+    """
     gradients = initial_gradients(run)
-    found = features.contexts(run.initial, gradients)
+    contexts = features.contexts(run.initial, gradients)
     generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
     roots = {name: math.sqrt(weight.numel()) for name, weight in run.initial.items()}
     share = config.rows_per_run / sum(roots.values())
@@ -108,15 +116,15 @@ def sample(run: IRPRun, config: FitConfig, salt: str, heads: Heads) -> Part:
     for place, (name, weight) in enumerate(run.initial.items()):
         count = min(weight.numel(), round(share * roots[name]))
         picked = torch.randperm(weight.numel(), generator=generator)[:count]
-        pieces = features.layer_features("context", weight, gradients[name], found[name])
+        pieces = features.layer_features("context", weight, gradients[name], contexts[name])
         inputs.append(torch.cat(list(pieces), dim=1)[:, picked].T)
         survival.append(run.survival[name].flatten()[picked])
         layer.append(torch.full((count,), place))
-    layers = _layers(run, found, heads)
+    layers = _layers(run, contexts, heads)
     return layers, Weights(torch.cat(inputs), torch.cat(survival), torch.cat(layer))
 
 
-def _layers(run: IRPRun, found: dict[str, features.LayerContext], heads: Heads) -> Layers:
+def _layers(run: IRPRun, contexts: dict[str, features.LayerContext], heads: Heads) -> Layers:
     shapes = {name: weight.shape for name, weight in run.initial.items()}
     total = sum(weight.numel() for weight in run.initial.values())
     densities, erk, truth = [], [], []
@@ -126,7 +134,7 @@ def _layers(run: IRPRun, found: dict[str, features.LayerContext], heads: Heads) 
         erk.append(list(erk_log_odds(shapes, densities[-1]).values()))
         truth.append([alive[name] / shape.numel() for name, shape in shapes.items()])
     return Layers(
-        torch.tensor([found[name].constants for name in shapes]),
+        torch.tensor([contexts[name].constants for name in shapes]),
         torch.tensor(erk).T,
         torch.tensor(truth).T,
         torch.tensor([float(shape.numel()) for shape in shapes.values()]),
@@ -180,7 +188,7 @@ def _fit_selection(
 
 
 def _pieces(part: Part, size: int) -> list[Tensor]:
-    """Cut a run's sample into batches that hold every layer alike."""
+    """Return the rows of each batch: every layer has the same share in all of them."""
     count = len(part[1].layer)
     pieces = max(1, count // size)
     return [torch.arange(start, count, pieces) for start in range(pieces)]
@@ -188,7 +196,7 @@ def _pieces(part: Part, size: int) -> list[Tensor]:
 
 def _selection_loss(heads: Heads, part: Part, rows: Tensor) -> Tensor:
     layers, weights = part
-    given = torch.logit(layers.truth, eps=1e-4)[weights.layer[rows]]
+    given = torch.logit(layers.truth, eps=CLOSE)[weights.layer[rows]]
     odds = heads.weights_say(weights.inputs[rows]) @ layers.mixes.T + given
     alive = _alive(weights.survival[rows], len(layers.densities))
     each = nn.functional.binary_cross_entropy_with_logits(odds, alive, reduction="none")
@@ -234,7 +242,7 @@ def calibration(heads: Heads, parts: list[Part]) -> list[dict[str, float]]:
     alive = torch.cat(
         [_alive(weights.survival, len(layers.densities)).flatten() for layers, weights in parts]
     )
-    place = ((torch.logit(guess, eps=1e-4) + 7) / 14 * BINS).long().clamp(0, BINS - 1)
+    place = ((torch.logit(guess, eps=CLOSE) + SPAN) / (2 * SPAN) * BINS).long().clamp(0, BINS - 1)
     rows = []
     for number in place.unique().tolist():
         inside = place == number

@@ -3,8 +3,8 @@
 P(weight is alive at density d) = sigmoid(allocation(layer, d) + selection(weight, d)). The
 allocation head says how dense iterative pruning leaves a layer, starting from the densities of ERK
 (Mocanu et al. 2018; Evci et al. 2020): where it knows nothing, it says ERK. The selection head says
-how a weight compares with the others of its layer. Both say so at a few densities, and between
-them by interpolation over log density; beyond the last one the nearest counts.
+how a weight compares with the others of its layer. Both speak at a few densities; between two of
+them their log-odds are interpolated over log density, and beyond them the nearest counts.
 """
 
 from __future__ import annotations
@@ -22,27 +22,32 @@ from autosparse.sparsity import masks
 from autosparse.sparsity.counts import keep_density
 
 CONSTANTS = 7
-"""The last so many of the `context` features are the same for all weights of a layer."""
+"""How many `context` features, the last ones, are the same for all weights of a layer."""
 LIMIT = 3.0
-"""Standardised inputs are cut at so many standard deviations: no layer is far from all others."""
+"""Standardised inputs are cut at this many standard deviations, so that no layer is an outlier."""
 MOST = 1 - 1e-3
 """ERK densities are cut here, where their log-odds would be infinite."""
 DENSITIES = (0.6, 0.37, 0.23, 0.14, 0.087, 0.053, 0.033, 0.02)
+"""Where the heads speak: about 0.02 ** (k / 8), the levels of the packaged AutoS's corpus."""
+
+
+SHIFT, BISECTIONS = 40.0, 80
+"""Log-odds of 40 are 0 or 1 in float64, and 80 halvings of that interval leave one number."""
 
 
 def interpolation(density: float, densities: Sequence[float]) -> list[float]:
     """Return the weight of each of `densities` (falling) at `density`: linear in its logarithm."""
-    found = [0.0] * len(densities)
+    mix = [0.0] * len(densities)
     if density >= densities[0]:
-        found[0] = 1.0
+        mix[0] = 1.0
     elif density <= densities[-1]:
-        found[-1] = 1.0
+        mix[-1] = 1.0
     else:
         place = next(i for i, each in enumerate(densities) if each < density)
         high, low = math.log(densities[place - 1]), math.log(densities[place])
-        found[place] = (high - math.log(density)) / (high - low)
-        found[place - 1] = 1 - found[place]
-    return found
+        mix[place] = (high - math.log(density)) / (high - low)
+        mix[place - 1] = 1 - mix[place]
+    return mix
 
 
 def erk_log_odds(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
@@ -124,8 +129,8 @@ class Heads(nn.Module):
         more = lift or dict.fromkeys(shapes, 0.0)
         odds += torch.tensor([start[name] + more[name] for name in shapes], dtype=torch.float64)
         sizes = torch.tensor([math.prod(shape) for shape in shapes.values()], dtype=torch.float64)
-        found = torch.sigmoid(odds + _shift(odds, sizes, density))
-        return dict(zip(shapes, found.tolist(), strict=True))
+        expected = torch.sigmoid(odds + _shift(odds, sizes, density))
+        return dict(zip(shapes, expected.tolist(), strict=True))
 
     @torch.no_grad()
     def weight_scores(
@@ -143,22 +148,22 @@ class Heads(nn.Module):
         fixed = matrices[0][:, -CONSTANTS:] @ scaled.clamp(-LIMIT, LIMIT)
         first, biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
         mean, std = self.mean[:-CONSTANTS, None], self.std[:-CONSTANTS, None]
-        found = []
+        parts = []
         for piece in features.layer_features("context", weight, gradient, None):
             part = piece.sub_(mean).div_(std).clamp_(-LIMIT, LIMIT)
             for number, bias in enumerate(biases):
                 matrix = first if number == 0 else matrices[number]
                 part = torch.addmm(bias, matrix, part)
                 part = part.relu_() if number + 1 < len(biases) else part
-            found.append(part[0])
-        return torch.cat(found).view(weight.shape)
+            parts.append(part[0])
+        return torch.cat(parts).view(weight.shape)
 
 
 def _shift(odds: Tensor, sizes: Tensor, density: float) -> float:
     """Return what to add to all log-odds so that sum(sizes * sigmoid) is the budget."""
-    low, high = -40.0, 40.0
+    low, high = -SHIFT, SHIFT
     budget = float(sizes.sum()) * density
-    for _ in range(80):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if float((sizes * torch.sigmoid(odds + middle)).sum()) > budget:
             high = middle

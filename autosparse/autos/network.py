@@ -22,33 +22,27 @@ from autosparse.core.files import read_tensors, require, write_tensors
 
 FORMAT = 1
 HEADS = ("mean", "survival")
-BACKBONES = ("mlp", "resnet18")
+TABLE_ONLY = "resnet18"
+"""`backbone` in the header of files whose network is not there, only its table."""
 
 
-def check(kind: str, head: str, backbone: str) -> None:
+def check(kind: str, head: str) -> None:
     """Raise UsageError for an AutoS that cannot be."""
     features.names_of(kind)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
-    if backbone not in BACKBONES:
-        raise unknown("backbone", backbone, BACKBONES)
-    if head == "survival" and (kind != "context" or backbone != "mlp"):
-        raise UsageError("head survival reads features context, with backbone mlp")
-    if backbone == "resnet18" and kind != "paper":
-        raise UsageError("backbone resnet18 reads features paper")
+    if head == "survival" and kind != "context":
+        raise UsageError("head survival reads features context")
 
 
 class AutoS(nn.Module):
-    """Features [N, F] -> predicted survival [N], 0 (first to go) to 1 (never); or our two heads.
+    """Features [N, F] -> predicted survival [N], from 0 (pruned first) to 1 (never); or two heads.
 
     Args:
         kind: which features it reads (see `features.KINDS`).
         hidden: widths of the hidden layers of an MLP.
         head: mean or survival.
-        backbone: mlp; or resnet18, timm's, which reads a weight's pair as an image of two
-            channels and one pixel. Its file holds its table only (see table.py).
-        densities: where the survival head speaks.
-        build: whether to make the network; else only the table is there.
+        densities: those that the survival head is fitted at, falling; see heads.py.
     """
 
     mean: Tensor
@@ -60,25 +54,22 @@ class AutoS(nn.Module):
         hidden: Sequence[int] = (32, 32),
         *,
         head: str = "mean",
-        backbone: str = "mlp",
         densities: Sequence[float] = DENSITIES,
-        build: bool = True,
     ) -> None:
         super().__init__()
-        check(kind, head, backbone)
-        self.kind, self.hidden, self.head, self.backbone = kind, tuple(hidden), head, backbone
+        check(kind, head)
+        self.kind, self.hidden, self.head = kind, tuple(hidden), head
         self.densities = tuple(densities) if head == "survival" else ()
         self.card: dict[str, Any] = {}
         self.table: Table | None = None
+        """Instead of the layers, in files of earlier versions with features paper."""
+        self.layers: nn.Sequential | None = None
         if head == "survival":
             self.heads = Heads(self.hidden, self.densities)
             return
         inputs = len(features.names_of(kind))
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.ones(inputs))
-        if backbone == "resnet18":
-            self.layers = _resnet18() if build else None
-            return
         layers: list[nn.Module] = []
         for width in self.hidden:
             layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -92,15 +83,10 @@ class AutoS(nn.Module):
         """
         if self.head == "survival":
             return self.heads.weights_say(inputs)
-        if self.layers is None:
-            assert self.table is not None
+        if self.table is not None:
             return self.table(inputs[:, 0], inputs[:, 1])
+        assert self.layers is not None
         return self.layers((inputs - self.mean) / self.std).squeeze(1)
-
-    def tabulate(self, inputs: Tensor) -> None:
-        """Distil the network into a table, and write on the card how far it is off on `inputs`."""
-        self.table = Table.distilled(self, inputs)
-        self.card["table"] = self.table.errors(self, inputs)
 
     @torch.no_grad()
     def score(
@@ -110,11 +96,11 @@ class AutoS(nn.Module):
         weights = {name: weight.detach() for name, weight in weights.items()}
         if self.table is not None:
             return {name: self.table(weight, gradients[name]) for name, weight in weights.items()}
-        found = features.contexts(weights, gradients)
+        contexts = features.contexts(weights, gradients)
         fused = self._fused()
         scores = {}
         for name, weight in weights.items():
-            pieces = features.layer_features(self.kind, weight, gradients[name], found[name])
+            pieces = features.layer_features(self.kind, weight, gradients[name], contexts[name])
             scores[name] = torch.cat([fused(piece) for piece in pieces]).view(weight.shape)
         return scores
 
@@ -131,13 +117,13 @@ class AutoS(nn.Module):
         `lift`: what to add to the log-odds of whole layers.
         """
         weights = {name: weight.detach() for name, weight in weights.items()}
-        found = features.contexts(weights, gradients)
+        contexts = features.contexts(weights, gradients)
         scores = {
-            name: self.heads.weight_scores(weight, gradients[name], found[name], density)
+            name: self.heads.weight_scores(weight, gradients[name], contexts[name], density)
             for name, weight in weights.items()
         }
         shapes = {name: weight.shape for name, weight in weights.items()}
-        return scores, self.heads.layer_densities(shapes, found, density, lift)
+        return scores, self.heads.layer_densities(shapes, contexts, density, lift)
 
     def layer_densities(
         self,
@@ -147,13 +133,13 @@ class AutoS(nn.Module):
         lift: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Return the expected layer densities alone (survival head), with `lift` as in `rate`."""
-        found = features.contexts(weights, gradients)
+        contexts = features.contexts(weights, gradients)
         shapes = {name: weight.shape for name, weight in weights.items()}
-        return self.heads.layer_densities(shapes, found, density, lift)
+        return self.heads.layer_densities(shapes, contexts, density, lift)
 
     def _fused(self) -> Callable[[Tensor], Tensor]:
-        """Fold the normalisation into the first layer and work on pieces [F, n] as they come."""
-        assert isinstance(self.layers, nn.Sequential)
+        """Return the MLP as a function of pieces [F, n], the normalisation in its first layer."""
+        assert self.layers is not None
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         first = linears[0].weight / self.std
         biases = [linears[0].bias - first @ self.mean, *(layer.bias for layer in linears[1:])]
@@ -170,15 +156,9 @@ class AutoS(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits of kind and parameters."""
         digest = hashlib.sha256(f"{self.kind} {self.hidden}".encode())
-        for name, tensor in sorted(self._stored().items()):
+        for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
-
-    def _stored(self) -> dict[str, Tensor]:
-        """Return what the file holds: of a resnet18 the table, not the network."""
-        left_out = "layers." if self.backbone == "resnet18" else "-"
-        state = self.state_dict()
-        return {name: each for name, each in state.items() if not name.startswith(left_out)}
 
     def save(self, path: str | Path) -> None:
         """Write the network and its card as one safetensors file, atomically."""
@@ -189,13 +169,13 @@ class AutoS(nn.Module):
             "inputs": list(features.names_of(self.kind)),
             "hidden": list(self.hidden),
             "head": self.head,
-            "backbone": self.backbone,
+            "backbone": TABLE_ONLY if self.table and self.layers is None else "mlp",
             "densities": list(self.densities),
             "tabulated": self.table is not None,
             "fingerprint": self.fingerprint,
             "card": self.card,
         }
-        write_tensors(path, self._stored(), header)
+        write_tensors(path, self.state_dict(), header)
 
     @classmethod
     def load(cls, path: str | Path) -> AutoS:
@@ -213,13 +193,15 @@ class AutoS(nn.Module):
                 f"{path} was fitted on other features than this version computes "
                 f"({header['features']}: {odd[0]}); fit it again"
             )
-        shape = {key: header[key] for key in ("head", "backbone", "densities") if key in header}
+        shape = {key: header[key] for key in ("head", "densities") if key in header}
         try:
             with torch.random.fork_rng(devices=[]):
-                scorer = cls(header["features"], header["hidden"], **shape, build=False)
+                scorer = cls(header["features"], header["hidden"], **shape)
         except UsageError as error:
             raise UsageError(f"{path} does not fit its own card: {error}") from None
         scorer.table = Table() if header.get("tabulated") else None
+        if header.get("backbone") == TABLE_ONLY:
+            scorer.layers = None
         scorer.float()  # As in the file, whatever torch's default dtype is now.
         try:
             scorer.load_state_dict(tensors)
@@ -229,11 +211,3 @@ class AutoS(nn.Module):
             raise UsageError(f"{path}: the values do not match their fingerprint; it is damaged")
         scorer.card = header["card"]
         return scorer.eval()
-
-
-def _resnet18() -> nn.Module:
-    """Return timm's resnet18 on images [N, 2, 1, 1], made from [N, 2]."""
-    import timm
-
-    network = timm.create_model("resnet18", pretrained=False, in_chans=2, num_classes=1)
-    return nn.Sequential(nn.Unflatten(1, (2, 1, 1)), network)

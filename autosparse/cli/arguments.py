@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from autosparse.core import logs
 from autosparse.core.errors import UsageError, UserError
 
 Config = TypeVar("Config")
+WORDS = ("yes", "no", "on", "off", "y", "n")
+"""That YAML 1.1 takes for true or false, and YAML 1.2 does not."""
 
 
 def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
@@ -67,21 +69,51 @@ def parse(
         values = parser.instantiate(found)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(_explain(str(error), parser, kind)) from error
+    _unquote(values, parser)
     return kind(**vars(values))
 
 
 def _spelt_out(arguments: list[str], parser: Any) -> list[str]:
-    """Write options with underscores, and `true` after those that are true or false and bare."""
+    """Write options with underscores, and `true` after those that are true or false and bare.
+
+    What a setting of any type (`--options.scorer no`) is given, is text where only YAML 1.1 takes
+    it for true or false.
+    """
     flags = {f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool}
-    found = []
+    free = tuple(f"--{a.dest}." for a in parser._actions if _is_free(a))
+    found, text = [], False
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            argument = f"--{name.replace('-', '_')}{equals}{value}"
+            name = f"--{name.replace('-', '_')}"
+            text = name.startswith(free)
+            argument = f"{name}{equals}{_quoted(value) if text else value}"
+        elif text:
+            argument, text = _quoted(argument), False
         found.append(argument)
         if argument in flags and following.startswith("--"):
             found.append("true")
     return found
+
+
+def _is_free(action: Any) -> bool:
+    """Whether an option holds settings by name, of any type."""
+    return get_origin(getattr(action, "_typehint", None)) is dict
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if value.lower() in WORDS else value
+
+
+def _unquote(values: Any, parser: Any) -> None:
+    """Take the quotes off again, which the parser leaves where they are."""
+    for action in filter(_is_free, parser._actions):
+        settings = values
+        for part in action.dest.split("."):
+            settings = getattr(settings, part, None)
+        for key, value in (settings or {}).items():
+            if isinstance(value, str) and value == _quoted(value[1:-1]) != value[1:-1]:
+                settings[key] = value[1:-1]
 
 
 def _check_files(arguments: list[str]) -> None:

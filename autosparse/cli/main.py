@@ -18,7 +18,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
     "fit": ("autos.FitConfig", "fit AutoS on a corpus"),
     "prune": ("criteria.PruneConfig", "prune a timm model at initialization, save the ticket"),
     "compare": (
-        "study.CompareConfig",
+        "study.StudyConfig",
         "train tickets and their twins: does the choice of weights matter?",
     ),
     "train": ("study.SparseTrainConfig", "train tickets (or a dense model) in one process"),
@@ -30,7 +30,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
         None,
         "what a ticket or timm model costs, pruned and slimmed: operations, bytes, milliseconds",
     ),
-    "corpus": (None, "look after a corpus: ls, verify, index, merge, export-parquet, report"),
+    "corpus": (None, "look after a corpus: ls, verify, index, merge, report"),
     "shards": (None, "pack images into shards; verify them; index tars that others wrote"),
     "figures": (None, "draw all that applies to a sweep, comparison, corpus or AutoS file"),
     "report": (None, "one page of HTML of a sweep, comparison or corpus"),
@@ -40,8 +40,7 @@ VERBS: dict[str, tuple[str | None, str]] = {
 """Verb -> package and class of its settings (in the package's config.py), and what it does."""
 
 USAGE = {
-    "corpus": """ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR
-                         | export-parquet DIR FILE""",
+    "corpus": "ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR",
     "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR [--KEY VALUE …]",
     "measure": "TICKET|MODEL [--KEY VALUE …]",
     "figures": "DIR … | AUTOS.safetensors CORPUS",

@@ -24,7 +24,7 @@ the value that stands for how things were before, if that is not its default.
 
 def local(default: Any) -> Any:
     """Declare a field that says where or how fast, not what: left out of run_id."""
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"identity": False})
     return field(default=default, metadata={"identity": False})
 

@@ -40,7 +40,7 @@ FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
 REPORT = "report"
 NO_RUNS = (INDEX, REPORT, "mlflow.json", "mlflow.db", "mlartifacts")
-"""What else lies in a corpus folder."""
+"""Names in a corpus folder that are no runs."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class Corpus:
 
     def folders(self) -> list[Path]:
         """Return the folders of all finished runs, by run_id; raise UsageError if there is none."""
-        found = sorted(child for child in self.path.iterdir() if is_finished(child))
-        if not found:
+        finished = sorted(child for child in self.path.iterdir() if is_finished(child))
+        if not finished:
             raise UsageError(f"the corpus {self.path} has no finished run; grow it first")
-        return found
+        return finished
 
     def cards(self) -> list[dict[str, Any]]:
         """Return the cards of all finished runs, by run_id."""

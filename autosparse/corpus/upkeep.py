@@ -1,4 +1,4 @@
-"""Looking after a corpus: is every byte what was written, and moving runs about."""
+"""Look after a corpus: check every byte, and copy runs from one corpus into another."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from autosparse.core.files import (
     read_card,
     read_json,
     read_tensors,
-    replacing,
     sha256_of_file,
     write_bytes,
 )
+from autosparse.core.locks import claimed
 from autosparse.corpus import store
 from autosparse.corpus.store import FINISHED, NO_RUNS, RUN, Corpus
 
@@ -74,13 +74,13 @@ def _of_finished(folder: Path) -> Iterator[Problem]:
     except UsageError as error:
         yield Problem(name, RUN, str(error))
         return
-    found = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
+    digests_now = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
     if whole:
-        yield from _of_marker(name, marker, found, store.row_of(card))
+        yield from _of_marker(name, marker, digests_now, store.row_of(card))
         yield from _of_first_card(folder / CARD, card)
         return
     digests = marker.get("tensors", {})
-    wrong = [key for key, digest in digests.items() if found.get(key) != digest]
+    wrong = [key for key, digest in digests.items() if digests_now.get(key) != digest]
     for key in wrong:
         group, _, parameter = key.partition("/")
         yield Problem(name, RUN, f"parameter {parameter} ({group}) is not what was written")
@@ -110,7 +110,7 @@ def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
 def _of_marker(
     name: str, marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
 ) -> Iterator[Problem]:
-    """Compare what else the marker says with the run, which is whole."""
+    """Compare the marker's other entries with the run, whose file is whole."""
     expected: dict[str, Any] = {"sha256": marker["sha256"], "tensors": digests}
     # A later version's row may have more columns.
     expected["row"] = {key: row.get(key) for key in marker.get("row", {})}
@@ -123,29 +123,42 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
     """Copy finished runs into another corpus; return (copied, found there already).
 
     Each is checked on the way, and its commit marker comes last. Raises RunFailed after all that
-    can be copied is, if a run is damaged or is there with another content.
+    can be copied is, if a run is damaged, is there with another content, or is being worked on.
     """
     target = place(into)
     copied, there, problems = [], [], []
     for folder in [folder for source in sources for folder in Corpus(source).folders()]:
         goal = target / folder.name
-        found = list(_problems(folder))
-        if found:
-            problems += [str(problem) for problem in found]
-        elif store.is_finished(goal):
-            there.append(folder.name)
-            if not _same(folder, goal):
-                problems.append(f"{folder} and {goal} differ; kept {goal}")
-        else:
-            for name in (RUN, CARD, FINISHED):
-                if (folder / name).is_file():
-                    write_bytes(goal / name, (folder / name).read_bytes())
-            copied.append(folder.name)
+        wrong = list(_problems(folder))
+        if wrong:
+            problems += [str(problem) for problem in wrong]
+            continue
+        try:
+            (copied if _copied(folder, goal) else there).append(folder.name)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        if folder.name in there and not _same(folder, goal):
+            problems.append(f"{folder} and {goal} differ; kept {goal}")
     if copied:
         Corpus(target).write_index()
     if problems:
         raise RunFailed(f"{len(copied)} runs copied; " + "; ".join(problems))
     return copied, there
+
+
+def _copied(folder: Path, goal: Path) -> bool:
+    """Copy a finished run; False if it is there. UsageError if another process works on it."""
+    if store.is_finished(goal):
+        return False
+    with claimed(goal, finished=lambda: store.is_finished(goal)) as claim:
+        if claim is None or store.is_finished(goal):
+            return False
+        for name in (RUN, CARD, FINISHED):
+            if (folder / name).is_file():
+                claim.check()
+                write_bytes(goal / name, (folder / name).read_bytes())
+    return True
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -159,42 +172,3 @@ def _same(one: Path, other: Path) -> bool:
     one_has, other_has = first.get("tensors", {}), second.get("tensors", {})
     common = one_has.keys() & other_has.keys()
     return bool(common) and all(one_has[key] == other_has[key] for key in common)
-
-
-def export_parquet(path: str | Path, file: str | Path) -> int:
-    """Write a row per prunable weight of every finished run; return how many.
-
-    Columns: run_id, model, parameter, position (row-major, within the parameter), initial
-    (float32), survival (uint8), levels (uint8: survival lies in 0 to that). One row group per
-    parameter, so that a corpus larger than memory can be written and read.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    text = pa.dictionary(pa.int32(), pa.string())
-    schema = pa.schema([
-        ("run_id", text), ("model", text), ("parameter", text), ("position", pa.int64()),
-        ("initial", pa.float32()), ("survival", pa.uint8()), ("levels", pa.uint8()),
-    ])  # fmt: skip
-    rows = 0
-    with replacing(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for folder in Corpus(path).folders():
-            run = store.read_run(folder)
-            for name, survival in run.survival.items():
-                count = survival.numel()
-                constant = {"run_id": folder.name, "model": run.card["model"]["name"],
-                            "parameter": name}  # fmt: skip
-                columns = [
-                    pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [value])
-                    for value in constant.values()
-                ]
-                columns += [
-                    pa.array(np.arange(count)),
-                    pa.array(run.initial[name].flatten().float().numpy()),
-                    pa.array(survival.flatten().numpy()),
-                    pa.array(np.full(count, run.levels, np.uint8)),
-                ]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                rows += count
-    return rows

@@ -1,7 +1,8 @@
-"""Criteria: functions that score weights at initialization. One file each, found by name.
+"""Criteria: functions that score or choose weights at initialization. One file each.
 
-`get("snip")(model, batches, loss_fn)` returns a float tensor per prunable parameter,
-higher = keep; `names()` lists them. To add one, add a file with one registered function.
+`get("snip")(model, batches, loss_fn)` returns per prunable parameter a float tensor (higher =
+keep), or a bool mask where the criterion `chooses`; `names()` lists them. To add one, add a file
+with one registered function.
 """
 
 from __future__ import annotations

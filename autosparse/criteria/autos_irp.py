@@ -1,11 +1,11 @@
-"""AutoS with short levels: a few rewound steps say which weights, AutoS how many per layer.
+"""AutoS with short levels: training ranks the weights, AutoS says how many each layer keeps.
 
-As short_irp.py: every level trains the subnetwork from its initial weights for `steps_per_level`
-steps and keeps the largest weights. But what each layer keeps comes from AutoS's allocation head
-(see heads.py), which has seen what iterative pruning with full-length levels leaves of a layer;
-and the first levels, in which a few steps say no more than the initial weights, are left to AutoS
-altogether: by its odds down to a quarter of the weights, and where few levels follow, drawn on
-paths further down. It is no paper's method; what was measured is in docs/research.md.
+As in short_irp.py, every level trains the subnetwork from its initial weights for `steps_per_level`
+steps and keeps the largest weights. Two things differ. How many weights a layer keeps comes from
+AutoS's allocation head (see heads.py), which was fitted on iterative pruning with levels of full
+length. And AutoS alone prunes before any training, where a few steps tell no more than the initial
+weights do: to a quarter of the weights by its odds; where only few levels follow, further down,
+drawn on paths. This is no paper's method; what was measured is in docs/research.md.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ import torch
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import autos
-from autosparse.criteria.base import Scores, register
-from autosparse.criteria.short_irp import Horizon, short_levels
+from autosparse.criteria.base import Masks, Scores, register
+from autosparse.criteria.short_irp import Best, Horizon, short_levels
 from autosparse.models.gradients import mean_gradients
 from autosparse.sparsity import masks, paths, reach
 from autosparse.sparsity.counts import keep_density
 from autosparse.training.config import TrainingConfig
 
 ROUNDS = 4
-"""In which a level removes weights: what has lost its paths in one goes first in the next."""
+"""Rounds in which a level removes weights: what loses its paths in one goes first in the next."""
 BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
 
 
-@register("autos_irp", needs_data=True, trains=True, provenance=autos.fingerprints, learned=True)
+@register(
+    "autos_irp",
+    needs_data=True,
+    trains=True,
+    provenance=autos.fingerprints,
+    learned=True,
+    chooses=True,
+)
 def autos_irp(
     model,
     parameters,
@@ -52,8 +59,8 @@ def autos_irp(
     learning_rate: float = 1e-2,
     weight_decay: float = 0.05,
     seed: int = 0,
-) -> Scores:
-    """Return scores that are positive for exactly the weights that are left at the last level.
+) -> Masks:
+    """Return the masks of the last level.
 
     Args:
         sparsity: fraction of weights to remove in the end.
@@ -72,13 +79,8 @@ def autos_irp(
         weight_decay: as in training: not on biases and norms.
         seed: fixes what is drawn, and dropout.
     """
-    network = autos.found(scorer)
-    if network.head != "survival":
-        raise UsageError("autos_irp needs an AutoS with the head survival")
-    if not 0 < start <= 1:
-        raise UsageError(f"autos_irp: start must be above 0 and at most 1, got {start}")
-    if fall <= 1:
-        raise UsageError(f"autos_irp: fall must be above 1, got {fall}")
+    network = autos.load_scorer(scorer)
+    _check(network, start, fall)
     if iter(batches) is batches:
         batches = list(islice(batches, max(steps_per_level, BATCHES)))
     first = list(islice(batches, BATCHES))
@@ -91,31 +93,32 @@ def autos_irp(
         _followed(model, first, live),
         autos.lifted(model, parameters, first, reuse),
     )
-    initial = {name: weight.detach().cpu() for name, weight in parameters.items()}
-
-    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
-        scores = {
-            name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
-        }
-        return scores, layers.best(scores, alive, count)
-
     training = TrainingConfig(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
     )
     horizon = Horizon(sparsity, levels, steps_per_level, training, seed)
-    begin = (1 - sparsity) * fall**levels
-    steep = begin < start
-    alive = layers.drawn(begin, seed) if steep else layers.first(max(start, 1 - sparsity))
-    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
+    steep = (1 - sparsity) * fall**levels
+    alive = layers.drawn(steep, seed) if steep < start else layers.first(max(start, 1 - sparsity))
+    best = layers.by_movement(movement)
+    return short_levels(model, batches, loss_fn, horizon, best, alive)
 
 
-def _followed(model, batches, live: bool) -> Callable[..., masks.Masks]:
-    """Return what keeps the highest scores, if `live` of those that lie on paths."""
+def _check(network: AutoS, start: float, fall: float) -> None:
+    if network.head != "survival":
+        raise UsageError("autos_irp needs an AutoS with the head survival")
+    if not 0 < start <= 1:
+        raise UsageError(f"autos_irp: start must be above 0 and at most 1, got {start}")
+    if fall <= 1:
+        raise UsageError(f"autos_irp: fall must be above 1, got {fall}")
+
+
+def _followed(model, batches, live: bool) -> Callable[..., Masks]:
+    """Return the function that keeps the highest scores; `live`: on paths first."""
     shape = paths.image_shape(model, batches)
 
     def choose(
-        scores: Scores, kept: dict[str, int], within: masks.Masks, rounds: int, tilt: float
-    ) -> masks.Masks:
+        scores: Scores, kept: dict[str, int], within: Masks, rounds: int, tilt: float
+    ) -> Masks:
         if not live:
             return masks.keep_counts(scores, kept, within=within)
         return reach.best_on_paths(
@@ -126,7 +129,7 @@ def _followed(model, batches, live: bool) -> Callable[..., masks.Masks]:
 
 
 class _Layers:
-    """What AutoS says of the layers, from the initial weights and gradients."""
+    """Masks whose layer counts AutoS predicts from the initial weights and gradients."""
 
     def __init__(
         self,
@@ -140,15 +143,27 @@ class _Layers:
         self.choose, self.lift = choose, lift
         self.total = masks.total(parameters)
 
+    def by_movement(self, movement: float) -> Best:
+        """Return how a level chooses: by |initial weight + movement * change|."""
+        initial = {name: weight.detach().cpu() for name, weight in self.parameters.items()}
+
+        def best(trained: Scores, alive: Masks, count: int) -> Masks:
+            scores = {
+                name: initial[name].lerp(weight, movement).abs() for name, weight in trained.items()
+            }
+            return self.best(scores, alive, count)
+
+        return best
+
     def best(
         self,
         scores: Scores,
-        alive: masks.Masks,
+        alive: Masks,
         count: int,
         rounds: int = ROUNDS,
         tilt: float = 0.0,
-    ) -> masks.Masks:
-        """Keep the best of what is alive, in each layer as many as AutoS allots it.
+    ) -> Masks:
+        """Keep `count` of the living weights: in each layer its share by AutoS, the highest scores.
 
         `rounds` and `tilt` are those of reach.thinned.
         """
@@ -163,14 +178,14 @@ class _Layers:
         )
         return self.choose(scores, kept, alive, rounds, tilt)
 
-    def everything(self) -> masks.Masks:
+    def everything(self) -> Masks:
         """Return masks that keep all."""
         return {
             name: torch.ones(weight.shape, dtype=torch.bool)
             for name, weight in self.parameters.items()
         }
 
-    def first(self, density: float) -> masks.Masks:
+    def first(self, density: float) -> Masks:
         """Return the masks that AutoS's odds alone prune to, before any step."""
         alive = self.everything()
         if density == 1:
@@ -179,10 +194,10 @@ class _Layers:
         scores = {name: score.cpu() for name, score in scores.items()}
         return self.best(scores, alive, keep_density(self.total, density))
 
-    def drawn(self, density: float, seed: int) -> masks.Masks:
+    def drawn(self, density: float, seed: int) -> Masks:
         """Return masks as `autos` draws them, on paths."""
         alive = self.everything()
         generator = torch.Generator().manual_seed(seed)
-        scores = {n: autos.drawn(mask, "live", 1.0, generator) for n, mask in alive.items()}
+        scores = {n: autos.noise_for("live", mask, generator) for n, mask in alive.items()}
         count = keep_density(self.total, density)
         return self.best(scores, alive, count, reach.ROUNDS, autos.TILT)

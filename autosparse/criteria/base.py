@@ -1,4 +1,9 @@
-"""What a criterion is, and the register of those that there are."""
+"""What a criterion is, and the registry of all criteria.
+
+A criterion returns one of two things. `Scores` rank the weights, and `prune` decides how many stay
+and where. `Masks` are the choice itself, for criteria that pick a set of weights as a whole; scope,
+allocation, guard and pattern say how scores become masks, so they do not apply to a choice.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +15,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError, unknown
-from autosparse.models import gradients
+from autosparse.models import batch_norm
 from autosparse.models.contract import checked_loss, gradients_on
-from autosparse.models.gradients import LossFn, Shared, untouched
+from autosparse.models.gradients import LossFn, Shared
+from autosparse.models.restore import untouched
 from autosparse.models.standardised import kernels_masked
 from autosparse.models.zoo import prunable
-from autosparse.sparsity.masks import is_finite
+from autosparse.sparsity import masks
+from autosparse.sparsity.counts import keep_count
+from autosparse.sparsity.masks import Masks, is_finite
 
 Scores = dict[str, Tensor]
+"""Per prunable weight a float tensor of its shape; higher = keep."""
+FORMER: dict[str, dict[str, Any]] = {"autos": {"temperature": 1.0}}
+"""Criterion -> options that it no longer has, with their defaults: still part of a trial's id."""
 FIRST: dict[str, dict[str, Any]] = {
-    "autos": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},
+    "autos": {
+        "autos": "46f37190ccfe987d",
+        "corpus": "57c4fb23d0759c3d",
+        **FORMER["autos"],
+    },
     "autos_irp": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},
 }
 """Criterion -> the first default of an option that has changed since, and the first packaged file.
 
 Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEFAULTS.
 """
+EMPTY = inspect.Parameter.empty
 _REGISTRY: dict[str, Criterion] = {}
-NO_CRITERION = ("base", "config", "prune", "rounds", "scoring")
+NO_CRITERION = ("base", "config", "prune", "rounds", "scoring", "selection")
 """Files of this package that hold no criterion."""
 
 
@@ -40,16 +57,25 @@ class Criterion:
     """A registered criterion."""
 
     name: str
-    function: Callable[..., Scores]
-    """(model, parameters, batches, loss_fn, **options) -> scores."""
+    function: Callable[..., Scores | Masks]
+    """(model, parameters, batches, loss_fn, **options) -> scores, or masks where it `chooses`."""
     needs_data: bool
     """Whether it looks at the batches."""
     trains: bool = False
     """Whether it trains, and so wants an endless stream of training batches, not a sample."""
     provenance: Callable[..., dict[str, str]] | None = None
-    """Options -> what else the scores depend on, for the ticket's card."""
+    """Options -> fingerprints of the files that the result depends on, for the ticket's card."""
     learned: bool = False
-    """Whether it was fitted on networks as `models.create` makes them, and wants such ones."""
+    """Whether it was fitted on networks of `models.create`, and expects their initial values."""
+    chooses: bool | Callable[..., bool] = False
+    """Whether it returns Masks instead of Scores; where its options decide, a function of them."""
+
+    allocates: bool = False
+    """Whether its scores are made for given layer counts, which no other setting may change."""
+
+    def makes_choice(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the criterion returns Masks when it is given these options."""
+        return self.chooses(**options) if callable(self.chooses) else self.chooses
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,10 +83,16 @@ class Criterion:
         parameters = inspect.signature(self.function).parameters.values()
         return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
-    def beyond(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what scores depend on beyond the name and the options asked for.
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Defaults of the options that have one, former options too: what ids are made of."""
+        own = {key: each for key, each in self.options.items() if each is not EMPTY}
+        return FORMER.get(self.name, {}) | own
 
-        Defaults that are no longer the first ones, and files such as AutoS by their content.
+    def beyond(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the result depends on beyond the name and the options asked for.
+
+        That is: defaults that have changed since the first version, and files by their content.
         """
         first, files = FIRST.get(self.name, {}), {}
         if self.provenance:
@@ -69,7 +101,7 @@ class Criterion:
         return self.changed_defaults(asked) | other
 
     def changed_defaults(self, asked: Collection[str]) -> dict[str, Any]:
-        """Return the defaults that count, as no option asks otherwise, and are not the first."""
+        """Return the defaults in force, of options not asked for, that differ from the first."""
         first = {**self.options, **FIRST.get(self.name, {})}
         return {
             key: each
@@ -83,15 +115,18 @@ class Criterion:
             if key not in self.options:
                 raise unknown(f"option of {self.name}", key, self.options)
 
+    def _check_none_lacks(self, given: Collection[str]) -> None:
+        for key, value in self.options.items():
+            if value is EMPTY and key not in given:
+                raise UsageError(f"criterion {self.name} needs the option {key}")
+
     def check_whole(self, options: Mapping[str, Any], filled: Collection[str] = ()) -> None:
         """Raise UsageError for options that are unknown or lacking, and files that are not there.
 
-        `filled` are options that are given later.
+        `filled` are options that are given when it is called.
         """
         self.check(options)
-        for key, value in self.options.items():
-            if value is inspect.Parameter.empty and key not in (*options, *filled):
-                raise UsageError(f"criterion {self.name} needs the option {key}")
+        self._check_none_lacks((*options, *filled))
         if self.provenance:
             self.provenance(**options)
 
@@ -105,8 +140,11 @@ class Criterion:
         training_mode: bool = True,
         warm_up: bool = False,
         **options: Any,
-    ) -> Scores:
-        """Score every prunable weight of `model`; the model and the RNGs are left as they were.
+    ) -> Scores | Masks:
+        """Score or choose among the prunable weights; model and RNGs are left as they were.
+
+        Returns per prunable weight a tensor of its shape: float scores, or a bool mask with as
+        many True as `sparsity` asks for where the criterion chooses.
 
         Args:
             model: on the device of the batches.
@@ -122,10 +160,7 @@ class Criterion:
             options: the criterion's own; an unknown one raises UsageError.
         """
         self.check(options)
-        missing = [key for key, value in self.options.items() if value is inspect.Parameter.empty]
-        for key in missing:
-            if key not in options:
-                raise UsageError(f"criterion {self.name} needs the option {key}")
+        self._check_none_lacks(options)
         if not self.trains and not isinstance(batches, Sequence):
             batches = list(batches)
         if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
@@ -133,26 +168,43 @@ class Criterion:
         parameters, loss = prunable(model, exclude), checked_loss(loss_fn, model)
         with gradients_on(), untouched(model), kernels_masked(model):
             if warm_up and self.needs_data and not self.trains:
-                gradients.warm_up(model, batches)
+                batch_norm.warm_up(model, batches)
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            scores = self.function(model, parameters, batches, loss, **options)
+            returned = self.function(model, parameters, batches, loss, **options)
         if isinstance(batches, Shared):
-            self._agree(scores, parameters)
-        return {name: self._checked(name, scores[name]) for name in parameters}
+            as_on_rank_0(returned)
+        returned = {name: returned[name].detach() for name in parameters}
+        if self.makes_choice(options):
+            self._check_masks(returned, options.get("sparsity"))
+        else:
+            self._check_scores(returned)
+        return returned
 
-    @staticmethod
-    def _agree(scores: Scores, parameters: Iterable[str]) -> None:
-        """Give every rank the scores of rank 0: the last bits may differ between machines."""
-        for name in parameters:
-            scores[name] = scores[name].contiguous()
-            dist.broadcast(scores[name], 0)
+    def _check_scores(self, scores: Scores) -> None:
+        for layer, score in scores.items():
+            if score.dtype == torch.bool:
+                raise TypeError(f"{self.name} returned masks; register it with chooses=True")
+            if not is_finite(score):
+                raise UsageError(f"{self.name}: the scores of {layer} are not finite")
 
-    def _checked(self, layer: str, score: Tensor) -> Tensor:
-        if not is_finite(score):
-            raise UsageError(f"{self.name}: the scores of {layer} are not finite")
-        return score.detach()
+    def _check_masks(self, chosen: Masks, sparsity: float | None) -> None:
+        if any(mask.dtype != torch.bool for mask in chosen.values()):
+            raise TypeError(f"{self.name} is registered with chooses, and returned no bool masks")
+        kept = masks.kept(chosen)
+        if sparsity is not None and kept != keep_count(masks.total(chosen), sparsity):
+            raise UsageError(
+                f"{self.name} chose {kept} of {masks.total(chosen)} weights, not as many as "
+                f"sparsity {sparsity:g} asks for"
+            )
+
+
+def as_on_rank_0(tensors: dict[str, Tensor]) -> None:
+    """Give every rank the tensors of rank 0: the last bits may differ between machines."""
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.contiguous()
+        dist.broadcast(tensors[name], 0)
 
 
 def register(
@@ -162,11 +214,15 @@ def register(
     trains: bool = False,
     provenance: Callable[..., dict[str, str]] | None = None,
     learned: bool = False,
+    chooses: bool | Callable[..., bool] = False,
+    allocates: bool = False,
 ) -> Callable:
-    """Register the decorated function as the criterion `name`."""
+    """Register the decorated function as the criterion `name`; see Criterion for the fields."""
 
-    def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
-        _REGISTRY[name] = Criterion(name, function, needs_data, trains, provenance, learned)
+    def add(function: Callable[..., Scores | Masks]) -> Callable[..., Scores | Masks]:
+        _REGISTRY[name] = Criterion(
+            name, function, needs_data, trains, provenance, learned, chooses, allocates
+        )
         return function
 
     return add

@@ -22,7 +22,7 @@ from autosparse.sparsity import masks
 from autosparse.sparsity.counts import keep_count
 
 
-@register("erk", needs_data=False)
+@register("erk", needs_data=False, allocates=True)
 def erk(model, parameters, batches, loss_fn, *, sparsity: float, seed: int = 0) -> Scores:
     """Return scores that are positive for exactly the weights that ERK keeps at `sparsity`.
 

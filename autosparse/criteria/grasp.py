@@ -19,7 +19,8 @@ from torch import Tensor
 
 from autosparse.criteria.base import Scores, register
 from autosparse.models.contract import each_float
-from autosparse.models.gradients import mean_gradients, mean_hessian_times, twice_differentiable
+from autosparse.models.gradients import mean_gradients, mean_hessian_times
+from autosparse.models.numerics import twice_differentiable
 
 
 @register("grasp", needs_data=True)

@@ -22,14 +22,9 @@ from torch import Tensor, nn
 from autosparse.core.errors import UsageError
 from autosparse.criteria.base import Scores, register
 from autosparse.criteria.rounds import Take, shrink
+from autosparse.models.batch_norm import batch_norms, last_statistics
 from autosparse.models.contract import joined
-from autosparse.models.gradients import (
-    Shared,
-    backward_one_by_one,
-    batch_norms,
-    last_statistics,
-    with_weights,
-)
+from autosparse.models.gradients import Shared, backward_one_by_one, with_weights
 
 
 @register("ntk_sap", needs_data=True)

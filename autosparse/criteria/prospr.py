@@ -21,10 +21,10 @@ from autosparse.models.gradients import (
     differentiate_again,
     gathered,
     spend,
-    twice_differentiable,
     with_edges,
     with_weights,
 )
+from autosparse.models.numerics import twice_differentiable
 
 Weights = dict[str, Tensor]
 
@@ -64,11 +64,11 @@ def prospr(
     def after(count: int) -> Weights:
         weights = {name: each.detach().clone().requires_grad_() for name, each in start.items()}
         for number in range(count):
-            found = _gradients(loss(weights, number), weights)
+            slopes = _gradients(loss(weights, number), weights)
             with torch.no_grad():
-                for weight, gradient in zip(weights.values(), found, strict=True):
+                for weight, gradient in zip(weights.values(), slopes, strict=True):
                     weight.sub_(gradient, alpha=learning_rate)
-            del found, gradient
+            del slopes, gradient
         return weights
 
     with twice_differentiable():
@@ -77,9 +77,9 @@ def prospr(
         for number in reversed(range(steps if second_order else 0)):
             weights.clear()
             weights.update(after(number))
-            found = _gradients(loss(weights, number), weights, create_graph=True)
-            products = with_edges(found, meta)
-            del found
+            slopes = _gradients(loss(weights, number), weights, create_graph=True)
+            products = with_edges(slopes, meta)
+            del slopes
             spend(len(batches[number % len(batches)][1]))
             bent: dict[int, Tensor] = {}
             differentiate_again(products, list(weights.values()), bent.__setitem__)
@@ -93,7 +93,7 @@ def prospr(
 
 def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> list[Tensor]:
     """Differentiate by all weights; zero for one that is not used."""
-    found = torch.autograd.grad(
+    slopes = torch.autograd.grad(
         value, list(weights.values()), create_graph=create_graph, materialize_grads=True
     )
-    return list(found)
+    return list(slopes)

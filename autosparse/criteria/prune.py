@@ -5,31 +5,38 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from autosparse import criteria
-from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.core.errors import RunFailed, unknown
 from autosparse.core.versions import library_versions
 from autosparse.criteria.config import PruneConfig, ScoringConfig
 from autosparse.criteria.scoring import (
-    UNIFORM,
     Data,
-    Scored,
-    Selection,
+    check_runs,
     check_scoring,
     describe,
     excluded,
     same_everywhere,
     score,
 )
+from autosparse.criteria.selection import (
+    UNIFORM,
+    Scored,
+    Selection,
+    onto_paths,
+    select,
+    tie_entry,
+)
 from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
-from autosparse.models.contract import gradients_on
+from autosparse.models.contract import Checked, gradients_on
 from autosparse.models.gradients import LossFn
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
@@ -41,7 +48,7 @@ from autosparse.training.steppers import Ranks
 
 DENSE = "dense"
 SOME_CLASSES = 10
-"""Where only the data themselves tell how many there are."""
+"""Classes of the model that settings are checked on, where only the data tell how many."""
 DEAD = ("warn", "error")
 
 
@@ -62,10 +69,10 @@ def prune(
     ranks: Ranks | None = None,
     dead: str = "warn",
 ) -> Ticket:
-    """Score a model's weights at initialization and return the ticket; the model is not changed.
+    """Choose a model's weights at initialization and return the ticket; the model is not changed.
 
-    What hides layers from scores in a model of your own (norms, LayerScale, heads that start at or
-    near zero) is taken to be one, or drawn, while it is scored; the card says so (`revealed`).
+    Parameters of a model of your own that hide layers from scores (norms, LayerScale and heads that
+    start at or near zero) have other values while it is scored; the card names them (`revealed`).
 
     Args:
         model: a timm model (or any module with Conv and Linear layers), at initialization. A
@@ -75,7 +82,8 @@ def prune(
             look at no data take [].
         criterion: a name from `criteria.names()`, or `dense` to keep everything.
         sparsity: fraction of prunable weights to remove, 0 <= sparsity < 1.
-        selection: how scores become masks; by default a global threshold.
+        selection: how scores become masks; by default a global threshold. Criteria that choose
+            by themselves take no other.
         scoring: what scores are computed on, and in which mode; the amounts for named data.
         scope: `layer` is short for a selection of that scope.
         seed: chooses the images that are scored, and what random criteria draw.
@@ -85,11 +93,11 @@ def prune(
         ranks: this process's place, if several prune the same model together (under
             torch.distributed): named data are shared out, own batches are taken to be this
             rank's share; every rank gets the same ticket.
-        dead: what becomes of a ticket whose output does not depend on the image: warn, or error.
+        dead: `warn` or `error`, if the ticket's output does not depend on the image.
 
-    Works under `torch.no_grad` and `inference_mode` too. Raises UsageError, in one line, for an
-    unknown name or a sparsity out of range, and for a model, loss or batch that cannot be used;
-    RunFailed for a dead ticket, if that is asked for.
+    Works under `torch.no_grad` and `inference_mode` too. Raises UsageError for an unknown name, a
+    setting out of range, and a model, loss or batch that cannot be used; RunFailed for a dead
+    ticket where `dead` is `error`.
     """
     if dead not in DEAD:
         raise unknown("value of dead", dead, DEAD)
@@ -135,16 +143,18 @@ def check(config: PruneConfig) -> None:
     selection_of(config).check()
     for name, options in criteria_of(config):
         criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
+    if config.criterion != DENSE:
+        selection_of(config).check_for(criteria.get(config.criterion), config.options)
     check_scoring(config.scoring)
     check_model(config.model, config.data)
 
 
 def criteria_of(config: PruneConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Return the criteria that score, with their options: one, or another that allocates too."""
-    found = [(config.criterion, config.options)] if config.criterion != DENSE else []
+    """Return the criteria that are used, with their options: the main one, and the allocator."""
+    used = [(config.criterion, config.options)] if config.criterion != DENSE else []
     if config.allocation not in (None, UNIFORM):
-        found.append((str(config.allocation), config.allocation_options))
-    return found
+        used.append((str(config.allocation), config.allocation_options))
+    return used
 
 
 def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:
@@ -172,60 +182,17 @@ def selection_of(config: PruneConfig) -> Selection:
 def choose(
     model: nn.Module, scored: Scored, card: dict[str, Any], *, ranks: Ranks | None = None
 ) -> Ticket:
-    """Do the second half of `prune`: from scores to the ticket."""
-    chosen = select(scored, card["sparsity"])
-    card = {**card, **_ties(scored, chosen)}
-    if scored.selection.guard == "live":
-        chosen = _onto_paths(model, chosen, scored)
+    """Do the second half of `prune`: from scores or masks to the ticket."""
+    chosen = scored.masks
+    if chosen is None:
+        chosen = select(scored, card["sparsity"])
+        card = {**card, **tie_entry(scored, chosen)}
+        if scored.selection.guard == "live":
+            chosen = onto_paths(model, chosen, scored)
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(ticket.fingerprint, "chose other weights", ranks)
     return ticket
-
-
-def _ties(scored: Scored, chosen: Masks) -> dict[str, int]:
-    """Return the card's entry on ties at the threshold, told in a warning too, if they are many."""
-    if scored.selection.pattern is not None:
-        return {}
-    by_layer = scored.counts is not None or scored.selection.scope == "layer"
-    found, kept = masks.ties(scored.scores, chosen, by_layer=by_layer), masks.kept(chosen)
-    if found <= masks.MANY_TIES * kept:
-        return {}
-    warnings.warn(
-        f"{found:,} weights have the very score that the threshold fell on ({kept:,} are kept): "
-        "which of them stay was settled by their position; use another criterion or more data",
-        stacklevel=4,
-    )
-    return {"ties": found}
-
-
-def select(scored: Scored, sparsity: float) -> Masks:
-    """Return the masks: exactly the right number of weights, the highest scores."""
-    selection, scores = scored.selection, scored.scores
-    per_channel = selection.guard == "channel"
-    if selection.pattern is not None:
-        return masks.n_of_m(scores, *selection.n_of_m())
-    if scored.counts is not None:
-        return masks.keep_counts(scores, scored.counts, per_channel=per_channel)
-    return masks.from_scores(
-        scores,
-        sparsity,
-        scope=selection.scope,
-        min_per_layer=0 if selection.guard == "none" else 1,
-        per_channel=per_channel,
-    )
-
-
-def _onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
-    if scored.shape is None:
-        raise UsageError("guard live needs to know the images' shape: give a batch, or named data")
-    try:
-        return reach.onto_paths(model, chosen, scored.scores, scored.shape)
-    except CannotFollow as error:
-        raise UsageError(
-            f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "
-            "use guard layer"
-        ) from error
 
 
 def finish_card(
@@ -259,10 +226,10 @@ def finish_card(
 
 
 def dead_line(card: Mapping[str, Any]) -> str:
-    """Return what to tell of a dead ticket."""
+    """Return the warning for a dead ticket."""
     return (
-        f"this ticket is dead: what it says does not depend on the image, from {card['dead']} on; "
-        "prune with guard live, at a lower sparsity or by another criterion"
+        f"this ticket is dead: its output does not depend on the image, from {card['dead']} on; "
+        "prune at a lower sparsity, by another criterion or, if that gives scores, with guard live"
     )
 
 
@@ -276,6 +243,8 @@ def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> T
     exclude = excluded(model, exclude)
     if isinstance(data, str | DataConfig):
         data = sets.load(data)
+    data = data if isinstance(data, sets.DataSource) else list(islice(Checked(data, None), 1))
+    check_runs(model, data)
     chosen = {
         name: torch.ones_like(weight, dtype=torch.bool)
         for name, weight in prunable(model, exclude).items()

@@ -45,6 +45,7 @@ def shrink(
     shared: bool = False,
     passes: float = 1.0,
     narrow: Narrow | None = None,
+    lasting: bool = False,
 ) -> Scores:
     """Prune by |weight * gradient| again and again; what is pruned is zero and stays so.
 
@@ -62,12 +63,14 @@ def shrink(
         narrow: called when the dead are left behind, with the positions of the living in each of
             the weights (flattened as it lies in memory, ascending) and their values. Returns what
             `gradient` is taken by from then on, and where the living lie in that.
+        lasting: a layer whose scores are all zero in a round goes by its last ones that were not,
+            below all other layers; if no layer has any other, all go by their last ones.
 
     Returns the last round's scores; a weight that fell in round k has k - n - 1 (below zero, the
     earlier the lower).
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        left = _Left(weights, rounds, pool)
+        left = _Left(weights, rounds, pool, lasting)
         for number, count in enumerate(counts(len(left.alive), sparsity, rounds), start=1):
             left.forget_the_dead(narrow)
             samples = left.score(gradient)
@@ -84,9 +87,9 @@ class _Left:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], rounds: int, pool: ThreadPoolExecutor
+        self, weights: Mapping[str, Tensor], rounds: int, pool: ThreadPoolExecutor, lasting: bool
     ) -> None:
-        self.weights, self.pool = list(weights.values()), pool
+        self.weights, self.pool, self.lasting = list(weights.values()), pool, lasting
         for name, weight in weights.items():
             if not _lie_alike(weight, torch.empty_like(weight)):
                 raise UsageError(f"{name} lies in memory with gaps; clone it first")
@@ -122,6 +125,7 @@ class _Left:
         if int(self.per_layer.sum()) > most * len(self.alive):
             return
         sizes, alive = self.per_layer.tolist(), nonzero(self.alive)
+        before = self.scores[alive] if self.lasting else None
         if self.places is None:
             self.places = self._inside(alive)
             self.values = torch.cat([
@@ -131,6 +135,8 @@ class _Left:
         else:
             self.places, self.values = self.places[alive], self.values[alive]
         self._lay_out(sizes)
+        if before is not None:
+            self._keep_scores(before)
         self.spots = self.places
         if narrow is not None:
             self.weights, spots = narrow(
@@ -151,6 +157,9 @@ class _Left:
                 flat = flat.to(wide)
                 self._keep_scores(self.scores.to(wide))
             layer, weight = self.layers[place], flattened(values[place])
+            mine = None if places is None else places[place]
+            if self.lasting and not _tells(flat, weight, mine):
+                return
             if place not in missing:
                 flat = flat if places is None else flat.index_select(0, places[place])
                 layer.add_(flat.mul_(weight))
@@ -161,8 +170,13 @@ class _Left:
             missing.discard(place)
 
         samples = gradient(take)
-        for place in missing:
-            self.layers[place].zero_()
+        if not self.lasting:
+            for place in missing:
+                self.layers[place].zero_()
+        elif len(missing) < len(self.weights):
+            for place, alive in enumerate(self.alive.split(self.sizes)):
+                if place in missing:
+                    _rank_below_all(self.layers[place], alive)
         return samples
 
     def worst(self, count: int, min_per_layer: int) -> Tensor:
@@ -277,6 +291,35 @@ class _Left:
         ):
             torch.sub(mine, start, out=found)
         return inside
+
+
+def _tells(gradient: Tensor, weight: Tensor, places: Tensor | None) -> bool:
+    """Whether weight * gradient is anywhere other than zero.
+
+    Args:
+        gradient: [n], of the layer.
+        weight: [m], those that are looked at.
+        places: [m], where these lie in the layer; None: n = m.
+    """
+    for step in (STEP, 1):  # A few are enough but for a layer that is dead.
+        some = slice(None, None, step)
+        mine = gradient[some] if places is None else gradient.index_select(0, places[some])
+        if bool((mine * weight[some]).any()):
+            return True
+    return False
+
+
+def _rank_below_all(scores: Tensor, alive: Tensor) -> None:
+    """Replace scores by their order, in numbers smaller than any score that is not zero.
+
+    Zeros stay. Of equal ones the last are the lowest.
+    """
+    there = nonzero(alive & (scores != 0))
+    best_first = scores[there].abs().sort(descending=True, stable=True).indices
+    limits = torch.finfo(scores.dtype)
+    ranks = torch.arange(len(there), 0, -1, dtype=scores.dtype, device=scores.device)
+    scores.zero_()
+    scores[there[best_first]] = ranks * (limits.smallest_normal * limits.eps)
 
 
 def _float_of(weight: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""A criterion's scores of a model's weights, and all that is needed to choose by them."""
+"""Run a criterion on a model: its scores or masks, and the ticket's card so far."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -19,76 +19,26 @@ from autosparse import criteria
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
 from autosparse.core.versions import library_versions
+from autosparse.criteria.base import as_on_rank_0
 from autosparse.criteria.config import ScoringConfig
+from autosparse.criteria.selection import UNIFORM, Scored, Selection
 from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import roles, zoo
-from autosparse.models.contract import Checked, gradients_on, remedy
-from autosparse.models.gradients import LossFn, Shared, counting, note, of_the_machine, untouched
+from autosparse.models.contract import Checked, gradients_on, of_the_machine, remedy
+from autosparse.models.gradients import LossFn, Shared, counting, note
+from autosparse.models.restore import untouched
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.counts import check_sparsity, keep_count
+from autosparse.sparsity.masks import Masks
 from autosparse.sparsity.paths import CannotFollow
 from autosparse.training.loop import seeded
 from autosparse.training.steppers import Ranks
 
 Data = str | DataConfig | DataSource | Iterable[tuple[Tensor, Tensor]]
-UNIFORM = "uniform"
-GUARDS = ("layer", "channel", "live", "none")
 MODES = ("train", "eval")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How scores become masks; see PruneConfig for the fields."""
-
-    scope: str = "global"
-    allocation: str | None = None
-    allocation_options: dict[str, Any] = field(default_factory=dict)
-    guard: str = "layer"
-    pattern: str | None = None
-
-    def check(self) -> None:
-        """Raise UsageError for what cannot be."""
-        if self.guard not in GUARDS:
-            raise unknown("guard", self.guard, GUARDS)
-        if self.scope not in masks.SCOPES:
-            raise unknown("scope", self.scope, masks.SCOPES)
-        if self.allocation is not None and self.allocation != UNIFORM:
-            criteria.get(self.allocation).check(self.allocation_options)
-        if self.allocation is not None and self.scope == "layer":
-            raise UsageError(
-                f"scope layer settles how much layers keep, and so does allocation "
-                f"{self.allocation}; give one of them"
-            )
-        if self.pattern is not None:
-            self.n_of_m()
-            if self.allocation is not None or self.scope == "layer":
-                raise UsageError(
-                    "a pattern n:m settles how much layers keep; leave out scope and allocation"
-                )
-            if self.guard == "live":
-                raise UsageError("a pattern n:m settles where weights may be; leave out guard live")
-
-    def n_of_m(self) -> tuple[int, int]:
-        """Return n and m of the pattern."""
-        n, colon, m = (self.pattern or "").partition(":")
-        if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) <= int(m)):
-            raise UsageError(f"a pattern is n:m with 0 < n <= m, such as 2:4, not {self.pattern!r}")
-        return int(n), int(m)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores, how many weights each layer is to keep if that is given, and how to choose."""
-
-    scores: dict[str, Tensor]
-    counts: dict[str, int] | None
-    """Per layer, where another criterion allocates."""
-    selection: Selection
-    shape: tuple[int, ...] | None
-    """[C, H, W] of an image, where it is known."""
 
 
 @gradients_on()
@@ -106,7 +56,7 @@ def score(
     loss_fn: LossFn = nn.functional.cross_entropy,
     ranks: Ranks | None = None,
 ) -> tuple[Scored, dict[str, Any]]:
-    """Do the first half of `prune`: return scores, and the card that the ticket will have."""
+    """Do the first half of `prune`: return scores or masks, and the card of the ticket."""
     selection.check()
     model = zoo.unwrapped(model)
     zoo.check_values(model)
@@ -116,40 +66,48 @@ def score(
         n, m = selection.n_of_m()
         sparsity = 1 - n / m
     check_sparsity(sparsity)
-    found = criteria.get(criterion)
-    found.check(asked)
+    main = criteria.get(criterion)
+    main.check(asked)
+    selection.check_for(main, asked)
     exclude = excluded(model, exclude)
     source: Any = sets.load(data) if isinstance(data, str | DataConfig) else data
     others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
     if not isinstance(source, DataSource):
-        source = _held(source, [found, *others], _classes(model, loss_fn))
+        source = _held(source, [main, *others], _classes(model, loss_fn))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
+    if not main.needs_data:
+        check_runs(model, source)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
     with counting() as cost:
-        scores = context.run(found, sparsity, asked)
-        _tell_level(scores, criterion, sparsity)
-        counts = context.allocated(selection, scores, sparsity)
-    changed = found.changed_defaults(asked)
+        scored = context.scored(main, asked, sparsity, selection)
     card = {
         **describe(model, source),
         "device": zoo.device_name(zoo.device_of(model)),
-        "criterion": criterion,
-        "options": asked,
-        **({"changed_defaults": changed} if changed else {}),
+        **_entries_on(main, asked),
         "sparsity": sparsity,
         "selection": plain(selection),
         "scoring": plain(scoring),
         "seed": seed,
         "exclude": list(exclude),
-        **(found.provenance(**asked) if found.provenance else {}),
+        **(main.provenance(**asked) if main.provenance else {}),
         **cost.notes,
         "image_passes": round(cost.image_passes, 3),
         "seconds": round(time.perf_counter() - started, 3),
         "versions": library_versions(),
     }
-    return Scored(scores, counts, selection, context.shape()), card
+    return scored, card
+
+
+def _entries_on(criterion: criteria.Criterion, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the card's entries on a criterion and its options."""
+    changed = criterion.changed_defaults(asked)
+    return {
+        "criterion": criterion.name,
+        "options": asked,
+        **({"changed_defaults": changed} if changed else {}),
+    }
 
 
 def check_scoring(scoring: ScoringConfig) -> None:
@@ -163,7 +121,7 @@ def check_scoring(scoring: ScoringConfig) -> None:
 
 @dataclass(frozen=True)
 class _Context:
-    """What several criteria that score the same model have in common."""
+    """One model and its data, for the main criterion and the one that allocates."""
 
     model: nn.Module
     data: DataSource | Iterable[tuple[Tensor, Tensor]]
@@ -173,10 +131,25 @@ class _Context:
     loss_fn: LossFn
     ranks: Ranks
 
+    def scored(
+        self,
+        criterion: criteria.Criterion,
+        options: dict[str, Any],
+        sparsity: float,
+        selection: Selection,
+    ) -> Scored:
+        """Return what the criterion says, and how much each layer keeps if another allocates."""
+        returned = self.run(criterion, sparsity, options)
+        if criterion.makes_choice(options):
+            return Scored({}, None, selection, self.shape(), returned)
+        _warn_of_level_scores(returned, criterion.name, sparsity)
+        counts = self.allocated(selection, returned, sparsity)
+        return Scored(returned, counts, selection, self.shape())
+
     def run(
         self, criterion: criteria.Criterion, sparsity: float, options: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Return the criterion's scores; `sparsity` and `seed` are filled in where it has them."""
+    ) -> criteria.Scores | Masks:
+        """Return scores or masks; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
         usual = {key: value for key, value in known.items() if key in criterion.options}
         with seeded(self.seed), self._revealed(criterion), self._told(criterion):
@@ -189,24 +162,21 @@ class _Context:
                 warm_up=self.scoring.warm_up,
                 **usual | options,
             )
-        if self.ranks.world_size > 1:  # Of steps and passes that differ in the last bit, say.
-            for name in scores:
-                scores[name] = scores[name].contiguous()
-                dist.broadcast(scores[name], 0)
+        if self.ranks.world_size > 1:
+            as_on_rank_0(scores)
         return scores
 
     @contextmanager
     def _revealed(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Let nothing hide layers from the scores, for a while; see zoo.revealing.
+        """Inside, no parameter hides layers from the scores; see zoo.revealing.
 
-        A model that `zoo.create` made is taken as it is: it has a setting for that.
+        Models of `zoo.create` are scored as they are: `zero_init` is their setting for that.
         """
         shape = self.shape()
         if shape is None or hasattr(self.model, "autosparse_recipe"):
             yield
             return
-        weight = next(self.model.parameters())
-        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
+        image = _ones(self.model, shape)
         limit = 0.0 if criterion.learned else roles.FAINT
         try:
             with torch.random.fork_rng(devices=[]):
@@ -216,7 +186,7 @@ class _Context:
                 raise
             if criterion.needs_data:
                 raise UsageError(own_failure(self.model, shape, error)) from error
-            values = {}  # It need not run; what does run it, says what is wrong.
+            values = {}  # The criterion does not call it; whatever does reports the error.
         if values:
             note("revealed", sorted(values))
         with roles.replaced(self.model, values):
@@ -224,7 +194,7 @@ class _Context:
 
     @contextmanager
     def _told(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Say it in one line if a criterion needs the paths of a network that has none."""
+        """Turn CannotFollow into one line: the criterion needs paths, and finds none here."""
         try:
             yield
         except CannotFollow as error:
@@ -238,23 +208,13 @@ class _Context:
     def _check_forward(self) -> None:
         """Raise UsageError if it is the model itself that fails, in eval mode."""
         shape = self.shape()
-        if shape is None:
-            return
-        weight = next(self.model.parameters())
-        image = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
-        with untouched(self.model), torch.no_grad():
-            self.model.eval()
-            try:
-                self.model(image)
-            except Exception as error:
-                if of_the_machine(error) or isinstance(error, UserError):
-                    raise
-                raise UsageError(own_failure(self.model, shape, error)) from error
+        if shape is not None:
+            _run(self.model, _ones(self.model, shape))
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
     ) -> dict[str, int] | None:
-        """Return how much each layer keeps, if another criterion says so."""
+        """Return how many weights each layer keeps, if another criterion allocates."""
         if selection.allocation is None:
             return None
         least = masks.least_of(
@@ -266,10 +226,12 @@ class _Context:
             return masks.allocate(dict.fromkeys(sizes, 1.0), sizes, total, least)
         other = criteria.get(selection.allocation)
         theirs = self.run(other, sparsity, selection.allocation_options)
-        chosen = masks.keep(
-            theirs, total, min_per_layer=0 if selection.guard == "none" else 1,
-            per_channel=selection.guard == "channel",
-        )  # fmt: skip
+        chosen = theirs
+        if not other.makes_choice(selection.allocation_options):
+            chosen = masks.keep(
+                theirs, total, min_per_layer=0 if selection.guard == "none" else 1,
+                per_channel=selection.guard == "channel",
+            )  # fmt: skip
         return {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
 
     def shape(self) -> tuple[int, ...] | None:
@@ -284,7 +246,7 @@ class _Context:
     def _batches(
         self, criterion: criteria.Criterion, options: Mapping[str, Any]
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return what is scored; if no data are needed, one batch, which shows their shape."""
+        """Return the batches to score; if no data are needed one, for the shape of an image."""
         device, scoring, data = device_of(self.model), self.scoring, self.data
         if isinstance(data, DataSource):
             data = data.to(device)
@@ -294,7 +256,7 @@ class _Context:
             if not criterion.needs_data:
                 return data.score_batches(1, seed=self.seed)
             images = scoring.samples_per_class * data.num_classes
-            found = data.score_batches(
+            batches = data.score_batches(
                 scoring.samples_per_class,
                 seed=self.seed,
                 batches=scoring.batches,
@@ -302,7 +264,7 @@ class _Context:
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
             )
-            return found if self.ranks.world_size == 1 else Shared(found)
+            return batches if self.ranks.world_size == 1 else Shared(batches)
         if criterion.trains:
             return data
         chosen = data if criterion.needs_data else islice(data, 1)
@@ -311,7 +273,7 @@ class _Context:
 
 
 def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
-    """Return batches that can be looked at more than once, and no more of them than needed."""
+    """Return batches that can be read repeatedly, no more of them than the criteria need."""
     checked = Checked(data, classes)
     if any(criterion.trains for criterion in used):
         return list(checked) if isinstance(data, Iterator) else checked
@@ -321,15 +283,15 @@ def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any
 
 
 def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
-    """Return how many classes the labels may name, where that is known."""
-    found = getattr(model, "num_classes", None)
-    return found if isinstance(found, int) and loss_fn is nn.functional.cross_entropy else None
+    """Return the number of classes that labels lie below, where the loss tells."""
+    classes = getattr(model, "num_classes", None)
+    return classes if isinstance(classes, int) and loss_fn is nn.functional.cross_entropy else None
 
 
-def _tell_level(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
-    """Warn of layers in which a criterion tells no weight from another, and note them on the card.
+def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
+    """Warn of layers whose weights all have the same score, and note them on the card.
 
-    Whole layers that fell in a round of pruning have scores below zero; those are no such ones.
+    Layers that fell as a whole in a round of pruning, whose scores are below zero, do not count.
     """
     level = [
         name
@@ -342,8 +304,42 @@ def _tell_level(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -
             f"{criterion} tells no weight from another in {len(level)} of {len(scores)} layers "
             f"({', '.join(level[:3])}{' …' if len(level) > 3 else ''}): no signal or gradient "
             "comes through there; give larger images, or exclude these layers",
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def check_runs(model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise UsageError if a model of the user's own fails on the data that are given.
+
+    So that no ticket is made of it by criteria that never run it either; without data it may fail.
+    """
+    if not isinstance(data, DataSource):
+        first = next(iter(data), None)
+        image = None if first is None else first[0][:1].to(device_of(model))
+    elif hasattr(model, "autosparse_recipe"):  # It was made for the data.
+        return
+    else:
+        image = _ones(model, (data.in_chans, data.image_size, data.image_size))
+    if image is not None:
+        _run(model, image)
+
+
+def _run(model: nn.Module, image: Tensor) -> None:
+    """Run a model on an image [1, ...], in eval mode; raise UsageError if it fails."""
+    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            model(image)
+        except Exception as error:
+            if of_the_machine(error) or isinstance(error, UserError):
+                raise
+            raise UsageError(own_failure(model, image.shape[1:], error)) from error
+
+
+def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Return an image of ones, of the model's dtype and device."""
+    weight = next(model.parameters())
+    return torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
 
 
 def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
@@ -356,7 +352,7 @@ def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str
 
 
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
-    """Return the patterns of weights to leave dense: as given, or as the model\'s recipe says."""
+    """Return the patterns of weights to leave dense: as given, or as the model's recipe says."""
     return tuple(exclude) or tuple(getattr(model, "autosparse_recipe", {}).get("exclude", ()))
 
 
@@ -376,7 +372,7 @@ def describe(
 
 
 def same_everywhere(mine: str, what: str, ranks: Ranks) -> None:
-    """Raise RunFailed on every rank unless all say the same."""
+    """Raise RunFailed on every rank unless `mine` is the same on all ranks."""
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):

@@ -1,10 +1,10 @@
 """Short-horizon IRP: iterative rewind pruning with a few steps of training per level.
 
 Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp/run.py) with
-its costly part cut short: every level trains the subnetwork from its initial weights for
-`steps_per_level` steps at a constant rate, ranks what is left by magnitude (or LAMP, which
-compares layers better), prunes, and rewinds weights, optimizer and the order of batches. It is no
-paper's method; what was measured is in docs/research.md.
+short trainings: every level trains the subnetwork from its initial weights for `steps_per_level`
+steps at a constant learning rate, ranks what is left by magnitude (or LAMP, which compares layers
+better), prunes, and rewinds weights, optimizer and the order of batches. This is no paper's method;
+what was measured is in docs/research.md.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autosparse.core.errors import RunFailed, UsageError, unknown
-from autosparse.criteria.base import Scores, register
+from autosparse.criteria.base import Masks, Scores, register
 from autosparse.criteria.lamp import layer_scores
 from autosparse.criteria.rounds import counts
 from autosparse.models.gradients import Batch, Batches, spend
@@ -34,7 +34,7 @@ LABELS = {"magnitude": torch.abs, "lamp": layer_scores}
 """Label -> function of a layer's trained weights."""
 
 
-@register("short_irp", needs_data=True, trains=True)
+@register("short_irp", needs_data=True, trains=True, chooses=True)
 def short_irp(
     model,
     parameters,
@@ -50,8 +50,8 @@ def short_irp(
     weight_decay: float = 0.05,
     label: str = "magnitude",
     seed: int = 0,
-) -> Scores:
-    """Return the trained label at the last level; weights that fell before score below zero.
+) -> Masks:
+    """Return the masks of the last level.
 
     Args:
         sparsity: fraction of weights to remove in the end.
@@ -70,18 +70,18 @@ def short_irp(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
     )
 
-    def ranked(trained: Scores, alive: masks.Masks, count: int) -> tuple[Scores, masks.Masks]:
+    def best(trained: Scores, alive: Masks, count: int) -> Masks:
         scores = {name: LABELS[label](weight) for name, weight in trained.items()}
-        return scores, masks.keep(scores, count, within=alive)
+        return masks.keep(scores, count, within=alive)
 
     horizon = Horizon(sparsity, levels, steps_per_level, config, seed)
     alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
-    return short_levels(model, parameters, batches, loss_fn, horizon, ranked, alive)
+    return short_levels(model, batches, loss_fn, horizon, best, alive)
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How far short levels look: the arguments of `short_irp` that are no matter of ranking."""
+    """How many levels there are and how each is trained; see the arguments of `short_irp`."""
 
     sparsity: float
     levels: int
@@ -90,14 +90,12 @@ class Horizon:
     seed: int
 
 
-Ranked = Callable[[Scores, masks.Masks, int], tuple[Scores, masks.Masks]]
-"""(trained weights, masks, count) -> (scores above -1, masks inside those that keep `count`)."""
+Best = Callable[[Scores, Masks, int], Masks]
+"""(trained weights on the CPU, masks, count) -> masks inside those that keep `count` weights."""
 
 
-def short_levels(
-    model, parameters, batches, loss_fn, horizon: Horizon, ranked: Ranked, alive: masks.Masks
-) -> Scores:
-    """Go down the levels; return the last scores, and for what fell before, below those, when.
+def short_levels(model, batches, loss_fn, horizon: Horizon, best: Best, alive: Masks) -> Masks:
+    """Train, prune and rewind, level by level; return what is left, on the model's device.
 
     `alive` are the masks to begin with.
     """
@@ -107,54 +105,35 @@ def short_levels(
     if iter(batches) is batches:
         batches = list(islice(batches, steps))
     alive = {name: mask.cpu() for name, mask in alive.items()}
-    fell = {name: torch.zeros(mask.shape, dtype=torch.int16) for name, mask in alive.items()}
-    scores: Scores = {}
-    for level, count in enumerate(_counts(alive, horizon), start=1):
-        scores.clear()
-        scores, smaller = ranked(
-            _trained(model, alive, horizon.training, batches, steps, loss_fn, horizon.seed),
-            alive,
-            count,
-        )
-        smaller = {name: mask.cpu() for name, mask in smaller.items()}
-        for name, mask in smaller.items():
-            fell[name][alive[name] & ~mask] = level
-        alive = smaller
-    device = next(iter(parameters.values())).device
-    return {
-        name: torch.where(alive[name], scores[name], fell[name].float() - levels - 1).to(device)
-        for name in parameters
-    }
+    for count in _counts(alive, horizon):
+        trained = _trained(model, alive, horizon, batches, loss_fn)
+        alive = {name: mask.cpu() for name, mask in best(trained, alive, count).items()}
+        del trained
+    device = device_of(model)
+    return {name: mask.to(device) for name, mask in alive.items()}
 
 
-def _counts(alive: masks.Masks, horizon: Horizon) -> list[int]:
-    """Return what each level keeps: the density falls exponentially from that of the masks."""
+def _counts(alive: Masks, horizon: Horizon) -> list[int]:
+    """Return how many weights each level keeps: exponentially fewer, beginning at the masks."""
     total, inside = masks.total(alive), masks.kept(alive)
-    found = list(counts(total, horizon.sparsity, horizon.levels))
+    kept = list(counts(total, horizon.sparsity, horizon.levels))
     if inside == total:
-        return found
-    ratio = found[-1] / inside
+        return kept
+    ratio = kept[-1] / inside
     shares = (ratio ** (k / horizon.levels) for k in range(1, horizon.levels))
     falling = [keep_density(inside, share) for share in shares]
-    return [*falling, found[-1]]
+    return [*falling, kept[-1]]
 
 
-def _trained(
-    model: nn.Module,
-    alive: masks.Masks,
-    config: TrainingConfig,
-    batches,
-    steps: int,
-    loss_fn,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Return the weights, on the CPU, after `steps` steps of the subnetwork."""
+def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn) -> Scores:
+    """Return the subnetwork's weights, dense and on the CPU, after the steps of one level."""
     network = compact(copy.deepcopy(model), Ticket.from_model(model, alive, {}))
-    stepper, device = PlainStepper(network, config, steps), device_of(network)
+    stepper = PlainStepper(network, horizon.training, horizon.steps)
+    device = device_of(network)
     stepper.recipe.hard = stepper.recipe.soft = loss_fn
-    stepper.seed = seed
+    stepper.seed = horizon.seed
     loss = torch.zeros(())
-    for images, labels in islice(_endless(batches), steps):
+    for images, labels in islice(_endless(batches), horizon.steps):
         loss = stepper.step(images.to(device), labels.to(device))
         spend(len(labels))
     if not torch.isfinite(loss):

@@ -11,6 +11,12 @@ not standardised (NFNet); ReLU6 counts as ReLU; layers that are no linear maps (
 norm, GELU) stay as they are, since the paper covers piecewise linear networks only. Weights
 pruned in an earlier round rank below all others.
 
+Outside of the paper's networks, or in few rounds, a round can empty a layer; then nothing flows
+any more, and all scores would be zero. So every layer keeps its best weight in every round, where
+there are as many weights as layers (guard `none` cannot remove it later); a layer that has no flow
+any more goes by its last one, below all layers that have some; and if nothing flows at all, the
+last flow decides. Where no layer is emptied, and no part cut off, this changes nothing.
+
 Deep networks overflow in float32. Where the copy turns out to be linear from block to block, the
 signal is divided by a power of two after every block: all paths run through those points, so
 every score is scaled alike. Elsewhere everything is computed in float64.
@@ -31,6 +37,7 @@ from autosparse.models import roles
 from autosparse.models.contract import outputs_of
 from autosparse.models.gradients import backward_one_by_one, spend
 from autosparse.models.zoo import owner
+from autosparse.sparsity.counts import keep_count
 from autosparse.sparsity.paths import (
     CannotFollow,
     followed,
@@ -44,7 +51,8 @@ from autosparse.sparsity.paths import (
 def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int = 100) -> Scores:
     """Return the synaptic flow of the last round; weights that fell in round k score k - n - 1.
 
-    The flow is right up to a power of two, common to all weights.
+    The flow is right up to a power of two, common to all weights. Raises CannotFollow where it is
+    not finite.
 
     Args:
         sparsity: fraction of weights to remove in the end.
@@ -71,9 +79,31 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
             flow = outputs_of(linear, ones).sum()
             if not torch.isfinite(flow):
                 raise CannotFollow("the sum over all paths, with weights >= 0, is not finite")
-            backward_one_by_one(flow, channels.weights(), take)
+            backward_one_by_one(flow, channels.weights(), take if rescaled else finite(take))
 
-    return shrink(weights, gradient, sparsity, rounds, min_per_layer=0, narrow=channels.narrow)
+    def finite(take: Take) -> Take:
+        """Where paths only add up, a finite flow says enough; a softmax's slope may overflow."""
+
+        def taken(place: int, found: Tensor) -> None:
+            if not torch.isfinite(found.sum()):
+                raise CannotFollow(
+                    "the gradient of the sum over all paths, with weights >= 0, is not finite"
+                )
+            take(place, found)
+
+        return taken
+
+    total = sum(weight.numel() for weight in weights.values())
+    floor = int(keep_count(total, sparsity) >= len(weights))
+    return shrink(
+        weights,
+        gradient,
+        sparsity,
+        rounds,
+        min_per_layer=floor,
+        narrow=channels.narrow,
+        lasting=True,
+    )
 
 
 class _Channels:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from autosparse.core.config import identity
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, remove_tree, replacing, sha256_of_file, write_json
+from autosparse.core.locks import claimed
 from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.decode import BadImage
 from autosparse.data.encode import Picture, encoded
@@ -174,34 +176,54 @@ def write(
     on_start: Callable[[int], None] | None = None,
     on_shard: Callable[[Shard], None] | None = None,
 ) -> list[Shard]:
-    """Write the shards that are not there yet, then index, `_info.json` and manifest."""
+    """Write the shards that are not there yet, then index, `_info.json` and manifest.
+
+    Raises UsageError if another process is packing into the folder.
+    """
     plan = hashlib.sha256(" ".join(task.made_of for task in tasks).encode()).hexdigest()
     if (root / MANIFEST).exists():
         return _finished(root, plan)
-    _tidy(root, tasks)
+    with claimed(root) as claim:
+        if (root / MANIFEST).exists():  # By now.
+            return _finished(root, plan)
+        _tidy(root, tasks)
+        workers = config.workers if workers is None else workers
+        begun = partial(on_start, sum(len(task.samples) for task in tasks)) if on_start else None
+        found, bad = _records(_written(tasks, root, config, workers, begun), config, on_shard)
+        if claim is not None:
+            claim.check()
+        shards = [
+            Shard(**found[each.name]["shard"]) for each in tasks if found[each.name]["members"]
+        ]
+        members = {shard.name: torch.tensor(found[shard.name]["members"]) for shard in shards}
+        write_index(root / INDEX, members, shards)
+        write_json(root / INFO, _info(shards))
+        content = {
+            "format": FORMAT,
+            "classes": classes,
+            "shards": [asdict(shard) for shard in shards],
+            "packed": plan,
+            **({"left_out": sorted(bad)} if bad else {}),
+        }
+        write_json(root / MANIFEST, content)
+        remove_tree(root / RECORDS)
+    return shards
+
+
+def _records(
+    written: Iterable[dict[str, Any]],
+    config: PackConfig,
+    on_shard: Callable[[Shard], None] | None,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the records of all shards by name, as they come in, and the images left out."""
     found: dict[str, dict[str, Any]] = {}
     bad: list[str] = []
-    total = sum(len(task.samples) for task in tasks)
-    for record in _written(tasks, root, config, config.workers if workers is None else workers,
-                           lambda: on_start and on_start(total)):  # fmt: skip
+    for record in written:
         found[record["shard"]["name"]] = record
         _count(bad, record["bad"], config.max_bad_images)
         if on_shard:
             on_shard(Shard(**record["shard"]))
-    shards = [Shard(**found[task.name]["shard"]) for task in tasks if found[task.name]["members"]]
-    members = {shard.name: torch.tensor(found[shard.name]["members"]) for shard in shards}
-    write_index(root / INDEX, members, shards)
-    write_json(root / INFO, _info(shards))
-    content = {
-        "format": FORMAT,
-        "classes": classes,
-        "shards": [asdict(shard) for shard in shards],
-        "packed": plan,
-        **({"left_out": sorted(bad)} if bad else {}),
-    }
-    write_json(root / MANIFEST, content)
-    remove_tree(root / RECORDS)
-    return shards
+    return found, bad
 
 
 def _count(bad: list[str], more: list[str], limit: int) -> None:
@@ -243,7 +265,7 @@ def _written(
     root: Path,
     config: PackConfig,
     workers: int,
-    on_start: Callable[[], Any],
+    on_start: Callable[[], Any] | None,
 ) -> Iterable[dict[str, Any]]:
     """Yield every shard's record, as they are finished."""
     if not workers:
@@ -251,7 +273,8 @@ def _written(
         return
     with ProcessPoolExecutor(workers) as pool:
         waiting = [pool.submit(write_shard, task, root, config) for task in tasks]
-        on_start()
+        if on_start:
+            on_start()
         try:
             for future in as_completed(waiting):
                 yield future.result()

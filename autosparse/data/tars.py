@@ -11,6 +11,7 @@ import os
 import resource
 import tarfile
 import tempfile
+import weakref
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -198,33 +199,42 @@ def most_open() -> int:
 
 
 class Files:
-    """Open files, the last used ones, for reading at random by any process."""
+    """Open files, the last used ones, for reading at random by any process.
+
+    They are closed when nothing uses this any more; a copy in another process opens its own.
+    """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._open: OrderedDict[Path, int] = OrderedDict()
         self._most = most_open()
+        weakref.finalize(self, _close_all, self._open)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict(), "_most": self._most}
+    def __reduce__(self) -> tuple[type[Files], tuple[()]]:
+        return Files, ()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`; raise UsageError that names a file that is cut."""
         try:
-            content = os.pread(self._handle(path).fileno(), size, offset)
+            content = os.pread(self._descriptor(path), size, offset)
         except OSError as error:
             raise UsageError(f"shard {path} cannot be read: {error.strerror or error}") from None
         if len(content) != size:
             raise UsageError(f"shard {path} was cut while it was read; copy it again")
         return content
 
-    def _handle(self, path: Path) -> BinaryIO:
+    def _descriptor(self, path: Path) -> int:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
         while len(self._open) >= self._most:
-            self._open.popitem(last=False)[1].close()
-        self._open[path] = path.open("rb", buffering=0)
+            os.close(self._open.popitem(last=False)[1])
+        self._open[path] = os.open(path, os.O_RDONLY)
         return self._open[path]
+
+
+def _close_all(descriptors: OrderedDict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def copy_atomically(content: BinaryIO, path: Path) -> None:

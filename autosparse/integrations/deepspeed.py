@@ -6,8 +6,8 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from autosparse.core.progress import Progress
 from autosparse.data import sets
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
+from autosparse.integrations.deepspeed_values import kept_by, loss_scale
 from autosparse.models.contract import in_single
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import rescattering
@@ -36,9 +37,13 @@ from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.training.steppers import History, Ranks, check, set_up
+from autosparse.training.topology.gradual import SCHEDULES
+from autosparse.training.topology.moving import Topology
 from autosparse.training.watching import StepWatch
 
 NEVER = 2**31 - 1
+TOPOLOGY_FILE = "topology.safetensors"
+"""In a checkpoint, where `training.topology` moves: which weights survive, and the history."""
 LOW_PRECISION = [
     *get_default_autocast_lower_precision_modules(),
     f"{ParametrizationList.__module__}.{ParametrizationList.__name__}",
@@ -82,6 +87,9 @@ class DeepSpeedStepper:
         set_up(model, training, sharded=config.deepspeed.zero_stage == 3)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, training, steps_per_epoch)
         self.recipe, self.ema = Recipe(training, model), make_ema(model, training)
+        self.topology = Topology(
+            model, training, training.epochs * steps_per_epoch, ranks.world_size
+        )
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings
         )
@@ -89,9 +97,13 @@ class DeepSpeedStepper:
             self.engine.compile()
         self.model = self.engine
         self.updates = 0
-        self.scattered = scatterer(
-            model, training, device_of(model), ranks=ranks.world_size,
-            sharded=config.deepspeed.zero_stage == 3,
+        self.kept = kept_by(self.engine, self.optimizer)
+        self.scattered = self._scatterer()
+
+    def _scatterer(self) -> Callable[[], AbstractContextManager]:
+        return scatterer(
+            self.module, self.config.training, device_of(self.module),
+            ranks=self.ranks.world_size, sharded=self.config.deepspeed.zero_stage == 3,
         )  # fmt: skip
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -103,17 +115,28 @@ class DeepSpeedStepper:
         total = torch.zeros((), device=images.device)
         parts = self.config.deepspeed.gradient_accumulation
         micro = len(images) // parts
-        for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
-            with rescattering(self.config.training.rescatter), self.scattered():
-                outputs = in_single(self.model(part))
-            loss = self.recipe.loss(outputs, part, wanted)
-            self.engine.backward(loss)
-            self.engine.step()
-            total += loss.detach() / parts
+        hears, scale = self.topology.hears(self.updates), loss_scale(self.engine)
+        with self.topology.listening(self.updates):
+            for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
+                with (
+                    rescattering(self.config.training.rescatter),
+                    nullcontext() if hears else self.scattered(),
+                ):
+                    outputs = in_single(self.model(part))
+                loss = self.recipe.loss(outputs, part, wanted)
+                self.engine.backward(loss)
+                self.engine.step()
+                total += loss.detach() / parts
         self.updates += 1
         advance(self.scheduler, self.updates)
         if self.ema is not None:
             self.ema.update(self.module, self.updates)
+        if self.topology.due(self.updates - 1):
+            average = None if self.ema is None else self.ema.module
+            shape = tuple(images.shape[1:])
+            self.topology.exchange(self.updates, self.seed, self.kept, shape, average, scale)
+            self.scattered = nullcontext  # Its memory goes before the new one's is there.
+            self.scattered = self._scatterer()
         return total
 
     @property
@@ -152,6 +175,9 @@ class DeepSpeedStepper:
         self.engine.save_checkpoint(str(parent), tag=tag, client_state=client, save_latest=False)
         mine = {name: buffer.cpu() for name, buffer in self._buffers().items()}
         write_tensors(parent / tag / _buffers_file(self.ranks.rank), mine, {})
+        if self.ranks.rank == 0 and self.topology.weights:
+            header = {"history": self.topology.history}
+            write_tensors(parent / tag / TOPOLOGY_FILE, self.topology.indices(), header)
         checkpoints.commit(parent, self.updates, self.ranks)
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -172,6 +198,7 @@ class DeepSpeedStepper:
         tag = self.found.tag
         if self.convert:
             tag = checkpoints.universal(self.found, self.ranks).name
+        self._restore_topology(self.found.folder / TOPOLOGY_FILE)
         with own_settings(self.optimizer):
             path, client = self.engine.load_checkpoint(str(parent), tag=tag)
         if path is None or client is None:
@@ -186,6 +213,14 @@ class DeepSpeedStepper:
         self.updates = client["updates"]
         advance(self.scheduler, self.updates)
         return History.of_state(client["history"])
+
+    def _restore_topology(self, path: Path) -> None:
+        """Let those weights survive whose values a checkpoint holds."""
+        if self.topology.weights:
+            indices, header = read_tensors(path)
+            average = None if self.ema is None else self.ema.module
+            self.topology.restore(indices, header["history"], average)
+            self.scattered = self._scatterer()
 
     def close(self) -> None:
         """Let go of the engine's memory and hooks."""
@@ -223,6 +258,11 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     for name in ("compile", "ema", "grad_checkpointing"):
         if stage == 3 and getattr(config.training, name):
             raise UsageError(f"training.{name} does not work with deepspeed.zero_stage 3")
+    if config.training.topology in SCHEDULES:
+        raise UsageError(
+            f"training.topology {config.training.topology} trains in one process, without "
+            "DeepSpeed: use `autosparse train`"
+        )
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
     if config.training.batch_size % parts:
         raise UsageError(

@@ -32,7 +32,7 @@ from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus
 from autosparse.models import zoo
 from autosparse.report import drawing
 from autosparse.sparsity.ticket import Ticket, load_state
-from autosparse.study import sweep
+from autosparse.study.table import best_results
 from autosparse.study.trainings import RESULT, TRAINED
 
 AUTOS = "autos"
@@ -273,7 +273,7 @@ def alias_of(name: str, alias: str) -> int | None:
 
 
 def add(path: Path) -> list[dict[str, Any]]:
-    """Register an AutoS file, or the best cells of a sweep; return a row per version.
+    """Register an AutoS file, or the best cells of a study; return a row per version.
 
     The best of a model and sparsity is that of the highest validation accuracy, and gets the
     alias `sparsity-NN`. A first version becomes champion; later ones challenger.
@@ -281,9 +281,9 @@ def add(path: Path) -> list[dict[str, Any]]:
     kind = drawing.kind_of(path)
     if kind == drawing.AUTOS:
         return [_add_autos(path)]
-    if kind == drawing.SWEEP:
-        return _add_sweep(path)
-    raise UsageError(f"{path}: only an AutoS file or a finished sweep can be added")
+    if kind == drawing.STUDY:
+        return _add_study(path)
+    raise UsageError(f"{path}: only an AutoS file, a sweep or a comparison can be added")
 
 
 def _add_autos(path: Path) -> dict[str, Any]:
@@ -309,18 +309,18 @@ def _add_autos(path: Path) -> dict[str, Any]:
     return _row(AUTOS, version, _contend(AUTOS, version))
 
 
-def _add_sweep(folder: Path) -> list[dict[str, Any]]:
+def _add_study(folder: Path) -> list[dict[str, Any]]:
     if not (folder / RUN_FILE).is_file():
-        raise UsageError(f"{folder} was not tracked: sweep again with --tracking true")
+        raise UsageError(f"{folder} was not tracked: run it again with --tracking true")
     found, experiment = client(folder)
     parent = read_json(folder / RUN_FILE)["run_id"]
     rows = []
-    for model, sparsity, result in sweep.best_cells(read_json(folder / sweep.REPORT)):
+    for (model, sparsity), result in best_results(drawing.report_of(folder)["results"]).items():
         cell = folder / "cells" / result["cell"]
         wanted = f"tags.cell = '{result['cell']}' and tags.`mlflow.parentRunId` = '{parent}'"
         runs = found.search_runs([experiment], wanted, max_results=1)
         if not runs:
-            raise UsageError(f"MLflow does not know the cell {result['cell']}: sweep again")
+            raise UsageError(f"MLflow does not know the cell {result['cell']}: run the study again")
         full = read_json(cell / RESULT)
         version = register_ticket(cell / TRAINED, full, runs[0].info.run_id)
         name = f"{model}-sparse"

@@ -120,7 +120,7 @@ class CorpusConfig:
             for key in schedule:
                 if key not in SCHEDULE_KEYS:
                     raise unknown("key in schedules", key, SCHEDULE_KEYS)
-        found = [
+        plan = [
             self._run(model, data, seed, label, schedule)
             for model in self.models
             for data in self.data
@@ -128,20 +128,20 @@ class CorpusConfig:
             for label in self.labels
             for schedule in self.schedules
         ]
-        found = list({run_id(run): run for run in found}.values())  # What is listed twice: once.
+        plan = list({run_id(run): run for run in plan}.values())  # What is listed twice: once.
         for entry in self.exclude:
-            left = [run for run in found if not _matches(run, entry)]
-            if len(left) == len(found):
+            left = [run for run in plan if not _matches(run, entry)]
+            if len(left) == len(plan):
                 raise UsageError(f"exclude {entry} matches no run of the plan")
-            found = left
+            plan = left
         if self.sample is not None:
-            if not 1 <= self.sample <= len(found):
-                raise UsageError(f"sample must be 1 to {len(found)}, got {self.sample}")
-            places = random.Random(self.sample_seed).sample(range(len(found)), self.sample)
-            found = [found[place] for place in sorted(places)]
-        if not found:
+            if not 1 <= self.sample <= len(plan):
+                raise UsageError(f"sample must be 1 to {len(plan)}, got {self.sample}")
+            places = random.Random(self.sample_seed).sample(range(len(plan)), self.sample)
+            plan = [plan[place] for place in sorted(places)]
+        if not plan:
             raise UsageError("the plan has no run: every list needs an entry that is not excluded")
-        return found
+        return plan
 
     def _run(
         self, model: ModelConfig, data: DataConfig, seed: int, label: str, schedule: dict[str, Any]

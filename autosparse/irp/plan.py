@@ -1,4 +1,4 @@
-"""A corpus that is to be grown: which runs there are, what is finished, and what the rest costs."""
+"""The plan of a corpus: its runs, which of them are finished, and what the others will cost."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from autosparse.training.loop import steps_per_epoch
 from autosparse.training.steppers import PlainStepper
 
 PROBED_STEPS = 3
+USUAL_IMAGES = 10_000
+"""Per epoch, to order runs by, where the settings do not say how many there are."""
 BYTES_STORED, BYTES_REMADE = 5, 1
 """Per prunable weight: fp32 initial value and uint8 survival, or survival alone."""
 
@@ -59,21 +61,21 @@ def levels_done(folder: Path, run: IRPConfig) -> int:
 
 
 def largest_first(todo: dict[str, IRPConfig]) -> list[str]:
-    """Order runs by the arithmetic that they take, most first, so that none begins last."""
+    """Order runs by how much they compute, largest first, so that no long run starts last."""
     return sorted(todo, key=lambda name: -_arithmetic(todo[name]))
 
 
 def _arithmetic(run: IRPConfig) -> float:
-    """Return about how many operations a run takes; only the order matters."""
-    shape = Shape(1000, 3, run.data.image_size or 32)
-    images = run.data.train_limit or 10_000
+    """Return about how many operations a run takes; only the order of runs rests on it."""
+    shape = Shape(1000, 3, run.data.image_size or 32)  # Classes hardly count.
+    images = run.data.train_limit or USUAL_IMAGES
     per_level = images * run.training.epochs
     if run.steps_per_level is not None:
         per_level = run.steps_per_level * run.training.batch_size
     try:
         per_image = operations(run.model.name, _frozen(run.model.options), shape)
     except (UserError, ValueError, TypeError, AssertionError, RuntimeError):
-        return 0.0  # Too small an image, or wrong options: the run itself will say so.
+        return 0.0  # The run itself will report a wrong option or an image that is too small.
     return per_image * per_level * (run.levels + 1)
 
 
@@ -146,9 +148,9 @@ def _seconds_per_image(
     seconds: dict[tuple[Any, ...], list[float]] = {}
     for name, run in plan.items():
         for level in _entries(place(folder) / name):
-            found = seconds.setdefault(_kind(run), [0.0, 0.0])
-            found[0] += level["seconds"]
-            found[1] += level["image_passes"]
+            sums = seconds.setdefault(_kind(run), [0.0, 0.0])
+            sums[0] += level["seconds"]
+            sums[1] += level["image_passes"]
     return {kind: (taken / images, "corpus") for kind, (taken, images) in seconds.items() if images}
 
 
@@ -158,7 +160,7 @@ def _entries(folder: Path) -> Iterable[dict[str, Any]]:
     try:
         return [read_card(path) for path in sorted(folder.glob("levels/*/level.safetensors"))]
     except UserError:
-        return []  # A damaged level is named when the run is gone on with.
+        return []  # A damaged level is reported when the run goes on.
 
 
 def _probed(

@@ -1,7 +1,7 @@
-"""What a user's own model, loss and batches must be, and one line where they are not.
+"""What a user's own model, loss and batches must be; an error in one line where they are not.
 
-Criteria ask a model and a loss through here only: whatever these raise reaches the user in their
-own words, and the outputs may be tensors, or tuples, lists and dicts of tensors.
+Criteria call a model and a loss only through this module: whatever these raise reaches the user
+with its own message. Outputs may be tensors, or tuples, lists and dicts of tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ BATCH = "a batch is a pair (normalised images [B, C, H, W], labels [B])"
 IGNORED = -100
 """A label that cross-entropy leaves out."""
 PASS_ON = (UserError, torch.OutOfMemoryError)
-"""Errors that are told as they are."""
+"""Errors that are passed on as they are."""
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error is about memory or the device, not about what was computed."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", "cuda error"))
 
 
 @contextmanager
@@ -34,9 +42,9 @@ def gradients_on() -> Iterator[None]:
 
 
 def outputs_of(network: Callable[[Tensor], Any], images: Tensor) -> Any:
-    """Return what a network says of images [B, C, H, W].
+    """Return a network's outputs for images [B, C, H, W].
 
-    Raises UsageError, with the network's own message, for whatever it raises.
+    Whatever the network raises becomes a UsageError with its message.
     """
     try:
         return network(images)
@@ -54,7 +62,7 @@ def _words(error: Exception) -> str:
 
 
 def remedy(error: Exception) -> str:
-    """Return what to do about what a model raised, to be added to its message."""
+    """Return what to do about a model's error, to be added to its message."""
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return "; batch norm needs larger batches, or scoring in eval mode"
     if isinstance(error, TypeError) and "required positional argument" in str(error):
@@ -63,7 +71,7 @@ def remedy(error: Exception) -> str:
 
 
 def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
-    """Return `loss_fn` with one line for whatever it raises, and for what is no loss."""
+    """Return `loss_fn` with a UsageError for whatever it raises, and for what is no loss."""
     without_classes = getattr(model, "num_classes", None) == 0
 
     def loss(outputs: Any, labels: Tensor) -> Tensor:
@@ -72,6 +80,8 @@ def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
                 "the model has no classifier (num_classes=0), and the cross-entropy of features "
                 "means nothing: build it with its classes, or pass loss_fn"
             )
+        if loss_fn is cross_entropy:
+            _check_labels(outputs, labels)
         try:
             value = loss_fn(outputs, labels)
         except PASS_ON:
@@ -89,6 +99,14 @@ def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
         return value
 
     return loss
+
+
+def _check_labels(outputs: Any, labels: Tensor) -> None:
+    """Raise UsageError for a label that logits [B, C] have no class for."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        return
+    if labels.ndim == 1 and not labels.is_floating_point():
+        _check_range(labels, outputs.shape[1])
 
 
 def _kind(value: Any) -> str:
@@ -140,7 +158,7 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 class Checked:
-    """Batches that are checked as they are drawn, as often as the user's can be gone through."""
+    """A user's batches, checked as they are read; they can be read as often as the user's can."""
 
     def __init__(self, batches: Iterable[Any], classes: int | None) -> None:
         self.batches, self.classes = batches, classes

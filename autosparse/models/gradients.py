@@ -1,9 +1,7 @@
-"""Means of gradients over given batches (and ranks), what they cost, and leaving no trace."""
+"""Means of gradients over given batches (and ranks), and what they cost in image passes."""
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,14 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autosparse.core.errors import UsageError
 from autosparse.models.contract import LossFn as LossFn
 from autosparse.models.contract import outputs_of
 
-ONLY_ONCE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")
-"""What torch says of an operation that has a first derivative only."""
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]
 Network = Callable[[Tensor], Any]
@@ -32,8 +27,8 @@ Network = Callable[[Tensor], Any]
 class Shared(Sequence[Batch]):
     """This rank's share of the batches: a mean over it is taken over those of all ranks.
 
-    Every rank must hold one (it may be empty) and call the same functions in the same order.
-    It holds no more of the batches in memory than what it is made of does.
+    Every rank must hold one (it may be empty) and call the same functions in the same order. The
+    batches are not copied.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -51,11 +46,11 @@ class Shared(Sequence[Batch]):
 
 @dataclass
 class Cost:
-    """What was computed, in forward-backward passes of one image each."""
+    """What a computation cost, in forward-backward passes of one image."""
 
     image_passes: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
-    """What was not done as it was asked for, for the ticket's card."""
+    """Entries for the ticket's card, mostly of what was done otherwise than asked for."""
 
 
 _COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
@@ -84,133 +79,10 @@ def spend(images: float, passes: float = 1.0) -> None:
 
 
 def note(key: str, value: Any) -> None:
-    """Leave an entry for the card of the ticket that is being made."""
+    """Add an entry to the card of the ticket that is being made."""
     cost = _COST.get()
     if cost is not None:
         cost.notes[key] = value
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Compute float32 in full precision, the same way every time: for what is compared bit by bit.
-
-    GPUs may round the factors of products to TF32 (10 bits), in which two signals that differ are
-    equal; autocast rounds more. All settings are put back afterwards.
-    """
-    backends: list[tuple[Any, str, Any]] = [
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
-        (torch.backends.cudnn, "deterministic", True),
-        (torch.backends.cudnn, "benchmark", False),
-    ]
-    before = [(where, key, getattr(where, key)) for where, key, _ in backends]
-    try:
-        for where, key, value in backends:
-            setattr(where, key, value)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for where, key, value in before:
-            setattr(where, key, value)
-
-
-def of_the_machine(error: BaseException) -> bool:
-    """Whether an error tells of memory or of the device, not of what was computed."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
-        return True
-    text = str(error).lower()
-    return any(sign in text for sign in ("can't allocate memory", "out of memory", "cuda error"))
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put all back afterwards: gradients, buffers, modes and whatever else modules hold or cache.
-
-    `requires_grad` and the CPU and GPU RNGs too.
-    """
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    buffers = [
-        (module, dict(module._buffers), _clones(module._buffers)) for module in model.modules()
-    ]
-    attributes = _attributes(model)
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-            parameter.requires_grad_(needed[name])
-        with torch.no_grad():
-            for module, held, values in buffers:  # A forward may have put others in their place.
-                module._buffers.clear()
-                module._buffers.update(held)
-                for name, value in values.items():
-                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
-        _put_back(attributes)
-
-
-def _clones(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
-
-
-def _attributes(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
-    """Return all that modules hold beside tensors and hooks, with copies of dicts and lists."""
-    return {
-        module: {
-            key: (value, copy.copy(value) if isinstance(value, dict | list) else None)
-            for key, value in vars(module).items()
-            if not key.startswith("_")
-        }
-        for module in model.modules()
-    }
-
-
-def _put_back(attributes: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> None:
-    """Undo what was set, and forget what was cached, since `_attributes`."""
-    for module, before in attributes.items():
-        for key in [key for key in vars(module) if not key.startswith("_") and key not in before]:
-            delattr(module, key)
-        for key, (value, content) in before.items():
-            if vars(module).get(key, module) is not value:
-                vars(module)[key] = value
-            if isinstance(value, dict):
-                value.clear()
-                value.update(content)
-            elif isinstance(value, list):
-                value[:] = content
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a model that has kept tensors with a graph (a cache)."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            held = value.values() if isinstance(value, dict) else [value]
-            for each in held:
-                if isinstance(each, Tensor) and not each.is_leaf:
-                    memo[id(each)] = each.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Use the attention that can be differentiated twice; the fused kernels cannot.
-
-    Raises UsageError for what torch cannot differentiate twice at all, such as hard sigmoids.
-    """
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    except RuntimeError as error:
-        found = ONLY_ONCE.search(str(error))
-        if found is None:
-            raise
-        raise UsageError(
-            f"torch cannot differentiate the model twice ({found[1]} has no second derivative); "
-            "use a criterion that needs first gradients only, such as snip"
-        ) from error
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Network:
@@ -233,17 +105,17 @@ def mean_of(
 
     Args:
         batches: (images, labels); sizes may differ. A `Shared` list is summed over the ranks.
-        part: (images, labels) -> a tensor (or None: zero) per entry of `like`, mean of the batch.
-        like: what the tensors look like, by name.
+        part: (images, labels) -> per entry of `like` the batch's mean (None: zero).
+        like: tensors of the same shapes, dtypes and device, by name.
         passes: forward-backward passes over its images that one call of `part` takes.
 
     Raises UsageError if there is no sample.
     """
     mean = _Mean(like)
     for images, labels in batches:
-        found = list(part(images, labels))
-        for place, tensor in enumerate(found):
-            found[place] = None
+        parts = list(part(images, labels))
+        for place, tensor in enumerate(parts):
+            parts[place] = None
             if tensor is not None:
                 mean.add(place, tensor * len(labels))
             del tensor
@@ -259,7 +131,7 @@ class _Mean:
         self.sums: list[Tensor | None] = [None] * len(self.like)
 
     def add(self, place: int, tensor: Tensor) -> None:
-        """Add a sum over samples to the place-th tensor; `tensor` is used up."""
+        """Add a sum over samples to the place-th tensor; `tensor` may be overwritten."""
         sum_ = self.sums[place]
         if sum_ is None:
             self.sums[place] = tensor
@@ -335,7 +207,7 @@ def mean_over_gradients(
         parameters: leaf tensors to differentiate by, by name.
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
-        parts: gradient (a tensor to use up) -> as many tensors of its shape for each of them.
+        parts: gradient (may be overwritten) -> the tensors to average, each of its shape.
 
     Returns the k-th parts under the names, the first (k = 0) as they are, others with " k" added.
     """
@@ -378,10 +250,10 @@ def mean_hessian_times(
             mean.add(place, product.mul_(count))
 
         loss = loss_fn(outputs_of(model, images), labels)
-        found = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
         del loss
-        edges = with_edges(found, vectors)
-        del found
+        edges = with_edges(gradients, vectors)
+        del gradients
         differentiate_again(edges, tensors, take)
         mean.samples += len(labels)
     return mean.finished(isinstance(batches, Shared), 2.0)
@@ -394,10 +266,10 @@ def sum_gradients(
     loss_fn: LossFn,
     take: Callable[[int, Tensor], None],
 ) -> int:
-    """Hand over dL/dθ, summed over samples, batch by batch and one by one; return the samples.
+    """Give `take` each gradient dL/dθ, summed over a batch's samples; count the samples.
 
-    `take` gets the place in `parameters` and a gradient to use up, as many times as there are
-    batches.
+    `take` is called for every batch and parameter, with the place in `parameters` and a gradient
+    that it may overwrite.
     """
     samples, tensors = 0, list(parameters.values())
     for images, labels in batches:
@@ -413,9 +285,9 @@ def sum_gradients(
 def backward_one_by_one(
     total: Tensor, tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]
 ) -> None:
-    """Hand over the gradient of each of the leaf `tensors` when it is there, and forget it.
+    """Give `take` the gradient of each of the leaf `tensors` once it is computed, and free it.
 
-    Their gradients are never held all at once. `take` gets the place in `tensors` and the gradient.
+    So they are never held all at once. `take` gets the place in `tensors` and the gradient.
     """
     with _handed_over(tensors, take):
         total.backward(inputs=list(tensors))
@@ -440,12 +312,12 @@ def differentiate_again(
     tensors: Sequence[Tensor],
     take: Callable[[int, Tensor], None],
 ) -> None:
-    """Hand over d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
+    """Give `take` d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
 
     Args:
         products: see `with_edges`.
         tensors: θ, leaves.
-        take: gets the place in `tensors` and the gradient, to use up.
+        take: gets the place in `tensors` and the gradient, which it may overwrite.
     """
     if products:
         edges, vectors = zip(*products, strict=True)
@@ -455,7 +327,7 @@ def differentiate_again(
 
 @contextmanager
 def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Give every gradient that comes to one of the leaf `tensors` to `take`, and forget it."""
+    """Inside, `take` gets the gradients of the leaf `tensors`, which are then freed."""
 
     def hand_over(place: int, tensor: Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None
@@ -475,44 +347,3 @@ def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None])
         for handle, tensor, gradient in zip(handles, tensors, before, strict=True):
             handle.remove()
             tensor.grad = gradient
-
-
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Return the batch norms of a model."""
-    return [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
-
-
-@contextmanager
-def last_statistics(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Inside, batch norms in train mode keep the statistics of the last batch alone."""
-    momenta = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.momentum = 1.0
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def warm_up(model: nn.Module, batches: Batches) -> None:
-    """Set the statistics of all batch norms to their mean over the batches, weighed by samples."""
-    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
-    like = {
-        f"{number} {key}": getattr(norm, key)
-        for number, norm in enumerate(norms)
-        for key in ("running_mean", "running_var")
-    }
-    if not like:
-        return
-
-    def part(images: Tensor, labels: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            outputs_of(model, images)
-        return [statistic.clone() for statistic in like.values()]
-
-    model.train()
-    with last_statistics(norms):
-        means = mean_of(batches, part, like, passes=1 / 3)
-    for name, statistic in like.items():
-        statistic.copy_(means[name])

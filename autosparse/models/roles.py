@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse.models.gradients import untouched
+from autosparse.models.restore import untouched
 
 FAINT = 0.01
-"""A gain that is nowhere larger hides what lies behind it: all gradients there are a hundredth."""
+"""A gain that is nowhere larger hides what lies behind it: gradients there are a hundredth."""
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 MULTIPLIES = ("mul", "mul_", "addcmul", "addcmul_")
@@ -71,12 +71,12 @@ def faint(model: nn.Module, image: Tensor, limit: float = FAINT) -> list[str]:
         limit: 0 for those only that are zero.
     """
     small = [name for name, parameter in _gains_perhaps(model) if _size(parameter) <= limit]
-    found = of(model, image).gains if small else {}
-    return [name for name in small if found.get(name, math.inf) <= limit]
+    gains = of(model, image).gains if small else {}
+    return [name for name in small if gains.get(name, math.inf) <= limit]
 
 
 def _gains_perhaps(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of floats that torch does not hold as a weight or bias of a layer."""
+    """Yield parameters that may be gains: no biases, and no weights of Conv and Linear layers."""
     known: set[int] = set()
     for module in model.modules():
         kinds = ("weight", "bias") if isinstance(module, LAYERS) else ("bias",)
@@ -95,7 +95,7 @@ def _size(tensor: Tensor) -> float:
 
 @contextmanager
 def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give parameters other values for a while; afterwards they are what they were, bit for bit."""
+    """Inside, parameters have other values; afterwards their own again, bit for bit."""
     before = {name: model.get_parameter(name).detach().clone() for name in values}
     try:
         set_values(model, values)
@@ -113,15 +113,15 @@ def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Made:
-    """Of which parameters a tensor was made that depends on no image."""
+    """The parameters that a tensor was made of which does not depend on the image."""
 
     names: frozenset[str]
     alone: bool
-    """By taking parts of one parameter or by putting some together, not by products of several."""
+    """Whether it holds parts of them side by side or added up, and no products of several."""
 
 
 class _Trace(TorchDispatchMode):
-    """Notes where parameters meet the signal."""
+    """Follows a pass operator by operator, and records where parameters meet the signal."""
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         super().__init__()

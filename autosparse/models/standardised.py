@@ -156,8 +156,7 @@ def _standardised(module: Any) -> Tensor:
 
 def _masked(module: Any, kernel: Tensor) -> Tensor:
     if parametrize.is_parametrized(module, "weight"):
-        compact = module.parametrizations["weight"][0]
-        return compact(compact.right_inverse(kernel))
+        return module.parametrizations["weight"][0].masked(kernel)
     mask = getattr(module, MASK, None)
     return kernel * (module.weight.detach() != 0 if mask is None else mask)
 

@@ -16,17 +16,17 @@ from torch.nn.utils import parametrize
 from autosparse.core.errors import UsageError, unknown
 from autosparse.models import roles
 from autosparse.models.config import ModelConfig
-from autosparse.models.gradients import of_the_machine
+from autosparse.models.contract import of_the_machine
 
 COMPILED = "_orig_mod"
-"""Under which name `torch.compile` holds a module."""
+"""The attribute under which `torch.compile` holds the module."""
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 COMPUTED = {
     "_mask": ("torch.nn.utils.prune", "prune.remove"),
     "_g": ("weight norm", "remove_weight_norm"),
     "_u": ("spectral norm", "remove_spectral_norm"),
 }
-"""What torch's hooks hold beside a weight that they compute -> what they are; what undoes them."""
+"""Ending of a tensor beside a weight that torch computes -> the method, and what removes it."""
 CONV_OR_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -87,9 +87,9 @@ def check(config: ModelConfig, *, num_classes: int, in_chans: int, image_size: i
     Its name, its options, and what it excludes are looked at; nothing is computed.
     """
     with torch.device("meta"):
-        found = _build(config.name, _options(config, num_classes, in_chans, image_size))
-    prunable(found, config.exclude)
-    return found
+        model = _build(config.name, _options(config, num_classes, in_chans, image_size))
+    prunable(model, config.exclude)
+    return model
 
 
 def _shrink_stem(model: nn.Module) -> None:
@@ -137,7 +137,7 @@ def revealing(model: nn.Module, image: torch.Tensor, limit: float) -> dict[str, 
 
 
 def _reveal(model: nn.Module, name: str, image: torch.Tensor) -> None:
-    """Let no gain or layer start at zero."""
+    """Give gains and layers that start at zero other values; see `revealing`."""
     try:
         roles.set_values(model, revealing(model, image, 0.0))
     except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError) as error:
@@ -204,7 +204,7 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
     parameter of its own: under weight or spectral norm, `torch.nn.utils.prune`, or compact.
     """
     model = unwrapped(model)
-    found: dict[str, nn.Parameter] = {}
+    weights: dict[str, nn.Parameter] = {}
     computed: dict[str, UsageError] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -216,27 +216,29 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
                 weight = getattr(module, attribute)
             if id(weight) not in seen:
                 seen.add(id(weight))
-                found[name] = weight
+                weights[name] = weight
     left_out: set[str] = set()
     for pattern in exclude:
-        names = [name for name in found if _excluded(model, pattern, name)]
+        names = [name for name in weights if _excluded(model, pattern, name)]
         if not names:
-            parts = {".".join(name.split(".")[: depth + 1]) for name in found for depth in range(3)}
+            parts = {
+                ".".join(name.split(".")[: depth + 1]) for name in weights for depth in range(3)
+            }
             raise unknown("layer to exclude", pattern, parts)
         left_out.update(names)
-    found = {name: weight for name, weight in found.items() if name not in left_out}
-    if not found:
+    weights = {name: weight for name, weight in weights.items() if name not in left_out}
+    if not weights:
         raise UsageError(f"{type(model).__name__} has no prunable weight")
-    for name in found:
+    for name in weights:
         if name in computed:
             raise computed[name]
         if COMPILED in name:
             raise UsageError(f"{name}: a part of the model is compiled; compile it afterwards")
-    return found
+    return weights
 
 
 def _computed(module: nn.Module, name: str, attribute: str) -> UsageError:
-    """Return what to say of a layer whose weight is computed from other tensors."""
+    """Return the error for a layer whose weight is computed from other tensors."""
     if parametrize.is_parametrized(module, attribute):
         kind = type(module.parametrizations[attribute][0]).__name__  # type: ignore[index]
         if kind == "CompactWeight":
@@ -244,8 +246,8 @@ def _computed(module: nn.Module, name: str, attribute: str) -> UsageError:
         how, function = kind.strip("_"), "parametrize.remove_parametrizations"
     else:
         tensors = {**module._parameters, **module._buffers}
-        found = (known for ending, known in COMPUTED.items() if attribute + ending in tensors)
-        how, function = next(found, ("its module", ""))
+        known_ones = (known for ending, known in COMPUTED.items() if attribute + ending in tensors)
+        how, function = next(known_ones, ("its module", ""))
     call = f"torch.nn.utils.{function}(model.get_submodule({name!r}), {attribute!r})"
     return UsageError(
         f"{name}.{attribute} is no parameter: {how} computes it, so it cannot be pruned; "
@@ -350,7 +352,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def called(model: nn.Module, name: str) -> nn.Module:
-    """Return the module whose call uses a weight: attention does not call its projection."""
+    """Return the module whose call uses a weight; attention uses its projection's uncalled."""
     owner = name.rpartition(".")[0]
     parent = model.get_submodule(owner.rpartition(".")[0])
     return parent if isinstance(parent, nn.MultiheadAttention) else model.get_submodule(owner)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
-from autosparse.core.files import is_local, place, read_card, read_json
+from autosparse.core.files import place, read_card, read_json
 from autosparse.corpus.store import Corpus, is_finished
 from autosparse.report import corpus as corpus_report
 from autosparse.report.autos_figures import calibration, odds_calibration, predictions, surface
@@ -20,14 +20,15 @@ from autosparse.report.sweep_figures import (
     layer_densities,
 )
 from autosparse.sparsity.ticket import Ticket
-from autosparse.study import results, sweep
+from autosparse.study import table
+from autosparse.study.config import StudyConfig, SweepConfig
 from autosparse.study.trainings import RESULT, TRAINED
 
 logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
-COMPARISON = "comparison.json"
-SWEEP, COMPARE, QUICKSTART, CORPUS, AUTOS = "sweep", "compare", "quickstart", "corpus", "autos"
+STUDY, QUICKSTART, CORPUS, AUTOS = "study", "quickstart", "corpus", "autos"
+REPORTS = (SweepConfig.report, StudyConfig.report)
 
 
 def kind_of(path: str | Path) -> str:
@@ -39,10 +40,9 @@ def kind_of(path: str | Path) -> str:
         raise UsageError(f"{path} is no AutoS file; give that, or a folder")
     if not where.is_dir():
         raise UsageError(f"no such file or folder: {path}")
-    for file, kind in ((sweep.REPORT, SWEEP), (COMPARISON, COMPARE)):
-        if (where / file).is_file():
-            return kind
-    if (where / "trained").is_dir():
+    if any((where / file).is_file() for file in REPORTS):
+        return STUDY
+    if (where / "trained").is_dir() or (where / STUDY / StudyConfig.report).is_file():
         return QUICKSTART
     if _has_runs(where):
         return CORPUS
@@ -58,10 +58,19 @@ def draw(path: str | Path) -> list[Path]:
     return _DRAWERS[kind_of(path)](place(path))
 
 
-def _sweep(folder: Path) -> list[Path]:
-    report = read_json(folder / sweep.REPORT)
+def report_of(folder: Path) -> dict[str, Any]:
+    """Return a study's settings, table and results; what earlier versions left out is put in."""
+    report = read_json(next(folder / file for file in REPORTS if (folder / file).is_file()))
+    place = {"model": report["config"].get("model", {}).get("name"), "training": ""}
+    for part in ("rows", "results"):
+        report[part] = [{**place, **each} for each in report[part]]
+    return {"stopped": [], "failed": {}, **report}
+
+
+def _study(folder: Path) -> list[Path]:
+    report = report_of(folder)
     out, data = folder / FIGURES, report["config"]["data"]["name"]
-    best = sweep.best(report["rows"])
+    best = table.best(report["rows"])
     names = list(dict.fromkeys(row["model"] for row in best))
     figures = []
     for model in names:
@@ -73,20 +82,13 @@ def _sweep(folder: Path) -> list[Path]:
             if each["model"] == model and each["twin"] == "ticket"
             and (each["label"], each["sparsity"], each["training"]) in kept
         ]  # fmt: skip
-        figures += _of_cells(folder, rows, found, out, prefix, f"{model} on {data}")
         if any(row["twins"] for row in rows):
-            figures.append(comparison(rows, out / f"{prefix}twins.png", f"{model} on {data}"))
-    return figures + _of_options(report["config"], folder, out)
-
-
-def _compare(folder: Path) -> list[Path]:
-    report = read_json(folder / COMPARISON)
-    config, rows = report["config"], report["rows"]
-    title = f"{config['model']['name']} on {config['data']['name']}"
-    figures = [comparison(rows, folder / "comparison.png", title)]
-    found = [each for each in report["results"] if each["twin"] == "ticket"]
-    figures += _of_cells(folder, rows, found, folder / FIGURES, "", title)
-    return figures + _of_options(config, folder, folder / FIGURES)
+            twins = out / f"{prefix}twins.png"
+            if (folder / StudyConfig.report).is_file():
+                twins = folder / f"{prefix}comparison.png"
+            figures.append(comparison(rows, twins, f"{model} on {data}"))
+        figures += _of_cells(folder / "cells", rows, found, out, prefix, f"{model} on {data}")
+    return figures + _of_options(report["config"], out)
 
 
 def _of_cells(
@@ -97,7 +99,7 @@ def _of_cells(
     prefix: str,
     title: str,
 ) -> list[Path]:
-    """Draw what sweeps, comparisons and quickstart have in common."""
+    """Draw what studies and quickstart have in common; `folder` holds the cells' folders."""
     if all(row["label"] == "dense" for row in rows):
         return []
     figures = [accuracy_against_density(rows, out / f"{prefix}accuracy.png", title)]
@@ -106,7 +108,7 @@ def _of_cells(
         {"label": each["label"], "sparsity": each["sparsity"], "seed": each["seed"],
          "layers": densities}
         for each in found if each["label"] != "dense"
-        if (densities := _layers(folder / "cells" / each["cell"] / TRAINED))
+        if (densities := _layers(folder / each["cell"] / TRAINED))
     ]  # fmt: skip
     if tickets:
         figures.append(layer_densities(tickets, out / f"{prefix}layers.png", title))
@@ -120,7 +122,7 @@ def _layers(path: Path) -> dict[str, float]:
     return {row["layer"]: row["density"] for row in Ticket.load(path).table()}
 
 
-def _of_options(config: dict[str, Any], folder: Path, out: Path) -> list[Path]:
+def _of_options(config: dict[str, Any], out: Path) -> list[Path]:
     """Draw the AutoS file that a criterion's options name, if it is there."""
     files = {
         Path(options["scorer"])
@@ -135,30 +137,11 @@ def _of_options(config: dict[str, Any], folder: Path, out: Path) -> list[Path]:
 
 
 def _quickstart(folder: Path) -> list[Path]:
-    found = [
-        {**read_json(path), "cell": path.parent.name}
-        for path in sorted((folder / "trained").glob(f"*/{RESULT}"))
-    ]
-    if not found:
-        raise UsageError(f"{folder} holds no trained ticket yet")
-    summary = results.summary(found)
-    title = f"{summary[0]['model']} on digits"
-    seeds = max(row["seeds"] for row in summary)
-    named = f"{title}, mean ± standard deviation of {seeds} seeds"
-    figures = [accuracy_against_sparsity(summary, folder / "accuracy.png", named)]
-    rows = [
-        {**row, "label": row["criterion"], "step_seconds": _step_seconds(folder, row, found)}
-        for row in summary
-    ]
     out = folder / FIGURES
-    figures.append(accuracy_against_density(rows, out / "accuracy.png", title))
-    figures.append(cost_against_density(rows, out / "cost.png", title))
-    tickets = [
-        {"label": each["criterion"], "sparsity": each["sparsity"], "seed": each["seed"],
-         "layers": _layers(folder / "trained" / each["cell"] / TRAINED)}
-        for each in found if each["criterion"] != "dense"
-    ]  # fmt: skip
-    figures.append(layer_densities(tickets, out / "layers.png", title))
+    if (folder / STUDY).is_dir():
+        figures = [quickstart_figure(folder), *_study(folder / STUDY)]
+    else:
+        figures = _trained_tickets(folder, out)
     if (folder / "autos.safetensors").is_file():
         figures += draw_autos(folder / "autos.safetensors", folder / "corpus", out)
     if _has_runs(folder / "corpus"):
@@ -166,14 +149,28 @@ def _quickstart(folder: Path) -> list[Path]:
     return figures
 
 
-def _step_seconds(folder: Path, row: dict[str, Any], found: list[dict[str, Any]]) -> float:
-    """Return seconds per step of a summary's row; the batch size is on the trained ticket."""
-    mine = next(
-        each for each in found
-        if (each["criterion"], each["sparsity"]) == (row["criterion"], row["sparsity"])
-    )  # fmt: skip
-    card = read_card(folder / "trained" / mine["cell"] / TRAINED)["card"]
-    return row["seconds"] * card["training"]["batch_size"] / max(mine["training_passes"], 1)
+def quickstart_figure(folder: Path) -> Path:
+    """Draw what a quickstart's study reached."""
+    rows = report_of(folder / STUDY)["rows"]
+    seeds = max(row["seeds"] for row in rows)
+    title = f"{rows[0]['model']} on digits, mean ± standard deviation of {seeds} seeds"
+    return accuracy_against_sparsity(rows, folder / "accuracy.png", title)
+
+
+def _trained_tickets(folder: Path, out: Path) -> list[Path]:
+    """Draw what a quickstart of an earlier version trained, ticket file by ticket file."""
+    trained = folder / "trained"
+    found = []
+    for path in sorted(trained.glob(f"*/{RESULT}")):
+        card = read_card(path.with_name(TRAINED))["card"]
+        place = table.placed(read_json(path), card["training"]["batch_size"])
+        found.append({**place, "cell": path.parent.name})
+    if not found:
+        raise UsageError(f"{folder} holds no trained ticket yet")
+    rows = table.rows(found)
+    title = f"{rows[0]['model']} on digits"
+    figures = [accuracy_against_sparsity(rows, folder / "accuracy.png", title)]
+    return figures + _of_cells(trained, rows, found, out, "", title)
 
 
 def _autos(path: Path) -> list[Path]:
@@ -201,17 +198,8 @@ def draw_autos(path: Path, corpus: Path | None, out: Path) -> list[Path]:
 
 
 _DRAWERS: dict[str, Callable[[Path], list[Path]]] = {
-    SWEEP: _sweep,
-    COMPARE: _compare,
+    STUDY: _study,
     QUICKSTART: _quickstart,
     CORPUS: lambda path: corpus_report.write_report(path),
     AUTOS: _autos,
 }
-
-
-def drawn(path: str | Path) -> Iterator[Path]:
-    """Yield the figures that a folder holds already."""
-    folder = place(path)
-    if is_local(folder):
-        for pattern in ("*.png", f"{FIGURES}/*.png", "report/*.png"):
-            yield from sorted(folder.glob(pattern))

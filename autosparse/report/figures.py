@@ -13,7 +13,7 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
     """Draw mean test accuracy per criterion at each sparsity, bars for the spread over seeds.
 
     Args:
-        rows: from `results.summary`; the dense row becomes the reference line.
+        rows: from `table.rows`; the dense row becomes the reference line.
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
@@ -24,13 +24,13 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
 
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-        sparse = [row for row in rows if row["criterion"] != "dense"]
+        sparse = [row for row in rows if row["label"] != "dense"]
         places = sorted({row["sparsity"] for row in sparse})
-        criteria = sorted({row["criterion"] for row in sparse}, key=order_of)
+        criteria = sorted({row["label"] for row in sparse}, key=order_of)
         for number, criterion in enumerate(criteria):
             _draw_criterion(axes, sparse, places, criterion, (number, len(criteria)))
         for row in rows:
-            if row["criterion"] == "dense":
+            if row["label"] == "dense":
                 _draw_dense(axes, row)
         axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)
@@ -62,7 +62,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     """Draw a panel per criterion: the ticket and its twins at each sparsity, spread over seeds.
 
     Args:
-        rows: from `verdicts.table`; the dense row becomes the reference line.
+        rows: from `table.table`; the dense row becomes the reference line.
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
@@ -139,7 +139,7 @@ def _draw_criterion(
 ) -> None:
     """Points of one criterion, side by side with the others at the same sparsity."""
     number, total = lane
-    mine = sorted((r for r in rows if r["criterion"] == criterion), key=lambda r: r["sparsity"])
+    mine = sorted((r for r in rows if r["label"] == criterion), key=lambda r: r["sparsity"])
     offset = (number - (total - 1) / 2) * 0.6 / max(total - 1, 1)
     axes.errorbar(
         [places.index(row["sparsity"]) + offset for row in mine],

@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 
 from autosparse.core.errors import UsageError
-from autosparse.core.files import is_local, place, read_json, write_text
+from autosparse.core.files import is_local, place, write_text
 from autosparse.core.versions import library_versions
 from autosparse.corpus.store import Corpus, shown
 from autosparse.report import drawing
-from autosparse.study import sweep, verdicts
+from autosparse.study import table
+from autosparse.study.config import StudyConfig
 
 PAGE = "report.html"
 Table = Sequence[dict[str, Any]]
@@ -68,7 +69,7 @@ def write(path: str | Path) -> Path:
     The page needs no other file and no network.
     """
     kind = drawing.kind_of(path)
-    makers = {drawing.SWEEP: _sweep, drawing.COMPARE: _compare, drawing.CORPUS: _corpus}
+    makers = {drawing.STUDY: _study, drawing.CORPUS: _corpus}
     if kind not in makers:
         raise UsageError(f"{path}: a report is of a sweep, a comparison or a corpus")
     folder = place(path)
@@ -78,38 +79,25 @@ def write(path: str | Path) -> Path:
     return out
 
 
-def _sweep(folder: Path, figures: list[Path]) -> Page:
-    found = read_json(folder / sweep.REPORT)
+def _study(folder: Path, figures: list[Path]) -> Page:
+    found = drawing.report_of(folder)
     rows, config = found["rows"], found["config"]
     stopped = [f"{each['cell']}: after {each['epochs']} epochs" for each in found["stopped"]]
     failed = [f"{cell}: {error}" for cell, error in found["failed"].items()]
     counts = f"{len(found['results'])} cells finished"
     counts += f", {len(stopped)} stopped early" if stopped else ""
     counts += f", {len(failed)} failed" if failed else ""
+    kind = "Comparison" if (folder / StudyConfig.report).is_file() else "Sweep"
     return Page(
-        f"Sweep {folder.name}",
+        f"{kind} {folder.name}",
         [f"{counts}. Data: {config['data']['name']}.", *_best_lines(rows)],
-        [("Results", list(sweep.shown(rows)))],
+        [("Results", list(table.shown(rows)))],
         figures,
         [("Verdicts of the controls", _verdict_lines(rows)),
          ("Stopped early", stopped), ("Failed", failed)],
         [("Settings", config)],
         _environment(found.get("versions", {})),
     )  # fmt: skip
-
-
-def _compare(folder: Path, figures: list[Path]) -> Page:
-    found = read_json(folder / drawing.COMPARISON)
-    rows, config = found["rows"], found["config"]
-    return Page(
-        f"Comparison {folder.name}: {config['model']['name']} on {config['data']['name']}",
-        [f"{len(found['results'])} trainings.", *_best_lines(rows)],
-        [("Results", list(verdicts.shown(rows)))],
-        figures,
-        [("Verdicts of the controls", _verdict_lines(rows))],
-        [("Settings", config)],
-        _environment(found.get("versions", {})),
-    )
 
 
 def _corpus(folder: Path, figures: list[Path]) -> Page:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,6 +132,25 @@ def rescattering(enabled: bool = True) -> Iterator[None]:
         _SCATTERED = before
 
 
+class DenseGradient:
+    """Adds up the gradients of one dense weight over the forward passes that it listens to."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        """[size], in the order of the flattened weight."""
+        self.of_kernel = False
+
+    def hear(self, gradient: Tensor, *, of_kernel: bool) -> None:
+        """Add one; where a kernel is made of the weight and applied, only those of the kernel."""
+        if self.of_kernel and not of_kernel:
+            return
+        self.of_kernel = of_kernel
+        if self.total is None:
+            self.total = gradient.clone(memory_format=torch.contiguous_format).view(-1)
+        else:
+            self.total += gradient.reshape(-1)
+
+
 class CompactWeight(nn.Module):
     """Parametrization of one weight by its surviving values.
 
@@ -150,12 +170,12 @@ class CompactWeight(nn.Module):
         self.layout = Layout(tuple(mask.shape))
         index = mask.flatten().nonzero().squeeze(1).int()
         self.register_buffer("index", index, persistent=False)
-        digits = bytearray.fromhex(masks.fingerprint({"": mask}))
-        mark = torch.frombuffer(digits, dtype=torch.uint8).to(mask.device)
-        self.register_buffer("fingerprint", mark)
+        self.register_buffer("fingerprint", _mark(mask))
         self.register_buffer("moved", None, persistent=False)
         self.pattern: Pattern | None = None
         """Set where layers multiply with the survivors alone; see cpu_products.py."""
+        self.listener: DenseGradient | None = None
+        """Set while the gradient of the dense weight is wanted; then it is made dense."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,11 +196,36 @@ class CompactWeight(nn.Module):
         same = not self.layout.channels_last or math.prod(self.shape[2:]) == 1
         self.moved = None if same else self.layout.places(self.index)
 
+    @torch.no_grad()
+    def exchange(self, index: Tensor) -> None:
+        """Let other weights survive, as many as before; in place.
+
+        Args:
+            index: where they are in the flattened weight, ascending, [kept].
+        """
+        self.index.copy_(index)
+        if self.moved is not None:
+            self.moved.copy_(self.layout.places(self.index))
+        self.fingerprint.copy_(_mark(self.mask()))
+        if self.pattern is not None:
+            self.pattern = Pattern(self.index, self.shape)
+
     def forward(self, values: Tensor) -> Tensor:
         """Return the weight of shape `self.shape` for values of shape [kept], dense or sparse."""
-        if self.pattern is None or values.device != self.pattern.ends.device:
-            return self.dense(values)
-        return sparse_weight(values, self.pattern, lambda: self.dense(values))
+        return self._made(values, of_kernel=False)
+
+    def masked(self, kernel: Tensor) -> Tensor:
+        """Return a kernel, made of the whole weight, with zeros for all but the survivors."""
+        return self._made(self.right_inverse(kernel), of_kernel=True)
+
+    def _made(self, values: Tensor, *, of_kernel: bool) -> Tensor:
+        sparse = self.pattern is not None and values.device == self.pattern.ends.device
+        if self.listener is None and sparse:
+            return sparse_weight(values, self.pattern, lambda: self.dense(values))  # type: ignore[arg-type]
+        dense = self.dense(values)
+        if self.listener is not None and dense.requires_grad:
+            dense.register_hook(partial(self.listener.hear, of_kernel=of_kernel))
+        return dense
 
     def dense(self, values: Tensor) -> Tensor:
         """Return the dense weight of shape `self.shape` for values of shape [kept]."""
@@ -208,6 +253,12 @@ class CompactWeight(nn.Module):
         """Return the mask: a bool tensor of the weight's shape."""
         flat = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device).view(-1)
         return flat.index_fill_(0, self.index.long(), True).view(self.shape)
+
+
+def _mark(mask: Tensor) -> Tensor:
+    """Return eight bytes that tell a mask from others."""
+    digits = bytearray.fromhex(masks.fingerprint({"": mask}))
+    return torch.frombuffer(digits, dtype=torch.uint8).to(mask.device)
 
 
 @torch.inference_mode(False)
@@ -333,6 +384,12 @@ def compact_weights(model: nn.Module) -> Iterator[tuple[str, CompactWeight]]:
         if isinstance(module, CompactWeight):
             name = path.rpartition(".")[0].replace(MARK, "")
             yield name, module
+
+
+def values_of(model: nn.Module, name: str) -> nn.Parameter:
+    """Return the compact parameter [kept] of a weight, by the name that the dense one had."""
+    module, attribute = owner(unwrapped(model), name)
+    return module.parametrizations[attribute].original  # type: ignore[index, return-value]
 
 
 def dense_name(name: str) -> str:

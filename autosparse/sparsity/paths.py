@@ -5,17 +5,18 @@ Used by criteria that sum over paths, and to tell which weights lie on one (reac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autosparse.core.errors import UsageError, UserError
-from autosparse.models.contract import joined
-from autosparse.models.gradients import copied, of_the_machine
+from autosparse.models.contract import joined, of_the_machine
+from autosparse.models.restore import copied
 from autosparse.models.standardised import as_plain
 from autosparse.models.zoo import CONV_OR_LINEAR, expected_shape
 
@@ -39,6 +40,14 @@ POOLS: dict[type, type] = {nn.MaxPool2d: nn.AvgPool2d, MaxPool2dSame: AvgPool2dS
 """Pools that take the largest value, and those that take the mean of the same ones."""
 SINGLY = ("batch", "instance", "filterresponse", "evonorm2db")
 """Norms that scale every channel by itself, by part of their name."""
+ADDING: dict[str, Callable] = {
+    "sub": torch.add,
+    "subtract": torch.add,
+    "rsub": torch.add,
+    "sub_": Tensor.add_,
+    "subtract_": Tensor.add_,
+}
+"""What takes one tensor from another, by its name in torch, and what adds them."""
 DOUBLED = 64
 """How many blocks are doubled in one test: 2^64 is far from float32's end."""
 
@@ -197,6 +206,27 @@ def _is_pool(module: nn.Module) -> TypeGuard[nn.MaxPool2d]:
 
 def _average_like(pool: nn.MaxPool2d) -> nn.Module:
     return POOLS[type(pool)](pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+class NothingTakenAway(TorchFunctionMode):
+    """Inside, one signal is added to another where it would be taken from it.
+
+    Both are paths. With x + gain * (f(x) - x) those through f and those beside it would cancel:
+    for any gain, once signals are rescaled.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        adding = ADDING.get(getattr(function, "__name__", ""))
+        if adding is not None and all(_is_signal(each) for each in args[:2]):
+            function = adding
+        return function(*args, **(kwargs or {}))
+
+
+def _is_signal(value: Any) -> bool:
+    """Whether it comes from a weight; coordinates and the like do not."""
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def activation_patterns(

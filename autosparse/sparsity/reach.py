@@ -17,17 +17,24 @@ from torch import Tensor, nn
 
 from autosparse.core.memory import keep_freed_blocks
 from autosparse.models import roles
-from autosparse.models.gradients import exactly, note, spend
+from autosparse.models.gradients import note, spend
+from autosparse.models.numerics import exactly
 from autosparse.models.zoo import called, device_of
 from autosparse.sparsity.masks import Masks, keep_counts, top
-from autosparse.sparsity.paths import CannotFollow, followed, only_paths, without_shifts
+from autosparse.sparsity.paths import (
+    CannotFollow,
+    NothingTakenAway,
+    followed,
+    only_paths,
+    without_shifts,
+)
 
 SIDE = 64
 """Of the images by which networks are thinned, where they take smaller ones: paths through a weight
 are the same at any size, but for kernels that see padding only."""
 GAIN = 0.75
-"""Of what is neither weight nor shift, where only being live counts. Not one, for which paths would
-cancel: x + gain * (f(x) - x), (1 - gain) * x + gain * f(x)."""
+"""Of what is neither weight nor shift, where only being live counts. Not one, for which there would
+be no path beside f: (1 - gain) * x + gain * f(x)."""
 ROUNDS = 32
 """In how many rounds a network is thinned, unless said otherwise."""
 
@@ -88,10 +95,10 @@ def within_reach(
     """Return which weights lie on a path, or would if they were kept too.
 
     Every kept weight gets a random positive value. Other parameters are `GAIN`, but zero where they
-    are added to the signal (biases, positions; see roles.py), and norms and activations are left
-    out; where a norm computes with several channels, these hear of each other. A weight is in
-    reach if the gradient of the output by it depends on the image. Signals are rescaled after
-    every module, so that no gate saturates.
+    are added to the signal (biases, positions; see roles.py), norms and activations are left out,
+    and differences of signals are sums; where a norm computes with several channels, these hear of
+    each other. A weight is in reach if the gradient of the output by it depends on the image.
+    Signals are rescaled after every module, so that no gate saturates.
 
     Raises CannotFollow where such a network cannot be computed.
     """
@@ -327,7 +334,7 @@ class _Network:
         """
         if image == 0:
             self.remeasure()
-        with torch.enable_grad(), followed(self.copy):
+        with torch.enable_grad(), followed(self.copy), NothingTakenAway():
             total = _sum(self.copy(self.images[image : image + 1]))
             if not self.finite and not torch.isfinite(total):
                 raise CannotFollow(
@@ -347,17 +354,20 @@ class _Network:
             for name, each in first.items()
         }
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def hears_of_the_image(self) -> dict[str, bool]:
         """Return, by layer in the order of calls, whether its output depends on the image."""
         outputs: dict[str, list[Tensor]] = {}
 
         def record(name: str) -> Callable:
-            return lambda module, given, output: outputs.setdefault(name, []).append(_sum(output))
+            def keep(module: nn.Module, given: Any, output: Any) -> None:
+                outputs.setdefault(name, []).append(_sum(output).detach())
+
+            return keep
 
         hooks = [called(self.copy, n).register_forward_hook(record(n)) for n in self.weights]
         self.remeasure()
-        with followed(self.copy):
+        with followed(self.copy), NothingTakenAway():
             for image in self.images.split(1):
                 self.copy(image)
         for hook in hooks:

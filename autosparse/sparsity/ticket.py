@@ -21,6 +21,10 @@ from autosparse.sparsity import masks as masks_module
 from autosparse.sparsity.compact import compact_weights, dense_name, hold_compact
 
 FORMAT = 1
+TOPOLOGY = "autosparse_topology"
+"""Attribute of a model: how its masks have changed in training, for the card."""
+MASKS = "autosparse_masks"
+"""Attribute of a model: the masks of ordinary weights that were pruned in training, by name."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +89,24 @@ class Ticket:
         card: dict[str, Any],
         state: dict[str, Tensor] | None = None,
     ) -> Ticket:
-        """Take the values of a (trained) compact model that was made from `start`.
+        """Take masks and values of a (trained) compact model that was made from `start`.
 
         `state` is the model's whole state dict, where the model itself holds only a part of it
-        (ZeRO) or another precision.
+        (ZeRO) or another precision. If the masks have changed in training, the card gets what the
+        model remembers of that (see training/topology).
         """
         state = state or unwrapped(model).state_dict()
         state = {dense_name(name): tensor.detach().cpu() for name, tensor in state.items()}
-        made_compact = {name for name, _ in compact_weights(model)}
+        made_compact = {name: weight.mask().cpu() for name, weight in compact_weights(model)}
+        pruned = {name: m.bool().cpu() for name, m in getattr(unwrapped(model), MASKS, {}).items()}
+        masks = start.masks | {n: m for n, m in (pruned | made_compact).items() if n in start.masks}
         values = {
             name: state[name].clone() if name in made_compact else state[name][mask].clone()
-            for name, mask in start.masks.items()
+            for name, mask in masks.items()
         }
         rest = {name: state[name].clone() for name in start.rest}
-        return cls(start.masks, values, rest, card)
+        changes = getattr(unwrapped(model), TOPOLOGY, None)
+        return cls(masks, values, rest, {**card, "topology": changes} if changes else card)
 
     def with_card(self, **entries: Any) -> Ticket:
         """Return the same ticket with more entries on its card."""

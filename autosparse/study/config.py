@@ -1,9 +1,9 @@
-"""Settings of trainings, comparisons and sweeps of tickets."""
+"""Settings of trainings of tickets, and of studies: comparisons and sweeps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from autosparse.core.config import local
 from autosparse.criteria.config import PruneConfig, ScoringConfig
@@ -84,11 +84,16 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class StudyConfig:
     """Train the tickets of several criteria and their twins, and say what makes the difference."""
+
+    # The file of settings, table and results; no setting.
+    report: ClassVar[str] = "comparison.json"
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    models: list[ModelConfig] = local([])
+    """Several models, in place of that one."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     criteria: list[str] | str = "snip,synflow,magnitude"
@@ -105,58 +110,24 @@ class CompareConfig:
     """Controls to train: shuffled, reinitialised, inverted; erk and uniform at the same budget."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How everything is trained."""
-    scope: str = "global"
-    """Over what scores are compared: global or layer."""
-    allocation: str | None = None
-    """Whose layer densities to use: uniform, or another criterion's name; by default its own."""
-    allocation_options: dict[str, Any] = field(default_factory=dict)
-    """Options of that other criterion."""
-    guard: str = "layer"
-    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
-    in every layer and as few as can be off all paths from input to output (live)."""
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    """What scores are computed on."""
-    device: str = local("auto")
-    """auto, cpu, cuda …"""
-    tracking: bool = local(True)
-    """Log to MLflow."""
-    out: str = local("comparison")
-    """Folder for tickets, results, table and figure."""
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Train tickets of many models, criteria, sparsities, seeds and options with Ray Tune."""
-
-    models: list[ModelConfig] = field(default_factory=lambda: [ModelConfig()])
-    """The models."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
-    criteria: list[str] | str = "snip,synflow,magnitude"
-    """Criteria, `irp`, or labels that `options` explains; a list, or with commas."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Label -> options; {fast: {criterion: synflow, rounds: 10}} makes a label of your own."""
-    sparsities: list[float] | float | str = "0.8,0.9,0.95"
-    """Sparsities; a list, or with commas."""
-    seeds: list[int] | int | str = "0,1"
-    """Seeds; a list, or with commas."""
-    twins: list[str] = field(default_factory=list)
-    """Controls to train too: shuffled, reinitialised, inverted, erk, uniform (see compare)."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How everything is trained."""
-    variations: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    """Grid: what differs from `training`, each tried, e.g. [{}, {learning_rate: 0.01}]."""
-    search: str = "grid"
+    axes: dict[str, Any] = local({})
+    """More axes: dotted setting -> list of values, each tried with each, e.g.
+    {training.learning_rate: [0.003, 0.01], data.augment: [none, flip]}."""
+    variations: list[dict[str, Any]] = local([{}])
+    """Settings tried together, e.g. [{}, {optimizer: sgd, learning_rate: 0.1}]; a key without a
+    dot is one of `training`."""
+    search: str = local("grid")
     """grid: every cell; or optuna: `samples` cells of each model and sparsity, chosen by TPE."""
-    samples: int = 20
+    samples: int = local(20)
     """Optuna: how many cells of each model and sparsity."""
-    space: dict[str, Any] = field(default_factory=dict)
-    """Optuna: training option -> list of choices, or {low: 0.001, high: 0.03, log: true}."""
-    asha: bool = False
-    """Stop the worst early; only cells of one model, sparsity and seed are held against another."""
-    asha_epochs: int = 1
+    space: dict[str, Any] = local({})
+    """Optuna: setting -> list of choices, or {low: 0.001, high: 0.03, log: true}."""
+    asha: bool = local(False)
+    """Stop the worst early; only cells of one model, data, sparsity and seed are held against
+    another."""
+    asha_epochs: int = local(1)
     """ASHA: no cell is stopped before so many epochs."""
-    asha_factor: int = 3
+    asha_factor: int = local(3)
     """ASHA: one in so many goes on from rung to rung."""
     scope: str = "global"
     """Over what scores are compared: global or layer."""
@@ -169,15 +140,38 @@ class SweepConfig:
     in every layer and as few as can be off all paths from input to output (live)."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
-    cpus_per_trial: float = 1.0
+    executor: str = local("local")
+    """local: one cell after another, in this process; ray: several at a time, by Ray Tune; or
+    deepspeed: one after another, each on all GPUs of this machine."""
+    device: str = local("auto")
+    """auto, cpu, cuda … Under Ray a cell has a GPU if gpus_per_trial says so."""
+    cpus_per_trial: float = local(1.0)
     """Ray CPUs of one cell; also its number of threads."""
-    gpus_per_trial: float = 0.0
+    gpus_per_trial: float = local(0.0)
     """Ray GPUs of one cell; may be a fraction, so that several small models share one."""
-    memory_gb_per_trial: float = 0.0
+    memory_gb_per_trial: float = local(0.0)
     """Memory of one cell that Ray keeps free for it, in GB; 0: not looked at."""
-    tracking: bool = True
-    """Log to MLflow: a run for the sweep, and one nested in it for every cell."""
-    dry_run: bool = False
+    tracking: bool = local(True)
+    """Log to MLflow: a run for the study, and one nested in it for every cell."""
+    dry_run: bool = local(False)
     """Print the cells, which are finished, and about what the rest costs; then stop."""
-    out: str = "sweep"
-    """Folder for tickets, results, table, figures and report; shared by the nodes of a cluster."""
+    out: str = local("comparison")
+    """Folder for tickets, results, table, figures and page; shared by the nodes of a cluster."""
+
+
+@dataclass(frozen=True)
+class SweepConfig(StudyConfig):
+    """Train tickets of many models, criteria, sparsities, seeds and options with Ray Tune."""
+
+    report: ClassVar[str] = "sweep.json"
+
+    sparsities: list[float] | float | str = "0.8,0.9,0.95"
+    """Sparsities; a list, or with commas."""
+    seeds: list[int] | int | str = "0,1"
+    """Seeds; a list, or with commas."""
+    twins: list[str] = field(default_factory=list)
+    """Controls to train too: shuffled, reinitialised, inverted, erk, uniform (see compare)."""
+    executor: str = local("ray")
+    """ray: several cells at a time, by Ray Tune; or local, or deepspeed (see compare)."""
+    out: str = local("sweep")
+    """Folder for tickets, results, table, figures and page; shared by the nodes of a cluster."""

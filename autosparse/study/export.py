@@ -10,6 +10,7 @@ from torch import nn
 
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import write_tensors
+from autosparse.core.locks import claimed
 from autosparse.models import zoo
 from autosparse.models.standardised import differs_from_plain
 from autosparse.sparsity.compact import densify
@@ -51,11 +52,20 @@ def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> d
         `slimmed`: without the units that have no effect.
     slim: the same smaller network as a program of plain PyTorch, for `torch.export.load`.
     ticket: the ticket itself, e.g. to train on from trained values.
+
+    Raises UsageError if another process is writing the same file.
     """
     if kind not in FORMATS:
         raise unknown("format", kind, FORMATS)
     if slimmed and kind not in ("onnx", "slim"):
         raise UsageError(f"--slim goes with --format onnx or slim, not with {kind}")
+    with claimed(path.parent, name=f"{path.name}.claim"):
+        told = _write(ticket, kind, path, slimmed or kind == "slim")
+    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept, **told}
+
+
+def _write(ticket: Ticket, kind: str, path: Path, slimmed: bool) -> dict[str, Any]:
+    """Write the file; return what is worth telling of how it was made."""
     told: dict[str, Any] = {}
     if kind == "ticket":
         ticket.save(path)
@@ -68,11 +78,11 @@ def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> d
         recipe = ticket.card["model"]
         images = torch.zeros(2, recipe["in_chans"], recipe["image_size"], recipe["image_size"])
         model = dense_model(ticket)
-        if slimmed or kind == "slim":
+        if slimmed:
             model = slim(model, images)
             told["parameters"] = model.slimmed["parameters"]  # type: ignore[index]
         (write_onnx if kind == "onnx" else write_program)(model, images, path)
-    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept, **told}
+    return told
 
 
 def _check_plain(model: nn.Module, name: str) -> None:

@@ -27,7 +27,15 @@ from autosparse.models import zoo
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
 from autosparse.study.config import SparseTrainConfig
-from autosparse.training.loop import Span, Watch, evaluate, fit, seeded, steps_per_epoch
+from autosparse.training.loop import (
+    Span,
+    Watch,
+    evaluate,
+    fit,
+    seeded,
+    steps_per_epoch,
+    training_images,
+)
 from autosparse.training.steppers import Epoch, Ranks, Stepper
 
 TRAINED = "trained.safetensors"
@@ -178,7 +186,7 @@ class _Training:
         test = evaluate(stepper.evaluated(), source, source.test, ranks, self.config.training)
         state = stepper.state_dict()
         result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
-        result["training_passes"] = steps * config.training.epochs * config.training.batch_size
+        result["training_passes"] = training_images(source.train, config.training, ranks.world_size)
         result["device"] = zoo.device_name(zoo.device_of(model))
         result["data_fingerprint"] = source.fingerprint
         result["test_fingerprint"] = test_fingerprint(source)

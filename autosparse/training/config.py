@@ -33,12 +33,34 @@ class TrainingConfig:
     """Weight decay; biases and norms are exempt, compact weights are not."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for the optimizer, e.g. {momentum: 0.9}."""
+    optimizer_wrapper: str = "none"
+    """What sparse training adds to the optimizer: none, ham, sign_in or sparseopt."""
+    optimizer_wrapper_options: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments, e.g. {alpha: 100, beta: 0.001} for ham."""
     bias_rate: float = 1.0
     """Factor on the learning rate of the norms' biases (64 in airbench, arXiv 2404.00498)."""
     schedule: str = "cosine"
     """cosine, tanh, poly (timm's), or none: a constant rate."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up, counted in the total."""
+    topology: str = "static"
+    """Which weights survive: static, as the ticket says; set, rigl, mest: some are exchanged in
+    training, as many in every layer as before; gmp, ac_dc: from the dense model to a sparse one."""
+    topology_every: int = 100
+    """Steps from one exchange to the next; gmp: from mask to mask; ac_dc: of a phase."""
+    topology_fraction: float = 0.3
+    """Share of each layer's survivors that an exchange replaces at first; falls with a cosine."""
+    topology_until: float = 0.75
+    """Share of the training's steps after which masks stay as they are."""
+    topology_sparsity: float = 0.9
+    """gmp and ac_dc: sparsity at the end."""
+    topology_grow_from: str = "auto"
+    """Where others come: gradient (the largest of the dense weight), random, or auto: gradient for
+    rigl, random for set and mest."""
+    topology_on_paths: bool = False
+    """Let only such come as lie on a path from input to output; holds a dense copy on the CPU."""
+    topology_gradient_weight: float = 1.0
+    """mest: what goes has the least |weight| + this times |gradient|."""
     clip_grad: float | None = None
     """Largest norm of the gradient; none by default."""
     label_smoothing: float = 0.0

@@ -43,6 +43,11 @@ def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -
     return steps
 
 
+def training_images(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
+    """Return the images of a whole training over all ranks, those of later epochs again."""
+    return steps_per_epoch(train, config, world_size) * config.batch_size * config.epochs
+
+
 @dataclass(frozen=True)
 class Span:
     """Part of a training: from after step `first` (the order of images goes on from there)."""

@@ -19,21 +19,16 @@ from autosparse.models.standardised import keep_mask, mask_kernel, unmask
 from autosparse.models.zoo import owner
 from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.training.config import TrainingConfig
-from autosparse.training.optimizers import optimizer_and_schedule
+from autosparse.training.optimizers import ELEMENTWISE, optimizer_and_schedule
 from autosparse.training.recipe import make_ema
 from autosparse.training.steppers import PlainStepper
-
-ELEMENTWISE = (
-    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "momentumw", "adam", "adamw", "nadam",
-    "nadamw", "radam", "adamax", "adadelta", "adagrad", "rmsprop", "rmsproptf", "lion",
-)  # fmt: skip
-"""Optimizers that treat every weight by itself: for the others a weight's shape, or the norm of a
-layer, makes a difference, and compact weights are 1-D."""
+from autosparse.training.topology.moving import STATIC
 
 
 def can_train(config: TrainingConfig) -> bool:
     """Return whether masked weights are trained just as compact ones would be."""
-    return config.optimizer in ELEMENTWISE and not config.optimizer_options.get("caution")
+    elementwise = config.optimizer in ELEMENTWISE and not config.optimizer_options.get("caution")
+    return elementwise and config.topology == STATIC and config.optimizer_wrapper != "sparseopt"
 
 
 class MaskedStepper(PlainStepper):
@@ -50,6 +45,10 @@ class MaskedStepper(PlainStepper):
     def __init__(
         self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int, names: list[str]
     ) -> None:
+        if config.topology != STATIC:
+            raise UsageError(
+                f"training.topology {config.topology} exchanges compact weights; these are masked"
+            )
         if not can_train(config):
             raise UsageError(
                 f"optimizer {config.optimizer} does not treat every weight by itself, so that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -14,6 +15,23 @@ from autosparse.core.errors import UsageError
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity.compact import compact_weights, dense_name
 from autosparse.training.config import TrainingConfig
+from autosparse.training.groups import WEIGHTS
+from autosparse.training.wrappers import NONE, wrap
+
+ELEMENTWISE = (
+    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "momentumw", "adam", "adamw", "nadam",
+    "nadamw", "radam", "adamax", "adadelta", "adagrad", "rmsprop", "rmsproptf", "lion",
+)  # fmt: skip
+"""Optimizers that treat every weight by itself: for the others a weight's shape, or the norm of a
+layer, makes a difference, and compact weights are 1-D."""
+STARTS_AT_ONE = "rmsproptf"
+"""Its running mean of squares does; the moments of all other elementwise ones start at zero."""
+
+
+def starts_at_zero(config: TrainingConfig) -> bool:
+    """Return whether all that the optimizer keeps for each weight is known to start at zero."""
+    given = config.optimizer_options.get("initial_accumulator_value")
+    return config.optimizer in ELEMENTWISE and config.optimizer != STARTS_AT_ONE and not given
 
 
 def optimizer_and_schedule(
@@ -25,9 +43,13 @@ def optimizer_and_schedule(
     the groups are made here.
     """
     norm_biases = config.learning_rate * config.bias_rate if config.bias_rate != 1 else None
+    groups = parameter_groups(model, config.weight_decay, norm_biases)
+    if config.optimizer_wrapper != NONE:
+        weights = set(_decaying(unwrapped(model)))
+        groups = [{**each, WEIGHTS: each["params"][0] in weights} for each in groups]
     try:
         optimizer = create_optimizer_v2(
-            parameter_groups(model, config.weight_decay, norm_biases),  # type: ignore[arg-type]
+            groups,  # type: ignore[arg-type]
             opt=config.optimizer,
             lr=config.learning_rate,
             weight_decay=0.0,
@@ -35,6 +57,7 @@ def optimizer_and_schedule(
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"optimizer {config.optimizer}: {error}") from None
+    wrap(optimizer, model, config)
     if config.schedule == "none":
         return optimizer, None
     scheduler, _ = create_scheduler_v2(
@@ -82,26 +105,33 @@ def parameter_groups(
         norm_biases: the rate of the biases of norms, which then make a third group.
     """
     model = unwrapped(model)
-    exempt = set(getattr(model, "no_weight_decay", set)())
-    compact = {name for name, _ in compact_weights(model)}
     apart = _norm_biases(model) if norm_biases is not None else set()
+    weights = set(_decaying(model))
     decay, none, fast = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = dense_name(name)
-        spared = any(fnmatch(each, pattern) for each in (name, plain) for pattern in exempt)
-        decays = (parameter.ndim > 1 or plain in compact) and not spared
         if name in apart:
             fast.append(parameter)
         else:
-            (decay if decays else none).append(parameter)
+            (decay if parameter in weights else none).append(parameter)
     groups = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": none, "weight_decay": 0.0},
         {"params": fast, "weight_decay": 0.0, "lr": norm_biases},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _decaying(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield weights, compact ones too, but for what the model's `no_weight_decay()` names."""
+    exempt = set(getattr(model, "no_weight_decay", set)())
+    compact = {name for name, _ in compact_weights(model)}
+    for name, parameter in model.named_parameters():
+        plain = dense_name(name)
+        spared = any(fnmatch(each, pattern) for each in (name, plain) for pattern in exempt)
+        if (parameter.ndim > 1 or plain in compact) and not spared:
+            yield parameter
 
 
 def _norm_biases(model: nn.Module) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,6 +28,10 @@ from autosparse.training.config import TrainingConfig
 from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
+from autosparse.training.topology import chosen
+from autosparse.training.topology.chosen import topology_of
+from autosparse.training.topology.gradual import Gradual
+from autosparse.training.topology.kept import KeptHere
 
 Answer = TypeVar("Answer")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -156,6 +161,7 @@ class PlainStepper:
         set_up(model, config)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, config, steps_per_epoch)
         self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
+        self.topology = topology_of(model, config, config.epochs * steps_per_epoch)
         self.updates, self.settings = 0, {}
         self.network = torch.compile(model) if config.compile else model
         self.scattered = scatterer(model, config, device_of(model))
@@ -166,14 +172,15 @@ class PlainStepper:
         drawn = step_seed(self.seed, self.updates)
         seed_step(drawn, images.device)
         images, targets = self.recipe.mix(images, labels, drawn)
-        with (
-            autocast(self.config, images.device),
-            rescattering(self.config.rescatter),
-            self.scattered(),
-        ):
-            outputs = in_single(outputs_of(self.network, images))
-        loss = self.recipe.loss(outputs, images, targets)
-        loss.backward()
+        with self.topology.listening(self.updates):
+            with (
+                autocast(self.config, images.device),
+                rescattering(self.config.rescatter),
+                nullcontext() if self.topology.hears(self.updates) else self.scattered(),
+            ):
+                outputs = in_single(outputs_of(self.network, images))
+            loss = self.recipe.loss(outputs, images, targets)
+            loss.backward()
         self.after_backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -184,13 +191,27 @@ class PlainStepper:
         advance(self.scheduler, self.updates)
         if self.ema is not None:
             self.ema.update(self.model, self.updates)
+        if self.topology.due(self.updates - 1):
+            self.exchange(images)
         return loss.detach()
+
+    def exchange(self, images: Tensor) -> None:
+        """Let other weights survive from now on (`training.topology`)."""
+        average = None if self.ema is None else self.ema.module
+        kept, shape = KeptHere(self.optimizer), tuple(images.shape[1:])
+        self.topology.exchange(self.updates, self.seed, kept, shape, average)
+        self.scattered = nullcontext  # Its memory goes before the new one's is there.
+        self.scattered = scatterer(self.model, self.config, device_of(self.model))
 
     def after_backward(self) -> None:
         """Called when gradients are there, before they are clipped."""
+        if isinstance(self.topology, Gradual):
+            self.topology.after_backward()
 
     def after_update(self) -> None:
         """Called when the optimizer has changed the parameters."""
+        if isinstance(self.topology, Gradual):
+            self.topology.after_update()
 
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
@@ -208,6 +229,7 @@ class PlainStepper:
             "updates": self.updates,
             "history": history.state(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "topology": (self.topology.indices(), self.topology.history),
         }
         whole = io.BytesIO()
         torch.save(state, whole)
@@ -219,6 +241,11 @@ class PlainStepper:
             return None
         # On the CPU: an optimizer's counters of steps that lie on a GPU hold every step up.
         state = torch.load(path, map_location="cpu", weights_only=True)
+        indices, history = state.get("topology") or ({}, [])
+        if indices:
+            average = None if self.ema is None else self.ema.module
+            self.topology.restore(indices, history, average)
+            self.scattered = scatterer(self.model, self.config, device_of(self.model))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -269,6 +296,7 @@ def check(config: TrainingConfig) -> None:
             "leave one of them out"
         )
     recipe.check(config)
+    chosen.check(config)
 
 
 def check_whole(config: TrainingConfig, world_size: int = 1) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosparse.autos import fit, fit_heads, table
+from autosparse.autos import fit, fit_heads
 from autosparse.autos.config import FitConfig
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
@@ -84,24 +84,3 @@ def test_calibration_by_hand() -> None:
     # log2(1/2) is one above log2(1/4), for both.
     errors = fit_heads.allocation_error(network.heads, [layers])
     assert errors == {"autos": pytest.approx(1.0), "erk": pytest.approx(1.0)}
-
-
-def test_a_resnet18_is_saved_as_its_table(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table, "GRID", 9)
-    config = FitConfig(
-        corpus=str(corpus), features="paper", backbone="resnet18", rows_per_run=64, epochs=1,
-        batch_size=64,
-    )  # fmt: skip
-    network = fit.fit(config)
-    network.save(tmp_path / "autos")
-    loaded = AutoS.load(tmp_path / "autos")
-    assert loaded.fingerprint == network.fingerprint
-    assert (tmp_path / "autos").stat().st_size < 500_000
-    weights = {"a": torch.randn(3, 4)}
-    gradients = {"a": torch.randn(3, 4)}
-    scores = loaded.score(weights, gradients)["a"]
-    assert torch.equal(scores, network.score(weights, gradients)["a"])
-    assert scores.shape == (3, 4)
-    assert set(network.card["table"]) >= {"max_error", "mean_error"}

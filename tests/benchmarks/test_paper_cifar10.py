@@ -14,6 +14,7 @@ from autosparse.core.errors import UsageError
 from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig
+from autosparse.irp.levels import COMPACT, MASKED
 from benchmarks import paper_cifar10
 from benchmarks.paper_cifar10 import Clock, PaperConfig, Study, do, nearest, rows, table
 
@@ -102,9 +103,10 @@ class Steps(Clock):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [irp.MASKED, irp.COMPACT])
+@pytest.mark.parametrize("way", [MASKED, COMPACT])
 def test_pieces_add_up_and_are_found_again(tmp_path: Path, monkeypatch, way: str) -> None:
-    monkeypatch.setattr(irp, "way_on", lambda *_: way)
+    for module in (irp, paper_cifar10):
+        monkeypatch.setattr(module, "way_on", lambda *_: way)
     (tmp_path / "small.yaml").write_text(SMALL)
     config = main.parse(PaperConfig, ["--config", str(tmp_path / "small.yaml")], "paper", None)
     seen, finished = [], False

@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -290,6 +289,16 @@ def test_a_setting_that_is_no_yes_or_no_needs_a_value():
         parsed(PruneConfig, "--sparsity", "--seed", "1")
 
 
+@pytest.mark.parametrize("word", ["no", "Yes", "on", "OFF", "y"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_settings_of_any_type_take_a_word_for_a_word(word, equals):
+    """A scorer's folder may be called no; YAML 1.1 takes that for false."""
+    given = ["--options.scorer", word]
+    found = parsed(PruneConfig, *(["=".join(given)] if equals else given), "--options.gate", "true")
+    assert found.options == {"scorer": word, "gate": True}
+    assert parsed(PruneConfig, "--model.options.name", word).model.options == {"name": word}
+
+
 def test_flags_and_configs_are_taken_in_their_order(folder):
     (folder / "a.yaml").write_text("sparsity: 0.5")
     after = parsed(PruneConfig, "--config", "a.yaml", "--sparsity", "0.9")
@@ -360,14 +369,11 @@ def grown(folder) -> Path:
         (["index"], ["index takes one corpus folder"]),
         (["report", "a", "b"], ["report takes one corpus folder"]),
         (["merge", "grown"], ["merge takes one or more corpora and the corpus to copy"]),
-        (["export-parquet", "grown"], ["export-parquet takes a corpus and the file to write"]),
-        (["export-parquet", "grown", "a", "b"], ["export-parquet takes a corpus and the file"]),
         (["ls", "nowhere"], ["no corpus at nowhere"]),
         (["verify", "nowhere"], ["no corpus at nowhere"]),
         (["index", "nowhere"], ["no corpus at nowhere"]),
         (["report", "nowhere"], ["no corpus at nowhere"]),
         (["merge", "grown", "nowhere", "all"], ["no corpus at nowhere"]),
-        (["export-parquet", "nowhere", "w.parquet"], ["no corpus at nowhere"]),
         (["ls", "s4://bucket/corpus"], ["cannot open s4://bucket/corpus"]),
         (["ls", "--all", "grown"], ["paths only, not --all"]),
     ],
@@ -470,12 +476,6 @@ def test_corpus_merge(grown, folder, capsys):
     (line,) = said.err.splitlines()
     assert line.startswith("error: 1 runs copied; run run1: run.safetensors: parameter b.weight")
     assert sorted(path.name for path in (folder / "more").iterdir()) == ["index.parquet", "run2"]
-
-
-def test_corpus_export_parquet(grown, folder, capsys):
-    assert run("corpus", "export-parquet", "grown", "w.parquet") == 0
-    assert capsys.readouterr().out == "w.parquet: 14 weights\n"
-    assert pyarrow.parquet.read_metadata(folder / "w.parquet").num_rows == 14
 
 
 def test_corpus_report_draws_figures(folder, capsys):

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
 
@@ -14,8 +13,8 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, write_json, write_tensors
 from autosparse.corpus import store, upkeep
 from autosparse.corpus.store import FINISHED, RUN, Corpus
-from autosparse.corpus.upkeep import export_parquet, merge, verify
-from tests.conftest import flip, tiny_run
+from autosparse.corpus.upkeep import merge, verify
+from tests.conftest import flip, holder, tiny_run
 
 
 @pytest.fixture()
@@ -205,6 +204,18 @@ def test_merge_copies_finished_runs_and_finds_them_again(folder: Path, tmp_path:
     assert merge([folder, more], into) == ([], ["run1", "run2", "run3"])
 
 
+def test_merge_leaves_a_run_alone_that_another_process_makes(folder: Path, tmp_path: Path) -> None:
+    into = tmp_path / "all"
+    with holder(into / "run1") as process:
+        with pytest.raises(
+            RunFailed, match=f"^1 runs copied; .*run1 is being worked on .*{process.pid}"
+        ):
+            merge([folder], into)
+        assert [path.name for path in (into / "run1").iterdir()] == ["claim.json"]
+    assert merge([folder], into) == (["run1"], ["run2"])
+    assert not list(into.glob("*/claim.json"))
+
+
 def test_merge_leaves_out_what_is_damaged(folder: Path, tmp_path: Path) -> None:
     flip(folder / "run1" / RUN, -1)
     with pytest.raises(RunFailed, match=r"^1 runs copied; run run1: run\.safetensors: parameter"):
@@ -264,54 +275,6 @@ def test_merge_and_verify_between_places(folder: Path, remote: Path, tmp_path: P
     path.write_bytes(path.read_bytes()[:-1])
     (line,) = problems(remote)
     assert line.startswith("run run2: run.safetensors: ")
-
-
-# export-parquet
-
-
-def test_parquet_has_a_row_per_weight(folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "weights.parquet"
-    assert export_parquet(folder, file) == 14
-    rows = pyarrow.parquet.read_table(file).to_pylist()
-    run = Corpus(folder).read("run1")
-    expected = [
-        {
-            "run_id": run_id, "model": "m", "parameter": name, "position": position,
-            "initial": float(run.initial[name].flatten()[position]),
-            "survival": int(run.survival[name].flatten()[position]), "levels": 2,
-        }
-        for run_id in ("run1", "run2")
-        for name, count in (("a.weight", 4), ("b.weight", 3))
-        for position in range(count)
-    ]  # fmt: skip
-    assert rows == expected
-    assert [row["survival"] for row in rows[:7]] == [0, 1, 2, 2, 2, 0, 1]
-    assert [row["initial"] for row in rows[:7]] == [0.5, -1.0, 2.0, 0.25, 3.0, -4.0, 5.0]
-
-
-def test_parquet_can_be_read_a_parameter_at_a_time(folder: Path, tmp_path: Path) -> None:
-    export_parquet(folder, tmp_path / "weights.parquet")
-    file = pyarrow.parquet.ParquetFile(tmp_path / "weights.parquet")
-    assert [file.read_row_group(group).num_rows for group in range(file.num_row_groups)] == [
-        4, 3, 4, 3,
-    ]  # fmt: skip
-    types = {field.name: str(field.type) for field in file.schema_arrow}
-    assert types["initial"] == "float"
-    assert types["survival"] == types["levels"] == "uint8"
-
-
-def test_parquet_of_a_damaged_corpus_is_not_written(folder: Path, tmp_path: Path) -> None:
-    flip(folder / "run2" / RUN, -1)
-    with pytest.raises(UsageError, match=r"run2/run\.safetensors"):
-        export_parquet(folder, tmp_path / "weights.parquet")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
-
-
-def test_parquet_from_and_to_a_remote_place(folder: Path, remote: Path, tmp_path: Path) -> None:
-    merge([folder], remote)
-    assert export_parquet(remote, remote / "w.parquet") == 14
-    export_parquet(folder, tmp_path / "w.parquet")
-    assert (remote / "w.parquet").read_bytes() == (tmp_path / "w.parquet").read_bytes()
 
 
 def test_a_problem_is_one_line() -> None:

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from autosparse import criteria
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
-from autosparse.criteria.autos import PRETRAINED, counts, lifted, settled
+from autosparse.criteria import short_irp as levels
+from autosparse.criteria.autos import PRETRAINED, counts, lifted
 from autosparse.models.gradients import mean_gradients
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
@@ -44,31 +45,34 @@ def scorer(tmp_path: Path) -> AutoS:
     return network
 
 
-def test_settled_scores_give_the_counts_even_with_ties() -> None:
-    scores = {"a": torch.tensor([[1.0, 1.0], [1.0, 0.0]]), "b": torch.tensor([[-5.0, -7.0, -6.0]])}
-    found = settled(scores, {"a": 2, "b": 1})
-    assert (found["a"] > 0).tolist() == [[True, True], [False, False]]
-    assert (found["b"] > 0).tolist() == [[True, False, False]]
-    whole = masks.from_scores(found, 4 / 7)
-    assert all(torch.equal(whole[name], found[name] > 0) for name in found)
-
-
-@pytest.mark.parametrize("choice", ["live", "random", "top", "sampled"])
+@pytest.mark.parametrize("choice", ["live", "random"])
 def test_layers_keep_what_is_expected(choice: str, scorer: AutoS, tmp_path: Path) -> None:
     model, options = net(), {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
     autos = criteria.get("autos")
-    found = autos(model, data(), cross_entropy, choice=choice, **options)
+    chosen = autos(model, data(), cross_entropy, choice=choice, **options)
     weights = prunable(model)
     gradients = mean_gradients(model.train(), weights, data(), cross_entropy)
-    scores, densities = scorer.rate(weights, gradients, 0.1)
-    kept = counts(densities, weights, 0.9)
+    lift = lifted(model, weights, data(), autos.options["reuse"])
+    kept = counts(scorer.layer_densities(weights, gradients, 0.1, lift), weights, 0.9)
     assert sum(kept.values()) == 153
-    chosen = masks.from_scores(found, 0.9)
     assert {name: int(mask.sum()) for name, mask in chosen.items()} == kept
-    top = masks.keep_counts(scores, kept)
-    assert all(torch.equal(chosen[n], top[n]) for n in top) == (choice == "top")
     again = autos(model, data(), cross_entropy, choice=choice, seed=1, **options)
-    assert all(torch.equal(found[n], again[n]) for n in found) == (choice == "top")
+    assert not any(torch.equal(chosen[n], again[n]) for n in chosen)
+
+
+def test_any_weights_of_a_layer_are_drawn_alike(scorer: AutoS, tmp_path: Path) -> None:
+    """Over many seeds each weight of a layer is chosen as often as its density says."""
+    path = str(tmp_path / "autos.safetensors")
+    found = [
+        criteria.get("autos")(
+            net(), data(1), cross_entropy, scorer=path, sparsity=0.5, choice="random", seed=seed
+        )["2.weight"]
+        for seed in range(200)
+    ]
+    often = torch.stack(found).double().mean(0)
+    density = float(found[0].double().mean())
+    spread = (density * (1 - density) / 200) ** 0.5
+    assert (often - density).abs().max() < 5 * spread  # Of 1,200 weights.
 
 
 def test_what_is_chosen_lies_on_paths(scorer: AutoS, tmp_path: Path) -> None:
@@ -77,14 +81,15 @@ def test_what_is_chosen_lies_on_paths(scorer: AutoS, tmp_path: Path) -> None:
     carried = {}
     for choice in ("live", "random"):
         model = net()
-        scores = criteria.get("autos")(model, data(), cross_entropy, choice=choice, **options)
-        chosen = masks.from_scores(scores, 0.95)
+        chosen = criteria.get("autos")(model, data(), cross_entropy, choice=choice, **options)
         carried[choice] = masks.kept(reach.live(model, chosen, (6,))) / masks.kept(chosen)
     assert carried["live"] == 1 and carried["random"] < 0.9
 
 
 @pytest.mark.parametrize("name", ["autos", "autos_irp"])
-def test_where_paths_cannot_be_followed_scores_decide(name: str, scorer: AutoS, tmp_path) -> None:
+def test_where_paths_cannot_be_followed_any_weights_are_drawn(
+    name: str, scorer: AutoS, tmp_path
+) -> None:
     class Rounding(nn.Module):
         def forward(self, signal: Tensor) -> Tensor:
             if signal.dtype == torch.float32 and signal.amin() < 0:
@@ -96,32 +101,16 @@ def test_where_paths_cannot_be_followed_scores_decide(name: str, scorer: AutoS, 
     path = str(tmp_path / "autos.safetensors")
     with pytest.warns(UserWarning, match="paths through Sequential cannot be followed"):
         found = criteria.get(name)(model, data(), cross_entropy, scorer=path, sparsity=0.9, **steps)
-    assert sum(int((score >= 0).sum()) for score in found.values()) == 153
-
-
-def test_sampling_draws_in_proportion(scorer: AutoS, tmp_path: Path) -> None:
-    """Cold: nearly the top. Of weights that differ only in odds, the likelier is drawn oftener."""
-    options = {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
-    autos = criteria.get("autos")
-    top = masks.from_scores(autos(net(), data(), cross_entropy, choice="top", **options), 0.9)
-    shared = {}
-    for temperature in (1e-3, 1.0, 1e3):
-        scores = autos(
-            net(), data(), cross_entropy, choice="sampled", temperature=temperature, **options
-        )
-        chosen = masks.from_scores(scores, 0.9)
-        shared[temperature] = masks.kept({n: mask & top[n] for n, mask in chosen.items()})
-    assert shared[1e-3] >= 150
-    assert shared[1e-3] > shared[1.0] > shared[1e3]
+    assert masks.kept(found) == 153
 
 
 def test_refusals(scorer: AutoS, tmp_path: Path) -> None:
     path = str(tmp_path / "autos.safetensors")
     autos = criteria.get("autos")
-    with pytest.raises(UsageError, match=r"'tpo'.*'top'"):
-        autos(net(), data(), cross_entropy, scorer=path, sparsity=0.9, choice="tpo")
-    with pytest.raises(UsageError, match="temperature"):
-        autos(net(), data(), cross_entropy, scorer=path, sparsity=0.9, temperature=0.0)
+    with pytest.raises(UsageError, match=r"'lvie'.*'live'"):
+        autos(net(), data(), cross_entropy, scorer=path, sparsity=0.9, choice="lvie")
+    with pytest.raises(UsageError, match="unknown option of autos 'temperature'"):
+        autos(net(), data(), cross_entropy, scorer=path, sparsity=0.9, temperature=1.0)
     AutoS("paper", [3]).save(path)
     with pytest.raises(UsageError, match="head survival"):
         criteria.get("autos_irp")(net(), data(), cross_entropy, scorer=path, sparsity=0.9)
@@ -131,7 +120,7 @@ def test_the_packages_own_file_is_used_and_small() -> None:
     assert PRETRAINED.stat().st_size < 1_000_000
     assert AutoS.load(PRETRAINED).head == "survival"
     found = criteria.get("autos")(net(), data(), cross_entropy, sparsity=0.9)
-    assert sum(int((score > 0).sum()) for score in found.values()) == 153
+    assert masks.kept(found) == 153
 
 
 def test_reuse_favours_layers_that_see_many_places(scorer: AutoS, tmp_path: Path) -> None:
@@ -162,7 +151,23 @@ def test_reuse_favours_layers_that_see_many_places(scorer: AutoS, tmp_path: Path
 # AutoS with short levels
 
 
-def test_levels_end_at_autos_counts(scorer: AutoS, tmp_path: Path) -> None:
+def alive_at_levels(monkeypatch: pytest.MonkeyPatch) -> list[masks.Masks]:
+    """Return a list that gets the masks that every level trains."""
+    seen: list[masks.Masks] = []
+    train = levels._trained
+
+    def spy(model, alive, *others):
+        seen.append(alive)
+        return train(model, alive, *others)
+
+    monkeypatch.setattr(levels, "_trained", spy)
+    return seen
+
+
+def test_levels_end_at_autos_counts(
+    scorer: AutoS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = alive_at_levels(monkeypatch)
     options = {"scorer": str(tmp_path / "autos.safetensors"), "sparsity": 0.9}
     model = net()
     found = criteria.get("autos_irp")(
@@ -171,26 +176,26 @@ def test_levels_end_at_autos_counts(scorer: AutoS, tmp_path: Path) -> None:
     weights = prunable(model)
     gradients = mean_gradients(model.train(), weights, data(), cross_entropy)
     kept = counts(scorer.layer_densities(weights, gradients, 0.1), weights, 0.9)
-    assert {name: int((score >= 0).sum()) for name, score in found.items()} == kept
-    values = torch.cat([score.flatten() for score in found.values()])
-    # 1,530 weights: 765 fall at the start, 342 at the square root of 0.1 / 0.5 of what is left.
-    assert int((values == -3).sum()) == 765
-    assert int((values == -2).sum()) == 765 - round(765 * 0.2**0.5)
-    assert int((values >= 0).sum()) == 153
+    assert {name: int(mask.sum()) for name, mask in found.items()} == kept
+    # 1,530 weights: 765 are left at the start, the square root of 0.1 / 0.5 of them after a level.
+    assert [masks.kept(each) for each in trained] == [765, round(765 * 0.2**0.5)]
 
 
-def test_a_steep_level_begins_with_what_lies_on_paths(scorer: AutoS, tmp_path: Path) -> None:
+def test_a_steep_level_begins_with_what_lies_on_paths(
+    scorer: AutoS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One level to 5 % that may fall by 2: a tenth of the weights, on paths, before any step."""
     path = str(tmp_path / "autos.safetensors")
     options = {"scorer": path, "sparsity": 0.95, "levels": 1, "steps_per_level": 2, "fall": 2.0}
+    trained = alive_at_levels(monkeypatch)
     model = net()
     found = criteria.get("autos_irp")(model, data(), cross_entropy, **options)
-    begun = {name: score > -2 for name, score in found.items()}
+    (begun,) = trained
     assert masks.kept(begun) == 153  # Of 1,530.
     assert masks.kept(reach.live(model, begun, (6,))) == 153
-    assert sum(int((score >= 0).sum()) for score in found.values()) == 76
-    other = criteria.get("autos_irp")(net(), data(), cross_entropy, seed=1, **options)
-    assert any(bool((begun[name] != (other[name] > -2)).any()) for name in begun)
+    assert masks.kept(found) == 76
+    criteria.get("autos_irp")(net(), data(), cross_entropy, seed=1, **options)
+    assert any(not torch.equal(begun[name], trained[1][name]) for name in begun)
     with pytest.raises(UsageError, match="fall must be above 1"):
         criteria.get("autos_irp")(model, data(), cross_entropy, **options | {"fall": 1.0})
 
@@ -201,9 +206,8 @@ def test_without_movement_the_initial_weights_rank(scorer: AutoS, tmp_path: Path
         model, data(), cross_entropy, scorer=path, sparsity=0.5, levels=1, steps_per_level=2,
         start=1.0, movement=0.0,
     )  # fmt: skip
-    assert sum(int((score >= 0).sum()) for score in found.values()) == 765
+    assert masks.kept(found) == 765
     for name, weight in prunable(model).items():
-        alive = found[name] >= 0
+        alive = found[name]
         lowest = weight.abs()[alive].min()
         assert not (weight.abs()[~alive] > lowest).any()
-        torch.testing.assert_close(found[name][alive], weight.detach().abs()[alive])

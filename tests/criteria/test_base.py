@@ -18,9 +18,11 @@ from autosparse import criteria
 from autosparse.autos import features
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
+from autosparse.criteria import base
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
+from autosparse.sparsity.counts import keep_count
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -95,19 +97,22 @@ def needed(name: str, scorer: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("exclude", [(), ("4",)], ids=["all", "excluded"])
 @pytest.mark.parametrize("name", criteria.names())
-def test_scores_are_a_finite_tensor_per_prunable_weight(
+def test_a_finite_score_or_a_bool_per_prunable_weight(
     name: str, exclude: tuple[str, ...], scorer: str
 ) -> None:
     model, batches = net_with_everything(), batches_of(8, 5, shape=(1, 8, 8), classes=4)
-    options = needed(name, scorer)
-    scores = criteria.get(name)(model, batches, cross_entropy, exclude=exclude, **options)
+    options, criterion = needed(name, scorer), criteria.get(name)
+    scores = criterion(model, batches, cross_entropy, exclude=exclude, **options)
     parameters = zoo.prunable(model, exclude)
     assert list(scores) == list(parameters)
     for layer, score in scores.items():
         assert score.shape == parameters[layer].shape
-        assert score.is_floating_point()
+        assert score.is_floating_point() or score.dtype == torch.bool
         assert score.isfinite().all()
         assert not score.requires_grad
+    if criterion.makes_choice(options):
+        assert masks.kept(scores) == keep_count(masks.total(scores), 0.7)
+    assert criterion.makes_choice(options) == (name in ("autos_irp", "short_irp"))
 
 
 @pytest.mark.parametrize("name", criteria.names())
@@ -205,6 +210,39 @@ def test_scores_that_are_not_finite_name_criterion_and_layer() -> None:
         model[2].weight[0, 0] = float("nan")
     with pytest.raises(UsageError, match=r"magnitude: the scores of 2\.weight are not finite"):
         criteria.get("magnitude")(model, [], cross_entropy)
+
+
+# Scores or masks
+
+
+def registered(returned: dict[str, Tensor], **promise: Any) -> base.Criterion:
+    return base.Criterion("mine", lambda *_, **__: returned, needs_data=False, **promise)
+
+
+def test_what_a_criterion_returns_is_what_it_is_registered_for() -> None:
+    scores = {"0.weight": torch.rand(2, 3)}
+    chosen = {"0.weight": torch.rand(2, 3) > 0.5}
+    assert registered(scores)(mlp(3, 2), [], cross_entropy).keys() == scores.keys()
+    with pytest.raises(TypeError, match="mine returned masks; register it with chooses=True"):
+        registered(chosen)(mlp(3, 2), [], cross_entropy)
+    with pytest.raises(TypeError, match="mine is registered with chooses, and returned no bool"):
+        registered(scores, chooses=True)(mlp(3, 2), [], cross_entropy)
+
+
+def test_a_choice_of_another_number_than_was_asked_for() -> None:
+    def choose(model, parameters, batches, loss_fn, *, sparsity: float) -> dict[str, Tensor]:
+        return {"0.weight": torch.tensor([[True, False, False], [True, False, True]])}
+
+    mine = base.Criterion("mine", choose, needs_data=False, chooses=True)
+    assert masks.kept(mine(mlp(3, 2), [], cross_entropy, sparsity=0.5)) == 3
+    with pytest.raises(UsageError, match="mine chose 3 of 6 weights, not as many"):
+        mine(mlp(3, 2), [], cross_entropy, sparsity=2 / 3)
+
+
+def test_options_may_decide_whether_a_criterion_chooses(scorer: str) -> None:
+    autos = criteria.get("autos")
+    assert autos.makes_choice({"scorer": scorer.replace("autos.", "heads."), "seed": 1})
+    assert not autos.makes_choice({"scorer": scorer})
 
 
 # Magnitude and random

@@ -13,7 +13,7 @@ from autosparse import prune
 from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.criteria.config import PruneConfig
-from autosparse.study import results
+from autosparse.study import table
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import Cell, train_cell
 from autosparse.training.steppers import PlainStepper
@@ -21,7 +21,7 @@ from tests.conftest import QUICK, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DEAD = r"this ticket is dead: .*, from 2.weight on; prune with guard live"
+DEAD = r"this ticket is dead: .*, from 2.weight on; prune at a lower .* guard live"
 
 
 def cut() -> nn.Module:
@@ -80,19 +80,24 @@ def test_training_says_it_again_or_refuses(digits, tmp_path) -> None:
         train(replace(config, dead="error"))
     with pytest.warns(UserWarning, match=r"^mine: this ticket is dead"):
         result = train(config)
-    (row,) = results.summary([result])
+    (row,) = table.rows([table.placed(result)])
     assert row["dead"] == 1
 
 
 def test_tables_mark_the_rows(capsys) -> None:
     usual = {
-        "model": "m", "criterion": "snip", "sparsity": 0.9, "test_accuracy": 0.5, "parameters": 1,
-        "checkpoint_bytes": 1, "seconds": 1.0, "prune_seconds": 1.0, "effective_density": 0.05,
+        "model": "m", "criterion": "snip", "sparsity": 0.9, "seed": 0,
+        "test_accuracy": 0.5, "parameters": 1, "checkpoint_bytes": 1, "seconds": 1.0,
+        "prune_seconds": 1.0, "effective_density": 0.05,
     }  # fmt: skip
     dead = {**usual, "effective_density": 0.0}
-    assert results.mark(results.summary([usual])[0]) == ""
-    assert results.mark(results.summary([dead, dead])[0]) == " (dead)"
-    assert results.mark(results.summary([usual, dead])[0]) == " (1 of 2 dead)"
-    assert results.dead([{**usual, "effective_density": None}]) == 0
-    results.show([dead])
+
+    def mark(*results: dict) -> str:
+        return table.mark(table.rows([table.placed(each) for each in results])[0])
+
+    assert mark(usual) == ""
+    assert mark(dead, dead) == " (dead)"
+    assert mark(usual, dead) == " (1 of 2 dead)"
+    assert table.dead([{**usual, "effective_density": None}]) == 0
+    table.show_trainings([dead])
     assert "snip (dead)" in capsys.readouterr().out

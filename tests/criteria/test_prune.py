@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from autosparse import criteria, prune
+from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import base, rounds
-from autosparse.criteria.config import ScoringConfig
+from autosparse.criteria.config import PruneConfig, ScoringConfig
+from autosparse.criteria.prune import check, choose
 from autosparse.criteria.scoring import Selection, score
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
@@ -299,6 +301,86 @@ def test_a_scope_beside_a_selection_is_not_lost(digits: DataSource) -> None:
     both = prune(make_model(), digits, "snip", 0.9, selection=selection, scope="layer")
     expected = prune(make_model(), digits, "snip", 0.9, selection=replace(selection, scope="layer"))
     assert both.fingerprint == expected.fingerprint
+
+
+# Criteria that choose: how scores become masks does not apply
+
+
+CHOICES = {
+    "autos": {},
+    "autos_irp": {"levels": 1, "steps_per_level": 1},
+    "short_irp": {"levels": 1, "steps_per_level": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("selection", "named"),
+    [
+        (Selection(scope="layer"), "scope layer"),
+        (Selection(allocation="erk"), "allocation erk"),
+        (Selection(allocation="uniform"), "allocation uniform"),
+        (Selection(guard="channel"), "guard channel"),
+        (Selection(guard="none"), "guard none"),
+        (Selection(guard="live"), "guard live"),
+        (Selection(pattern="2:4"), "pattern 2:4"),
+    ],
+)
+@pytest.mark.parametrize("criterion", CHOICES)
+def test_a_choice_is_not_overridden(criterion: str, selection: Selection, named: str) -> None:
+    said = rf"^criterion {criterion} chooses the weights itself, so {named} does not apply; .*snip"
+    with pytest.raises(UsageError, match=said):
+        prune(make_model(), "digits", criterion, 0.9, selection=selection)
+    config = PruneConfig(
+        criterion=criterion, scope=selection.scope, allocation=selection.allocation,
+        guard=selection.guard, pattern=selection.pattern,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=said):
+        check(config)
+
+
+def test_scores_of_a_single_head_follow_every_selection(digits: DataSource, tmp_path) -> None:
+    torch.manual_seed(0)
+    AutoS("paper", [3]).save(tmp_path / "paper.safetensors")
+    options = {"scorer": str(tmp_path / "paper.safetensors")}
+    ticket = prune(make_model(), digits, "autos", 0.75, scope="layer", options=options)
+    assert all(abs(row["kept"] - 0.25 * row["weights"]) <= 1 for row in ticket.table())
+
+
+@pytest.mark.parametrize("criterion", CHOICES)
+def test_the_ticket_has_the_masks_that_were_chosen(digits: DataSource, criterion: str) -> None:
+    model, options = make_model(), CHOICES[criterion]
+    scored, card = score(model, digits, criterion, 0.9, selection=Selection(), options=options)
+    assert scored.masks is not None and not scored.scores
+    assert choose(model, scored, card).fingerprint == masks.fingerprint(scored.masks)
+    assert masks.kept(scored.masks) == keep_count(masks.total(scored.masks), 0.9)
+    assert masks.first_empty(scored.masks) is None
+
+
+def test_a_choice_allocates_too(digits: DataSource) -> None:
+    theirs = prune(make_model(), digits, "autos", 0.9)
+    ticket = prune(make_model(), digits, "snip", 0.9, selection=Selection(allocation="autos"))
+    assert layer_counts(ticket) == layer_counts(theirs)
+    assert ticket.fingerprint != theirs.fingerprint
+    for guard in ("channel", "none"):
+        said = f"allocation autos chooses .* guard {guard} does not apply"
+        with pytest.raises(UsageError, match=said):
+            prune(
+                make_model(), "digits", "snip", selection=Selection(allocation="autos", guard=guard)
+            )
+
+
+@pytest.mark.parametrize(
+    ("selection", "named"),
+    [
+        (Selection(scope="layer"), "scope layer"),
+        (Selection(allocation="snip"), "allocation snip"),
+        (Selection(pattern="2:4"), "pattern 2:4"),
+    ],
+)
+def test_layer_counts_of_erk_are_not_overridden(selection: Selection, named: str) -> None:
+    said = f"^criterion erk settles how much layers keep, so {named} does not apply; .*random"
+    with pytest.raises(UsageError, match=said):
+        prune(make_model(), "digits", "erk", 0.9, selection=selection)
 
 
 # Scoring

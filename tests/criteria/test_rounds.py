@@ -235,6 +235,61 @@ def test_dead_weights_are_never_preferred_to_living_ones(least: int) -> None:
         assert found["b"].tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
 
 
+# Where a round tells nothing
+
+
+def lasting(
+    rows: list[list[Tensor | None]], sparsity: float, size: int = 4
+) -> tuple[list[float], list[float]]:
+    """Two layers of ones, each of which keeps its best weight."""
+    weights, each = {name: torch.ones(size) for name in "ab"}, iter(rows)
+    found = shrink(weights, handing(lambda: next(each)), sparsity, len(rows), lasting=True)
+    return found["a"].tolist(), found["b"].tolist()
+
+
+def test_where_nothing_has_a_gradient_the_last_scores_decide() -> None:
+    # 8, then 4, then 2; the best of a stays all the time.
+    first = [torch.tensor([1.0, 2, 3, 4]), torch.tensor([5.0, 8, 7, 6])]
+    a, b = lasting([first, [None, torch.zeros(4)]], 0.75)
+    assert a == [-2, -2, -2, 4]
+    assert b == [-2, 8, -1, -1]
+
+
+def test_a_layer_without_a_gradient_goes_by_its_last_scores_below_the_others() -> None:
+    # 8, then 4, then 2; in the second round a is cut off: it keeps its best, and that is all.
+    first = [torch.tensor([5.0, 6, 7, 8]), torch.tensor([1.0, 2, 3, 4])]
+    a, b = lasting([first, [torch.zeros(4), torch.full((4,), 1e-30)]], 0.75)
+    assert a[:3] == [-2, -1, -1]
+    assert 0 < a[3] < 1e-30
+    assert b == [-2, -2, -2, pytest.approx(4e-30 / 4)]
+
+
+def test_the_last_scores_go_along_when_the_dead_are_left_behind() -> None:
+    # 40 weights: 19, 9, 4, then 2 stay; with 9 of 40 most are dead.
+    first = [torch.arange(20.0) + 1, torch.arange(20.0) + 21]
+    a, b = lasting([first, [None, None], [None, None], [None, None]], 0.95, 20)
+    assert a == [-4] * 19 + [20]
+    assert b == [-4] * 2 + [-3] * 10 + [-2] * 5 + [-1] * 2 + [40]
+
+
+def test_what_never_had_a_gradient_scores_zero() -> None:
+    # 8, then 6 (8 * 0.5^(1/2) = 5.7), then 4.
+    a, b = lasting([[None, torch.tensor([1.0, 2, 3, 4])] for _ in range(2)], 0.5)
+    assert a == [0, -1, -2, -2]
+    assert b == [-1, 2, 3, 4]
+
+
+def test_a_shared_weight_has_what_any_of_its_uses_tells() -> None:
+    weights = {"a": torch.ones(3)}
+
+    def gradient(take: Take) -> None:
+        for each in (torch.zeros(3), torch.tensor([1.0, 2, 3]), torch.zeros(3)):
+            take(0, each)
+
+    found = shrink(weights, gradient, 0.5, 1, lasting=True)
+    assert found["a"].tolist() == [-1, -1, 3]  # Half a weight is removed.
+
+
 def test_it_looks_at_the_weights_as_they_are_pruned() -> None:
     # The gradient is the number of those left: scores 4 * (1 … 4), then 2 * what is left.
     weights = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0])}

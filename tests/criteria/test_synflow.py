@@ -6,6 +6,8 @@ What it computes on small networks is tested in test_criteria.py.
 from __future__ import annotations
 
 import copy
+import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def in_float64(
         total = network(torch.ones(1, *shape, dtype=torch.float64)).sum()
         gradients = torch.autograd.grad(total, weights, materialize_grads=True)
         layers = [(w * g).detach().abs() for w, g in zip(weights, gradients, strict=True)]
-        mask = highest(layers, count, mask, least=0)
+        mask = highest(layers, count, mask, least=1)
         with torch.no_grad():
             for weight, part in zip(weights, mask.split(sizes), strict=True):
                 weight.mul_(part.view_as(weight))
@@ -118,6 +120,61 @@ def test_synflow_at_999_permille_empties_no_layer_and_magnitude_does() -> None:
     by_size = prune(model, [], "magnitude", 0.999, selection=selection)
     assert by_size.kept == 35
     assert masks.first_empty(by_size.masks) is not None
+
+
+def perceptron(*widths: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize("widths", [(64, 100, 100, 10), (64, 100, 100, 100, 10)])
+@pytest.mark.parametrize("guard", ["layer", "none"])
+def test_a_round_that_would_empty_layers_ties_nothing(widths: tuple, guard: str) -> None:
+    """In two rounds the first leaves a few weights; the wide layers have none among them."""
+    model, count = perceptron(*widths), sum(a * b for a, b in pairwise(widths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # It may be dead: one weight per layer.
+        ticket = prune(
+            model, a_batch(widths[0], 1, 1), "synflow", 0.999,
+            selection=Selection(guard=guard), options={"rounds": 2},
+        )  # fmt: skip
+    assert ticket.kept == count - round(0.999 * count)
+    assert "ties" not in ticket.card and "level" not in ticket.card
+    scores = synflow(model, a_batch(widths[0], 1, 1), cross_entropy, sparsity=0.999, rounds=2)
+    for name, score in scores.items():
+        assert (score > 0).any(), name
+        assert torch.equal(ticket.masks[name], score >= 0)
+        assert len(score[score > 0].unique()) == (score > 0).sum()
+
+
+def test_fewer_weights_than_layers() -> None:
+    model = perceptron(4, 4, 4, 4)
+    scores = synflow(model, a_batch(4, 1, 1), cross_entropy, sparsity=0.97, rounds=20)
+    assert sum(int((score >= 0).sum()) for score in scores.values()) == 48 - 47
+
+
+def test_a_softmax_whose_slope_overflows_is_told() -> None:
+    """The sum over the paths is finite, the gradient is not: LeViT's is so."""
+
+    class Slope(torch.autograd.Function):
+        @staticmethod
+        def forward(context, signal: Tensor) -> Tensor:
+            return signal / 1e200 + 1  # No linear map, as a softmax is none.
+
+        @staticmethod
+        def backward(context, gradient: Tensor) -> Tensor:
+            return gradient * 1e200 * 1e200
+
+    class Steep(nn.Module):
+        def forward(self, signal: Tensor) -> Tensor:
+            return Slope.apply(signal)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), Steep(), nn.Linear(2, 2))
+    with pytest.raises(UsageError, match=r"synflow has no scores .*gradient .* not finite.*snip"):
+        prune(model, a_batch(2, 1, 1), "synflow", 0.5)
 
 
 # Float32 with rescaling

@@ -24,7 +24,7 @@ from autosparse.data.pack import RECORDS, pack
 from autosparse.data.samples import scan
 from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest
 from tests.cli.test_main import refuse, run
-from tests.conftest import flip
+from tests.conftest import flip, holder
 
 FOUR = PackConfig(per_shard=4, workers=1)
 
@@ -103,6 +103,17 @@ def test_packing_again_keeps_what_is_finished(pets, tmp_path):
     assert len(pack(str(pets), root, FOUR, on_shard=found.append)) == 10
     assert not found
     assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
+
+
+def test_two_do_not_pack_into_one_folder(pets, tmp_path):
+    with holder(tmp_path / "s") as process:
+        with pytest.raises(UsageError, match=f"being worked on by process {process.pid} "):
+            pack(str(pets), tmp_path / "s", FOUR)
+        assert [path.name for path in (tmp_path / "s").iterdir()] == ["claim.json"]
+    pack(str(pets), tmp_path / "s", FOUR)
+    assert not list((tmp_path / "s").glob("*claim*"))
+    with holder(tmp_path / "s"):  # What is finished is only looked at.
+        assert len(pack(str(pets), tmp_path / "s", FOUR)) == 10
 
 
 def test_other_options_do_not_mix_with_finished_shards(pets, tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import tarfile
@@ -884,3 +885,24 @@ def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, wor
         f"{tmp_path} has 1 MB free, and 2 data.workers need {needed / 1e6:.0f} MB for their "
         "batches: give it more (docker run --shm-size), or lower data.workers or the batch"
     )
+
+
+def open_files() -> list[str]:
+    found = Path("/proc/self/fd")
+    return [str(each.readlink()) for each in found.iterdir() if each.is_symlink()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+def test_tars_are_closed_with_what_reads_them(tmp_path, recwarn):
+    """Not left open for the garbage collector, which warns of each."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"content")
+    files = tars.Files()
+    assert files.read(path, 3, 2) == b"te"
+    assert str(path) in open_files()
+    copied = pickle.loads(pickle.dumps(files))
+    assert copied.read(path, 0, 3) == b"con"
+    del files, copied
+    gc.collect()
+    assert str(path) not in open_files()
+    assert not [each for each in recwarn if issubclass(each.category, ResourceWarning)]

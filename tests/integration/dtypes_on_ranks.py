@@ -1,14 +1,12 @@
-"""Run by `deepspeed` on two ranks: write what a step under bf16 reduces, in entries by dtype."""
+"""Called on two ranks: return what a step under bf16 reduces, in entries by dtype."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from deepspeed.comm import comm
@@ -18,10 +16,11 @@ from autosparse.data import sets
 from autosparse.integrations import deepspeed
 from autosparse.sparsity.compact import MARK
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
+from autosparse.training.steppers import Ranks
 from tests.conftest import SMALL_DIGITS, make_model
 from tests.integration.masked_dense import BATCH, CASES, batches
 
-NAME, STEPS = "test_vit", 12
+NAME, STEPS = "test_vit", 2
 REDUCED = {
     "all_reduce": (0, "tensor"),
     "reduce": (0, "tensor"),
@@ -64,33 +63,23 @@ def _refusing(kind: str) -> Callable:
     return refuse
 
 
-def main(out: Path) -> None:
-    ranks, _ = deepspeed.start()
-    source = sets.load(SMALL_DIGITS)
-    written = {}
-    case = CASES[NAME]
-    for stage in range(4):
-        model = make_model(NAME, **case.options)
-        compact(model, prune(model, source, "erk", case.sparsity))
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        settings = replace(case.settings(), ema=0.0, precision="bf16", clip_grad=None)
-        config = SparseTrainConfig(training=settings, deepspeed=DeepSpeedConfig(stage))
-        stepper = deepspeed.DeepSpeedStepper(model, config, STEPS, ranks)
-        stepper.model.train()
-        half = BATCH // ranks.world_size
-        mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
-        losses = []
-        for (images, labels), _ in zip(batches(source), range(STEPS), strict=False):
-            with counted() as found:
-                losses.append(float(stepper.step(images[mine], labels[mine])))
-        values = sum(size for name, size in sizes.items() if MARK in name)
-        written[str(stage)] = {
-            **found, "values": values, "all": sum(sizes.values()), "losses": losses
-        }  # fmt: skip
-        stepper.close()
-    if ranks.rank == 0:
-        out.write_text(json.dumps(written))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+def reduced(ranks: Ranks, stage: int) -> dict[str, Any]:
+    """Return what the last of a few steps reduces, and the losses."""
+    source, case = sets.load(SMALL_DIGITS), CASES[NAME]
+    model = make_model(NAME, **case.options)
+    compact(model, prune(model, source, "erk", case.sparsity))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    settings = replace(case.settings(), ema=0.0, precision="bf16", clip_grad=None)
+    config = SparseTrainConfig(training=settings, deepspeed=DeepSpeedConfig(stage))
+    stepper = deepspeed.DeepSpeedStepper(model, config, STEPS, ranks)
+    stepper.model.train()
+    half = BATCH // ranks.world_size
+    mine = slice(ranks.rank * half, (ranks.rank + 1) * half)
+    losses, last = [], Counter()
+    for images, labels in islice(batches(source), STEPS):
+        with counted() as reductions:
+            losses.append(float(stepper.step(images[mine], labels[mine])))
+        last = reductions
+    stepper.close()
+    values = sum(size for name, size in sizes.items() if MARK in name)
+    return {**last, "values": values, "all": sum(sizes.values()), "losses": losses}

@@ -1,25 +1,22 @@
-"""Run by a test: evaluate the same model under bf16, in plain PyTorch and in DeepSpeed's engine."""
+"""Called on ranks: evaluate one model under bf16, in plain PyTorch and in DeepSpeed's engine."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 from autosparse import compact, prune
 from autosparse.data import sets
 from autosparse.integrations import deepspeed
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.loop import evaluate
-from autosparse.training.steppers import PlainStepper
+from autosparse.training.steppers import PlainStepper, Ranks
 from tests.conftest import QUICK, SMALL_DIGITS, make_model
 
 STEPS = 3
 
 
-def main(out: Path) -> None:
-    ranks, _ = deepspeed.start()
+def evaluations(ranks: Ranks) -> dict[str, list[dict[str, float]]]:
+    """Return for each precision and share of the moving average what the two find."""
     source = sets.load(SMALL_DIGITS)
     ticket = prune(make_model("test_vit"), source, "erk", 0.5)
     found = {}
@@ -35,8 +32,4 @@ def main(out: Path) -> None:
                 for each in (plain, engine)
             ]
             engine.close()
-    out.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ def reference(
     ranks: int,
     dtype: torch.dtype = torch.float64,
     moved: int | None = None,
+    steps: int = STEPS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of every rank in every step [steps, ranks], the moving average of all weights.
 
@@ -100,7 +102,7 @@ def reference(
         eps=EPSILON,
     )
     losses, average = [], {n: p.detach().double() for n, p in parameters.items()}
-    for step, (images, labels) in enumerate(batches(source), start=1):
+    for step, (images, labels) in enumerate(islice(batches(source), steps), start=1):
         model.train()
         pairs = zip(images.chunk(parts), labels.chunk(parts), strict=True)
         parts_losses = [nn.functional.cross_entropy(model(x.to(dtype)), y) for x, y in pairs]
@@ -127,7 +129,8 @@ def rounding(
     Measured: a float32 run that starts one ULP beside. Ten times its largest distance, as
     DeepSpeed sums in another order, and two kernels may each err by as much.
     """
-    losses, average = reference(name, source, ranks, torch.float32, moved=0)
+    steps = len(exact[0])
+    losses, average = reference(name, source, ranks, torch.float32, moved=0, steps=steps)
     weights = max(float((average[n] - wanted).abs().max()) for n, wanted in exact[1].items())
     return 10 * float((losses - exact[0]).abs().max()), 10 * weights
 

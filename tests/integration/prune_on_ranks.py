@@ -1,19 +1,10 @@
-"""Run on two gloo ranks: prune with every criterion; write fingerprints, scores and errors.
-
-python prune_on_ranks.py RANK STORE OUT SCORER, or, for another architecture on rank 1,
-python prune_on_ranks.py RANK STORE OUT
-"""
+"""Called on ranks: prune with every criterion; return fingerprints, scores and errors."""
 
 from __future__ import annotations
 
-import json
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from autosparse import criteria
 from autosparse.core.errors import UserError
@@ -51,7 +42,7 @@ def options_of(name: str, scorer: str) -> dict[str, Any]:
 
 
 def scores_of(
-    name: str, scoring: str, ranks: Ranks | None = None
+    ranks: Ranks | None, name: str, scoring: str
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return scores, and the image passes of the card."""
     scored, card = score(
@@ -74,7 +65,7 @@ def tickets(ranks: Ranks, scorer: str) -> dict[str, str]:
     return found
 
 
-def failure(criterion: str, ranks: Ranks, other: str = "test_byobnet") -> str:
+def failure(ranks: Ranks, criterion: str, other: str = "test_byobnet") -> str:
     """Return what is said where rank 1 holds a model of another seed (or another kind)."""
     try:
         model = make_model(("test_byobnet", other)[ranks.rank], seed=ranks.rank)
@@ -82,28 +73,3 @@ def failure(criterion: str, ranks: Ranks, other: str = "test_byobnet") -> str:
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
-
-
-def main(rank: int, store: str, out: Path, scorer: str = "") -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    ranks = Ranks(rank, WORLD)
-    if not scorer:
-        (out / f"rank{rank}.txt").write_text(failure("snip", ranks, "test_resnet"))
-        return
-    found: dict[str, Any] = {"tickets": tickets(ranks, scorer), "failures": {}}
-    scores: dict[str, Any] = {}
-    for name, scoring in CASES:
-        scores[f"{name} {scoring}"] = scores_of(name, scoring, ranks)
-    for criterion in ("magnitude", "snip"):
-        found["failures"][criterion] = failure(criterion, ranks)
-    (out / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.save(scores, out / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

@@ -1,4 +1,4 @@
-"""Ranks of a training, forked from a process that has imported DeepSpeed: quick to start again."""
+"""Ranks, forked from a process that has imported DeepSpeed: quick to start again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import shutil
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import autosparse
 
@@ -36,6 +40,12 @@ def started(
     arguments: list[str], log: Path, ranks: int = 2, script: Path = SCRIPT
 ) -> list[BaseProcess]:
     """Start a script on so many ranks; what rank N says goes to `log`/N."""
+    each = [([str(script), *arguments],)] * ranks
+    return _forked(_run_script, each, log)
+
+
+def _forked(target: Callable, arguments: list[tuple], log: Path) -> list[BaseProcess]:
+    """Start a process for each of the arguments: as many ranks that know where to meet."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -43,26 +53,92 @@ def started(
     log.mkdir(parents=True)
     port = free_port()
     processes: list[BaseProcess] = []
-    for rank in range(ranks):
+    for rank, own in enumerate(arguments):
         place = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks,
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(arguments),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         process = context.Process(
-            target=_rank, args=(place, [str(script), *arguments], str(log / str(rank)))
+            target=_rank, args=(target, own, place, str(log / str(rank))), daemon=True
         )
         process.start()
         processes.append(process)
     return processes
 
 
-def _rank(place: dict[str, object], arguments: list[str], log: str) -> None:
+def _rank(target: Callable, arguments: tuple, place: dict[str, object], log: str) -> None:
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({name: str(value) for name, value in place.items()})
+    target(*arguments)
+
+
+def _run_script(arguments: list[str]) -> None:
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Group:
+    """Two ranks that have joined one process group and call what they are told to.
+
+    A start of DeepSpeed takes seconds; so one group serves many tests. What is called must leave
+    the process as it was. After a failure the ranks may wait for different things: the next call
+    starts a new group.
+    """
+
+    def __init__(self, log: Path, ranks: int = 2) -> None:
+        self.log, self.ranks = log, ranks
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+
+    def call(self, function: Callable, *arguments: Any, seconds: float = 120) -> list[Any]:
+        """Return what a function of a module returns on every rank; its first argument is Ranks."""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        limit = time.monotonic() + seconds
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                in_time = pipe.poll(max(0.0, limit - time.monotonic()))
+                answers.append(pipe.recv() if in_time else (False, "it hangs"))
+            except EOFError:
+                answers.append((False, f"it died: {(self.log / str(rank)).read_text()[-3000:]}"))
+        failed = [f"rank {n}: {said}" for n, (well, said) in enumerate(answers) if not well]
+        if failed:
+            self.close()
+            raise AssertionError("\n".join(failed))
+        return [found for _, found in answers]
+
+    def _start(self) -> None:
+        pairs = [multiprocessing.Pipe() for _ in range(self.ranks)]
+        self.processes = _forked(_serve, [(theirs,) for _, theirs in pairs], self.log)
+        for _, theirs in pairs:
+            theirs.close()
+        self.pipes = [ours for ours, _ in pairs]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.pipes, self.processes = [], []
+
+
+def _serve(pipe: Connection) -> None:
+    from autosparse.integrations import deepspeed
+
+    ranks, _ = deepspeed.start()
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((True, function(ranks, *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
 
 
 def ended(processes: list[BaseProcess], seconds: float) -> bool:

@@ -121,21 +121,23 @@ LOAD = """
 import os, sys
 assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
 import mlflow, torch
-inputs, uri, outputs = sys.argv[1:]
-model = mlflow.pytorch.load_model(uri)
-torch.save(model(torch.load(inputs)), outputs)
+folder, *names = sys.argv[1:]
+inputs = torch.load(folder + "/in.pt")
+models = [mlflow.pytorch.load_model(f"models:/{name}@champion") for name in names]
+torch.save([model(each) for model, each in zip(models, inputs)], folder + "/out.pt")
 """
 
 
-def _load_in_a_fresh_process(uri: str, inputs: torch.Tensor, tmp_path: Path) -> torch.Tensor:
-    torch.save(inputs, tmp_path / "in.pt")
+def _loaded_in_a_fresh_process(inputs: dict[str, torch.Tensor], folder: Path) -> list[torch.Tensor]:
+    """Return what the champions of the names find."""
+    torch.save(list(inputs.values()), folder / "in.pt")
     subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "in.pt"), uri, str(tmp_path / "out.pt")],
+        [sys.executable, "-c", LOAD, str(folder), *inputs],
         env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
         check=True,
         capture_output=True,
     )
-    return torch.load(tmp_path / "out.pt").detach()
+    return [found.detach() for found in torch.load(folder / "out.pt")]
 
 
 def test_champions_load_without_pickle_and_compute_the_same(
@@ -154,15 +156,13 @@ def test_champions_load_without_pickle_and_compute_the_same(
     registry.set_alias("test_byobnet-sparse", registry.CHAMPION, sparse)
 
     network = AutoS.load(folder / "autos.safetensors")
-    rows = torch.randn(7, 14)
-    found = _load_in_a_fresh_process("models:/autos@champion", rows, tmp_path)
-    assert torch.allclose(found, network(rows).detach(), atol=1e-5)
-
     model = zoo.from_recipe(trained.ticket.card["model"])
     load_state(model, Ticket.load(path))
-    images = digits.prepare(digits.test.images[:5])
-    found = _load_in_a_fresh_process("models:/test_byobnet-sparse@champion", images, tmp_path)
-    assert torch.allclose(found, model.eval()(images).detach(), atol=1e-4)
+    rows, images = torch.randn(7, 14), digits.prepare(digits.test.images[:5])
+    inputs = {"autos": rows, "test_byobnet-sparse": images}
+    predicted, logits = _loaded_in_a_fresh_process(inputs, tmp_path)
+    assert torch.allclose(predicted, network(rows).detach(), atol=1e-5)
+    assert torch.allclose(logits, model.eval()(images).detach(), atol=1e-4)
 
     version = mlflow.MlflowClient().get_model_version("test_byobnet-sparse", str(sparse))
     assert version.tags["criterion"] == "autos"

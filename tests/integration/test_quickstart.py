@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from autosparse.core.files import read_json
+
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from autosparse.cli.main import main; main()", "quickstart"]
 
@@ -21,9 +23,10 @@ def test_quickstart_makes_everything_and_finds_it_again(tmp_path: Path) -> None:
     out = tmp_path / "qs"
     assert (out / "accuracy.png").is_file()
     assert (out / "autos.safetensors").is_file()
-    assert len(list((out / "tickets").glob("*.safetensors"))) == 2 * (6 * 2 + 1)
-    assert len(list(out.glob("trained/*/result.json"))) == 2 * (6 * 2 + 1)
-    results = {path: path.stat().st_mtime_ns for path in out.glob("trained/*/result.json")}
+    results = {path: path.stat().st_mtime_ns for path in out.glob("study/cells/*/result.json")}
+    assert len(results) == 2 * (6 * 2 + 1)
+    settings = read_json(next(iter(results)).with_name("settings.json"))
+    assert settings["ranks"] == 2 and settings["deepspeed"]["zero_optimization"]
     started = time.monotonic()
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr[-4000:]

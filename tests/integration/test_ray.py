@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import ray
 
 from autosparse.corpus.store import Corpus
 from autosparse.data.config import DataConfig
@@ -21,13 +20,6 @@ PLAN = CorpusConfig(
     levels=2,
     final_density=0.1,
 )
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    growing.connect()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from autosparse.criteria.autos import PRETRAINED
 from autosparse.data.sets import DataSource
 from autosparse.integrations import promotion, registry
 from autosparse.integrations.mlflow import client
-from autosparse.integrations.tracking import sweep_tracker
+from autosparse.integrations.tracking import study_tracker
 from autosparse.irp.run import run_irp
 from autosparse.models.config import ModelConfig
-from autosparse.study import compare, sweep
+from autosparse.study import local, plan, table
 from autosparse.study.config import SweepConfig
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 
@@ -63,12 +63,12 @@ def swept(folder: Path, out: str, digits: DataSource, **changes) -> SweepConfig:
         sparsities=[0.5, 0.8], training=QUICK, out=str(folder / out),
     )  # fmt: skip
     settings = replace(settings, **changes)
-    cells = sweep.cells(settings)
-    with sweep_tracker(settings, folder / out) as tracker:
+    cells = plan.cells(settings)
+    with study_tracker(settings, folder / out) as tracker:
         for cell in cells:
-            compare.run_trial(cell.config, cell.trial, digits)
+            local.run_cell(cell, digits)
             tracker.end(cell)
-    sweep.write_report(settings, sweep.table(settings, cells, digits), cells)
+    table.write_report(settings, table.table(cells), cells)
     return settings
 
 

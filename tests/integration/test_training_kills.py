@@ -1,4 +1,4 @@
-"""Twenty kills of one rank or both: the training ends as the unbroken one does."""
+"""Kills of one rank or both, twenty (five with RigL): it ends as the unbroken training does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from autosparse.sparsity.ticket import Ticket
 from tests.integration.ranks import end, ended, started
 
 KILLS, SEED = 20, 7
+RIGL = ["--training.topology", "rigl", "--training.topology_every", "3"]
+"""Indices are exchanged at every third step until step 504 of 672; checkpoints are every fourth."""
 LIMIT = 300
 """Seconds after which a start is taken to hang."""
 STEPS = 14
@@ -37,6 +39,12 @@ def trained(out: Path) -> str:
     assert not list(out.rglob("deepspeed")), "checkpoints are left"
     assert not list(out.rglob("*.tmp")), "temporary files are left"
     return Ticket.load(path).content_hash
+
+
+def updates(*outs: Path) -> list[list[dict]]:
+    """Return what the trained tickets' cards tell of exchanges of their topologies."""
+    tickets = [Ticket.load(path) for out in outs for path in out.glob("*/trained.safetensors")]
+    return [ticket.card.get("topology", {}).get("updates", []) for ticket in tickets]
 
 
 def newest_step(out: Path) -> int:
@@ -65,16 +73,18 @@ def said(log: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_a_training_survives_twenty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "least", "more"), [(KILLS, 3, []), (5, 1, RIGL)])
+def test_a_training_survives_kills(tmp_path: Path, kills: int, least: int, more: list[str]) -> None:
+    settings = [*SETTINGS, *more]
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
-    unbroken = started([*SETTINGS, "--out", str(whole)], log)
+    unbroken = started([*settings, "--out", str(whole)], log)
     assert ended(unbroken, LIMIT), "it hangs"
     assert [process.exitcode for process in unbroken] == [0, 0], said(log)
     expected = trained(whole)
     chance = random.Random(SEED)
     killed = {"rank 0": 0, "rank 1": 0, "both": 0}
-    arguments = [*SETTINGS, "--out", str(broken)]
-    while sum(killed.values()) < KILLS:
+    arguments = [*settings, "--out", str(broken)]
+    while sum(killed.values()) < kills:
         before = newest_step(broken)
         processes = started(arguments, log)
         wanted = chance.choice([0, 0, 1, 2])
@@ -92,11 +102,12 @@ def test_a_training_survives_twenty_kills(tmp_path: Path) -> None:
         assert newest_step(broken) >= before, "a whole checkpoint is gone"
         assert not list(broken.glob("*/result.json"))
         killed[whom] += 1
-    assert sum(killed.values()) == KILLS, f"it ended after {killed}: {said(log)}"
-    assert min(killed.values()) >= 3
+    assert sum(killed.values()) == kills, f"it ended after {killed}: {said(log)}"
+    assert min(killed.values()) >= least
     last = started(arguments, log)
     assert ended(last, LIMIT), "it hangs"
     assert [process.exitcode for process in last] == [0, 0], said(log)
     assert trained(broken) == expected
+    assert [len(each) for each in updates(whole, broken)] == [167 if more else 0] * 2
     (result,) = (read_json(path) for path in broken.glob("*/result.json"))
     assert len(result["history"]) == EPOCHS

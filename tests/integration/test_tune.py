@@ -8,30 +8,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, write_json
 from autosparse.data.config import DataConfig
-from autosparse.integrations import tune
-from autosparse.study import sweep
+from autosparse.integrations import studies, tune
+from autosparse.study import grid, local, plan, search
 from autosparse.study.trainings import RESULT
-from tests.study.test_sweep import config, result
+from tests.study.small import result
+from tests.study.small import sweep as config
+
+ONE_AT_A_TIME = float(os.cpu_count() or 1)
+"""CPUs of a cell: one process, whose start takes longest, does one cell after another."""
 
 
-@pytest.fixture(scope="module")
-def local_ray():
-    from autosparse.integrations import ray as growing
-
-    growing.connect()
-    yield
-    ray.shutdown()
-
-
-def plan(out: Path):
+def two_of_four(out: Path):
     """Two cells that can be trained and two that cannot."""
     return config(
         out, criteria=["magnitude"], sparsities=[0.5], seeds=[0], tracking=True,
+        cpus_per_trial=ONE_AT_A_TIME,
         variations=[{}, {"optimizer": "sgd", "learning_rate": 1e30}],
     )  # fmt: skip
 
@@ -41,7 +36,7 @@ def swept(local_ray, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("sweep")
     before = os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{out}/mlflow.db"
-    yield tune.run(plan(out))
+    yield studies.run(two_of_four(out))
     del os.environ["MLFLOW_TRACKING_URI"]
     if before:
         os.environ["MLFLOW_TRACKING_URI"] = before
@@ -54,17 +49,17 @@ def runs_of(folder: Path) -> list:
     return found.search_runs([experiment])
 
 
-def test_cells_are_done_and_failures_named(swept: tune.Swept):
+def test_cells_are_done_and_failures_named(swept: studies.Done):
     states = sorted(cell.state for cell in swept.cells)
     assert states == ["failed", "failed", "finished", "finished"]
-    failed = sweep.failures(swept.cells)
-    assert all("the loss is" in error for error in failed.values())
+    failed = [cell.error() for cell in swept.cells if cell.state == "failed"]
+    assert all("the loss is" in error for error in failed)
     with pytest.raises(RunFailed, match="2 of 4 cells failed"):
-        tune.raise_if_failed(swept)
+        studies.raise_if_failed(swept)
     assert not (swept.folder / tune.TUNE).exists()
 
 
-def test_every_cell_has_one_run_nested_in_the_sweeps(swept: tune.Swept):
+def test_every_cell_has_one_run_nested_in_the_sweeps(swept: studies.Done):
     runs = runs_of(swept.folder)
     (parent,) = [run for run in runs if "cell" not in run.data.tags]
     nested = {run.data.tags["cell"]: run for run in runs if "cell" in run.data.tags}
@@ -81,7 +76,7 @@ def test_every_cell_has_one_run_nested_in_the_sweeps(swept: tune.Swept):
 
 
 @pytest.mark.slow
-def test_started_again_it_does_only_what_failed_and_logs_nothing_twice(swept: tune.Swept):
+def test_started_again_it_does_only_what_failed_and_logs_nothing_twice(swept: studies.Done):
     from autosparse.integrations.mlflow import client
 
     before = {p: p.stat().st_mtime_ns for p in swept.folder.glob(f"cells/*/{RESULT}")}
@@ -89,7 +84,7 @@ def test_started_again_it_does_only_what_failed_and_logs_nothing_twice(swept: tu
     lost = next(run for run in runs_of(swept.folder) if run.info.status == "FINISHED"
                 and "cell" in run.data.tags)  # fmt: skip
     found.update_run(lost.info.run_id, status="RUNNING")  # As if killed before it was closed.
-    again = tune.run(plan(swept.folder))
+    again = studies.run(two_of_four(swept.folder))
     assert len(again.found) == 2
     assert {p: p.stat().st_mtime_ns for p in before} == before
     runs = runs_of(swept.folder)
@@ -106,7 +101,7 @@ def epoch(number: int, accuracy: float) -> dict:
 
 def test_asha_never_holds_different_sparsities_against_each_other(tmp_path: Path):
     settings = config(tmp_path, asha=True, asha_factor=2, criteria=["snip", "magnitude"], seeds=[0])
-    cells = {(c.trial.label, c.trial.sparsity): c for c in sweep.cells(settings)}
+    cells = {(c.label, c.sparsity): c for c in plan.cells(settings)}
     trials = {
         key: SimpleNamespace(trial_id=cell.key, config={"key": key}) for key, cell in cells.items()
     }
@@ -125,7 +120,7 @@ def test_asha_never_holds_different_sparsities_against_each_other(tmp_path: Path
 
 def test_asha_remembers_what_finished_before(tmp_path: Path):
     settings = config(tmp_path, asha=True, asha_factor=2, sparsities=[0.5], seeds=[0])
-    cells = {c.trial.label: c for c in sweep.cells(settings)}
+    cells = {c.label: c for c in plan.cells(settings)}
     result(cells["snip"], 0.9)
     scheduler = tune.PerGroup(settings, lambda _: cells["magnitude"], list(cells.values()))
     trial = SimpleNamespace(trial_id="new", config={})
@@ -137,7 +132,7 @@ def test_optuna_that_is_missing_is_said_in_one_line(tmp_path: Path, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     settings = config(tmp_path / "out", search="optuna", space={"learning_rate": [0.1, 0.2]})
     with pytest.raises(UsageError, match=r"pip install 'autosparse\[optuna\]'"):
-        tune.run(settings)
+        studies.run(settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -151,38 +146,41 @@ def test_a_suggestion_is_written_down_when_its_cell_begins(tmp_path: Path, monke
         "_tune",
         lambda config, resolve, *_, **more: handed.append({"resolve": resolve, **more}),
     )
-    tune._study(settings, (0, 0.5), SimpleNamespace())  # type: ignore[arg-type]
+    tune._search(settings, (0, 0.5), SimpleNamespace())  # type: ignore[arg-type]
     suggestion = {"label": "snip", "learning_rate": 0.1}
     cell = handed[0]["resolve"](suggestion)
     assert not list(tmp_path.rglob("*"))
     assert handed[0]["begin"](suggestion).key == cell.key
     assert [path.parent for path in tmp_path.rglob("*.json")] == [cell.folder]
-    assert sweep.points(settings, 0, 0.5) == [suggestion]
+    assert search.points(settings, 0, 0.5) == [suggestion]
 
 
 def test_optuna_goes_on_from_what_is_over(local_ray, tmp_path: Path):
     pytest.importorskip("optuna")
     settings = config(
         tmp_path, search="optuna", samples=2, sparsities=[0.5], seeds=[0],
+        cpus_per_trial=ONE_AT_A_TIME,
         space={"learning_rate": {"low": 0.001, "high": 0.1, "log": True}},
     )  # fmt: skip
-    first = tune.run(settings)
+    (dense,) = plan.cells(settings)
+    result(dense, 0.5)
+    first = studies.run(settings)
     assert [cell.state for cell in first.cells] == ["finished"] * 3, "dense and two samples"
-    again = tune.run(replace(settings, samples=3))
+    again = studies.run(replace(settings, samples=3))
     assert len(again.found) == 3 and len(again.cells) == 4
 
 
 def test_cells_that_do_not_fit_are_refused(local_ray, tmp_path: Path):
     with pytest.raises(UsageError, match="a cell asks for 1000 CPU"):
-        tune.run(config(tmp_path, cpus_per_trial=1000.0))
+        studies.run(config(tmp_path, cpus_per_trial=1000.0))
 
 
 def test_a_stopped_cell_is_not_done_again(local_ray, tmp_path: Path):
     settings = config(tmp_path, asha=True, criteria=["magnitude"], sparsities=[0.5], seeds=[0])
-    dense, ticket = sweep.cells(settings)
+    dense, ticket = plan.cells(settings)
     result(dense, 0.5)
-    write_json(ticket.folder / sweep.STOPPED, {"history": [epoch(1, 0.1)]})
-    swept = tune.run(settings)
+    write_json(ticket.folder / grid.STOPPED, {"history": [epoch(1, 0.1)]})
+    swept = studies.run(settings)
     assert sorted(swept.found) == sorted([dense.key, ticket.key])
     assert not (ticket.folder / RESULT).exists()
 
@@ -190,6 +188,6 @@ def test_a_stopped_cell_is_not_done_again(local_ray, tmp_path: Path):
 def test_a_worker_that_is_used_again_reads_the_data_of_its_sweep(tmp_path: Path):
     sizes = []
     for limit in (100, 200, 100):
-        cells = sweep.cells(config(tmp_path, data=DataConfig(train_limit=limit)))
-        sizes.append(len(tune._loaded(cells[0]).train))
+        cells = plan.cells(config(tmp_path, data=DataConfig(train_limit=limit)))
+        sizes.append(len(local.load(cells[0].config).train))
     assert sizes == [100, 200, 100]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
+from autosparse.irp.levels import _read_level, densities
+from autosparse.irp.replay import replay
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.counts import keep_count, keep_density
 from autosparse.training import loop, steppers
@@ -30,12 +33,12 @@ from tests.conftest import QUICK, SMALL_DIGITS, flip, holder, make_model, quick_
 
 
 def test_exponential_schedule_multiplies_by_the_same_factor() -> None:
-    found = irp.densities(4, 0.0625, "exponential")
+    found = densities(4, 0.0625, "exponential")
     assert found == pytest.approx([1, 0.5, 0.25, 0.125, 0.0625])
 
 
 def test_linear_schedule_subtracts_the_same_amount() -> None:
-    assert irp.densities(4, 0.2, "linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert densities(4, 0.2, "linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_half_a_weight_is_removed_as_everywhere(tmp_path: Path, schedule: str) -
 def test_the_last_density_is_the_one_that_was_asked_for() -> None:
     for schedule in irp.SCHEDULES:
         for final in (0.05, 0.02, 0.3):
-            found = irp.densities(7, final, schedule)
+            found = densities(7, final, schedule)
             assert (found[0], found[-1]) == (1, final)
 
 
@@ -185,6 +188,7 @@ def test_a_folder_begun_on_other_data_is_refused(tmp_path: Path) -> None:
         ({"final_density": 0.0}, "final_density"),
         ({"levels": 0}, "levels"),
         ({"scope": "globl"}, "global"),
+        ({"training": replace(QUICK, topology="set")}, "topology set moves the masks"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict, named: str) -> None:
@@ -394,7 +398,7 @@ def test_the_bytes_of_a_levels_header_are_looked_at(half: Path, run: store.IRPRu
     for position in range(0, size, 3):
         flip(path, position)
         try:
-            found, _ = irp._read_level(path, run.masks(0))
+            found, _ = _read_level(path, run.masks(0))
         except UsageError:
             refused += 1
         else:
@@ -507,7 +511,7 @@ def next_masks_by_hand(
 
 def check_replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> None:
     """A level's trained weights, by magnitude, must give the next level's masks."""
-    weights = irp.replay(run, level, steps, source)
+    weights = replay(run, level, steps, source)
     expected = run.masks(level + 1)
     found = next_masks_by_hand(weights, run.masks(level), masks.kept(expected))
     for name, mask in expected.items():
@@ -536,7 +540,7 @@ def test_some_steps_of_the_dense_level_are_those_of_the_training(
 ) -> None:
     expected = state_after(2)
     for each in (run, late):
-        found = irp.replay(each, 0, 2, digits)
+        found = replay(each, 0, 2, digits)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     for name, tensor in late.rewound.items():
@@ -546,7 +550,7 @@ def test_some_steps_of_the_dense_level_are_those_of_the_training(
 def test_replay_on_other_data_is_refused(run: store.IRPRun) -> None:
     other = sets.load(DataConfig(train_limit=310))
     with pytest.raises(UsageError, match=f"run {run.card['run_id']} was made on other data"):
-        irp.replay(run, 0, 1, other)
+        replay(run, 0, 1, other)
 
 
 @pytest.mark.parametrize(
@@ -562,12 +566,12 @@ def test_replay_of_what_was_not(
     run: store.IRPRun, digits: DataSource, level: int, steps: int, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        irp.replay(run, level, steps, digits)
+        replay(run, level, steps, digits)
 
 
 def test_replay_of_a_late_level_that_is_too_long(late: store.IRPRun, digits: DataSource) -> None:
     with pytest.raises(UsageError, match="level 1 has steps 1 to 1, not 2"):
-        irp.replay(late, 1, 2, digits)
+        replay(late, 1, 2, digits)
 
 
 # Places that are not local

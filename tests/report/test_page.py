@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,19 +11,20 @@ import pytest
 from autosparse.cli import verbs
 from autosparse.cli.arguments import guarded
 from autosparse.core.errors import UsageError
-from autosparse.core.files import read_json, write_json
+from autosparse.core.files import read_json
 from autosparse.criteria.prune import prune
 from autosparse.data.sets import DataSource
 from autosparse.irp.run import run_irp
 from autosparse.models.config import ModelConfig
 from autosparse.report import drawing
 from autosparse.report import page as report
-from autosparse.study import compare, sweep, verdicts
+from autosparse.study import local, plan, table
 from autosparse.study.cells import cells
 from autosparse.study.config import SparseTrainConfig, SweepConfig
 from autosparse.study.trainings import train_cell
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
+from tests.study.small import comparison
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory, digits: DataSource) -> Path:
         models=[ModelConfig("test_byobnet")], data=SMALL_DIGITS, criteria=["magnitude"],
         sparsities=[0.5, 0.8], seeds=[0], twins=["shuffled"], training=QUICK, out=str(out),
     )  # fmt: skip
-    planned = sweep.cells(config)
+    planned = plan.cells(config)
     for cell in planned[:-1]:
-        compare.run_trial(cell.config, cell.trial, digits)
-    write_json(planned[-1].folder / sweep.FAILED, {"error": "a <b>strange</b> & bad loss"})
-    rows = sweep.table(config, planned, digits)
-    sweep.write_report(config, rows, planned)
+        local.run_cell(cell, digits)
+    planned[-1].failed("a <b>strange</b> & bad loss")
+    table.write_report(config, table.table(planned), planned)
     return out
 
 
@@ -78,7 +77,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(swept: Path):
     assert all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"url\(|@import|https?://", content)
     assert 'name="viewport"' in content
-    rows = read_json(swept / sweep.REPORT)["rows"]
+    rows = read_json(swept / SweepConfig.report)["rows"]
     for row in rows:
         assert f"{row['accuracy'] * 100:.1f}±{row['spread'] * 100:.1f}" in page.text
     said = "no twins (a verdict needs the shuffled twin and uniform random pruning): magnitude at"
@@ -89,15 +88,12 @@ def test_the_page_holds_everything_and_asks_for_nothing(swept: Path):
 
 
 def test_a_comparison_has_its_page_too(tmp_path: Path, digits: DataSource):
-    config = replace(
-        sweep.comparison(SweepConfig(data=SMALL_DIGITS, training=QUICK), 0, {}),
-        model=ModelConfig("test_byobnet"), criteria=["magnitude"], sparsities=[0.5], seeds=[0],
-        out=str(tmp_path),
-    )  # fmt: skip
-    results = [compare.run_trial(config, trial, digits) for trial in compare.trials(config)]
-    rows = verdicts.table(config, results, verdicts.training_passes(config, digits))
-    verdicts.write_report(config, rows, results)
-    assert drawing.kind_of(tmp_path) == drawing.COMPARE
+    config = comparison(tmp_path, criteria=["magnitude"], seeds=[0])
+    planned = plan.cells(config)
+    for cell in planned:
+        local.run_cell(cell, digits)
+    table.write_report(config, table.table(planned), planned)
+    assert drawing.kind_of(tmp_path) == drawing.STUDY
     page = Page(report.write(tmp_path).read_text())
     assert page.tags.count("img") == 4, "comparison, accuracy, cost, layers"
     assert (tmp_path / "comparison.png").is_file()

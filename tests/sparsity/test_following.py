@@ -15,7 +15,7 @@ from torch.nn import functional
 from autosparse import criteria, prune
 from autosparse.core.errors import UsageError
 from autosparse.criteria.scoring import Selection
-from autosparse.models import gradients, zoo
+from autosparse.models import numerics, zoo
 from autosparse.sparsity import masks, paths, reach
 from tests.conftest import make_model
 from tests.sparsity.test_reach import Named, chain, ones_for
@@ -247,7 +247,7 @@ def test_equality_is_judged_in_full_precision(monkeypatch) -> None:
     reach.thinned(model, *scores_of(model), (3, 1, 1), rounds=1)
     assert seen[-4:] == [EXACT] * 4  # The two looks that tell the dead; rounds go by sums.
     assert flags() == before
-    with pytest.raises(KeyError), gradients.exactly(torch.device("cpu")):
+    with pytest.raises(KeyError), numerics.exactly(torch.device("cpu")):
         raise KeyError
     assert flags() == before
     matmul.fp32_precision = usual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
@@ -427,6 +428,43 @@ def test_a_branch_whose_gain_starts_at_zero_is_live() -> None:
     model.gain = nn.Parameter(torch.zeros(()))
     found = reach.live(model, ones_for(model), (3, 1, 1))
     assert found["branch.weight"].all()
+
+
+def subtracted_in_place(one: Tensor, other: Tensor) -> Tensor:
+    found = one.clone()
+    found -= other
+    return found
+
+
+@pytest.mark.parametrize("take", [operator.sub, torch.sub, torch.subtract, subtracted_in_place])
+def test_what_is_beside_a_branch_that_is_a_difference_is_live(take: Callable) -> None:
+    """x + gain * (f(x) - x) without f is (1 - gain) * x, whatever a signal is rescaled by.
+
+    EfficientViM and FastViT have such branches, behind a module of their own.
+    """
+    model = Named(
+        lambda net, x: net.head(
+            (y := net.stem(x.flatten(1))) + net.drop(net.gain * take(net.branch(y), y))
+        ),
+        stem=nn.Linear(3, 1), branch=nn.Linear(1, 1), head=nn.Linear(1, 2), drop=nn.Identity(),
+    )  # fmt: skip
+    model.gain = nn.Parameter(torch.tensor(0.5))
+    found = reach.live(model, ones_for(model, branch_weight=[[0]]), (3, 1, 1))
+    assert {name: int(mask.sum()) for name, mask in found.items()} == {
+        "stem.weight": 3, "branch.weight": 0, "head.weight": 2,
+    }  # fmt: skip
+
+
+def test_coordinates_are_subtracted_as_they_are() -> None:
+    """Positions relative to each other, from numbers of floats, look something up."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        places = torch.arange(3.0)
+        apart = (places[:, None] - places + 2).long()
+        return net.head(net.stem(x.flatten(1)) + torch.ones(5)[apart].sum())
+
+    model = Named(forward, stem=nn.Linear(3, 2), head=nn.Linear(2, 2))
+    assert masks.kept(reach.live(model, ones_for(model), (3, 1, 1))) == 10
 
 
 def test_a_head_that_is_not_pruned_may_be_zero() -> None:

@@ -191,15 +191,14 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any]]] = {
 CRITERIA: dict[str, dict[str, Any]] = {"snip": {}, "synflow": {"rounds": 12}, "autos": {}}
 UNABLE = {
     ("efficientvit_mit", "synflow"): "synflow has no scores for EfficientVit, .* is not finite",
+    ("levit", "synflow"): "synflow has no scores for LevitDistilled, .*gradient.* is not finite",
 }
-"""What cannot be, and the line that says so: linear attention multiplies three positive signals."""
+"""What cannot be, and the line that says so: linear attention multiplies three positive signals,
+and without norms the slope of a softmax grows from block to block."""
 SAY_NOTHING: dict[str, list[str]] = {
     "coat": [f"crpe4.conv_list.{number}.weight" for number in range(3)],
 }
 """Layers that SNIP sees no gradient of at this size (a single token), and says so."""
-
-CALLED_DEAD = ("efficientvim", "fastvit")
-"""Liveness is not right yet: their branches are differences, f(x) - x."""
 
 
 def fresh(family: str, seed: int = 0) -> nn.Module:
@@ -251,11 +250,8 @@ def pruned(model: nn.Module, family: str, criterion: str, sparsity: float) -> Ti
     lines = [str(each.message) for each in told]
     assert any("ticket is dead" in line for line in lines) == ("dead" in ticket.card)
     assert "paths" not in ticket.card and "chosen_without_paths" not in ticket.card, lines
-    if criterion != "synflow":
-        assert "ties" not in ticket.card, ticket.card["ties"]
-        assert set(ticket.card.get("level", ())) <= set(SAY_NOTHING.get(family, ()))
-    elif "ties" in ticket.card:  # A layer was emptied in a round: no flow is left to go by.
-        assert any(str(ticket.card["ties"]) in line.replace(",", "") for line in lines), lines
+    assert "ties" not in ticket.card, ticket.card["ties"]
+    assert set(ticket.card.get("level", ())) <= set(SAY_NOTHING.get(family, ()))
     return ticket
 
 
@@ -314,8 +310,6 @@ def test_what_is_called_dead_has_no_gradient_that_depends_on_the_image(family: s
     model = fresh(family).double().eval()
     if standardises(model):
         pytest.skip("a weight changes its filter's scale, whatever it reads")
-    if family in CALLED_DEAD:
-        pytest.xfail("a few weights are called dead that do change the output; not understood")
     images = batch(family)[0][:2].double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

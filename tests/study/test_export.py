@@ -12,7 +12,7 @@ from autosparse.core.errors import UsageError
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study import export as exporting
 from autosparse.study.config import ExportConfig
-from tests.conftest import make_model
+from tests.conftest import holder, make_model
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,15 @@ def test_the_verb_writes_beside_the_ticket(ticket, tmp_path, capsys):
     export(ExportConfig(ticket=str(tmp_path)))
     assert (tmp_path / "trained.dense.safetensors").is_file()
     assert "trained.dense.safetensors" in capsys.readouterr().out
+
+
+def test_two_do_not_write_one_file(ticket, tmp_path):
+    with holder(tmp_path, "x.safetensors.claim") as process:
+        with pytest.raises(UsageError, match=rf"x\.safetensors is being .* process {process.pid} "):
+            exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+        assert not (tmp_path / "x.safetensors").exists()
+    exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+    assert [each.name for each in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_mistakes_are_one_line(ticket, tmp_path):

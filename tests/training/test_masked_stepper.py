@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from autosparse.core.errors import UsageError
 from autosparse.corpus import store
 from autosparse.data.sets import DataSource
+from autosparse.irp import levels as irp_levels
 from autosparse.irp import run as irp
+from autosparse.irp.levels import COMPACT, MASKED, way_on
+from autosparse.irp.replay import replay
 from autosparse.models import zoo
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import densify
@@ -147,9 +150,9 @@ def test_optimizers_that_look_at_whole_layers_are_refused() -> None:
 
 def test_a_gpu_has_masks_where_that_comes_to_the_same() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert irp.way_on(gpu, ADAM) == irp.MASKED
-    assert irp.way_on(cpu, ADAM) == irp.COMPACT
-    assert irp.way_on(gpu, replace(ADAM, optimizer="lamb")) == irp.COMPACT
+    assert way_on(gpu, ADAM) == MASKED
+    assert way_on(cpu, ADAM) == COMPACT
+    assert way_on(gpu, replace(ADAM, optimizer="lamb")) == COMPACT
 
 
 # IRP
@@ -160,13 +163,13 @@ def test_irp_with_masks_finds_the_masks_of_irp_with_compact_weights(
     tmp_path: Path, changes: dict
 ) -> None:
     found = {}
-    for way in (irp.MASKED, irp.COMPACT):
+    for way in (MASKED, COMPACT):
         config = quick_irp(str(tmp_path / way), **changes)
         assert irp.run_folder(config).name == irp.run_folder(quick_irp("", **changes)).name
         found[way] = store.read_run(irp.run_irp(config, way=way))
         assert {level["way"] for level in found[way].card["levels"]} == {way}
         assert {level["device"] for level in found[way].card["levels"]} == {"cpu"}
-    ours, theirs = found[irp.MASKED], found[irp.COMPACT]
+    ours, theirs = found[MASKED], found[COMPACT]
     for name, survival in theirs.survival.items():
         share = (ours.survival[name] == survival).float().mean()
         assert share > 0.999, name  # Weights whose magnitudes differ in the last bits may change.
@@ -187,19 +190,19 @@ def test_a_run_with_masks_goes_on_from_its_levels_and_ends_the_same(tmp_path: Pa
 
     broken, whole = quick_irp(str(tmp_path / "broken")), quick_irp(str(tmp_path / "whole"))
     with pytest.raises(Stop):
-        irp.run_irp(broken, on_level=stop, way=irp.MASKED)
+        irp.run_irp(broken, on_level=stop, way=MASKED)
     seen: list[int] = []
-    again = irp.run_irp(broken, on_epoch=lambda level, _: seen.append(level), way=irp.MASKED)
-    found, expected = store.read_run(again), store.read_run(irp.run_irp(whole, way=irp.MASKED))
+    again = irp.run_irp(broken, on_epoch=lambda level, _: seen.append(level), way=MASKED)
+    found, expected = store.read_run(again), store.read_run(irp.run_irp(whole, way=MASKED))
     assert seen == [2]
     for name, survival in expected.survival.items():
         assert torch.equal(found.survival[name], survival), name
 
 
 def test_a_level_with_masks_is_replayed_with_masks(tmp_path: Path, digits: DataSource) -> None:
-    run = store.read_run(irp.run_irp(quick_irp(str(tmp_path)), way=irp.MASKED))
+    run = store.read_run(irp.run_irp(quick_irp(str(tmp_path)), way=MASKED))
     last = run.card["levels"][1]["image_passes"] // QUICK.batch_size
-    state = irp.replay(run, 1, last, digits)
+    state = replay(run, 1, last, digits)
     alive = {name: state[name].abs() for name in run.survival}
     kept = {n: int(m.sum()) for n, m in run.masks(2).items()}
     best = masks.keep(alive, sum(kept.values()), within=run.masks(1))
@@ -218,7 +221,7 @@ def test_levels_of_two_kinds_of_device_are_told(tmp_path: Path, monkeypatch) -> 
     config = quick_irp(str(tmp_path))
     with pytest.raises(Stop):
         irp.run_irp(config, on_level=stop)
-    monkeypatch.setattr(irp, "device_name", lambda device: "another device")
+    monkeypatch.setattr(irp_levels, "device_name", lambda device: "another device")
     with pytest.warns(UserWarning, match="level 2 of .* on another device, the level before"):
         irp.run_irp(config)
 
@@ -248,3 +251,10 @@ def test_a_ticket_trained_with_masks_is_the_one_trained_compact(
     for name, values in trained["compact"].values.items():
         assert torch.equal(trained["masked"].masks[name], trained["compact"].masks[name])
         torch.testing.assert_close(trained["masked"].values[name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_masks_of_a_topology_that_moves_are_refused() -> None:
+    config = replace(ADAM, topology="rigl")
+    assert not can_train(config)
+    with pytest.raises(UsageError, match="topology rigl exchanges compact weights"):
+        MaskedStepper(make_model(), config, 10, [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from autosparse.core.files import is_local, place
 from autosparse.core.progress import Progress, print_table
 from autosparse.criteria.config import PruneConfig
 from autosparse.irp.config import IRPConfig
-from autosparse.study.config import CompareConfig, ExportConfig, SparseTrainConfig
+from autosparse.study.config import ExportConfig, SparseTrainConfig, StudyConfig
 
 __all__ = [
     "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "measure", "prune",
@@ -101,58 +100,19 @@ def prune(config: PruneConfig) -> None:
               f"{card['seconds']:.2f} s")  # fmt: skip
 
 
-def compare(config: CompareConfig) -> None:
+def compare(config: StudyConfig) -> None:
     """Train tickets and twins, print the table with verdicts, and draw it."""
-    from autosparse.core.locks import claimed
-    from autosparse.study import compare
+    from autosparse.cli import studies
 
-    planned = compare.trials(config)
-    out = Path(config.out)
-    compare.check_whole(config)
-    source = compare.load(config)
-    with claimed(out):
-        _compare(config, planned, source, out)
-
-
-def _compare(config: CompareConfig, planned: list[Any], source: Any, out: Path) -> None:
-    from contextlib import nullcontext
-
-    from autosparse.report.figures import comparison
-    from autosparse.study import compare, verdicts
-
-    left = [trial for trial in planned if not compare.is_done(config, trial)]
-    print(f"{len(planned)} trainings, {len(planned) - len(left)} of them found in {out}")
-    tracked = config.tracking and bool(left)
-    if tracked:
-        from autosparse.integrations import mlflow
-
-        os.environ.setdefault("MLFLOW_TRACKING_URI", mlflow.tracking_uri())
-    observer = _tracker() if tracked else None
-    with mlflow.parent_run("compare", out) if tracked else nullcontext() as run:
-        with Progress() as progress:
-            bar = progress.bar("comparing", len(left), "trainings")
-            for trial in left:
-                bar.describe(f"comparing: {trial.name}")
-                compare.run_trial(config, trial, source, observer=observer)
-                bar.advance()
-        results = [compare.run_trial(config, trial, source) for trial in planned]
-        rows = verdicts.table(config, results, verdicts.training_passes(config, source))
-        path = verdicts.write_report(config, rows, results)
-        figure = comparison(
-            rows, out / "comparison.png", f"{config.model.name} on {config.data.name}"
-        )
-        if run is not None:
-            mlflow.log_report(run, list(verdicts.shown(rows)), [figure])
-    print_table(list(verdicts.shown(rows)), "per cent; passes: of one image; cost: of one training")
-    print(f"figure: {figure}\nall figures and intervals: {path}")
+    studies.run(config)
 
 
 def train(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse.data import sets
     from autosparse.models import zoo
-    from autosparse.study import results
     from autosparse.study.cells import cells, check_config
+    from autosparse.study.table import show_trainings
     from autosparse.study.trainings import train_cell, unsent
     from autosparse.training.steppers import PlainStepper, check_plain
     from autosparse.training.watching import StepWatch, told_to_stop
@@ -176,7 +136,7 @@ def train(config: SparseTrainConfig) -> None:
                 stop=stop,
             )
             found.append(result)
-    results.show(found)
+    show_trainings(found)
 
 
 def export(config: ExportConfig) -> None:
@@ -224,12 +184,6 @@ def report(paths: list[str]) -> None:
 
     for path in paths:
         print(page.write(path))
-
-
-def _tracker() -> Any:
-    from autosparse.integrations.mlflow import Tracker
-
-    return Tracker()
 
 
 def fetched(config: SparseTrainConfig) -> SparseTrainConfig:

@@ -56,12 +56,6 @@ def _corpus_merge(*paths: str) -> None:
     print(f"{len(copied)} runs copied to {paths[-1]}, {len(there)} were there already")
 
 
-def _corpus_export(path: str, file: str) -> None:
-    from autosparse.corpus.upkeep import export_parquet
-
-    print(f"{file}: {export_parquet(path, file):,} weights")
-
-
 def _corpus_report(path: str) -> None:
     from autosparse.corpus.store import Corpus
     from autosparse.report.corpus import write_report
@@ -79,11 +73,9 @@ CORPUS_ACTIONS: dict[str, tuple[Callable[..., None], int, int]] = {
     "index": (_corpus_index, 1, 1),
     "report": (_corpus_report, 1, 1),
     "merge": (_corpus_merge, 2, 1000),
-    "export-parquet": (_corpus_export, 2, 2),
 }
 """Action -> function, least and most paths."""
 USAGE_OF = {
     **dict.fromkeys(("ls", "verify", "index", "report"), "one corpus folder"),
     "merge": "one or more corpora and the corpus to copy their runs into",
-    "export-parquet": "a corpus and the file to write",
 }

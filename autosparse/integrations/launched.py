@@ -1,0 +1,110 @@
+"""The cells of a study under DeepSpeed: one after another, each on all ranks of this machine.
+
+`run` starts DeepSpeed's launcher, which calls `train` on every rank: a GPU each, or two on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from autosparse.core.config import plain
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import write_text
+from autosparse.core.progress import Progress
+from autosparse.study import local, plan
+from autosparse.study.cells import Cell
+from autosparse.study.config import SparseTrainConfig, StudyConfig
+from autosparse.study.grid import FAILED, StudyCell
+from autosparse.study.local import Tracker
+from autosparse.study.tickets import ticket_of
+from autosparse.study.trainings import train_cell
+from autosparse.training.steppers import Ranks
+from autosparse.training.watching import StepWatch
+
+SETTINGS = "study.yaml"
+"""The study as the ranks are told it, in its folder."""
+RANKS_ON_CPU = 2
+ENTRY = "autosparse.cli.study_rank"
+"""The module that every rank runs."""
+
+
+def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None = None) -> None:
+    """Train every cell that is not over; raise RunFailed at the first that fails."""
+    if find_spec("deepspeed") is None:
+        raise UsageError("executor deepspeed needs DeepSpeed: pip install deepspeed")
+    todo = [cell for cell in planned if not cell.over]
+    settings = Path(config.out) / SETTINGS
+    write_text(settings, yaml.safe_dump(plain(config), sort_keys=False))
+    gpus = torch.cuda.device_count()
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error",
+            "--num_accelerators", str(gpus or RANKS_ON_CPU), "--master_port", _free_port(),
+            "--module", ENTRY, str(settings),
+        ],
+        env={**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu"})},
+        check=False,
+    )  # fmt: skip
+    for cell in todo:
+        if cell.over and tracker:
+            tracker.end(cell)
+    if done.returncode:
+        raise RunFailed(
+            f"training under DeepSpeed failed (exit code {done.returncode}); "
+            "the same command goes on from here"
+        )
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def train(config: StudyConfig) -> None:
+    """Train the cells on this rank, with all the others."""
+    from autosparse.integrations import deepspeed
+
+    ranks, device = deepspeed.start()
+    stop = deepspeed.Stopping()
+    with Progress(enabled=ranks.rank == 0) as progress:
+        for cell in ranks.first_says(lambda: plan.cells(config)):
+            if not ranks.first_says(lambda cell=cell: cell.over):
+                _train_cell(cell, ranks, device, StepWatch(progress, cell.name), stop)
+                stop.answer()
+
+
+def _train_cell(
+    cell: StudyCell, ranks: Ranks, device: str, watch: StepWatch, stop: Callable[[], bool]
+) -> None:
+    from autosparse.integrations.deepspeed import DeepSpeedStepper
+
+    config = cell.config
+    settings = SparseTrainConfig(training=config.training, seed=cell.seed)
+    source = local.load(replace(config, device=device))
+    ready = ranks.first_says(
+        lambda: Cell(cell.name, ticket_of(cell, source), config.data, cell.seed, cell.folder)
+    )
+    made: list[DeepSpeedStepper] = []
+
+    def make(model: nn.Module, steps: int) -> DeepSpeedStepper:
+        made.append(DeepSpeedStepper(model, settings, steps, ranks, cell.folder))
+        return made[0]
+
+    train_cell(ready, settings, source, make, device=device, ranks=ranks, watch=watch, stop=stop)
+    torch.distributed.barrier()
+    if made:  # Not where another process has finished the cell meanwhile.
+        made[0].close()
+    if ranks.rank == 0:
+        (cell.folder / FAILED).unlink(missing_ok=True)

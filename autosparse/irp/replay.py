@@ -1,0 +1,60 @@
+"""Make the weights of a finished run again, after any step of any level."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from autosparse.core.errors import UsageError
+from autosparse.corpus import store
+from autosparse.data.sets import DataSource
+from autosparse.irp.levels import MASKED
+from autosparse.models import zoo
+from autosparse.sparsity.compact import densify
+from autosparse.sparsity.ticket import Ticket, compact
+from autosparse.training.config import TrainingConfig
+from autosparse.training.loop import Span, fit, seeded, steps_per_epoch
+from autosparse.training.masked_stepper import MaskedStepper
+from autosparse.training.steppers import PlainStepper
+
+
+def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dict[str, Tensor]:
+    """Train a level of a finished run again; return the dense state dict, zero where pruned.
+
+    Args:
+        run: a finished run.
+        level: 0 (dense) to N.
+        steps: how many of the level's steps to make, at least 1.
+        source: the data that the run was made on.
+
+    It is the run's own state bit for bit on the same hardware, versions and number of threads.
+    Raises UsageError if the data are others, or the level has fewer steps.
+    """
+    if source.fingerprint != run.card["data_fingerprint"]:
+        raise UsageError(f"run {run.card['run_id']} was made on other data")
+    config = run.card["config"]
+    training = TrainingConfig(**config["training"])
+    if config.get("steps_per_level") is not None:
+        training = replace(training, schedule="none")
+    first = config.get("rewind_steps", 0) if level else 0
+    dense = zoo.from_recipe(run.card["model"])
+    ticket = run.ticket(level) if level else _dense_ticket(run)
+    most = run.card["levels"][level].get("image_passes", 0) // training.batch_size
+    if most and not 1 <= steps <= most:
+        raise UsageError(f"level {level} has steps 1 to {most}, not {steps}")
+    per_epoch = steps_per_epoch(source.train, training)
+    masked = run.card["levels"][level].get("way") == MASKED
+    if masked:
+        stepper = MaskedStepper(dense, training, per_epoch, list(ticket.masks)).begin(ticket)
+    else:
+        stepper = PlainStepper(compact(dense, ticket), training, per_epoch)
+    with seeded(config["seed"]):
+        fit(stepper, source, training, seed=config["seed"], span=Span(first, first + steps))
+    return (dense if masked else densify(dense)).state_dict()
+
+
+def _dense_ticket(run: store.IRPRun) -> Ticket:
+    """Return level 0: all weights, at init (also where later levels rewind to step k)."""
+    values = {name: tensor.flatten() for name, tensor in run.initial.items()}
+    return Ticket(run.masks(0), values, run.rest, run.ticket(0).card)

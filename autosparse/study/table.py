@@ -1,0 +1,272 @@
+"""The one table of trainings: a row per model, settings, criterion and sparsity, over all seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autosparse.core.config import plain, run_id
+from autosparse.core.files import write_json
+from autosparse.core.progress import print_table
+from autosparse.core.versions import library_versions
+from autosparse.criteria.prune import DENSE
+from autosparse.sparsity import twins as controls
+from autosparse.study import axes
+from autosparse.study.config import StudyConfig
+from autosparse.study.grid import StudyCell
+from autosparse.study.labels import BASELINES, TICKET, labels
+from autosparse.study.verdicts import paired, verdict
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+BySeed = dict[int, float]
+SHORT = {
+    controls.SHUFFLED: "shuffle",
+    controls.REINITIALISED: "reinit",
+    controls.INVERTED: "invert",
+    "erk": "erk",
+    "uniform": "unif.",
+}
+MEANS = ("validation_accuracy", "seconds", "prune_seconds", "image_passes")
+COUNTS = ("parameters", "checkpoint_bytes")
+TITLE = "per cent; passes: of one image; cost: of one training"
+
+
+def placed(result: Result, batch_size: int | None = None) -> Result:
+    """Return the result of a ticket that no study planned, with a place in the table."""
+    place = {"label": result["criterion"], "twin": TICKET, "training": ""}
+    return {**place, "batch_size": batch_size, **result}
+
+
+def table(found: Iterable[StudyCell]) -> list[Row]:
+    """Return the rows of a study's finished cells."""
+    finished = [cell for cell in found if cell.state == "finished"]
+    groups: dict[tuple[str, str], list[StudyCell]] = {}
+    for cell in finished:
+        groups.setdefault((run_id(cell.config.model), axes.shown(cell.point)), []).append(cell)
+    shared = [cell for cell in finished if cell.label in (DENSE, *BASELINES)]
+    made, names = [], list(dict.fromkeys(model for model, _ in groups))
+    for (model, _), mine in groups.items():
+        config = mine[0].config
+        results = [
+            {**cell.result(), "batch_size": config.training.batch_size}
+            for cell in [*mine, *_also(mine, shared)]
+        ]
+        order = [DENSE, *labels(config), *BASELINES]
+        made += [(names.index(model), row) for row in rows(results, order, config.twins)]
+    return [row for _, row in sorted(made, key=lambda each: (each[0], each[1]["sparsity"]))]
+
+
+def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[StudyCell]:
+    """Yield the controls that are a group's too: trained once, as an axis does not concern them."""
+    known, place = {cell.key for cell in mine}, mine[0]
+    for cell in shared:
+        moved = replace(cell, config=place.config, point=place.point)
+        if cell.key not in known and moved.key == cell.key:
+            yield moved
+
+
+def rows(results: Sequence[Result], order: Sequence[str] = (), twins: Sequence[str] = ()) -> list:
+    """Return a row per (model, settings, label, sparsity) of tickets, seeds taken together.
+
+    Args:
+        results: of trainings, each with label, twin, training, sparsity and seed.
+        order: labels at one sparsity come in this order; without, the most accurate first.
+        twins: the controls that tickets are held against.
+
+    Accuracies are means over seeds of test accuracy (0 to 1), `spread` their sample standard
+    deviation (0 for one seed). `verdict` and the intervals are paired by seed, see verdicts.py.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        key = tuple(result[name] for name in ("model", "training", "label", "twin", "sparsity"))
+        groups.setdefault(key, []).append(result)
+    made = [
+        {**_row(mine), **_against(groups, key, twins)}
+        for key, mine in groups.items()
+        if key[3] == TICKET
+    ]
+    place = {label: number for number, label in enumerate(order)}
+    return sorted(made, key=lambda row: (
+        row["model"], row["sparsity"], place.get(row["label"], len(place)),
+        0 if order else -row["accuracy"],
+    ))  # fmt: skip
+
+
+def _row(mine: list[Result]) -> Row:
+    """Return what one group of tickets reached."""
+    effective = [each["effective_density"] for each in mine
+                 if each.get("effective_density") is not None]  # fmt: skip
+    first = mine[0]
+    return {
+        **{key: first[key] for key in ("model", "training", "label", "sparsity")},
+        "seeds": len(mine),
+        "dead": dead(mine),
+        **_accuracy([each["test_accuracy"] for each in mine]),
+        "kept": first.get("kept"),
+        "density": 1 - first["sparsity"],
+        **{key: _mean(mine, key) for key in MEANS},
+        **{key: round(_mean(mine, key)) for key in COUNTS},
+        "step_seconds": statistics.fmean(_step_seconds(each) for each in mine),
+        "effective_density": statistics.fmean(effective) if effective else None,
+        "cost_share": statistics.fmean(
+            each.get("image_passes", 0.0) / max(each.get("training_passes", 0), 1) for each in mine
+        ),
+    }
+
+
+def _against(groups: dict[tuple, list[Result]], key: tuple, twins: Sequence[str]) -> Row:
+    """Return what the twins of a ticket say of it."""
+    *place, label, _, sparsity = key
+    if label == DENSE or label in BASELINES:
+        return {"twins": {}, "verdict": None}
+
+    def of(label: str, twin: str) -> BySeed | None:
+        found = groups.get((*place, label, twin, sparsity))
+        return _by_seed(found) if found else None
+
+    own, found = _by_seed(groups[key]), {}
+    for twin in twins:
+        theirs = of(label, twin) if twin in controls.TWINS else of(twin, TICKET)
+        if theirs:
+            found[twin] = {
+                **_accuracy(list(theirs.values())),
+                "ticket_minus_twin": paired(own, theirs),
+            }
+    said = verdict(own, of(label, controls.SHUFFLED), of("uniform", TICKET))
+    return {"twins": found, "verdict": said}
+
+
+def _by_seed(results: list[Result]) -> BySeed:
+    return {each["seed"]: each["test_accuracy"] for each in results}
+
+
+def _accuracy(found: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(found) if len(found) > 1 else 0.0
+    return {"accuracy": statistics.fmean(found), "spread": spread}
+
+
+def _mean(results: list[Result], key: str) -> float:
+    return statistics.fmean(each.get(key) or 0.0 for each in results)
+
+
+def _step_seconds(result: Result) -> float:
+    """Return a training's seconds per step, validation included."""
+    return (
+        result["seconds"] * (result["batch_size"] or 0) / max(result.get("training_passes", 0), 1)
+    )
+
+
+def dead(results: Iterable[Result]) -> int:
+    """Return how many results are of tickets whose output does not depend on the image."""
+    return sum(result.get("effective_density") == 0 for result in results)
+
+
+def mark(row: Row) -> str:
+    """Return what stands behind a criterion's name in a table where its tickets are dead."""
+    if not row["dead"]:
+        return ""
+    return " (dead)" if row["dead"] == row["seeds"] else f" ({row['dead']} of {row['seeds']} dead)"
+
+
+# What is shown
+
+
+def show(found: Sequence[Row]) -> None:
+    """Print the table."""
+    print_table(list(shown(found)), TITLE)
+
+
+def shown(found: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Yield the rows as they are printed; columns that say nothing are left out."""
+    lines = [_line(row) for row in found]
+    same = {key for key in ("model", "training") if len({row.get(key) for row in found}) < 2}
+    empty = {key for key in (lines[0] if lines else {})
+             if all(line[key] in ("", "no twins") for line in lines)}  # fmt: skip
+    for line in lines:
+        yield {key: value for key, value in line.items() if key not in same | empty}
+
+
+def _line(row: Row) -> dict[str, str]:
+    twins = {
+        short: f"{row['twins'][name]['accuracy'] * 100:.1f}" if name in row["twins"] else ""
+        for name, short in SHORT.items()
+    }
+    effective = row["effective_density"]
+    return {
+        "model": row.get("model", ""),
+        "training": row.get("training") or "-",
+        "at %": f"{row['sparsity'] * 100:g}",
+        "criterion": row["label"] + mark(row),
+        "accuracy": f"{row['accuracy'] * 100:.1f}±{row['spread'] * 100:.1f}",
+        **twins,
+        "verdict": row["verdict"] or "",
+        "live": "" if effective is None else f"{effective * 100:.2f}",
+        "passes": f"{row['image_passes']:,.0f}",
+        "cost": f"{row['cost_share'] * 100:.1f}",
+    }
+
+
+def show_trainings(results: Iterable[Result]) -> None:
+    """Print the table of tickets that were trained, with their sizes."""
+    found = rows([placed(each) for each in results])
+    sizes = [
+        {"parameters": f"{row['parameters']:,}", "kB": f"{row['checkpoint_bytes'] / 1e3:,.0f}",
+         "seconds": f"{row['seconds']:.1f}"}
+        for row in found
+    ]  # fmt: skip
+    lines = [line | size for line, size in zip(shown(found), sizes, strict=True)]
+    print_table(lines, f"{TITLE}; seconds: of one training")
+
+
+# What is best, and what is written
+
+
+def best(found: Sequence[Row]) -> list[Row]:
+    """Return of each model, label and sparsity the row with the best validation accuracy."""
+    chosen: dict[tuple, Row] = {}
+    for row in found:
+        key = (row["model"], row["label"], row["sparsity"])
+        if key not in chosen or row["validation_accuracy"] > chosen[key]["validation_accuracy"]:
+            chosen[key] = row
+    return list(chosen.values())
+
+
+def best_results(results: Iterable[Result]) -> dict[tuple[str, float], Result]:
+    """Return (model, sparsity) -> the best ticket's result, by validation accuracy.
+
+    Dense networks and twins do not compete.
+    """
+    chosen: dict[tuple[str, float], Result] = {}
+    for result in results:
+        key = (result["model"], result["sparsity"])
+        if result["twin"] == TICKET and result["label"] != DENSE and (
+            key not in chosen
+            or result["validation_accuracy"] > chosen[key]["validation_accuracy"]
+        ):  # fmt: skip
+            chosen[key] = result
+    return dict(sorted(chosen.items()))
+
+
+def write_report(config: StudyConfig, made: Sequence[Row], found: Sequence[StudyCell]) -> Path:
+    """Write settings, table, every result without its history, and what is missing, as JSON."""
+    path = Path(config.out) / config.report
+    results = [
+        {key: value for key, value in cell.result().items() if key != "history"}
+        for cell in found if cell.state == "finished"
+    ]  # fmt: skip
+    write_json(path, {
+        "config": plain(replace(config, out="")),
+        "rows": list(made),
+        "results": results,
+        "stopped": [
+            {"cell": cell.key, "epochs": len(cell.history())}
+            for cell in found if cell.state == "stopped"
+        ],
+        "failed": {cell.key: cell.error() for cell in found if cell.state == "failed"},
+        "versions": library_versions(),
+    })  # fmt: skip
+    return path

@@ -1,0 +1,332 @@
+"""A topology that moves, in a training: when, what is listened to, and the exchange itself."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autosparse.core.errors import RunFailed
+from autosparse.models import zoo
+from autosparse.models.zoo import unwrapped
+from autosparse.sparsity.compact import (
+    CompactWeight,
+    DenseGradient,
+    compact_weights,
+    densify,
+    values_of,
+)
+from autosparse.sparsity.paths import CannotFollow
+from autosparse.sparsity.reach import within_reach
+from autosparse.sparsity.ticket import TOPOLOGY
+from autosparse.training.config import TrainingConfig
+from autosparse.training.recipe import step_seed
+from autosparse.training.topology import mest, rigl
+from autosparse.training.topology import set as set_
+from autosparse.training.topology.growth import Layer, fraction_at, grow, rearranged, sources
+from autosparse.training.topology.kept import Kept
+
+logger = logging.getLogger(__name__)
+STATIC, AUTO, GRADIENT, RANDOM = "static", "auto", "gradient", "random"
+GROW_FROM = (AUTO, GRADIENT, RANDOM)
+"""What `training.topology_grow_from` may say."""
+DRAWN = 0x5E7
+"""Tells the draws of growth from those of dropout."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How it is chosen what goes, and by what others come unless told otherwise."""
+
+    stays: Callable[..., Tensor]
+    """(layer, how many go) -> bool [kept]."""
+    grows_from: str
+    weighs_gradients: bool = False
+    """What goes depends on the gradient, too."""
+
+
+METHODS = {
+    "set": Method(set_.stays, RANDOM),
+    "rigl": Method(rigl.stays, GRADIENT),
+    "mest": Method(mest.stays, RANDOM, weighs_gradients=True),
+}
+
+
+@dataclass
+class _Moving:
+    """A compact weight, under every name that it has."""
+
+    parameter: nn.Parameter
+    weights: list[CompactWeight]
+    first: Tensor
+    """Where its survivors were in the ticket, int64 [kept], on the CPU."""
+    listener: DenseGradient = field(default_factory=DenseGradient)
+
+    @property
+    def index(self) -> Tensor:
+        return self.weights[0].index.long()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.weights[0].shape)
+
+
+def moving_weights(model: nn.Module) -> dict[str, _Moving]:
+    """Return the compact weights of a model by their (first) dense name."""
+    found: dict[nn.Parameter, tuple[str, _Moving]] = {}
+    for name, weight in compact_weights(model):
+        parameter = values_of(model, name)
+        if parameter in found:
+            found[parameter][1].weights.append(weight)
+        else:
+            moving = _Moving(parameter, [weight], weight.index.long().cpu())
+            found[parameter] = (name, moving)
+    return dict(found.values())
+
+
+class Topology:
+    """Decides, for a model in training, which of its weights survive.
+
+    Args:
+        model: compact, as its ticket made it, before an engine shares its parameters out.
+        config: the training's; `static` does nothing.
+        steps: of the whole training.
+        world_size: ranks that train together.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, steps: int, world_size: int = 1
+    ) -> None:
+        self.model, self.config, self.world_size = unwrapped(model), config, world_size
+        self.method = METHODS.get(config.topology)
+        self.history: list[dict[str, Any]] = []
+        self.weights: dict[str, _Moving] = {}
+        self.structure: nn.Module | None = None
+        if self.method is None:
+            return
+        self.end = config.topology_until * steps
+        self.grows_from = config.topology_grow_from
+        if self.grows_from == AUTO:
+            self.grows_from = self.method.grows_from
+        self.listens = self.grows_from == GRADIENT or self.method.weighs_gradients
+        self.weights = moving_weights(model)
+        if config.topology_on_paths:
+            self.structure = densify(copy.deepcopy(self.model)).cpu()
+        if self.weights and config.topology_every >= self.end:
+            logger.warning(
+                "training.topology %s never moves: the first update is at step %d of %d, and none "
+                "comes after step %d", config.topology, config.topology_every, steps, self.end,
+            )  # fmt: skip
+        self._remember()
+
+    def due(self, updates: int) -> bool:
+        """Return whether the step after so many steps ends with an exchange."""
+        step = updates + 1
+        return bool(self.weights) and step % self.config.topology_every == 0 and step < self.end
+
+    def hears(self, updates: int) -> bool:
+        """Return whether the gradients of that step are wanted dense."""
+        return self.due(updates) and self.listens
+
+    @contextmanager
+    def listening(self, updates: int) -> Iterator[None]:
+        """Run a step's passes, forward and backward; dense gradients are added up if wanted.
+
+        Then layers are scattered one by one, no survivors are multiplied alone, and what is
+        compiled is left aside.
+        """
+        if not self.hears(updates):
+            yield
+            return
+        for each in self.weights.values():
+            each.listener = DenseGradient()
+            for weight in each.weights:
+                weight.listener = each.listener
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        try:
+            with eager:
+                yield
+        finally:
+            for each in self.weights.values():
+                for weight in each.weights:
+                    weight.listener = None
+
+    @torch.no_grad()
+    def exchange(
+        self,
+        step: int,
+        seed: int,
+        kept: Kept,
+        image_shape: tuple[int, ...],
+        average: nn.Module | None = None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """Exchange survivors after step `step`; called by all ranks, with the same values.
+
+        Args:
+            step: number of steps made.
+            seed: of what is drawn.
+            kept: where values and moments are.
+            image_shape: [C, H, W].
+            average: a model of averaged values (EMA), which follows.
+            loss_scale: what the loss was multiplied by.
+        """
+        gradients = self._gradients(loss_scale)
+        finite = all(bool(torch.isfinite(each).all()) for each in gradients.values())
+        exchanged = 0
+        if finite:  # Otherwise the step was skipped, or the loss is no number.
+            layers = {
+                name: Layer(each.index, kept.whole(each.parameter).clone(), each.size,
+                            gradients.get(name))
+                for name, each in self.weights.items()
+            }  # fmt: skip
+            after = self._chosen(layers, step, seed, image_shape)
+            averaged = moving_weights(average) if average is not None else {}
+            for name, index in after.items():
+                exchanged += self._move(name, index, kept, averaged.get(name))
+        self._agree(step)
+        self.history.append({"step": step, "exchanged": exchanged, "overlap": self._overlap()})
+        self._remember()
+
+    def _gradients(self, loss_scale: float) -> dict[str, Tensor]:
+        """Return the mean dense gradients over all ranks, [size] each; {} if none were wanted."""
+        if not self.listens:
+            return {}
+        found = {}
+        for name, each in self.weights.items():
+            total = each.listener.total
+            if total is None:  # The layer took no part in this step.
+                total = each.parameter.new_zeros(each.size)
+            each.listener.total = None
+            if self.world_size > 1:
+                dist.all_reduce(total)
+            found[name] = total.div_(self.world_size * loss_scale)
+        return found
+
+    def _chosen(
+        self, layers: Mapping[str, Layer], step: int, seed: int, image_shape: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """Return the new survivors of every layer."""
+        assert self.method is not None
+        share = fraction_at(step, self.config.topology_fraction, self.end)
+        stays = {}
+        for name, layer in layers.items():
+            count = int(share * len(layer.index))
+            more = (self.config.topology_gradient_weight,) if self.method.weighs_gradients else ()
+            stays[name] = self.method.stays(layer, count, *more)
+        reach = self._reach(layers, stays, image_shape)
+        found = {}
+        for number, (name, layer) in enumerate(layers.items()):
+            if self.grows_from == GRADIENT:
+                assert layer.gradient is not None
+                scores = layer.gradient.abs()
+            else:
+                drawn = torch.Generator().manual_seed(step_seed(seed, step, number) ^ DRAWN)
+                scores = torch.rand(layer.size, generator=drawn).to(layer.index.device)
+            found[name] = grow(layer, stays[name], scores, reach.get(name))
+        return found
+
+    def _reach(
+        self,
+        layers: Mapping[str, Layer],
+        stays: Mapping[str, Tensor],
+        image_shape: tuple[int, ...],
+    ) -> dict[str, Tensor]:
+        """Return where a weight would lie on a path of those that stay; {} if that is not asked."""
+        if self.structure is None:
+            return {}
+        masks = {
+            name: torch.ones(weight.shape, dtype=torch.bool)
+            for name, weight in zoo.prunable(self.structure).items()
+        }
+        for name, layer in layers.items():
+            mask = torch.zeros(layer.size, dtype=torch.bool)
+            mask[layer.index[stays[name]].cpu()] = True
+            masks[name] = mask.view(self.weights[name].weights[0].shape)
+        try:
+            with torch.enable_grad():
+                found = within_reach(self.structure, masks, image_shape)
+        except CannotFollow as error:
+            logger.warning(
+                "the paths of %s cannot be followed (%s); training.topology_on_paths is left out",
+                type(self.structure).__name__, error,
+            )  # fmt: skip
+            self.structure = None
+            return {}
+        return {name: found[name].view(-1).to(layer.index.device) for name, layer in layers.items()}
+
+    def _move(self, name: str, after: Tensor, kept: Kept, averaged: _Moving | None) -> int:
+        """Let other weights of a layer survive; return how many are new."""
+        each = self.weights[name]
+        source = sources(each.index, after)
+        new = int((source < 0).count_nonzero())
+        if new:
+            kept.change(each.parameter, lambda values: rearranged(values, source))
+            if averaged is not None:
+                mine = averaged.parameter.detach()
+                mine.copy_(rearranged(mine, source))
+            for weight in (*each.weights, *(averaged.weights if averaged else ())):
+                weight.exchange(after)
+        return new
+
+    def _agree(self, step: int) -> None:
+        """Raise RunFailed unless all ranks have the same masks now."""
+        if self.world_size == 1 or not self.weights:
+            return
+        mine = torch.cat([each.weights[0].fingerprint for each in self.weights.values()])
+        marks = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(marks, mine)
+        if any(not torch.equal(mine, other) for other in marks):
+            raise RunFailed(
+                f"the ranks chose different masks after step {step}; are they of one kind, with "
+                "the same libraries? Go on from the last checkpoint on such"
+            )
+
+    def _overlap(self) -> float:
+        """Return the share of the ticket's own survivors, among compact weights, that survive."""
+        same = total = 0
+        for each in self.weights.values():
+            same += int((sources(each.index.cpu(), each.first) >= 0).count_nonzero())
+            total += len(each.first)
+        return same / max(total, 1)
+
+    def _remember(self) -> None:
+        """Leave on the model what the card of its trained ticket tells."""
+        if self.weights:
+            told = {
+                "method": self.config.topology,
+                "every": self.config.topology_every,
+                "fraction": self.config.topology_fraction,
+                "until": self.config.topology_until,
+                "grow_from": self.grows_from,
+                "on_paths": self.structure is not None,
+                "updates": self.history,
+            }
+            setattr(self.model, TOPOLOGY, told)
+
+    def indices(self) -> dict[str, Tensor]:
+        """Return where the survivors of every layer are, int32 on the CPU: for a checkpoint."""
+        return {name: each.weights[0].index.cpu() for name, each in self.weights.items()}
+
+    def restore(
+        self,
+        indices: Mapping[str, Tensor],
+        history: list[dict[str, Any]],
+        average: nn.Module | None = None,
+    ) -> None:
+        """Go back to `indices` and `history`, before the values that belong to them are loaded."""
+        averaged = moving_weights(average) if average is not None else {}
+        for name, index in indices.items():
+            both = [self.weights[name], *([averaged[name]] if average is not None else [])]
+            for weight in (weight for each in both for weight in each.weights):
+                weight.exchange(index.to(weight.index.device))
+        self.history = list(history)
+        self._remember()
