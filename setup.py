@@ -30,6 +30,7 @@ setup(
         "timm>=1.0.20",
         "webdataset>=1.0.2",
         "braceexpand>=0.1",
+        "filelock>=4.1",
         "deepspeed>=0.19",
         "ninja>=1.11",
         "ray[default,tune]>=2.50",
@@ -49,7 +50,7 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "onnx": ["onnx", "onnxscript"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "optuna": ["optuna>=3"],
         "docs": [
             "mkdocs>=1.6,<2",
@@ -61,6 +62,7 @@ setup(
             *TEST,
             "onnx",
             "onnxscript",
+            "onnxruntime",
             "optuna>=3",
             "nbclient>=0.10",
             "nbformat>=5.10",

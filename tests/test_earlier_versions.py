@@ -89,7 +89,7 @@ def test_a_ticket_is_loaded(earlier: Path, capsys):
 def test_a_training_is_found(earlier: Path, capsys):
     before = results(earlier / "trained")
     prune = PruneConfig(model=MODEL, data=DATA, criterion="magnitude", sparsity=0.5)
-    verbs.train(
+    verbs.train_tickets(
         SparseTrainConfig(
             prune=prune, training=QUICK, device="cpu", tracking=False, out=str(earlier / "trained")
         )
@@ -101,13 +101,13 @@ def test_a_training_is_found(earlier: Path, capsys):
 def test_a_comparison_is_found(earlier: Path, capsys):
     before = results(earlier / "comparison")
     assert len(before) == 11
-    verbs.compare(replace(COMPARISON, out=str(earlier / "comparison")))
+    verbs.compare_tickets(replace(COMPARISON, out=str(earlier / "comparison")))
     assert results(earlier / "comparison") == before
     assert "11 of them found" in capsys.readouterr().out
 
 
 def test_figures_and_page_of_earlier_folders_are_drawn(earlier: Path):
-    verbs.report([str(earlier / "comparison"), str(earlier / "sweep")])
+    verbs.write_reports([str(earlier / "comparison"), str(earlier / "sweep")])
     for name in ("comparison", "sweep"):
         assert (earlier / name / "report.html").stat().st_size > 10_000
 

@@ -1,13 +1,11 @@
 """From the arguments of a command to its settings, and from a mistake to one line.
 
-Only the standard library is imported until arguments are parsed, so that `--help` is quick.
+Only the standard library is imported until arguments are parsed, so that importing this is quick.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -15,11 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from autosparse.core import logs
-from autosparse.core.errors import UsageError, UserError
+from autosparse.core.errors import UsageError, UserError, unknown
 
 Config = TypeVar("Config")
 WORDS = ("yes", "no", "on", "off", "y", "n")
-"""That YAML 1.1 takes for true or false, and YAML 1.2 does not."""
+"""YAML 1.1 takes these for true or false, YAML 1.2 does not."""
+OWN_OPTIONS = ("config", "print_config", "help")
+"""Options that jsonargparse gives every command that takes settings."""
 
 
 def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
@@ -51,104 +51,138 @@ def parse(
     Raises UsageError that names a wrong key, with the nearest right one, or a wrong value.
     `--help` and `--print_config` print and exit.
     """
+    parser = parser_of(kind, prog=program, description=description)
+    values = parsed(parser, spelt_out(kind, arguments))
+    return config_of(kind, parser, values)
+
+
+def parser_of(kind: type | None, **options: Any) -> Any:
+    """Return a parser of jsonargparse that takes the settings of `kind`, if there is one."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=program, description=description, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file; several may be given")
-    parser.add_class_arguments(kind)
-    arguments = _spelt_out(arguments, parser)
-    _check_files(arguments)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    if kind is not None:
+        parser.add_argument("--config", action="config", help="YAML file; several may be given")
+        parser.add_class_arguments(kind)
+    return parser
+
+
+def parsed(parser: Any, arguments: list[str]) -> Any:
+    """Return what the parser makes of arguments; raise UsageError with its own words."""
     import argparse
 
     try:
-        found = parser.parse_args(arguments)
-        found.pop("config", None)
-        values = parser.instantiate(found)
+        return parser.parse_args(arguments)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise UsageError(_explain(str(error), parser, kind)) from error
-    _unquote(values, parser)
-    return kind(**vars(values))
+        raise _in_words(error, parser) from error
 
 
-def _spelt_out(arguments: list[str], parser: Any) -> list[str]:
+def config_of(kind: type[Config], parser: Any, values: Any) -> Config:
+    """Return the settings of `kind` that were parsed."""
+    values.pop("config", None)
+    try:
+        config = kind(**vars(parser.instantiate(values)))
+    except (ValueError, TypeError) as error:
+        raise _in_words(error, parser) from error
+    _unquote(config)
+    return config
+
+
+def _in_words(error: Exception, parser: Any) -> UsageError:
+    line = " ".join(str(error).split())
+    return UsageError(f"{line} (`{parser.prog} --help` says what there is)")
+
+
+def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
     """Write options with underscores, and `true` after those that are true or false and bare.
 
-    What a setting of any type (`--options.scorer no`) is given, is text where only YAML 1.1 takes
-    it for true or false.
+    In a setting of any type (`--options.scorer no`) a word that only YAML 1.1 takes for true or
+    false is quoted. Raises UsageError for a key that is no setting of `kind`, also in a file.
     """
-    flags = {f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool}
-    free = tuple(f"--{a.dest}." for a in parser._actions if _is_free(a))
-    found, text = [], False
+    keys = {} if kind is None else _keys(kind)
+    spelt, any_type = [], False
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
-        if argument.startswith("--"):
+        if argument.startswith("--") and argument != "--":
             name, equals, value = argument[2:].partition("=")
-            name = f"--{name.replace('-', '_')}"
-            text = name.startswith(free)
-            argument = f"{name}{equals}{_quoted(value) if text else value}"
-        elif text:
-            argument, text = _quoted(argument), False
-        found.append(argument)
-        if argument in flags and following.startswith("--"):
-            found.append("true")
-    return found
+            name = name.replace("-", "_")
+            _check_key(name.removesuffix("+"), keys)
+            any_type = name not in keys and _in_free(name, keys)
+            argument = f"--{name}{equals}{_quoted(value) if any_type else value}"
+            if name == "config" and kind is not None:
+                _check_file(value if equals else following, keys)
+        elif any_type:
+            argument, any_type = _quoted(argument), False
+        spelt.append(argument)
+        if keys.get(argument[2:]) is bool and following.startswith("--"):
+            spelt.append("true")
+    return spelt
 
 
-def _is_free(action: Any) -> bool:
-    """Whether an option holds settings by name, of any type."""
-    return get_origin(getattr(action, "_typehint", None)) is dict
+def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Return the dotted names of all settings, those of inner settings too, and their types."""
+    keys = {}
+    for name, hint in get_type_hints(kind).items():
+        keys[prefix + name] = hint
+        for inner in (hint, *get_args(hint)):
+            if is_dataclass(inner) and isinstance(inner, type):
+                keys |= _keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _check_key(name: str, keys: dict[str, Any]) -> None:
+    """Raise UsageError unless a dotted name is a setting, or lies in one that holds any keys."""
+    if name in keys or name in OWN_OPTIONS or name.endswith(".help") or _in_free(name, keys):
+        return
+    same = [key for key in keys if key.rpartition(".")[2] == name]
+    raise unknown("config key", name, same or keys)
+
+
+def _in_free(name: str, keys: dict[str, Any]) -> bool:
+    """Whether a dotted name lies in a setting that holds any keys."""
+    parts = name.split(".")
+    return any(_holds_any(keys.get(".".join(parts[:end]))) for end in range(1, len(parts)))
 
 
 def _quoted(value: str) -> str:
     return f'"{value}"' if value.lower() in WORDS else value
 
 
-def _unquote(values: Any, parser: Any) -> None:
-    """Take the quotes off again, which the parser leaves where they are."""
-    for action in filter(_is_free, parser._actions):
-        settings = values
-        for part in action.dest.split("."):
-            settings = getattr(settings, part, None)
-        for key, value in (settings or {}).items():
-            if isinstance(value, str) and value == _quoted(value[1:-1]) != value[1:-1]:
-                settings[key] = value[1:-1]
+def _unquote(config: Any) -> None:
+    """Take the quotes off again in settings of any type, where the parser leaves them."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if is_dataclass(value):
+            _unquote(value)
+        elif isinstance(value, dict):
+            for key, text in value.items():
+                if isinstance(text, str) and text == _quoted(text[1:-1]) != text[1:-1]:
+                    value[key] = text[1:-1]
 
 
-def _check_files(arguments: list[str]) -> None:
-    """Raise UsageError that names a --config file which is missing or no YAML mapping."""
+def _holds_any(hint: Any) -> bool:
+    return any(dict in (each, get_origin(each)) for each in (hint, *get_args(hint)))
+
+
+def _check_file(path: str, keys: dict[str, Any]) -> None:
+    """Raise UsageError that names a --config file that is missing, no mapping, or of other keys."""
     import yaml
 
-    for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            continue
-        path = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            problem = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UsageError(f"config file {path!r} cannot be read: {problem}") from None
-        if not isinstance(content, dict):
-            raise UsageError(f"config file {path!r} holds no settings (key: value)")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"config file {path!r} cannot be read: {problem}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config file {path!r} holds no settings (key: value)")
+    try:
+        _check_mapping(content, keys)
+    except UsageError as error:
+        raise UsageError(f"config file {path!r}: {error}") from None
 
 
-def _explain(message: str, parser: Any, kind: type) -> str:
-    """Shorten jsonargparse's message to one line and add the nearest key it knows."""
-    line = " ".join(message.split())
-    wrong = re.search(r"[Oo]ption '([^']+)'|unrecognized arguments: --([\w.]+)", line)
-    if not wrong:
-        return line
-    name = wrong.group(1) or wrong.group(2)
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    leaves = {key.rpartition(".")[2] for key in keys} | set(keys) | _optional_keys(kind)
-    close = difflib.get_close_matches(name, sorted(leaves), n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown config key {name!r}.{hint} ({line.partition(' Does not validate')[0]})"
-
-
-def _optional_keys(kind: type) -> set[str]:
-    """Return the keys of settings that are a config of their own or nothing."""
-    inner = {each for hint in get_type_hints(kind).values() for each in get_args(hint)}
-    return {spec.name for each in inner if is_dataclass(each) for spec in fields(each)}
+def _check_mapping(content: dict[Any, Any], keys: dict[str, Any], prefix: str = "") -> None:
+    for key, value in content.items():
+        _check_key(f"{prefix}{key}", keys)
+        if isinstance(value, dict) and not _holds_any(keys.get(f"{prefix}{key}")):
+            _check_mapping(value, keys, f"{prefix}{key}.")

@@ -1,56 +1,105 @@
-"""`autosparse VERB`: parses the verb's config and calls its function.
+"""`autosparse VERB`: parses the verb's settings and calls its function.
 
-Only the standard library is imported until a verb runs, so that `--help` is quick.
+jsonargparse parses a verb's settings and prints their help. It takes longer to import than `--help`
+may take, so groups of commands, which have no settings, are argparse's.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from autosparse.cli.arguments import guarded, parse
+from autosparse.cli.arguments import config_of, guarded, parsed, parser_of, spelt_out
 from autosparse.cli.next_steps import next_step
 from autosparse.core.errors import UsageError, unknown
 
-VERBS: dict[str, tuple[str | None, str]] = {
-    "quickstart": ("cli.QuickstartConfig", "the whole path on embedded real data, in minutes"),
-    "irp": ("irp.IRPConfig", "one run of iterative rewind pruning, into a corpus"),
-    "fit": ("autos.FitConfig", "fit AutoS on a corpus"),
-    "prune": ("criteria.PruneConfig", "prune a timm model at initialization, save the ticket"),
-    "compare": (
-        "study.StudyConfig",
+DESCRIPTION = "Learn from lottery tickets which weights matter; train only what survives."
+PATH, PATHS = {"path": None}, {"path": "+"}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command, or a group of commands."""
+
+    does: str
+    """What it does, for help."""
+    function: str = ""
+    """Module below `autosparse.cli`, and function, that is called with the paths and settings."""
+    settings: str | None = None
+    """Package and class of its settings, in the package's config.py."""
+    paths: Mapping[str, str | None] = field(default_factory=dict)
+    """What comes before the settings: name -> how many, as argparse's `nargs`."""
+    actions: dict[str, Verb] = field(default_factory=dict)
+    """Of a group: its commands."""
+
+
+VERBS = {
+    "quickstart": Verb(
+        "the whole path on embedded real data, in minutes",
+        "quickstart.run", "cli.QuickstartConfig",
+    ),
+    "irp": Verb(
+        "one run of iterative rewind pruning, into a corpus", "verbs.run_irp", "irp.IRPConfig"
+    ),
+    "fit": Verb("fit AutoS on a corpus", "verbs.fit_autos", "autos.FitConfig"),
+    "prune": Verb(
+        "prune a timm model at initialization, save the ticket",
+        "verbs.prune_model", "criteria.PruneConfig",
+    ),
+    "compare": Verb(
         "train tickets and their twins: does the choice of weights matter?",
+        "verbs.compare_tickets", "study.StudyConfig",
     ),
-    "train": ("study.SparseTrainConfig", "train tickets (or a dense model) in one process"),
-    "export": (
-        "study.ExportConfig",
-        "write a trained ticket as a dense state dict, ONNX or ticket",
+    "train": Verb(
+        "train tickets (or a dense model) in one process",
+        "verbs.train_tickets", "study.SparseTrainConfig",
     ),
-    "corpus": (None, "look after a corpus: ls, verify, index, merge, report"),
-    "shards": (None, "pack images into shards; verify them; index tars that others wrote"),
-    "figures": (None, "draw all that applies to a sweep, comparison, corpus or AutoS file"),
-    "report": (None, "one page of HTML of a sweep, comparison or corpus"),
-    "registry": (None, "models in MLflow: ls, add the best of a sweep, promote"),
-    "inspect": (None, "print the card and layers of a ticket, corpus, IRP run or AutoS file"),
-}
-"""Verb -> package and class of its settings (in the package's config.py), and what it does."""
-
-USAGE = {
-    "corpus": "ls DIR | verify DIR | index DIR | report DIR | merge SOURCE … DIR",
-    "shards": "pack SRC DIR [--KEY VALUE …] | verify DIR | index DIR [--KEY VALUE …]",
-    "figures": "DIR … | AUTOS.safetensors CORPUS",
-    "report": "DIR …",
-    "registry": """ls | add DIR | promote NAME --version N [--metric test_accuracy]
-                         [--better lower|higher] [--force true]""",
-}
-"""What follows a verb that takes paths."""
-
-SETTINGS = {("shards", "pack"): "data.PackConfig", ("shards", "index"): "data.IndexConfig"}
-"""Actions that take settings after their paths, and the config class."""
-
-WITH_OPTIONS = ("registry",)
-"""Verbs that read options of their own after what USAGE says."""
+    "export": Verb(
+        "write a trained ticket as a state dict, ONNX, a smaller network or a ticket",
+        "verbs.export_ticket", "study.ExportConfig",
+    ),
+    "measure": Verb(
+        "what a ticket or timm model costs, pruned and slimmed: operations, bytes, milliseconds",
+        "verbs.measuring.measure", "study.MeasureConfig", {"source": None},
+    ),
+    "corpus": Verb("look after a corpus", actions={
+        "ls": Verb("list the finished runs", "verbs.corpus_actions.ls", paths=PATH),
+        "verify": Verb("check every byte", "verbs.corpus_actions.verify", paths=PATH),
+        "index": Verb("write the index anew", "verbs.corpus_actions.index", paths=PATH),
+        "merge": Verb("copy the runs of corpora into another one", "verbs.corpus_actions.merge",
+                      paths={"source": "+", "into": None}),
+        "report": Verb("draw what is in it", "verbs.corpus_actions.report", paths=PATH),
+    }),
+    "shards": Verb("pack images into shards, or look after a folder of shards", actions={
+        "pack": Verb("pack a folder of images, or a torchvision set", "verbs.shards_actions.pack",
+                     "data.PackConfig", {"source": None, "folder": None}),
+        "verify": Verb("check every byte", "verbs.shards_actions.verify", paths=PATH),
+        "index": Verb("write manifest and index for tars that others wrote",
+                      "verbs.shards_actions.index", "data.IndexConfig", PATH),
+    }),
+    "figures": Verb(
+        "draw all that applies to a sweep, comparison, corpus or AutoS file",
+        "verbs.draw_figures", paths=PATHS,
+    ),
+    "report": Verb(
+        "one page of HTML of a sweep, comparison or corpus", "verbs.write_reports", paths=PATHS
+    ),
+    "registry": Verb("models in MLflow", actions={
+        "ls": Verb("list the versions of all models", "verbs.registry_actions.ls"),
+        "add": Verb("register an AutoS file, or the best of a sweep", "verbs.registry_actions.add",
+                    paths=PATH),
+        "promote": Verb("make a version champion if it is better",
+                        "verbs.registry_actions.promote", "cli.PromoteConfig", {"name": None}),
+    }),
+    "inspect": Verb(
+        "print the card and layers of a ticket, corpus, IRP run or AutoS file",
+        "verbs.inspection.inspect", paths=PATHS,
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -59,68 +108,52 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
-        return
-    if arguments[0] == "--version":
+    if arguments == ["--version"]:
         from importlib.metadata import version
 
         print(version("autosparse"))
         return
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        raise unknown("verb", verb, VERBS)
-    kind, description = VERBS[verb]
-    kind_of_action = SETTINGS.get((verb, rest[0])) if rest else None
-    if kind_of_action:
-        paths = _before_options(rest)
-        program = f"autosparse {verb} {rest[0]}"
-        config = parse(settings_class(kind_of_action), rest[len(paths) :], program, description)
-        arguments_of_verb: tuple[Any, ...] = (paths, config)
-    elif kind is None:
-        arguments_of_verb = (_paths(verb, rest),)
-    else:
-        arguments_of_verb = (parse(settings_class(kind), rest, f"autosparse {verb}", description),)
-    if verb == "quickstart":  # It is a user of the other verbs.
-        import_module("autosparse.cli.quickstart").run(*arguments_of_verb)
-    else:
-        getattr(import_module("autosparse.cli.verbs"), verb)(*arguments_of_verb)
-    if line := next_step(verb, arguments_of_verb[-1]):
+    verb, program, rest = Verb(DESCRIPTION, actions=VERBS), "autosparse", list(arguments)
+    while verb.actions:
+        if not arguments or rest[:1] in (["-h"], ["--help"]):
+            _group(program, verb).print_help()
+            return
+        name = rest.pop(0) if rest else ""
+        if not name:
+            raise UsageError(f"{program} needs one of {', '.join(verb.actions)}")
+        if name not in verb.actions:
+            raise unknown(f"command of {program}", name, verb.actions)
+        verb, program = verb.actions[name], f"{program} {name}"
+    _run(verb, program, rest)
+
+
+def _group(program: str, verb: Verb) -> argparse.ArgumentParser:
+    """Return what prints the help of a group of commands, without the settings of each."""
+    parser = argparse.ArgumentParser(
+        program, description=verb.does, epilog=f"`{program} COMMAND --help` says more of each."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, each in verb.actions.items():
+        commands.add_parser(name, help=each.does)
+    return parser
+
+
+def _run(verb: Verb, program: str, arguments: list[str]) -> None:
+    """Parse what comes after the names of a command, and call its function."""
+    kind = settings_class(verb.settings) if verb.settings else None
+    parser = parser_of(kind, prog=program, description=verb.does)
+    for name, count in verb.paths.items():
+        parser.add_argument(name, nargs=count, metavar=name.upper())
+    values = parsed(parser, spelt_out(kind, arguments))
+    paths = [values.pop(name) for name in verb.paths]
+    settings = [] if kind is None else [config_of(kind, parser, values)]
+    module, _, function = verb.function.rpartition(".")
+    getattr(import_module(f"autosparse.cli.{module}"), function)(*paths, *settings)
+    if settings and (line := next_step(program.split()[-1], settings[0])):
         print(line)
 
 
 def settings_class(name: str) -> type[Any]:
-    """Return the class that `VERBS` or `SETTINGS` names."""
+    """Return the class that a verb's `settings` names."""
     package, _, kind = name.partition(".")
     return getattr(import_module(f"autosparse.{package}.config"), kind)
-
-
-def _before_options(arguments: list[str]) -> list[str]:
-    """Return the leading arguments that are no options."""
-    first = next((n for n, each in enumerate(arguments) if each.startswith("-")), len(arguments))
-    return arguments[:first]
-
-
-def _help() -> str:
-    lines = [
-        "usage: autosparse VERB [--config FILE.yaml] [--KEY VALUE …]",
-        "",
-        "Learn from lottery tickets which weights matter; train only what survives.",
-        "",
-        *(f"  {verb:<11} {description}" for verb, (_, description) in VERBS.items()),
-        "",
-        "`autosparse VERB --help` lists a verb's settings, `--print_config` prints them.",
-    ]
-    return "\n".join(lines)
-
-
-def _paths(verb: str, arguments: list[str]) -> list[str]:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: autosparse {verb} {USAGE.get(verb, 'PATH …')}\n\n{VERBS[verb][1]}")
-        if not arguments:
-            raise UsageError(f"autosparse {verb} needs a path")
-        sys.exit(0)
-    option = next((each for each in arguments if each.startswith("-")), None)
-    if option and verb not in WITH_OPTIONS:
-        raise UsageError(f"autosparse {verb} takes paths only, not {option}")
-    return arguments

@@ -108,7 +108,7 @@ def _grow(out: Path) -> Path:
 
 
 def _fit(out: Path, corpus: Path) -> Path:
-    from autosparse.cli.verbs import fit
+    from autosparse.cli.verbs import fit_autos
 
     file, path = _source(CONFIGS["scorer"]), out / "autos.safetensors"
     overrides = ["--config", str(file), "--corpus", str(corpus), "--out", str(path)]
@@ -119,7 +119,7 @@ def _fit(out: Path, corpus: Path) -> Path:
     if card.get("corpus") == Corpus(corpus).fingerprint and card.get("config") == wanted:
         print(f"found {path}")
     else:
-        fit(config)
+        fit_autos(config)
     return path
 
 

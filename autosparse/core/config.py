@@ -1,4 +1,4 @@
-"""What all settings have in common: what names a finished thing, plain data and back.
+"""What all settings share: ids made of what differs from the first defaults, and plain data.
 
 Nothing here imports torch, so that `autosparse --help` stays quick.
 """
@@ -16,9 +16,9 @@ from autosparse.core.errors import unknown
 FIRST_DEFAULTS: dict[str, Any] = {}
 """Where a default has changed: "TrainingConfig.epochs" -> its first value.
 
-What equals a field's first default is left out of its run's id, what equals today's is not: runs of
-earlier versions keep their ids, and none is taken for a run with the new default. For a new field,
-the value that stands for how things were before, if that is not its default.
+A run's id leaves out what equals the first default, not what equals today's: earlier runs keep
+their ids, and none is taken for a run with the new default. A new field whose default changes what
+is computed has an entry too: the value that stands for how it was computed before.
 """
 
 

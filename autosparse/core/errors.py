@@ -1,4 +1,4 @@
-"""What a user is told when something is wrong: one line, and an exit code."""
+"""Errors that a user can act on: one line, and an exit code."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """What was asked for cannot be: a wrong name, key, value or file (exit code 2)."""
+    """A wrong name, key, value or file (exit code 2)."""
 
     exit_code = 2
 
 
 class RunFailed(UserError):
-    """A run that was rightly asked for failed on its way: NaN loss, a full disk (exit code 1)."""
+    """A valid request that failed while it ran: NaN loss, a full disk (exit code 1)."""
 
 
 class Stopped(UserError):
-    """A run that was told to stop has saved all it did (exit code 75: try again later)."""
+    """A run that was told to stop, and has saved its work (exit code 75: try again later)."""
 
     exit_code = 75
 
@@ -36,7 +36,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Build the error for a name that nobody knows, with the nearest right one."""
+    """Build the error for an unknown name, with the nearest known one."""
     known = sorted(known)
     listing = f" Known: {', '.join(known) or 'none'}." if len(known) <= 20 else ""
     return UsageError(f"unknown {kind} {name!r}.{nearest(name, known)}{listing}")

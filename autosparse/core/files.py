@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name, synced, renamed.
+"""Files that are whole or absent: written to a temporary name, synced, renamed.
 
 A place is a local path or the URL of anything that fsspec knows (s3://, gs://, memory:// …); there
 an upload takes effect when it is complete.
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 def place(path: str | Path) -> Path:
-    """Return a Path for a local path, and what behaves like one for a URL."""
+    """Return a Path for a local path, and a UPath, which behaves like one, for a URL."""
     if isinstance(path, Path) or "://" not in str(path):
         return Path(path)
     from upath import UPath
 
     try:
-        found = UPath(path)
-        _ = found.fs
+        remote = UPath(path)
+        _ = remote.fs
     except (ValueError, ImportError) as error:
         raise UsageError(f"cannot open {path}: {error}") from None
-    return Path(found.path) if isinstance(found, os.PathLike) else cast(Path, found)
+    return Path(remote.path) if isinstance(remote, os.PathLike) else cast(Path, remote)
 
 
 def is_local(path: str | Path) -> bool:
@@ -44,7 +44,7 @@ def is_local(path: str | Path) -> bool:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all that is in it; it may be gone already."""
+    """Remove a folder and everything in it; it may be gone already."""
     if is_local(folder):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():

@@ -1,13 +1,17 @@
 """One writer per folder: a claim that is renewed while its owner lives, and expires when it dies.
 
-`claim.json` names the owner and counts its heartbeats. Another process that wants the folder
-watches the file: a claim that has not changed for `EXPIRY` seconds, or whose owner was a process
-of this machine that is gone, is dead and is taken over. Clocks are never compared.
+On a file system, also one that several hosts share, a claim is a `filelock.SoftFileLease`: a file
+that names host and process. It is taken over at once when its owner was a process of this machine
+that is gone, and otherwise when it has not been renewed for `EXPIRY` seconds by our own clock.
+Hosts that share a folder need names of their own.
+
+filelock knows file systems only. At a URL (s3://, memory:// …) a claim is a small JSON file with
+the same heartbeat; as nothing there can be created exclusively, the last of those who wrote at the
+same time has it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -18,88 +22,171 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import SoftFileLease, Timeout
+
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import is_local, write_json
 
-CLAIM = "claim.json"
+CLAIM = "claim.lock"
 BEAT, EXPIRY = 10.0, 60.0
 """Seconds between heartbeats; seconds without one after which a claim is dead."""
 POLL = 1.0
+"""Seconds between two looks at a claim that another has."""
 SETTLE = 1.0
-"""Where files cannot be created exclusively: seconds after which the last writer has won."""
+"""At a URL: seconds after which the last writer has won."""
 
 
 class Claim:
-    """A claim that this process holds."""
+    """A claim on a folder of a file system that this process holds, or wants."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lease = SoftFileLease(
+            path, lease_duration=EXPIRY, heartbeat_interval=BEAT, thread_local=False
+        )
+        self._seen: tuple[object, float] = None, 0.0
+
+    def take(self) -> bool:
+        """Try to take the claim; return whether it is ours. From then on it is renewed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._remove_empty()
+        try:
+            self._lease.acquire(blocking=False)
+        except (Timeout, FileNotFoundError):  # The folder was removed just now, as it was empty.
+            return False
+        return True
+
+    def _remove_empty(self) -> None:
+        """Remove a file without an owner, as a power cut leaves it; filelock would wait for it."""
+        now = self.state()
+        if now != self._seen[0]:
+            self._seen = now, time.monotonic()
+        if now is None or time.monotonic() - self._seen[1] <= EXPIRY or self._lease.owner:
+            return
+        self._lease.force_break()
+
+    def release(self) -> None:
+        """Stop renewing, and remove the claim if it is ours."""
+        self._lease.release()
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else took the claim over, because this process had stalled."""
+        return self._lease.compromise is not None
+
+    def check(self) -> None:
+        """Raise RunFailed if the claim is lost; call it before results are written."""
+        if self.lost:
+            raise RunFailed(f"{self.path.parent} was taken over by another process; stopped here")
+
+    def owner(self) -> str:
+        """Say who has the claim."""
+        owner = self._lease.owner
+        if owner is None:
+            return "another process"
+        return f"process {owner.pid} on {owner.hostname.partition(_NAMESPACE)[0]}"
+
+    def state(self) -> object:
+        """Return what changes with every heartbeat of the owner; None where there is no claim."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    def owner_is_here(self) -> bool:
+        """Whether the owner is a live process of this machine: no need to watch its heartbeat."""
+        owner = self._lease.owner
+        if owner is None:
+            return False
+        host, mark, namespace = owner.hostname.partition(_NAMESPACE)
+        if mark and namespace != f"{Path('/proc/self/ns/pid').stat().st_ino:x}":
+            return False
+        return host == socket.gethostname() and not _is_zombie(owner.pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether a process has ended, but its parent has not asked how; filelock has it alive."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # Not Linux, or gone by now.
+        return False
+
+
+_NAMESPACE = "?pidns-"
+"""What filelock puts after a container's host name, before the inode of its process namespace."""
+
+
+class RemoteClaim(Claim):
+    """A claim at a URL."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.token = path, secrets.token_hex(8)
-        self.beats = 0
-        self.lost = False
+        self._lost = False
+        self._seen = None, 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def content(self) -> dict[str, object]:
-        """Return what the file holds."""
-        owner = {"host": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-        return {"token": self.token, **owner, "beats": self.beats}
+        self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def take(self) -> bool:
-        """Try to create the file; return whether it is ours."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not is_local(self.path):
-            if self.path.exists():
+        now = self._read()
+        if now is not None:
+            if now != self._seen[0]:
+                self._seen = now, time.monotonic()
+            if time.monotonic() - self._seen[1] <= EXPIRY:
                 return False
-            write_json(self.path, self.content())
-            time.sleep(SETTLE)
-            return self._is_ours()
-        # The file appears whole: it is written elsewhere and linked.
-        temporary = self.path.with_name(f".{self.path.name}.{self.token}")
-        try:
-            temporary.write_text(json.dumps(self.content()))
-            os.link(temporary, self.path)
-        except FileExistsError:
+        self._write(0)
+        time.sleep(SETTLE)
+        if not self._is_ours():
             return False
-        except FileNotFoundError:  # Removed just now, empty, by who had it before.
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._thread.start()
         return True
 
-    def hold(self) -> None:
-        """Begin to renew the claim."""
-        self._thread.start()
-
     def release(self) -> None:
-        """Stop renewing, and remove the file if it is ours."""
         self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.join()
         if self._is_ours():
             with suppress(FileNotFoundError):
                 self.path.unlink()
 
-    def check(self) -> None:
-        """Raise RunFailed if somebody else took the claim over (this process had stalled)."""
-        if self.lost:
-            raise RunFailed(f"{self.path.parent} was taken over by another process; stopped here")
+    @property
+    def lost(self) -> bool:
+        return self._lost
 
-    def _beat(self) -> None:
-        while not self.lost and not self._stop.wait(BEAT):
-            self._renew()
+    def owner(self) -> str:
+        try:
+            claim = json.loads(self._read() or "{}")
+            return f"process {claim['pid']} on {claim['host']}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
+
+    def state(self) -> object:
+        return self._read()
+
+    def owner_is_here(self) -> bool:
+        return False  # Not known: its heartbeat, or that there is none, tells.
 
     def _renew(self) -> None:
-        """Count a heartbeat if the claim is still ours, with nobody taking it over meanwhile."""
-        with _alone_in(self.path):
+        beats = 0
+        while not self._stop.wait(BEAT):
             if not self._is_ours():
-                self.lost = True
+                self._lost = True
                 return
-            self.beats += 1
-            with suppress(RunFailed, OSError):  # A full disk: the next level says so.
-                write_json(self.path, self.content())
+            beats += 1
+            with suppress(RunFailed, OSError):  # A full store: who writes results next says so.
+                self._write(beats)
+
+    def _write(self, beats: int) -> None:
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.path, {"token": self.token, **owner, "beats": beats})
+
+    def _read(self) -> str | None:
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
 
     def _is_ours(self) -> bool:
-        return f'"{self.token}"' in (_read(self.path) or "")
+        return f'"{self.token}"' in (self._read() or "")
 
 
 @contextmanager
@@ -122,7 +209,7 @@ def claimed(
     Yields the claim; call its `check` before results are written.
     """
     path = folder / name
-    claim = Claim(path)
+    claim = Claim(path) if is_local(path) else RemoteClaim(path)
     made = _missing(folder)
     try:
         taken = _taken(claim, wait, finished)
@@ -132,7 +219,6 @@ def claimed(
         yield None
         return
     try:
-        claim.hold()
         yield claim
     finally:
         claim.release()
@@ -149,122 +235,17 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def _taken(claim: Claim, wait: bool, finished: Callable[[], bool]) -> bool:
-    seen, since, path = None, time.monotonic(), claim.path
-    what = path.parent if path.name == CLAIM else path.with_suffix("")
+    """Take the claim; return False where `finished` says that there is nothing to do."""
+    before = None
     while not claim.take():
         if finished():
             return False
-        now = _read(path)
-        if now != seen:
-            if None not in (seen, now) and not wait:
-                raise UsageError(f"{what} is being worked on by {_owner(now)}")
-            seen, since = now, time.monotonic()
-        if now is not None and (_owner_is_gone(now) or time.monotonic() - since > EXPIRY):
-            _remove_dead(path, now, claim.token)
-            continue
-        if _owner_lives_here(now) and not wait:
-            raise UsageError(f"{what} is being worked on by {_owner(now)}")
+        now = claim.state()
+        renewed = None not in (before, now) and now != before
+        if not wait and (renewed or claim.owner_is_here()):
+            path = claim.path
+            what = path.parent if path.name == CLAIM else path.with_suffix("")
+            raise UsageError(f"{what} is being worked on by {claim.owner()}")
+        before = now
         time.sleep(POLL)
     return True
-
-
-def _remove_dead(path: Path, content: str, token: str) -> None:
-    """Remove a dead claim; of several who try, one succeeds, and never removes a new one."""
-    if not is_local(path):
-        if _read(path) == content:
-            with suppress(FileNotFoundError):
-                path.unlink()
-        return
-    aside = path.with_name(f".{path.name}.dead.{token}")
-    with _alone_in(path), suppress(FileNotFoundError):
-        if _read(path) != content:
-            return
-        path.rename(aside)
-        if _read(aside) != content:  # It was renewed just now: it is alive.
-            with suppress(FileExistsError):
-                os.link(aside, path)
-        aside.unlink()
-
-
-@contextmanager
-def _alone_in(path: Path) -> Iterator[None]:
-    """Let one process at a time renew or remove a claim, where the file system has locks."""
-    handle = None
-    try:
-        with suppress(OSError):  # No locks here, or the folder is gone: who comes next sees it.
-            if is_local(path):
-                handle = os.open(path.parent, os.O_RDONLY)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-
-
-def _parsed(content: str | None) -> dict[str, object]:
-    try:
-        found = json.loads(content or "{}")
-    except json.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _owner(content: str | None) -> str:
-    claim = _parsed(content)
-    return f"process {claim.get('pid', '?')} on {claim.get('host', '?')}"
-
-
-def _owner_is_gone(content: str) -> bool:
-    """Whether the owner was a process of this machine that is no more."""
-    return _is_of_this_machine(content) and not _owner_lives_here(content)
-
-
-def _machine() -> str:
-    """Name this machine; containers of one name and file system differ in their processes."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}".strip()
-
-
-def _is_of_this_machine(content: str | None) -> bool:
-    """Whether name and boot are ours: machines that were cloned have the same name."""
-    claim = _parsed(content)
-    boot = str(claim.get("started")).partition(":")[0]
-    return claim.get("host") == _machine() and boot == str(_started(os.getpid())).partition(":")[0]
-
-
-def _owner_lives_here(content: str | None) -> bool:
-    claim = _parsed(content)
-    pid = claim.get("pid")
-    if not _is_of_this_machine(content) or not isinstance(pid, int):
-        return False
-    return claim.get("started") == _started(pid) is not None
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process began (so that a pid used again is told apart); None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except (FileNotFoundError, ProcessLookupError):
-        return _alive_without_proc(pid)
-    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"
-
-
-def _alive_without_proc(pid: int) -> str | None:
-    """Where there is no /proc (macOS): whether the process can be signalled."""
-    if Path("/proc/self").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return "alive"
-    return "alive"

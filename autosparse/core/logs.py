@@ -1,7 +1,7 @@
-"""What is said on stderr beside results: one line each, from logs and from warnings.
+"""Logs and warnings on stderr, one line each.
 
-Modules log by `logging.getLogger(__name__)`. The command line shows that by `to_stderr`; who uses
-autosparse from Python configures the logger `autosparse` as any other.
+Modules log by `logging.getLogger(__name__)`. The command line shows that by calling `to_stderr`.
+Programs that import autosparse configure the logger `autosparse` like any other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _standard = warnings.formatwarning
 
 
 class _Stderr(logging.Handler):
-    """Writes `warning: …` to what `sys.stderr` is at that moment, as progress bars replace it."""
+    """Writes `warning: …` to the current `sys.stderr`: progress bars replace it while they run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -25,7 +25,7 @@ class _Stderr(logging.Handler):
 
 
 def to_stderr() -> None:
-    """Show the log of autosparse, and its own warnings, as lines without a source location."""
+    """Show autosparse's logs and warnings as lines without a source location."""
     warnings.formatwarning = _formatted
     logger = logging.getLogger("autosparse")
     if not any(isinstance(each, _Stderr) for each in logger.handlers):

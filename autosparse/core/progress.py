@@ -20,7 +20,7 @@ UNKNOWN_WIDTH = 120
 
 
 class Progress:
-    """Bars on a terminal; a line now and then where the output is a file."""
+    """Bars on a terminal; a line every `LOG_SECONDS` where the output is a file."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.console = Console(stderr=True)
@@ -69,12 +69,12 @@ class Bar:
         self.owner._rich.update(self.task, description=description)
 
     def start_at(self, done: float) -> None:
-        """Say how many were done earlier; they do not count for the rate."""
+        """Set how many were done before this run; they do not count for the rate."""
         self.done = self.before = done
         self.owner._rich.update(self.task, completed=done)
 
     def of(self, total: float) -> None:
-        """Say how many there are to do."""
+        """Set how many there are to do."""
         self.total, self.started = total, time.monotonic()
         self.owner._rich.update(self.task, total=total)
 
@@ -83,7 +83,7 @@ class Bar:
         self.set(self.done + count)
 
     def set(self, done: float) -> None:
-        """Say how many are done."""
+        """Set how many are done."""
         self.done = done
         seconds = time.monotonic() - self.started
         here = done - self.before

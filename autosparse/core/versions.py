@@ -1,4 +1,4 @@
-"""Versions of what a result depends on, and the machine it was made on."""
+"""Versions of the libraries that a result depends on, and the machine it was made on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ AROUND = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
 
 def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
     """Return the versions of autosparse, torch and timm (or of others), where installed."""
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def environment() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""`data.augment`: what it may say, random crops at decoding, and timm's RandAugment.
+"""The values of `data.augment`, random crops while decoding, and timm's RandAugment.
 
-A RandAugment of the form `rand-m9-mstd0.5-inc1` may follow, joined by a plus: magnitude 9, noise of
-deviation 0.5, operations that grow with the magnitude. Source: Cubuk et al., RandAugment
-(NeurIPS 2020), arXiv 1909.13719, as timm has it.
+A RandAugment such as `rand-m9-mstd0.5-inc1` may follow after a plus: magnitude 9, with noise of
+standard deviation 0.5, and operations that get stronger with the magnitude. Source: Cubuk et al.,
+RandAugment (NeurIPS 2020), arXiv 1909.13719, as timm has it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IN_MEMORY = ("none", "shift", "shift+flip", "shift+altflip")
 AUGMENTS = (*IN_MEMORY, "crop+flip")
 """Each but none may be followed by +rand-…; crop+flip is for streamed sets."""
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Of a random resized crop (Inception's), as in timm's recipes."""
+"""Share of the image's area, and width / height, of a random resized crop: timm's defaults."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Augmentation:
 
 @lru_cache
 def parse(text: str) -> Augmentation:
-    """Take `data.augment` apart; raise UsageError for what is not known."""
+    """Parse `data.augment`; raise UsageError for an unknown value."""
     base, plus, rand = text.partition("+rand")
     if base not in AUGMENTS or (plus and base == "none"):
         raise UsageError(
@@ -60,7 +60,7 @@ def parse(text: str) -> Augmentation:
 
 
 def choose(asked: str, suitable: str, *, streamed: bool = False) -> str:
-    """Resolve `data.augment`; only streamed sets are cropped at random, while they are decoded."""
+    """Resolve `data.augment`: auto is `suitable`; raise UsageError for what cannot be done here."""
     if asked == "auto":
         return suitable
     if parse(asked).alternating and streamed:
@@ -91,9 +91,9 @@ def rand_augment(text: str, size: int) -> Callable[[Any], Any]:
 
 @contextmanager
 def python_rng() -> Iterator[Callable[..., None]]:
-    """Yield what seeds Python's and NumPy's RNG, which timm draws from; put both back after.
+    """Yield a function that seeds Python's and NumPy's RNGs, which timm draws from.
 
-    It takes any integers: a seed, or a seed, an epoch and a sample.
+    It takes any integers: a seed, or a seed, an epoch and a sample. Both RNGs are restored after.
     """
 
     def seed(*numbers: int) -> None:
@@ -120,7 +120,7 @@ def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def coin() -> bool:
-    """Throw a coin of Python's RNG."""
+    """Return True with probability 1/2, from Python's RNG."""
     return random.random() < 0.5
 
 
@@ -138,12 +138,12 @@ def rand_augmented(image: Tensor, text: str) -> Tensor:
 
 def rand_augmented_batch(images: Tensor, text: str, seeds: list[int]) -> Tensor:
     """Apply RandAugment to every image [B, C, H, W], each from its own seed."""
-    found = []
+    augmented = []
     with python_rng() as seed:
         for image, number in zip(images.cpu(), seeds, strict=True):
             seed(number)
-            found.append(rand_augmented(image, text))
-    changed = torch.stack(found)
+            augmented.append(rand_augmented(image, text))
+    changed = torch.stack(augmented)
     if images.is_cuda:
         changed = changed.pin_memory()
     return changed.to(images.device, non_blocking=True)

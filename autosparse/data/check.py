@@ -1,4 +1,4 @@
-"""Looking after a folder of shards: verifying every byte, and adopting tars that others wrote."""
+"""Upkeep of a folder of shards: verifying every byte, and adopting tars that others wrote."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ from autosparse.data.tars import (
 )
 
 THREADS = 4
+"""Shards that are hashed at a time."""
 MOST_GAP = 0.5
-"""Share of the classes that may be without an image, where nothing says how many there are."""
+"""If the largest label gives the number of classes, at most half of them may have no image: one
+wrong label would otherwise make a network of very many outputs."""
 COMPRESSED = re.compile(r"(.*)\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)", re.IGNORECASE)
 
 
@@ -107,8 +109,8 @@ def tars(root: str | Path) -> tuple[Path, list[str]]:
     where, names = expanded(str(root))
     folder = Path(where).expanduser()
     if names is None:
-        found = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-        plain = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+        paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+        plain = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
         names = [str(path) for path in plain if path.suffix == ".tar"]
         for path in map(str, plain):
             packed = COMPRESSED.fullmatch(path)
@@ -121,16 +123,16 @@ def tars(root: str | Path) -> tuple[Path, list[str]]:
 
 
 def _split(name: str, folder: Path, other: str | None) -> str:
-    """Return the split that a tar's name says, else the folders it lies in, from the inmost on."""
+    """Return the split named by a tar's name, or else by the innermost folder that names one."""
     if other is not None and other not in SPLITS:
         raise unknown("split", other, SPLITS)
     for part in reversed(PurePosixPath(name).parts):
         words = re.findall("[a-z]+", part.lower())
-        found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-        if len(found) > 1:
-            raise UsageError(f"shard {folder / name}: its name says {' and '.join(sorted(found))}")
-        if found:
-            return found.pop()
+        splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+        if len(splits) > 1:
+            raise UsageError(f"shard {folder / name}: its name says {' and '.join(sorted(splits))}")
+        if splits:
+            return splits.pop()
     if other is None:
         raise UsageError(
             f"shard {folder / name}: its name says neither train, val nor test as a word; --split "
@@ -161,11 +163,11 @@ def _classes(config: IndexConfig) -> list[str] | None:
 
 
 def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
-    """Return as many classes as the largest label says, if that can be."""
-    labels = torch.cat([found[:, 2] for found in members.values()])
+    """Return the classes 0 to the largest label; raise UsageError if too many have no image."""
+    labels = torch.cat([rows[:, 2] for rows in members.values()])
     count, present = int(labels.max()) + 1, len(labels.unique())
     if count - present > max(1, MOST_GAP * count):
-        where = next(name for name, found in members.items() if int(found[:, 2].max()) == count - 1)
+        where = next(name for name, rows in members.items() if int(rows[:, 2].max()) == count - 1)
         row = members[where][members[where][:, 2].argmax()]
         key = key_of(folder / where, int(row[0]))
         raise UsageError(
@@ -177,7 +179,7 @@ def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
 
 
 def _name_empty(members: dict[str, Tensor], classes: list[str], folder: Path) -> None:
-    labels = torch.cat([found[:, 2] for found in members.values()])
+    labels = torch.cat([rows[:, 2] for rows in members.values()])
     counts = torch.bincount(labels, minlength=len(classes))
     empty = [classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
     if empty:

@@ -1,4 +1,4 @@
-"""Images in folders named by their class, and the folders of a data set's parts."""
+"""Image folders: a folder for each class, and folders for train, validation and test."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ SPLIT_WORDS = {
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""What folders and shards of a split are called, in any case."""
+"""Names of folders and shards -> the split they hold; upper and lower case alike."""
 
 
 def parts_of_folder(root: Path) -> dict[str, Path]:
-    """Return the folders of a data set's splits; none where its classes lie in `root` itself."""
+    """Return split -> folder; empty where the class folders lie in `root` itself."""
     inside = [entry for entry in sorted(root.iterdir()) if not _hidden(entry) and entry.is_dir()]
-    found: dict[str, Path] = {}
+    parts: dict[str, Path] = {}
     for entry in inside:
         split = SPLIT_WORDS.get(entry.name.lower())
         if split is None:
             continue
-        if split in found:
-            raise UsageError(f"{root} has {found[split].name} and {entry.name}, both for {split}: "
+        if split in parts:
+            raise UsageError(f"{root} has {parts[split].name} and {entry.name}, both for {split}: "
                              "keep one of them")  # fmt: skip
-        found[split] = entry
-    if "train" in found and (len(found) == len(inside) or _has_folders(found["train"])):
-        return found
-    if found and len(found) == len(inside):
-        names = " and ".join(each.name for each in found.values())
+        parts[split] = entry
+    if "train" in parts and (len(parts) == len(inside) or _has_folders(parts["train"])):
+        return parts
+    if parts and len(parts) == len(inside):
+        names = " and ".join(each.name for each in parts.values())
         raise UsageError(f"{root} has {names}, but no folder train")
     return {}
 
@@ -55,11 +55,11 @@ def listed(root: Path) -> tuple[list[Sample], list[str]]:
     samples: list[Sample] = []
     others = {os.path.realpath(folder) for folder in (root, *folders)}
     for label, folder in enumerate(folders):
-        found = sorted(_images(folder, others))
-        if not found:
+        images = sorted(_images(folder, others))
+        if not images:
             raise UsageError(f"{root} is no image folder: its class {folder.name} has no image "
                              f"({', '.join(_endings())})")  # fmt: skip
-        samples += [(Path(where, name), label) for where, name in found]
+        samples += [(Path(where, name), label) for where, name in images]
     return samples, [folder.name for folder in folders]
 
 

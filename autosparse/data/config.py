@@ -1,4 +1,4 @@
-"""Settings of data, and of packing them."""
+"""Settings of data, and of packing and indexing shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes that decode batches into memory that they share with the main process."""
+"""Worker processes that decode batches into memory shared with the main process."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from torch.utils.data import DataLoader, Dataset
 from autosparse.core.errors import UsageError
 
 Task = tuple[list[int], tuple[int, int] | None]
-"""The samples of a batch, and (seed, epoch) where they are augmented."""
+"""The samples of a batch, and (seed, epoch) if they are augmented."""
 Order = tuple[list[int], tuple[int, int] | None, int | None]
-"""A task, and the room that a worker process puts its images into."""
-Found = tuple[Tensor | int, list[int], list[tuple[str, str]]]
-"""A batch's images (or the room they are in), labels, and bad images with what is wrong."""
+"""A task, and the number of the buffer that a worker process puts its images into."""
+Result = tuple[Tensor | int, list[int], list[tuple[str, str]]]
+"""A batch's images (or the number of their buffer), labels, and name and problem of bad images."""
 PREFETCH = 2
 """Batches that a worker process is asked for in advance."""
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""What launchers send to all processes of a training that is to save and end."""
+"""What launchers send to all processes of a training that should save and end."""
 SHARED = Path("/dev/shm")
 LENT = 2
-"""Rooms that batches keep to themselves: the one in use, and the one before, not yet let go."""
+"""Buffers that batches keep to themselves: the one in use, and the one before, not yet let go."""
 
 
 class Crew:
     """Worker processes that decode batches, epoch after epoch; none at all if `workers` is 0.
 
     Args:
-        decoded: makes of the rooms' memory the data set that decodes (an order -> what was found).
+        decoded: makes the data set that decodes (an order -> a result) into these buffers.
         workers: how many processes.
         largest: images of a batch, at the most.
         size: side of an image.
@@ -50,11 +50,11 @@ class Crew:
         self, decoded: Callable[[Tensor], Dataset], workers: int, largest: int, size: int
     ) -> None:
         self.workers, self.largest = workers, largest
-        self.rooms = Rooms(workers, largest, size)
-        self.orders = _Orders(self.rooms)
+        self.buffers = Buffers(workers, largest, size)
+        self.orders = _Orders(self.buffers)
         self.batches: Any = None
         self.loader = DataLoader(
-            decoded(self.rooms.memory),
+            decoded(self.buffers.memory),
             batch_size=None,
             sampler=self.orders,  # type: ignore[arg-type]
             num_workers=workers,
@@ -79,16 +79,16 @@ class Crew:
             weakref.finalize(self, _kill, self.processes(), os.getpid())
         for images, labels, bad in self.batches:
             if isinstance(images, int):
-                images = self.rooms.batch(images, len(labels))
+                images = self.buffers.batch(images, len(labels))
             yield images, labels, bad
             del images
 
     def processes(self) -> list[Any]:
-        """Return the worker processes, as far as they were begun."""
+        """Return the worker processes that were started."""
         return getattr(self.loader._iterator, "_workers", [])
 
     def deaths(self) -> str:
-        """Say how worker processes ended that should not have; nothing where none did."""
+        """Say how worker processes died; empty where none did."""
         codes = [process.exitcode for process in self.processes()]
         return ", ".join(
             f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
@@ -99,8 +99,8 @@ class Crew:
     def end(self) -> None:
         """End the worker processes now.
 
-        Left to torch at the end of the program, they may be told by SIGTERM, which they do not
-        hear; left to the garbage collector, through queues that are half collected themselves.
+        At the end of the program torch would send SIGTERM, which they ignore. The garbage
+        collector would use queues of which parts may have been collected already.
         """
         _crews.discard(self)
         _kill(self.processes(), os.getpid())
@@ -109,22 +109,22 @@ class Crew:
 
 
 class _Orders:
-    """What a crew is to do in the epoch under way: each task with a room for its images."""
+    """What a crew is to do in the epoch under way: each task with a buffer for its images."""
 
-    def __init__(self, rooms: Rooms) -> None:
-        self.rooms = rooms
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers = buffers
         self.tasks: Iterable[Task] = ()
 
     def __iter__(self) -> Iterator[Order]:
-        return ((*task, self.rooms.take()) for task in self.tasks)
+        return ((*task, self.buffers.take()) for task in self.tasks)
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
-"""Those that have worker processes."""
+"""All crews that have worker processes."""
 
 
 def _kill(workers: list[Any], owner: int) -> None:
-    """End processes that read and decode: there is nothing that they could leave half done."""
+    """Kill processes that only read and decode: they leave nothing half done."""
     if os.getpid() == owner:
         for worker in workers:
             worker.kill()
@@ -136,7 +136,7 @@ def _end_all() -> None:
 
 
 def _forget_crews() -> None:
-    """In a forked process: what is collected here must not end or await workers of another."""
+    """In a forked process: see that the garbage collector does not end workers of the parent."""
     for crew in list(_crews):
         if crew.loader._iterator is not None:
             crew.loader._iterator._shutdown = True  # type: ignore[attr-defined]
@@ -147,47 +147,47 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_crews)
 
 
-class Rooms:
-    """Memory that all processes share, cut into rooms for a batch each, used again and again.
+class Buffers:
+    """Memory shared by all processes, cut into a buffer for each batch, and used again and again.
 
-    (The pages of new shared memory take long to come by.) A batch is its room, without a copy,
-    and the room is free once nothing holds the batch's memory any more. Where batches are kept,
-    the next ones are copied out, so that there is a free room for each batch that is asked for.
+    New shared memory is slow: every page of it is zeroed first. A batch is a view of its buffer,
+    not a copy, and the buffer is free again once nothing refers to the batch's memory. If batches
+    are kept, later ones are copied out, so that every batch that was asked for has a buffer.
     """
 
     def __init__(self, workers: int, images: int, size: int) -> None:
         # One more: the next batch is asked for before the last one received is handed out.
         count = workers * PREFETCH + LENT + 1 if workers else 0
         shape = (count, images, 3, size, size)
-        check_room(math.prod(shape), workers)
+        check_shared_memory(math.prod(shape), workers)
         self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self.free, self.lent = list(range(count)), set[int]()
 
     def take(self) -> int | None:
-        """Return a free room; None where there are no worker processes."""
+        """Return the number of a free buffer; None where there are no worker processes."""
         return self.free.pop() if len(self.memory) else None
 
-    def batch(self, room: int, count: int) -> Tensor:
-        """Return the images in a room."""
-        images = self.memory[room, :count]
+    def batch(self, buffer: int, count: int) -> Tensor:
+        """Return the first `count` images in a buffer."""
+        images = self.memory[buffer, :count]
         if len(self.lent) >= LENT:
-            self.free.append(room)
+            self.free.append(buffer)
             return images.clone()
-        self.lent.add(room)
-        array = images.numpy()  # What torch makes of it, and all views of that, keep it alive.
-        weakref.finalize(array, self._back, room).atexit = False
+        self.lent.add(buffer)
+        array = images.numpy()  # Alive as long as the tensor made of it, or any view of that.
+        weakref.finalize(array, self._give_back, buffer).atexit = False
         return torch.from_numpy(array)
 
-    def _back(self, room: int) -> None:
-        self.lent.discard(room)
-        self.free.append(room)
+    def _give_back(self, buffer: int) -> None:
+        self.lent.discard(buffer)
+        self.free.append(buffer)
 
 
-def check_room(needed: int, workers: int) -> None:
-    """Raise UsageError if so many bytes do not fit into the memory that processes share.
+def check_shared_memory(needed: int, workers: int) -> None:
+    """Raise UsageError unless so many bytes fit into the memory that processes share.
 
-    Linux has it in a file system of its own, 64 MB in a container by default; where it is full,
-    a process is killed (SIGBUS) that touches what it was given.
+    On Linux that is a file system of its own, of 64 MB in a container by default. A process that
+    touches memory there after it is full is killed (SIGBUS).
     """
     if not workers or not SHARED.is_dir():
         return
@@ -202,10 +202,11 @@ def check_room(needed: int, workers: int) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Start worker processes that no signal reaches before they are ready for it.
+    """Start worker processes with stop signals blocked until they know to ignore them.
 
-    Of a worker that dies the loop is told when it next waits for it: torch's handler of SIGCHLD
-    would raise an error in whatever this process is doing, writing a checkpoint, say.
+    Torch's handler of SIGCHLD is taken out again: when a worker died, it would raise an error in
+    whatever this process is doing, such as writing a checkpoint. The loop that waits for batches
+    notices a dead worker by itself.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     handler = signal.getsignal(signal.SIGCHLD)
@@ -218,12 +219,12 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _outlive_stops(worker: int) -> None:
-    """Leave it to the process that trains to save, and then to end this one."""
+    """Ignore stop signals: the process that trains saves first, and then ends this one."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-def _as_it_is(found: Found) -> Found:
-    """Leave it to the main process to make tensors: each would come in shared memory of its own."""
-    return found
+def _as_it_is(result: Result) -> Result:
+    """Collate nothing: each tensor made here would be sent in new shared memory."""
+    return result

@@ -29,6 +29,7 @@ SIZES = (0xC0, 0xC1, 0xC2)
 """Markers that give the size of a baseline, extended or progressive JPEG."""
 APP1, ORIENTATION = 0xE1, 0x0112
 MOST_PIXELS = 1 << 26
+"""Larger JPEGs are left to PIL, which warns of decompression bombs from 89 million pixels on."""
 
 
 class BadImage(UsageError):
@@ -36,7 +37,7 @@ class BadImage(UsageError):
 
 
 _resize = torch.ops.aten._upsample_bilinear2d_aa.out
-"""What interpolate(mode="bilinear", antialias=True) calls, which takes no room to write into."""
+"""What interpolate(mode="bilinear", antialias=True) calls; that has no argument `out`."""
 
 
 def centred(height: int, width: int) -> Box:
@@ -97,13 +98,13 @@ def _decoded(
 
 
 def _scale(box: Box, size: int) -> int:
-    """Return by how much a JPEG may be made smaller while it is decoded: 1, 2, 4 or 8."""
+    """Return the factor, 1, 2, 4 or 8, by which a JPEG may be shrunk while it is decoded."""
     spare = min(box[2], box[3]) // size
     return next((scale for scale in (8, 4, 2) if spare >= scale), 1)
 
 
 def _by_simplejpeg(content: bytes, height: int, width: int, scale: int) -> np.ndarray | None:
-    """Return the pixels [H, W, 3]; None for what had better be left to PIL."""
+    """Return the pixels [H, W, 3]; None if PIL has to decode this one."""
     wanted = (-(-height // scale), -(-width // scale))
     least = wanted if scale > 1 else (0, 0)
     try:
@@ -129,7 +130,7 @@ def _by_pillow(
 
 
 def _fitted(pixels: np.ndarray, box: Box, scale: int, size: int, into: Tensor | None) -> Tensor:
-    """Cut the box out of pixels that were made smaller by `scale`, and resize it."""
+    """Cut the box out of pixels that were shrunk by `scale`, and resize it."""
     top, left = box[0] // scale, box[1] // scale
     tall, wide = max(box[2] // scale, 1), max(box[3] // scale, 1)
     part = torch.from_numpy(pixels).permute(2, 0, 1)[:, top : top + tall, left : left + wide]
@@ -170,7 +171,7 @@ def _size(header: bytes) -> tuple[int, int] | None:
 
 
 def _turned(segment: bytes) -> bool:
-    """Whether a segment of metadata says, or may say, that the image is to be turned."""
+    """Whether a metadata segment says, or may say, that the image must be rotated."""
     if segment.startswith(b"Exif\0"):
         exif = Image.Exif()
         exif.load(segment)

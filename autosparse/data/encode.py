@@ -1,4 +1,4 @@
-"""Images as they go into shards: a file's own bytes, once they are seen to decode, or anew."""
+"""Images for shards: a file's own bytes, if they can be decoded, or encoded anew."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from autosparse.data.decode import BadImage, decode, eight_bit, read_image
 Picture = Path | np.ndarray | bytes
 """An image file, pixels [H, W] or [H, W, 3], or an encoded image."""
 DEFAULT_QUALITY = 90
+"""Of JPEGs made smaller; what `PackConfig.quality` says."""
 MAGIC = (
     (0, b"\xff\xd8\xff", "jpg"), (0, b"\x89PNG\r\n\x1a\n", "png"), (8, b"WEBP", "webp"),
     (0, b"BM", "bmp"), (0, b"P5", "pgm"), (0, b"P6", "ppm"), (0, b"II*\0", "tif"),
     (0, b"MM\0*", "tif"),
 )  # fmt: skip
 TRIAL = 8
-"""Side that a copied image is decoded to, to see that it is whole."""
+"""Side in pixels to which a copied image is decoded, to check that it is whole."""
 
 
 def encoded(picture: Picture, config: PackConfig) -> tuple[bytes, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +22,10 @@ from autosparse.data.source import (
     limited_places,
     stratified,
 )
-from autosparse.data.stream import BadImages, Stream
+from autosparse.data.stream import streamed_source, streams
 
 DEFAULT_SIZE = 224
 TEST_FRACTION = 0.15
-PIECE = 256
-"""How many files a thread decodes in one go."""
 
 
 def load_folder(config: DataConfig) -> DataSource:
@@ -37,29 +34,22 @@ def load_folder(config: DataConfig) -> DataSource:
     size = config.image_size or DEFAULT_SIZE
     parts, classes = parts_of(root, config.validation_fraction)
     if config.train_limit is not None:
-        parts["train"] = _limited(parts["train"], config.train_limit)
+        labels = torch.tensor([label for _, label in parts["train"]])
+        places = limited_places(labels, config.train_limit).tolist()
+        parts["train"] = [parts["train"][place] for place in places]
     needed = 3 * size * size * sum(len(part) for part in parts.values())
     streamed = needed > config.memory_limit_gb * 1e9
     augment = choose(config.augment, "shift+flip", streamed=streamed)
-    bad: BadImages = {}
-    streams: dict[str, Any] = {
-        name: Stream(
-            FolderSamples(part),
-            size,
-            config.workers,
-            augment if name == "train" else "none",
-            config.max_bad_images,
-            bad,
-        )
-        for name, part in parts.items()
-    }
+    splits = streams(
+        {name: FolderSamples(part) for name, part in parts.items()}, size, config, augment
+    )
     name = root.name or root.resolve().name
     if not streamed:
         return in_memory(
             name,
-            streams["train"].in_memory(replaced=True),
-            streams["test"].in_memory(),
-            validation=streams["validation"].in_memory(),
+            splits["train"].in_memory(replaced=True),
+            splits["test"].in_memory(),
+            validation=splits["validation"].in_memory(),
             num_classes=len(classes),
             validation_fraction=config.validation_fraction,
             train_limit=None,
@@ -67,18 +57,8 @@ def load_folder(config: DataConfig) -> DataSource:
             normalisation=IMAGENET,
         )
     listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
-    mean, std = IMAGENET
-    return DataSource(
-        name=name,
-        **streams,
-        num_classes=len(classes),
-        in_chans=3,
-        image_size=size,
-        mean=mean,
-        std=std,
-        augment=augment,
-        fingerprint=hashlib.sha256(listing.encode()).hexdigest()[:16],
-    )
+    fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    return streamed_source(name, splits, len(classes), fingerprint)
 
 
 def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:
@@ -88,30 +68,25 @@ def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sam
     folders = parts_of_folder(root)
     train_root = folders.pop("train", root)
     train, classes = listed(train_root)
-    found: dict[str, list[Sample]] = {}
+    parts: dict[str, list[Sample]] = {}
     for part, folder in folders.items():
-        found[part], named = listed(folder)
+        parts[part], named = listed(folder)
         if named != classes:
             odd = sorted(set(named) ^ set(classes))[0]
             raise UsageError(f"{folder} and {train_root} differ in class {odd!r}")
-    if "test" not in found and "validation" in found:
-        found["test"] = found.pop("validation")
+    if "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
     for part, fraction, salt in (
         ("test", TEST_FRACTION, 2),
         ("validation", validation_fraction, 0),
     ):
-        if part not in found:
+        if part not in parts:
             rest, chosen = stratified(
                 torch.tensor([label for _, label in train]), fraction, salt=salt
             )
-            found[part] = [train[place] for place in chosen.tolist()]
+            parts[part] = [train[place] for place in chosen.tolist()]
             train = [train[place] for place in rest.tolist()]
-    return {"train": train, **found}, classes
-
-
-def _limited(train: list[Sample], limit: int) -> list[Sample]:
-    labels = torch.tensor([label for _, label in train])
-    return [train[place] for place in limited_places(labels, limit).tolist()]
+    return {"train": train, **parts}, classes
 
 
 class FolderSamples:

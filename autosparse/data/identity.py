@@ -1,4 +1,4 @@
-"""Own data are known by their content: a fingerprint over all splits, wherever they lie.
+"""The fingerprint of own data: of their content in all splits, not of where they lie.
 
 Shards are known by the hashes in their manifest; a folder by the name and SHA-256 of every file
 below its class folders. A file is read once: its hash is kept in `data.cache`, by path, size and
@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 OWN = ("folder", "shards")
 MANIFEST = "manifest.json"
 MUCH = 1e9
-"""So many bytes to read are announced."""
+"""Bytes: before more than that is read, a line says so."""
 SETTLED = 2.0
-"""Seconds after which a file that changes again surely has another time."""
+"""Seconds: a file that changed less than this before it was read may change again within the
+resolution of its time stamp (2 s on FAT), so its hash is not kept."""
 _looked_at: dict[tuple[str, str], str] | None = None
 _by_name = False
 
@@ -47,15 +48,15 @@ def content(config: DataConfig) -> str | None:
     key = (config.name, str(config.root))
     if _looked_at is not None and key in _looked_at:
         return _looked_at[key]
-    found = (_of_shards if config.name == "shards" else _of_folder)(config)
+    fingerprint = (_of_shards if config.name == "shards" else _of_folder)(config)
     if _looked_at is not None:
-        _looked_at[key] = found
-    return found
+        _looked_at[key] = fingerprint
+    return fingerprint
 
 
 @contextmanager
 def looked_at_once() -> Iterator[None]:
-    """Look at every data set once while the body runs: a whole command."""
+    """Compute each data set's fingerprint once while the body, a whole command, runs."""
     global _looked_at
     before = _looked_at
     _looked_at = {} if before is None else before
@@ -66,7 +67,7 @@ def looked_at_once() -> Iterator[None]:
 
 
 def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
-    """Say in one line where work was finished on data known only by their folder's name.
+    """Log one line if earlier work lies where data were known by their folder's name only.
 
     Args:
         folder: returns the folder that the work goes to.
@@ -101,9 +102,9 @@ def check_root(config: DataConfig) -> None:
 
 
 def expanded(root: str) -> tuple[str, list[str] | None]:
-    """Take a tar, or a pattern of tars in braces, apart into a folder and names in it.
+    """Split a tar, or a brace pattern of tars, into its folder and the names in it.
 
-    What is a folder itself has no names: all that its manifest lists is meant.
+    For a folder the names are None: all shards in its manifest are meant.
     """
     from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -122,14 +123,14 @@ def _of_shards(config: DataConfig) -> str:
     check_root(config)
     root, names = expanded(str(config.root).rstrip("/"))
     if "://" in root:
-        found = _fetched(f"{root}/{MANIFEST}")
+        manifest = _fetched(f"{root}/{MANIFEST}")
     else:
-        found = _manifest(Path(root).expanduser() / MANIFEST)
+        manifest = _manifest(Path(root).expanduser() / MANIFEST)
     try:
-        meant = [each for each in found["shards"] if names is None or each["name"] in names]
+        meant = [each for each in manifest["shards"] if names is None or each["name"] in names]
         parts = [[each["split"], each["count"], each["sha256"]] for each in meant]
         return _digest(
-            [found["classes"], parts, *([found["reading"]] if "reading" in found else [])]
+            [manifest["classes"], parts, *([manifest["reading"]] if "reading" in manifest else [])]
         )
     except (KeyError, TypeError) as error:
         raise UsageError(f"{root}/{MANIFEST} is not a manifest of shards ({error})") from None
@@ -183,9 +184,9 @@ def _of_folder(config: DataConfig) -> str:
 
 
 def _files(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, list[int]]]:
-    """Yield (name, [bytes, times]) of all files below class folders; hidden ones are no data.
+    """Yield (name, [bytes, times]) of all files below class folders that are not hidden.
 
-    Links are followed, but for those that lead back to where they are.
+    Links are followed, except those to a folder that contains them.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -203,10 +204,10 @@ def _files(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[tuple[s
 
 def _facts(entry: os.DirEntry[str]) -> list[int]:
     try:
-        found = entry.stat()
+        status = entry.stat()
     except OSError:  # A dangling link: whoever reads the images says so.
         return [0, 0, 0]
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _same(before: Any, now: list[int]) -> bool:
@@ -226,14 +227,14 @@ def _digest(entries: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path)
-    except UsageError:  # Not there yet, or garbled: it is made anew.
+        cached = read_json(path)
+    except UsageError:  # Missing or garbled: it is written anew.
         return {}
-    return found if isinstance(found, dict) else {}
+    return cached if isinstance(cached, dict) else {}
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
+def _write(path: Path, hashes: dict[str, Any]) -> None:
     try:
-        write_json(path, found)
+        write_json(path, hashes)
     except RunFailed as error:
         logger.warning("data.cache: %s; all files are read again next time", error)

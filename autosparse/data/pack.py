@@ -1,17 +1,15 @@
 """Packing images into shards: `autosparse shards pack SRC DST`.
 
-Which image goes where follows from the list of images, the options and the seed alone. A shard that
-is finished has a record of what made it under DST/.packing, and is kept when packing starts again.
+Where an image goes depends only on the list of images, the options and the seed. A finished shard
+has a record of what it was made of under DST/.packing, and is kept when packing is started again.
 The manifest is written last, with an index of the samples and timm's `_info.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from webdataset import TarWriter
 
 from autosparse.core.config import identity
 from autosparse.core.errors import RunFailed, UsageError
@@ -114,8 +113,8 @@ def _listed(source: str, config: PackConfig) -> tuple[dict[str, list[Sample]], l
     from autosparse.data.torchvision import SETS, class_names, load_torchvision
 
     if source not in SETS or Path(source).is_dir():
-        found, classes = parts_of(Path(source).expanduser(), config.validation_fraction)
-        return {split: list(found[split]) for split in SPLITS}, classes
+        parts, classes = parts_of(Path(source).expanduser(), config.validation_fraction)
+        return {split: list(parts[split]) for split in SPLITS}, classes
     data = DataConfig(source, config.root, validation_fraction=config.validation_fraction)
     loaded = load_torchvision(data)
     return {split: _pixels(getattr(loaded, split)) for split in SPLITS}, class_names(data)
@@ -158,7 +157,7 @@ def _made_of(samples: Sequence[Sample], config: PackConfig) -> str:
 
 
 def _state(path: Path) -> str:
-    """Return a file's size and time; what is not there is found out when it is packed."""
+    """Return a file's size and time; packing reports one that is missing."""
     try:
         facts = path.stat()
     except OSError:
@@ -189,13 +188,13 @@ def write(
         _tidy(root, tasks)
         workers = config.workers if workers is None else workers
         begun = partial(on_start, sum(len(task.samples) for task in tasks)) if on_start else None
-        found, bad = _records(_written(tasks, root, config, workers, begun), config, on_shard)
+        records, bad = _records(_written(tasks, root, config, workers, begun), config, on_shard)
         if claim is not None:
             claim.check()
         shards = [
-            Shard(**found[each.name]["shard"]) for each in tasks if found[each.name]["members"]
+            Shard(**records[each.name]["shard"]) for each in tasks if records[each.name]["members"]
         ]
-        members = {shard.name: torch.tensor(found[shard.name]["members"]) for shard in shards}
+        members = {shard.name: torch.tensor(records[shard.name]["members"]) for shard in shards}
         write_index(root / INDEX, members, shards)
         write_json(root / INFO, _info(shards))
         content = {
@@ -216,18 +215,18 @@ def _records(
     on_shard: Callable[[Shard], None] | None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the records of all shards by name, as they come in, and the images left out."""
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     bad: list[str] = []
     for record in written:
-        found[record["shard"]["name"]] = record
+        records[record["shard"]["name"]] = record
         _count(bad, record["bad"], config.max_bad_images)
         if on_shard:
             on_shard(Shard(**record["shard"]))
-    return found, bad
+    return records, bad
 
 
 def _count(bad: list[str], more: list[str], limit: int) -> None:
-    """Add images that are left out, and name them; raise UsageError at one too many."""
+    """Count images that are left out, and log them; raise UsageError if there are too many."""
     for problem in more:
         if len(bad) >= limit:
             raise too_many(problem, limit)
@@ -254,7 +253,7 @@ def _finished(root: Path, plan: str) -> list[Shard]:
 
 
 def _tidy(root: Path, tasks: list[Task]) -> None:
-    """Remove what a killed process left half written."""
+    """Remove half-written files of a process that was killed."""
     for task in tasks:
         for left in root.glob(f".{task.name}.*.tmp"):
             left.unlink(missing_ok=True)
@@ -294,8 +293,11 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
     if record is not None:
         return record
     members, bad = [], []
-    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT,
-                                                    bufsize=1 << 20) as tar:  # fmt: skip
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb", buffering=1 << 20) as file,
+        TarWriter(file, "", "", encoder=False, mtime=0) as tar,
+    ):
         for place, (picture, label) in enumerate(task.samples):
             try:
                 content, extension = encoded(picture, config)
@@ -305,8 +307,10 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
                     raise too_many(bad[-1], config.max_bad_images) from None
                 continue
             key = f"{task.name.removesuffix('.tar').replace('-', '')}_{place:06d}"
-            members.append((_add(tar, f"{key}.{extension}", content), len(content), label))
-            _add(tar, f"{key}.cls", str(label).encode())
+            members.append((tar.tarstream.offset + BLOCK, len(content), label))
+            # One after the other: in one sample TarWriter would sort them, and bytes would change.
+            tar.write({"__key__": key, extension: content})
+            tar.write({"__key__": key, "cls": str(label).encode()})
     shard = Shard(task.name, task.split, len(members), path.stat().st_size, sha256_of_file(path))
     if not members:
         path.unlink()
@@ -330,17 +334,8 @@ def _kept(path: Path, kept: Path, task: Task) -> dict[str, Any] | None:
     return record
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Add a member that depends on nothing but name and content; return where its data begin."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(content), 0o444
-    begin = tar.offset + BLOCK
-    tar.addfile(member, io.BytesIO(content))
-    return begin
-
-
 def _info(shards: list[Shard]) -> dict[str, Any]:
-    """Return what timm's reader of WebDataset wants to know."""
+    """Return the content of `_info.json`, which timm's reader of WebDataset uses."""
     splits = {}
     for split in SPLITS:
         mine = [shard for shard in shards if shard.split == split]

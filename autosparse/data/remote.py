@@ -1,16 +1,15 @@
-"""Where shards lie: a local folder, or a URL they are fetched from once, into a cache."""
+"""Where shards are: in a local folder, or at a URL, and each is fetched once into a cache."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, cast
 
-from autosparse.core.errors import UsageError
+from filelock import FileLock
+
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.files import check_writable, replacing
 from autosparse.data.config import DataConfig
 from autosparse.data.identity import expanded
 from autosparse.data.tars import (
@@ -19,7 +18,6 @@ from autosparse.data.tars import (
     Shard,
     check_content,
     check_size,
-    copy_atomically,
     read_manifest,
 )
 
@@ -50,7 +48,7 @@ class Folder:
 
 
 class RemoteFolder(Folder):
-    """Shards at a URL. What was fetched is known by its content's hash, wherever it came from."""
+    """Shards at a URL; the cache knows them by their SHA-256, so copies elsewhere share it."""
 
     def __init__(self, root: str, cache: Path) -> None:
         self.root, self.cache = root.rstrip("/"), cache
@@ -58,7 +56,7 @@ class RemoteFolder(Folder):
         self._files: dict[str, Path] = {}
 
     def file(self, name: str, *, needed: bool = True) -> Path:
-        """Fetch a small file anew, once per process; where it is not there and not needed, none."""
+        """Fetch a small file, once per process; one that is not needed may be missing."""
         if name not in self._files:
             key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
             path = self.cache / "remote" / key / name
@@ -75,7 +73,7 @@ class RemoteFolder(Folder):
         return self.cache / "shards" / f"{shard.sha256}.tar"
 
     def check(self, shard: Shard) -> None:
-        """What is fetched later is checked then."""
+        """Do nothing: a shard is checked when it is fetched."""
 
     def fetch(self, shard: Shard) -> None:
         """Fetch a shard unless the cache holds it whole; raise UsageError that names it."""
@@ -95,29 +93,27 @@ class RemoteFolder(Folder):
                 raise UsageError(problem) from None
 
     def _fetch(self, name: str, path: Path) -> None:
-        import fsspec
+        from fsspec.core import url_to_fs
 
         url = f"{self.root}/{name}"
         try:
-            with fsspec.open(url, "rb") as content:
-                copy_atomically(cast(BinaryIO, content), path)
+            system, where = url_to_fs(url)
+            with replacing(path) as temporary:
+                system.get_file(where, str(temporary))
         except FileNotFoundError:
             raise UsageError(f"{url} is not there, or its server cannot be reached") from None
         except Exception as error:  # Each file system of fsspec raises errors of its own.
             raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine from fetching the same file."""
+def _locked(path: Path) -> FileLock:
+    """Return the lock that keeps other processes of this machine from fetching the same file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("wb")
-    except OSError as error:
+        check_writable(path.parent)
+    except (OSError, RunFailed) as error:
         raise UsageError(f"data.cache cannot be written: {error}") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def shards_of(config: DataConfig) -> tuple[Folder, Manifest]:

@@ -1,9 +1,9 @@
-"""The samples of a tar, grouped and named as WebDataset does it, for reading at random.
+"""The samples of a tar, grouped and named by WebDataset's rules, for reading in any order.
 
 WebDataset's rules: only regular files; a key is the path up to the first dot of the file's name,
 what follows is the extension, in lower case; names without a dot and `__meta__` members are
-skipped. Ours on top: hidden files are skipped (macOS puts them into tars), members of a key need
-not lie side by side, and a key that has the same extension twice is refused wherever the two are.
+skipped. In addition, hidden files are skipped (macOS puts them into tars), the members of a key
+need not be adjacent, and a key with the same extension twice is an error.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 DOTTED_NAME = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
 PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"(\xb5/\xfd", "zstd"))
 MOST_LABEL = 1 << 31
+"""A larger number is no label: an id, or a time."""
 Parts = dict[str, tuple[int, tarfile.TarInfo]]
 """Extension -> the member's number in the tar, and the member."""
 
@@ -55,10 +56,10 @@ class Reading:
 
     def key(self, name: str) -> tuple[str, str] | None:
         """Return a member's key and extension; None for what is no part of a sample."""
-        found = (DOTTED_NAME if self.dotted else NAME).fullmatch(name)
-        if found is None or META.match(name):
+        matched = (DOTTED_NAME if self.dotted else NAME).fullmatch(name)
+        if matched is None or META.match(name):
             return None
-        return found[1], found[2].lower()
+        return matched[1], matched[2].lower()
 
 
 def scan(path: Path, reading: Reading | None = None) -> Tensor:
@@ -73,7 +74,7 @@ def scan(path: Path, reading: Reading | None = None) -> Tensor:
         with tarfile.open(path, "r:") as tar:
             for number, member in enumerate(tar):
                 _add(samples, number, member, reading, path)
-            found = [
+            rows = [
                 (*_image(parts, where), _label(tar, parts, reading, where))
                 for key, parts in samples.items()
                 if (where := f"shard {path} sample {key}") and not _is_meta(key, parts)
@@ -82,7 +83,7 @@ def scan(path: Path, reading: Reading | None = None) -> Tensor:
         raise UsageError(
             f"shard {path} is cut or damaged after {len(samples)} samples ({error})"
         ) from error
-    return torch.tensor(found, dtype=torch.int64).view(-1, 3)
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
 
 def _check_plain(path: Path) -> None:
@@ -113,7 +114,7 @@ def _add(
 
 
 def _is_meta(key: str, parts: Parts) -> bool:
-    """Whether it is a note such as __meta__.json rather than a sample."""
+    """Whether this is metadata such as __meta__.json, not a sample."""
     return bool(META.match(key)) and not any(_last(each) in IMAGES for each in parts)
 
 
@@ -141,11 +142,11 @@ def _image(parts: Parts, where: str) -> tuple[int, int]:
 
 def _label(tar: tarfile.TarFile, parts: Parts, reading: Reading, where: str) -> int:
     extension, _, entry = reading.label.partition(":")
-    found = [each for each in parts if each == extension]
-    found = found or [each for each in parts if _last(each) == extension]
-    if len(found) != 1:
+    endings = [each for each in parts if each == extension]
+    endings = endings or [each for each in parts if _last(each) == extension]
+    if len(endings) != 1:
         raise UsageError(f"{where} has no {extension}, only {', '.join(parts)}{_hint(tar, parts)}")
-    content = _content(tar, parts[found[0]][1])
+    content = _content(tar, parts[endings[0]][1])
     if not entry:
         return _number(content, reading, f"{where}: its {extension}")
     held = _object(content)
@@ -155,7 +156,7 @@ def _label(tar: tarfile.TarFile, parts: Parts, reading: Reading, where: str) -> 
 
 
 def _hint(tar: tarfile.TarFile, parts: Parts) -> str:
-    """Say how to find the label in a sample's json, if it has one."""
+    """Return advice on how to name the label, with the keys of the sample's json if it has one."""
     if "json" not in parts:
         return "; name what holds the label by --label when the shards are indexed"
     keys = ", ".join(_object(_content(tar, parts["json"][1])))

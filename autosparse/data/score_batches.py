@@ -1,4 +1,4 @@
-"""Balanced batches for scoring: chosen by the labels alone, decoded as they are looked at."""
+"""Balanced batches for scoring: chosen by the labels, decoded when they are iterated over."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def choose(labels: Tensor, order: Tensor, classes: int, each: int, batches: int)
 
     Args:
         labels: of all samples [N].
-        order: samples in the order that they are met in.
+        order: the samples, in the order in which they are taken.
         classes: number of classes.
         each: samples of a class in a batch.
         batches: how many.
@@ -39,10 +39,10 @@ def choose(labels: Tensor, order: Tensor, classes: int, each: int, batches: int)
 
 
 class ScoreBatches(Sequence["Batch"]):
-    """Normalised batches, made anew each time they are looked at, so that one is held at a time.
+    """Normalised batches, computed anew in each iteration, so that only one is held as floats.
 
-    The images are decoded once and kept as uint8 where all of this rank's take no more than
-    `data.memory_limit_gb`, otherwise decoded whenever they are looked at.
+    If all images of this rank fit into `data.memory_limit_gb` as uint8, they are decoded once and
+    kept; otherwise each iteration decodes them.
     """
 
     def __init__(self, source: DataSource, parts: list[list[int]]) -> None:
@@ -59,15 +59,15 @@ class ScoreBatches(Sequence["Batch"]):
     def __iter__(self) -> Iterator[Batch]:
         if self._kept is None and self._keeps:
             self._kept = list(self._split.chosen(self.parts))
-        found = self._split.chosen(self.parts) if self._kept is None else self._kept
-        for images, labels in found:
+        batches = self._split.chosen(self.parts) if self._kept is None else self._kept
+        for images, labels in batches:
             yield self.source.prepare(images), labels
 
     def __getitem__(self, place: Any) -> Any:
-        found = self.parts[place]
+        chosen = self.parts[place]
         if isinstance(place, slice):
             return ScoreBatches(self.source, self.parts[place])
-        return next(iter(ScoreBatches(self.source, [found])))
+        return next(iter(ScoreBatches(self.source, [chosen])))
 
 
 def score_batches(
@@ -98,7 +98,7 @@ def score_batches(
 
 
 def _name_empty(labels: Tensor, source: DataSource) -> None:
-    """Warn of classes without a training image."""
+    """Warn if classes have no training image."""
     counts = torch.bincount(labels, minlength=source.num_classes)
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:

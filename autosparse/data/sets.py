@@ -1,4 +1,4 @@
-"""Where images come from: `load(DataConfig)` returns train, validation and test splits.
+"""`load(DataConfig)` returns a data set's train, validation and test splits.
 
 Every split yields batches of (uint8 images [B, C, H, W], int64 labels [B]) on its device;
 `DataSource.prepare` augments and normalises a batch there.
@@ -6,9 +6,10 @@ Every split yields batches of (uint8 images [B, C, H, W], int64 labels [B]) on i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from autosparse.core.errors import UsageError, unknown
@@ -22,43 +23,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _digits(config: DataConfig) -> DataSource:
-    from autosparse.data.digits import load_digits
-
-    return load_digits(config)
-
-
-def _torchvision(config: DataConfig) -> DataSource:
-    from autosparse.data.torchvision import load_torchvision
-
-    return load_torchvision(config)
-
-
-def _folder(config: DataConfig) -> DataSource:
-    from autosparse.data.folder import load_folder
-
-    return load_folder(config)
-
-
-def _shards(config: DataConfig) -> DataSource:
-    from autosparse.data.shards import load_shards
-
-    return load_shards(config)
-
-
-_LOADERS: dict[str, Callable[[DataConfig], DataSource]] = {
-    "digits": _digits,
-    "cifar10": _torchvision,
-    "cifar100": _torchvision,
-    "mnist": _torchvision,
-    "fashion_mnist": _torchvision,
-    "folder": _folder,
-    "shards": _shards,
+_TORCHVISION = "torchvision.load_torchvision"
+_LOADERS = {
+    "digits": "digits.load_digits",
+    **dict.fromkeys(("cifar10", "cifar100", "mnist", "fashion_mnist"), _TORCHVISION),
+    "folder": "folder.load_folder",
+    "shards": "shards.load_shards",
 }
-
-
+"""Name -> module and function that loads it, imported when it is asked for."""
 _REMEMBERED: dict[str, DataSource] | None = None
-"""By the config's text: what `normalisation` may hold cannot be a key."""
+"""Keyed by the config's repr: a config holds lists, so it cannot be a key itself."""
 
 
 @contextmanager
@@ -100,8 +74,8 @@ _SHAPES = {
 def shape(config: DataConfig) -> Shape:
     """Return what the settings alone say of the images, without a look at them."""
     check_config(config)
-    found = _SHAPES[config.name]
-    return replace(found, image_size=config.image_size or found.image_size)
+    usual = _SHAPES[config.name]
+    return replace(usual, image_size=config.image_size or usual.image_size)
 
 
 def check_config(config: DataConfig) -> None:
@@ -127,7 +101,9 @@ def load(config: DataConfig | str) -> DataSource:
     if _REMEMBERED is not None and repr(config) in _REMEMBERED:
         return _REMEMBERED[repr(config)]
     check_config(config)
-    source = replace(_LOADERS[config.name](config), config=config)
+    module, _, function = _LOADERS[config.name].partition(".")
+    loader = getattr(import_module(f"autosparse.data.{module}"), function)
+    source = replace(loader(config), config=config)
     source = normalisation.normalised(source, config)
     if _REMEMBERED is not None:
         _REMEMBERED[repr(config)] = source
@@ -136,7 +112,7 @@ def load(config: DataConfig | str) -> DataSource:
 
 def if_there(config: DataConfig) -> DataSource | None:
     """Load a set that is known by its name, unless it would have to be downloaded; else None."""
-    if config.name not in _SHAPES or _LOADERS[config.name] is not _torchvision:
+    if config.name not in _SHAPES or _LOADERS[config.name] != _TORCHVISION:
         return None
     from autosparse.data.torchvision import is_there
 

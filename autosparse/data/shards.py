@@ -30,13 +30,12 @@ from autosparse.data.normalisation import IMAGENET
 from autosparse.data.remote import Folder, shards_of
 from autosparse.data.samples import Reading
 from autosparse.data.source import DataSource, in_memory
-from autosparse.data.stream import BadImages, Stream
+from autosparse.data.stream import Stream, streamed_source, streams
 from autosparse.data.tars import (
     INDEX,
     MANIFEST,
     SPLITS,
     Files,
-    Manifest,
     Shard,
     check_members,
     key_of,
@@ -55,69 +54,42 @@ def load_shards(config: DataConfig) -> DataSource:
         folder.check(shard)
     folder.file(INDEX, needed=False)
     size = config.image_size or DEFAULT_SIZE
-    streams = _streams(config, folder, manifest, size)
-    for split in ("train", "test"):
-        if not len(streams[split]):
-            raise UsageError(f"{folder.root}/{MANIFEST} lists no {split} shard")
-    if 3 * size * size * sum(map(len, streams.values())) <= config.memory_limit_gb * 1e9:
-        return _whole(config, folder.name, streams, len(manifest.classes))
-    if not len(streams["validation"]):
-        raise UsageError(f"{folder.root} is too large for memory and has no validation shards")
-    if config.train_limit:
-        raise UsageError(f"data.train_limit works in memory only; {folder.root} is streamed")
-    parts: dict[str, Any] = streams
-    mean, std = IMAGENET
-    return DataSource(
-        name=folder.name,
-        **parts,
-        num_classes=len(manifest.classes),
-        in_chans=3,
-        image_size=size,
-        mean=mean,
-        std=std,
-        augment=streams["train"].augment,
-        fingerprint=_fingerprint(manifest),
-    )
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    text = json.dumps(manifest.content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _streams(
-    config: DataConfig, folder: Folder, manifest: Manifest, size: int
-) -> dict[str, Stream]:
-    wanted = augment.choose(config.augment, "shift+flip", streamed=True)
     if config.lanes < 1:
         raise UsageError(f"data.lanes must be at least 1: {config.lanes}")
-    bad: BadImages = {}
-    return {
-        split: Stream(
-            ShardSamples(
-                folder,
-                [shard for shard in manifest.shards if shard.split == split],
-                len(manifest.classes),
-                config.lanes,
-                manifest.reading,
-            ),
-            size,
-            config.workers,
-            wanted if split == "train" else "none",
-            config.max_bad_images,
-            bad,
+    classes = len(manifest.classes)
+    samples = {
+        split: ShardSamples(
+            folder,
+            [shard for shard in manifest.shards if shard.split == split],
+            classes,
+            config.lanes,
+            manifest.reading,
         )
         for split in SPLITS
     }
+    wanted = augment.choose(config.augment, "shift+flip", streamed=True)
+    splits = streams(samples, size, config, wanted)
+    for split in ("train", "test"):
+        if not len(splits[split]):
+            raise UsageError(f"{folder.root}/{MANIFEST} lists no {split} shard")
+    if 3 * size * size * sum(map(len, splits.values())) <= config.memory_limit_gb * 1e9:
+        return _whole(config, folder.name, splits, classes)
+    if not len(splits["validation"]):
+        raise UsageError(f"{folder.root} is too large for memory and has no validation shards")
+    if config.train_limit:
+        raise UsageError(f"data.train_limit works in memory only; {folder.root} is streamed")
+    text = json.dumps(manifest.content, sort_keys=True)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return streamed_source(folder.name, splits, classes, fingerprint)
 
 
-def _whole(config: DataConfig, name: str, streams: dict[str, Stream], classes: int) -> DataSource:
+def _whole(config: DataConfig, name: str, splits: dict[str, Stream], classes: int) -> DataSource:
     wanted = augment.choose(config.augment, "shift+flip")
     whole = {
         split: stream.in_memory(replaced=split == "train")
-        for split, stream in streams.items() if len(stream)
+        for split, stream in splits.items() if len(stream)
     }  # fmt: skip
-    samples = streams["train"].samples
+    samples = splits["train"].samples
     return in_memory(
         name,
         replace(whole["train"], lanes=samples.order),

@@ -1,4 +1,4 @@
-"""What every data set gives: splits in memory or streamed, and batched augmentation."""
+"""Data sources: three splits, in memory or streamed, and augmentation of whole batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 SPLIT_SEED = 20240827
 """Fixes every split; not an option, so that a test image never becomes a training image."""
 FLIP_SALT = 500_009
-"""Keeps the draw of the first flips apart from the orders of epochs."""
+"""Makes the seed of the first flips differ from those of the epochs' orders."""
 
 
 class Split(Protocol):
@@ -178,7 +178,7 @@ class DataSource:
         return prepare(images, self.mean, self.std)
 
     def skip(self, generator: torch.Generator, batch_size: int, steps: int) -> None:
-        """Draw what `prepare` would draw for so many batches, and throw it away."""
+        """Advance the generator by what `prepare` draws in `steps` batches."""
         wanted = parse(self.augment)
         if not wanted.shift:
             return
@@ -189,7 +189,7 @@ class DataSource:
                 _seeds(batch_size, generator)
 
     def augmentation(self, seed: int, epoch: int, rank: int = 0) -> torch.Generator:
-        """Return what draws an epoch's augmentation on one rank."""
+        """Return the generator of an epoch's augmentation on one rank."""
         return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 4099 + rank)
 
     def score_batches(
@@ -247,12 +247,12 @@ def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> 
 
 @lru_cache(maxsize=64)
 def _per_channel(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return numbers [C] times 255 as [C, 1, 1], sent once: making them would hold up a GPU."""
+    """Return numbers [C] times 255 as [C, 1, 1], cached: a copy each step would hold up a GPU."""
     return torch.tensor(numbers, dtype=dtype).view(-1, 1, 1).mul(255).to(device)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device; nobody waits for its way to a GPU."""
+    """Copy a CPU tensor to a device; the copy to a GPU does not block."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -341,7 +341,7 @@ def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
 
 
 def first_cause(error: Exception) -> UsageError:
-    """Take what a worker process said out of the traceback that DataLoader wraps it in."""
+    """Return a worker process's UsageError without the traceback that DataLoader wraps it in."""
     last = str(error).strip().splitlines()[-1]
     return UsageError(last.removeprefix("autosparse.core.errors.UsageError: "))
 

@@ -1,4 +1,4 @@
-"""Splits that are too large for memory: worker processes decode whole batches.
+"""Streamed splits, for data too large for memory: worker processes decode whole batches.
 
 The order of the samples is worked out before they are dealt out, so it depends neither on the
 number of workers nor, for the same global batch, on the number of ranks.
@@ -7,7 +7,7 @@ number of workers nor, for the same global batch, on the number of ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,13 +20,15 @@ from torch.utils.data import Dataset
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.memory import keep_freed_blocks
 from autosparse.data import augment
-from autosparse.data.crew import Crew, Found, Order, Task
+from autosparse.data.config import DataConfig
+from autosparse.data.crew import Crew, Order, Result, Task
 from autosparse.data.decode import BadImage, decode
-from autosparse.data.source import Batch, MemorySplit, first_cause, sent
+from autosparse.data.normalisation import IMAGENET
+from autosparse.data.source import Batch, DataSource, MemorySplit, first_cause, sent
 
 logger = logging.getLogger(__name__)
-CHUNK = 256
-"""Images that are read before they are decoded by threads."""
+CHUNK = 64
+"""Images that a thread decodes in one go, for a split held in memory."""
 
 BadImages = dict[str, str]
 """Sample -> what is wrong with its image."""
@@ -42,7 +44,7 @@ class Samples(Protocol):
         ...
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the samples in an epoch's order, and for each what to sort a batch by."""
+        """Return the samples in an epoch's order [N], and their lanes [N], to sort batches by."""
         ...
 
     def share(self, rank: int, world_size: int) -> list[int]:
@@ -50,7 +52,7 @@ class Samples(Protocol):
         ...
 
     def prepare(self, numbers: list[int]) -> None:
-        """Check what these samples lie in, where that has not been done."""
+        """Check the files that hold these samples, unless that has been done."""
         ...
 
     def read(self, number: int) -> tuple[bytes, int]:
@@ -58,7 +60,7 @@ class Samples(Protocol):
         ...
 
     def name(self, number: int) -> str:
-        """Return how messages call a sample."""
+        """Return the name of a sample in messages."""
         ...
 
     def neighbour(self, number: int) -> int:
@@ -79,7 +81,7 @@ class Stream:
     """Bad images met so far; shared by the splits of a source."""
     device: torch.device = torch.device("cpu")
     resting: list[Crew] = field(default_factory=list, repr=False, compare=False)
-    """Worker processes that have finished an epoch and wait for the next; one crew at most."""
+    """The crew that has finished an epoch and waits for the next; at most one."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -134,12 +136,12 @@ class Stream:
         crew.end()
 
     def _crew(self, workers: int, largest: int, *, replaced: bool) -> Crew:
-        return Crew(partial(_Decoded, self, replaced), workers, largest, self.size)
+        return Crew(partial(_Decoder, self, replaced), workers, largest, self.size)
 
     def _batches(self, crew: Crew, tasks: Iterable[Task]) -> Iterator[Batch]:
-        """Yield a batch for each task, but for those of bad images only.
+        """Yield a batch for each task, unless all its images are bad.
 
-        The crew is still there at the end; it is ended where the loop is broken off.
+        The crew is kept at the end; it is ended if the loop stops early.
         """
         if self.device.type == "cpu":
             keep_freed_blocks()
@@ -178,44 +180,25 @@ class Stream:
         """Decode the whole split by threads; neighbours stand in for bad images if `replaced`."""
         images = torch.empty((len(self), 3, self.size, self.size), dtype=torch.uint8)
         labels: list[int] = []
-        with ThreadPoolExecutor() as pool:
+        decoder = _Decoder(replace(self, augment="none"), replaced, torch.empty(0))
+
+        def parts() -> Iterator[list[int]]:
             for start in range(0, len(self), CHUNK):
                 numbers = list(range(start, min(start + CHUNK, len(self))))
-                self.samples.prepare(numbers)
-                tried = pool.map(partial(_decoded, self.size), map(self._content, numbers),
-                                 images[start : start + CHUNK])  # fmt: skip
-                for number, (problem, label) in zip(numbers, list(tried), strict=True):
-                    place = len(labels)
-                    if problem:
-                        found = self._instead(number, problem, images[place], replaced=replaced)
-                        labels += [] if found is None else [found]
-                    else:
-                        if place != number:
-                            images[place] = images[number]
-                        labels.append(label)
+                self.samples.prepare(numbers)  # Here: several threads would do the same.
+                yield numbers
+
+        def decoded(numbers: list[int]) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+            return decoder.decoded(numbers, images[numbers[0] : numbers[-1] + 1])
+
+        with ThreadPoolExecutor() as pool:
+            for chunk, more, bad in pool.map(decoded, parts()):
+                self._count(bad)
+                place = images[len(labels) : len(labels) + len(more)]
+                if place.data_ptr() != chunk.data_ptr():  # Some before it were left out.
+                    place.copy_(chunk.clone())
+                labels += more
         return MemorySplit(images[: len(labels)], torch.tensor(labels, dtype=torch.int64))
-
-    def _content(self, number: int) -> tuple[bytes | BadImage, int]:
-        try:
-            return self.samples.read(number)
-        except BadImage as error:
-            return error, 0
-
-    def _instead(self, number: int, problem: str, room: Tensor, *, replaced: bool) -> int | None:
-        """Count a bad image; put the next good one into its room if it is to be replaced."""
-        asked = number
-        while True:
-            name = self.samples.name(number)
-            self._count([(name, problem)])
-            if not replaced:
-                return None
-            number = self.samples.neighbour(number)
-            if number == asked:
-                raise no_neighbour(name, problem)
-            self.samples.prepare([number])
-            problem, label = _decoded(self.size, self._content(number), room)
-            if not problem:
-                return label
 
     def plain(self) -> Stream:
         return replace(self, augment="none", resting=[])
@@ -227,84 +210,120 @@ class Stream:
         return {**self.__dict__, "resting": []}
 
 
+def streams(
+    splits: Mapping[str, Samples], size: int, config: DataConfig, wanted: str
+) -> dict[str, Stream]:
+    """Return a stream for each split; only train is augmented, as `wanted` says."""
+    bad: BadImages = {}
+    return {
+        name: Stream(
+            samples,
+            size,
+            config.workers,
+            wanted if name == "train" else "none",
+            config.max_bad_images,
+            bad,
+        )
+        for name, samples in splits.items()
+    }
+
+
+def streamed_source(
+    name: str, splits: dict[str, Stream], num_classes: int, fingerprint: str
+) -> DataSource:
+    """Return streamed splits as a source, normalised by ImageNet's constants."""
+    train = splits["train"]
+    mean, std = IMAGENET
+    return DataSource(
+        name, train, splits["validation"], splits["test"], num_classes, 3, train.size,
+        mean, std, train.augment, fingerprint,
+    )  # fmt: skip
+
+
 def too_many(name: str, problem: str, limit: int) -> UsageError:
     """Return the error for one bad image more than is allowed."""
     return UsageError(f"{name}: {problem}; data.max_bad_images allows {limit} bad images")
 
 
-def no_neighbour(name: str, problem: str) -> UsageError:
-    """Return the error for a bad image that nothing can stand in for."""
-    return UsageError(f"{name}: {problem}; none of its neighbours can be decoded")
+class _Decoder(Dataset):
+    """Decodes whole batches, in a worker process or thread.
 
+    Args:
+        stream: whose images.
+        replaced: whether neighbours stand in for bad images; otherwise these are left out.
+        buffers: memory shared with the main process, [buffers, images, 3, size, size].
+    """
 
-def _decoded(size: int, sample: tuple[bytes | BadImage, int], room: Tensor) -> tuple[str, int]:
-    """Decode a sample into its room; return what is wrong with it, if anything, and its label."""
-    content, label = sample
-    try:
-        if isinstance(content, BadImage):
-            raise content
-        decode(content, size, into=room)
-    except BadImage as error:
-        return one_line(error), label
-    return "", label
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
-
-
-class _Decoded(Dataset):
-    """Whole batches, made in a worker process."""
-
-    def __init__(self, stream: Stream, replaced: bool, rooms: Tensor) -> None:
+    def __init__(self, stream: Stream, replaced: bool, buffers: Tensor) -> None:
         self.samples, self.size, self.limit = stream.samples, stream.size, stream.max_bad_images
         self.wanted = augment.parse(stream.augment)
-        self.replaced, self.rooms = replaced, rooms
+        self.replaced, self.buffers = replaced, buffers
 
-    def __getitem__(self, order: Order) -> Found:
-        numbers, epoch, own = order
+    def __getitem__(self, order: Order) -> Result:
+        """Carry out an order; the images stay in its buffer where it has one."""
+        numbers, epoch, buffer = order
+        with augment.python_rng() as seed:
+            images, labels, bad = self.decoded(
+                numbers,
+                None if buffer is None else self.buffers[buffer],
+                partial(seed, *epoch) if epoch and self.wanted.crop else None,
+            )
+        return images if buffer is None else buffer, labels, bad
+
+    def decoded(
+        self,
+        numbers: list[int],
+        images: Tensor | None = None,
+        seed: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+        """Decode samples.
+
+        Args:
+            numbers: of the samples.
+            images: where the images go; by default a new tensor.
+            seed: seeds the RNGs for a sample, which is then augmented.
+
+        Returns:
+            The images, their labels, and name and problem of each bad one.
+        """
         self.samples.prepare(numbers)
-        shape = (len(numbers), 3, self.size, self.size)
-        images = torch.empty(shape, dtype=torch.uint8) if own is None else self.rooms[own]
+        if images is None:
+            images = torch.empty((len(numbers), 3, self.size, self.size), dtype=torch.uint8)
         labels: list[int] = []
         bad: dict[str, str] = {}
-        with augment.python_rng() as seed:
-            for number in numbers:
-                room, drawn = images[len(labels)], partial(seed, *epoch) if epoch else None
-                label = self._sample(number, room, drawn, bad)
-                if label is not None:
-                    labels.append(label)
-        found = images[: len(labels)] if own is None else own
-        return found, labels, list(bad.items())
+        for number in numbers:
+            label = self._decode(number, images[len(labels)], seed, bad)
+            if label is not None:
+                labels.append(label)
+        return images[: len(labels)], labels, list(bad.items())
 
-    def _sample(
-        self, number: int, room: Tensor, seed: Callable[[int], None] | None, bad: dict[str, str]
+    def _decode(
+        self, number: int, image: Tensor, seed: Callable[[int], None] | None, bad: dict[str, str]
     ) -> int | None:
-        """Put a sample into its room, and return its label; seed: augment it.
+        """Decode a sample into `image` and return its label.
 
-        Where its image is bad, its neighbour is taken, or None returned.
+        Where its image is bad, the next good one is taken, or None returned.
         """
-        asked = number
+        first = number
         while True:
             try:
                 content, label = self.samples.read(number)
-                if seed and self.wanted.crop:
+                if seed:
                     seed(number)
-                    room.copy_(self._augmented(content))
+                    image.copy_(self._augmented(content))
                 else:
-                    decode(content, self.size, into=room)
+                    decode(content, self.size, into=image)
                 return label
             except BadImage as error:
-                name, problem = self.samples.name(number), one_line(error)
+                name, problem = self.samples.name(number), " ".join(str(error).split())
             bad[name] = problem
             if len(bad) > self.limit:
                 raise too_many(name, problem, self.limit)
             if not self.replaced:
                 return None
             number = self.samples.neighbour(number)
-            if number == asked:
-                raise no_neighbour(name, problem)
+            if number == first:
+                raise UsageError(f"{name}: {problem}; none of its neighbours can be decoded")
 
     def _augmented(self, content: bytes) -> Tensor:
         image = decode(content, self.size, augment.random_crop)

@@ -1,4 +1,4 @@
-"""Shards as files: their manifest, where the samples lie in a tar, and reading them at random.
+"""Shards as files: the manifest, where the samples lie in each tar, and reading them.
 
 Members of a shard are an int64 tensor [samples, 3]: offset and bytes of the image, label. They are
 written by `shards pack` and `shards index`, or found by walking through the tar once and kept in
@@ -11,26 +11,29 @@ import os
 import resource
 import tarfile
 import tempfile
+import threading
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
 from autosparse.core.errors import UsageError
-from autosparse.core.files import read_json, read_tensors, replacing, sha256_of_file, write_tensors
+from autosparse.core.files import read_json, read_tensors, sha256_of_file, write_tensors
 from autosparse.data.samples import Reading, scan
 
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 BLOCK = 512
+"""Bytes of a tar's header, and what members are padded to (POSIX ustar)."""
 MOST_OPEN = 4096
+"""Most shards that a process keeps open, whatever the system allows."""
 WORTH_KEEPING = 64
-"""Samples from which on a shard's members are kept in the cache: a walk past fewer is as quick."""
+"""A shard of fewer samples is walked through each time: that is as quick as reading the cache."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,12 @@ def _shard(name: str, split: str, count: int, bytes: int, sha256: str) -> Shard:
 def check_size(path: Path, shard: Shard) -> None:
     """Raise UsageError unless the shard is there with its size."""
     try:
-        found = path.stat().st_size
+        size = path.stat().st_size
     except OSError:
         raise UsageError(f"shard {path} is in the manifest but not on disk") from None
-    if found != shard.bytes:
+    if size != shard.bytes:
         raise UsageError(
-            f"shard {path} has {found} bytes, the manifest says {shard.bytes}: "
+            f"shard {path} has {size} bytes, the manifest says {shard.bytes}: "
             "it is cut or changed; copy it again"
         )
 
@@ -112,10 +115,10 @@ def check_content(path: Path, shard: Shard) -> None:
     """Raise UsageError unless the shard's SHA-256 is the manifest's."""
     check_size(path, shard)
     try:
-        found = sha256_of_file(path)
+        digest = sha256_of_file(path)
     except OSError as error:
         raise UsageError(f"shard {path} cannot be read: {error.strerror or error}") from None
-    if found != shard.sha256:
+    if digest != shard.sha256:
         raise UsageError(
             f"shard {path} is not what the manifest says (its SHA-256 differs): it is damaged or "
             "changed; copy it again"
@@ -157,7 +160,7 @@ def write_index(path: Path, members: dict[str, Tensor], shards: list[Shard]) -> 
 
 
 def read_index(path: Path, shards: list[Shard]) -> dict[str, Tensor]:
-    """Return what an index says of `shards`; nothing of one that has changed since, or is new."""
+    """Return the members of `shards` in an index, except of shards that are new or have changed."""
     if not path.is_file():
         return {}
     members, card = read_tensors(path)
@@ -177,13 +180,13 @@ def members_of(path: Path, shard: Shard, cache: Path, reading: Reading) -> Tenso
     with suppress(UsageError, KeyError):
         return read_tensors(kept)[0]["members"]
     members = scan(path, reading)
-    with suppress(OSError):  # A cache that cannot be written only costs time.
+    with suppress(OSError):  # Without a cache the next run is only slower.
         _keep(kept, members)
     return members
 
 
 def _keep(path: Path, members: Tensor) -> None:
-    """Write to the cache, without waiting for the disk: what is lost is found by another walk."""
+    """Write to the cache without fsync: what a crash loses, another walk finds."""
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +202,7 @@ def most_open() -> int:
 
 
 class Files:
-    """Open files, the last used ones, for reading at random by any process.
+    """The files that were used last, kept open for reading at random, by any thread or process.
 
     They are closed when nothing uses this any more; a copy in another process opens its own.
     """
@@ -207,6 +210,7 @@ class Files:
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._most = most_open()
+        self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._open)
 
     def __reduce__(self) -> tuple[type[Files], tuple[()]]:
@@ -215,7 +219,8 @@ class Files:
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`; raise UsageError that names a file that is cut."""
         try:
-            content = os.pread(self._descriptor(path), size, offset)
+            with self._lock:  # Else another thread could close it meanwhile.
+                content = os.pread(self._descriptor(path), size, offset)
         except OSError as error:
             raise UsageError(f"shard {path} cannot be read: {error.strerror or error}") from None
         if len(content) != size:
@@ -235,10 +240,3 @@ class Files:
 def _close_all(descriptors: OrderedDict[Path, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])
-
-
-def copy_atomically(content: BinaryIO, path: Path) -> None:
-    """Write what a stream gives to `path`; nothing is there before it is whole."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        while block := content.read(1 << 20):
-            file.write(block)

@@ -1,4 +1,4 @@
-"""torchvision's sets: read from `data.root`, or downloaded into it where there is a network."""
+"""torchvision's sets: read from `data.root`, or downloaded into it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def class_names(config: DataConfig) -> list[str]:
     """Return the classes of a set that has been loaded before."""
     from torchvision import datasets
 
-    found = getattr(datasets, SETS[config.name][0])(_root(config), train=False, download=False)
-    return [str(name) for name in found.classes]
+    dataset = getattr(datasets, SETS[config.name][0])(_root(config), train=False, download=False)
+    return [str(name) for name in dataset.classes]
 
 
 def is_there(config: DataConfig) -> bool:
@@ -68,24 +68,24 @@ def _split(kind: str, root: Path, train: bool, image_size: int | None) -> Memory
 
     make = getattr(datasets, kind)
     try:
-        found = make(root, train=train, download=False)
+        dataset = make(root, train=train, download=False)
     except (ValueError, AssertionError, EOFError) as error:
         raise UsageError(
             f"{kind} in {root} is damaged ({error}); remove it and start again"
         ) from error
     except RuntimeError:
         try:
-            found = make(root, train=train, download=True)
+            dataset = make(root, train=train, download=True)
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"{kind} is not in {root} and could not be downloaded ({error}); "
                 "set data.root to a folder that holds it"
             ) from error
-    if len(found.data) != len(found.targets):
+    if len(dataset.data) != len(dataset.targets):
         raise UsageError(
-            f"{kind} in {root} has {len(found.data)} images and {len(found.targets)} labels"
+            f"{kind} in {root} has {len(dataset.data)} images and {len(dataset.targets)} labels"
         )
-    pixels = torch.as_tensor(np.asarray(found.data))
+    pixels = torch.as_tensor(np.asarray(dataset.data))
     images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
-    labels = torch.as_tensor(found.targets).long()
+    labels = torch.as_tensor(dataset.targets).long()
     return MemorySplit(resized(images.contiguous(), image_size or images.shape[-1]), labels)

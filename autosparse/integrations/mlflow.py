@@ -62,17 +62,17 @@ def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
     """Return a client and the id of our experiment, which is made if need be."""
     uri = tracking_uri(folder)
     mlflow.set_tracking_uri(uri)
-    found = MlflowClient()
-    experiment = found.get_experiment_by_name(EXPERIMENT)
+    server = MlflowClient()
+    experiment = server.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
         for key, value in KIND.items():
             if key not in experiment.tags:
-                found.set_experiment_tag(experiment.experiment_id, key, value)
-        return found, experiment.experiment_id
+                server.set_experiment_tag(experiment.experiment_id, key, value)
+        return server, experiment.experiment_id
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return found, found.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
+    return server, server.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
 
 
 class Tracker:
@@ -211,11 +211,11 @@ class CorpusTracker:
 
     def _found(self, name: str) -> str | None:
         wanted = f"tags.run_id = '{name}' and tags.`mlflow.parentRunId` = '{self.parent}'"
-        found = self.client.search_runs([self.experiment], wanted, max_results=1)
-        if not found:
+        runs = self.client.search_runs([self.experiment], wanted, max_results=1)
+        if not runs:
             return None
-        self.client.update_run(found[0].info.run_id, status="RUNNING")
-        return found[0].info.run_id
+        self.client.update_run(runs[0].info.run_id, status="RUNNING")
+        return runs[0].info.run_id
 
     def _made(self, name: str) -> str:
         config = self.configs[name]
@@ -232,8 +232,8 @@ class CorpusTracker:
 
 def log_figures(owner: Path, folder: Path) -> None:
     """Log a folder of figures to the run that `parent_run` has opened for `owner`."""
-    found, _ = client(owner)
-    found.log_artifacts(read_json(owner / RUN_FILE)["run_id"], str(folder), "report")
+    server, _ = client(owner)
+    server.log_artifacts(read_json(owner / RUN_FILE)["run_id"], str(folder), "report")
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -248,7 +248,7 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def found_or_made(
-    found: MlflowClient, experiment: str, folder: Path, name: str, tags: dict[str, str]
+    server: MlflowClient, experiment: str, folder: Path, name: str, tags: dict[str, str]
 ) -> tuple[str, bool]:
     """Return the run that belongs to a folder, and whether it was made now.
 
@@ -260,10 +260,12 @@ def found_or_made(
     if "run_id" in known:
         return known["run_id"], False
     write_json(path, known)
-    runs = found.search_runs([experiment], f"tags.folder_key = '{known['key']}'", max_results=1)
+    runs = server.search_runs([experiment], f"tags.folder_key = '{known['key']}'", max_results=1)
     made = not runs
     if made:
-        run = found.create_run(experiment, tags={**tags, "folder_key": known["key"]}, run_name=name)
+        run = server.create_run(
+            experiment, tags={**tags, "folder_key": known["key"]}, run_name=name
+        )
     else:
         run = runs[0]
     write_json(path, {**known, "run_id": run.info.run_id})
@@ -273,10 +275,10 @@ def found_or_made(
 @contextmanager
 def parent_run(name: str, folder: Path) -> Iterator[str]:
     """Open a run that others nest under (through the environment); the same one every time."""
-    found, experiment = client(folder)
-    run, made = found_or_made(found, experiment, folder, name, {})
+    server, experiment = client(folder)
+    run, made = found_or_made(server, experiment, folder, name, {})
     if not made:
-        found.update_run(run, status="RUNNING")
+        server.update_run(run, status="RUNNING")
     before = os.environ.get(PARENT_VARIABLE)
     os.environ[PARENT_VARIABLE] = run
     status = "FAILED"
@@ -284,14 +286,14 @@ def parent_run(name: str, folder: Path) -> Iterator[str]:
         yield run
         status = "FINISHED"
     finally:
-        found.set_terminated(run, status)
+        server.set_terminated(run, status)
         if before is None:
             del os.environ[PARENT_VARIABLE]
         else:
             os.environ[PARENT_VARIABLE] = before
 
 
-def log_data(found: MlflowClient, run: str, source: DataSource) -> None:
+def log_data(server: MlflowClient, run: str, source: DataSource) -> None:
     """Say which data a run is about, as an input in MLflow's sense: name and fingerprint."""
     where = {"uri": source.config.root or source.name}
     profile = {"classes": source.num_classes, "train": len(source.train),
@@ -300,23 +302,23 @@ def log_data(found: MlflowClient, run: str, source: DataSource) -> None:
         name=source.name, digest=source.fingerprint[:36], source_type="local",
         source=json.dumps(where), profile=json.dumps(profile),
     )  # fmt: skip
-    found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    server.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def log_corpus(found: MlflowClient, run: str, name: str, fingerprint: str) -> None:
+def log_corpus(server: MlflowClient, run: str, name: str, fingerprint: str) -> None:
     """Say which corpus a run rests on, as an input in MLflow's sense."""
     dataset = Dataset(
         name=name, digest=fingerprint[:36], source_type="local", source=json.dumps({"uri": name})
     )
-    found.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "corpus")])])
+    server.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "corpus")])])
 
 
 def log_report(run: str, table: list[dict[str, Any]], figures: Sequence[Path]) -> None:
     """Log the final table and figures to a run; the same table is logged once."""
-    found = MlflowClient()
+    server = MlflowClient()
     content = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:8]
     name = f"results-{content}.json"
-    if name not in [each.path for each in found.list_artifacts(run)]:
-        found.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
+    if name not in [each.path for each in server.list_artifacts(run)]:
+        server.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
     for figure in figures:
-        found.log_artifact(run, str(figure), "figures")
+        server.log_artifact(run, str(figure), "figures")

@@ -107,10 +107,10 @@ def _said(tags: dict[str, str], tag: str) -> str:
 
     Those fix the test images of a named set, not those of a folder of one's own.
     """
-    found = tags.get(tag, "")
-    if tag == "test_fingerprint" and not found and tags.get("data") not in (*OWN, None):
+    known = tags.get(tag, "")
+    if tag == "test_fingerprint" and not known and tags.get("data") not in (*OWN, None):
         return f"of {tags.get('data')} {tags.get('data_fingerprint', '')}"
-    return found
+    return known
 
 
 def _recorded(version: Any, metric: str) -> float:
@@ -129,11 +129,11 @@ def _recorded(version: Any, metric: str) -> float:
 
 
 def _version(name: str, version: int) -> Any:
-    found = MlflowClient()
+    server = MlflowClient()
     try:
-        return found.get_model_version(name, str(version))
+        return server.get_model_version(name, str(version))
     except MlflowException:
-        names = [model.name for model in found.search_registered_models()]
+        names = [model.name for model in server.search_registered_models()]
         if name not in names:
             raise unknown("registered model", name, names) from None
         raise UsageError(f"{name} has no version {version}") from None

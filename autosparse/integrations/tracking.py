@@ -131,10 +131,10 @@ class StudyTracker:
         name = f"{settings.model.name} {cell.name}" if len(self.config.models) > 1 else cell.name
         made = self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
         self.runs[cell.key] = made
-        found = {"model": plain(settings.model), "data": plain(settings.data),
+        settled = {"model": plain(settings.model), "data": plain(settings.data),
                  "training": plain(settings.training), "seed": cell.seed}  # fmt: skip
         _, options = criterion_of(settings, cell.label)
-        parameters = {**flattened(found), **flattened({"options": options})}
+        parameters = {**flattened(settled), **flattened({"options": options})}
         self.client.log_batch(made, params=[Param(key, value) for key, value in parameters.items()])
         log_data(self.client, made, self.source(settings.data))
         return made
@@ -170,17 +170,17 @@ def log_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     `path` is the study's report, e.g. sweep.json.
     """
     folder = path.parent
-    found, experiment = client(folder)
+    server, experiment = client(folder)
     run = read_json(folder / RUN_FILE)["run_id"]
     figures = sorted((folder / "figures").glob("*.png"))
     log_report(run, list(table.shown(rows)), figures)
     page = folder / "report.html"
     if page.is_file():
-        found.log_artifact(run, str(page))
-    found.set_tag(run, "mlflow.note.content", _note(found, experiment, run, read_json(path)))
+        server.log_artifact(run, str(page))
+    server.set_tag(run, "mlflow.note.content", _note(server, experiment, run, read_json(path)))
 
 
-def _note(found: Any, experiment: str, run: str, report: dict[str, Any]) -> str:
+def _note(server: Any, experiment: str, run: str, report: dict[str, Any]) -> str:
     """Return what the study's page says: the best ticket at each sparsity, with links."""
     where = f"#/experiments/{experiment}/runs"
     lines = ["The best ticket of each sparsity, by validation accuracy:", "",
@@ -188,7 +188,7 @@ def _note(found: Any, experiment: str, run: str, report: dict[str, Any]) -> str:
              "|---|---|---|---|---|---|"]  # fmt: skip
     for (model, sparsity), best in table.best_results(report["results"]).items():
         wanted = f"tags.cell = '{best['cell']}' and tags.`mlflow.parentRunId` = '{run}'"
-        runs = found.search_runs([experiment], wanted, max_results=1)
+        runs = server.search_runs([experiment], wanted, max_results=1)
         link = f"[{best['name']}]({where}/{runs[0].info.run_id})" if runs else best["name"]
         lines.append(
             f"| {model} | {100 * sparsity:g} % | {best['label']} | {best['seed']} | "

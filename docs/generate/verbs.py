@@ -10,7 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from autosparse.cli.main import SETTINGS, VERBS
+from autosparse.cli.main import VERBS
 
 TOP = """# Verbs
 
@@ -33,7 +33,9 @@ def help_of(*arguments: str) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    calls: list[tuple[str, ...]] = [(), *((verb,) for verb in VERBS), *SETTINGS]
+    calls: list[tuple[str, ...]] = [()]
+    for name, verb in VERBS.items():
+        calls += [(name,), *((name, action) for action in verb.actions)]
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(lambda call: help_of(*call), calls))
     sections = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from autosparse.cli import main
+from autosparse.cli.arguments import parse
 from autosparse.core.errors import UsageError
 from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
@@ -35,7 +35,7 @@ sparsities: [0.9]
 
 def test_the_study_is_as_it_is_told() -> None:
     arguments = ["--config", str(CONFIGS / "study" / "paper_cifar10.yaml")]
-    config = main.parse(PaperConfig, arguments, "paper", None)
+    config = parse(PaperConfig, arguments, "paper", None)
     paper_cifar10.check(config)
     planned = list(rows(config))
     assert len(planned) == 1 + 3 * 8 + 1 + 3 * 7
@@ -48,7 +48,7 @@ def test_the_study_is_as_it_is_told() -> None:
 
 def test_the_larger_corpus_can_be_planned() -> None:
     arguments = ["--config", str(CONFIGS / "corpus" / "cifar10_gpu.yaml")]
-    config = main.parse(CorpusConfig, arguments, "corpus", None)
+    config = parse(CorpusConfig, arguments, "corpus", None)
     assert len(config.data) == 2
     runs = replace(config, data=[DataConfig()]).runs()  # Own data would have to be there.
     assert len(runs) == 4 * 2 * 2
@@ -108,7 +108,7 @@ def test_pieces_add_up_and_are_found_again(tmp_path: Path, monkeypatch, way: str
     for module in (irp, paper_cifar10):
         monkeypatch.setattr(module, "way_on", lambda *_: way)
     (tmp_path / "small.yaml").write_text(SMALL)
-    config = main.parse(PaperConfig, ["--config", str(tmp_path / "small.yaml")], "paper", None)
+    config = parse(PaperConfig, ["--config", str(tmp_path / "small.yaml")], "paper", None)
     seen, finished = [], False
     for looks in range(2, 40, 6):
         study = Study(config, tmp_path / "out", "cpu", Steps(looks))

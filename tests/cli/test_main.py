@@ -1,9 +1,10 @@
 """The command line: every mistake is one line that names it, and leaves nothing behind."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 import autosparse
 from autosparse.autos.config import FitConfig
 from autosparse.cli import main
-from autosparse.cli.verbs.corpus_actions import CORPUS_ACTIONS, USAGE_OF
+from autosparse.cli.arguments import parse
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus import store as corpora
@@ -77,7 +78,7 @@ def two_classes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["prunee"], ["verb 'prunee'", "'prune'"]),
+        (["prunee"], ["unknown command of autosparse 'prunee'", "'prune'"]),
         ([*PRUNE, "--model.name", "resnet1888"], ["model 'resnet1888'", "'resnet18'"]),
         ([*PRUNE, "--data.name", "digit"], ["data set 'digit'", "'digits'"]),
         ([*PRUNE, "--data.name", "folder"], ["data.root"]),
@@ -87,6 +88,7 @@ def two_classes(root: Path) -> None:
         (["prune", "--options.scorer", "nowhere.safetensors"], ["nowhere.safetensors"]),
         ([*PRUNE, "--sparsty", "0.5"], ["'sparsty'", "'sparsity'"]),
         ([*PRUNE, "--model.nam", "x"], ["'model.nam'", "'model.name'"]),
+        ([*PRUNE, "--batches", "3"], ["'batches'", "'scoring.batches'"]),
         (["irp", "--training.epoch", "3"], ["'training.epoch'", "'training.epochs'"]),
         (["train", "--trackin", "false"], ["'trackin'", "'tracking'"]),
         ([*PRUNE, "--sparsity", "half"], ["sparsity", "half"]),
@@ -104,8 +106,8 @@ def two_classes(root: Path) -> None:
         (["irp", "--schedule", "linar"], ["'linar'", "'linear'"]),
         (["irp", "--levels", "0"], ["levels", "0"]),
         (["irp", "--final_density", "1.5"], ["final_density", "1.5"]),
-        (["inspect"], ["path"]),
-        (["inspect", "--all"], ["--all"]),
+        (["inspect"], ["required: path", "autosparse inspect --help"]),
+        (["inspect", "--all"], ["'all'"]),
         (["inspect", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["train", *QUICK], ["tickets", "model"]),
         (["train", "--tickets", "[nowhere.safetensors]", *QUICK], ["nowhere.safetensors"]),
@@ -128,7 +130,7 @@ def two_classes(root: Path) -> None:
         ([*DENSE, *QUICK, "--training.checkpoint_steps", "-1"], ["training.checkpoint_steps"]),
         ([*DENSE, *QUICK, "--training.mix_up", "1"], ["'training.mix_up'", "'training.mixup'"]),
         (["train", *QUICK, "--prune.criterion", "snipp"], ["criterion 'snipp'", "'snip'"]),
-        (["train", *QUICK, "--prune.sparsty", "0.5"], ["prune", "'sparsty'", "'sparsity'"]),
+        (["train", *QUICK, "--prune.sparsty", "0.5"], ["'prune.sparsty'", "'prune.sparsity'"]),
         (["train", *QUICK, "--prune.criterion", "random", "--prune.sparsity", "1"], ["sparsity"]),
         (["quickstart", "--seeds", "0"], ["seeds", "0"]),
     ],
@@ -141,8 +143,10 @@ def test_mistake_is_one_line(arguments, named, capsys):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("sparsty: 0.5", ["sparsty", "'sparsity'"]),
-        ("model: {nam: resnet18}", ["nam", "'name'"]),
+        ("sparsty: 0.5", ["settings.yaml", "'sparsty'", "'sparsity'"]),
+        ("1: 0.5", ["settings.yaml", "'1'"]),
+        ("model: {nam: resnet18}", ["settings.yaml", "'model.nam'", "'model.name'"]),
+        ("model.nam: resnet18", ["'model.nam'", "'model.name'"]),
         ("sparsity: half", ["sparsity", "half"]),
         ("data: {workers: many}", ["workers", "many"]),
         ("sparsity: 1.0", ["sparsity", "1.0"]),
@@ -224,9 +228,9 @@ def test_place_that_cannot_be_written_is_a_failure(folder, capsys):
 # settings
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in main.VERBS.items() if kind])
+@pytest.mark.parametrize("verb", [name for name, verb in main.VERBS.items() if verb.settings])
 def test_printed_config_can_be_given_back(verb, folder, capsys):
-    kind = main.settings_class(main.VERBS[verb][0])
+    kind = main.settings_class(str(main.VERBS[verb].settings))
     given = {
         "quickstart": ["--seeds", "1"],
         "irp": ["--model.name", "resnet18", "--data.root", "x", "--training.clip_grad", "1"],
@@ -240,19 +244,20 @@ def test_printed_config_can_be_given_back(verb, folder, capsys):
         run(verb, *given, "--print_config")
     assert caught.value.code == 0
     (folder / "printed.yaml").write_text(capsys.readouterr().out)
-    again = main.parse(kind, ["--config", "printed.yaml"], verb, None)
-    assert again == main.parse(kind, given, verb, None)
+    again = parse(kind, ["--config", "printed.yaml"], verb, None)
+    assert again == parse(kind, given, verb, None)
     assert again != kind()
 
 
 def parsed(kind: type, *arguments: str):
-    return main.parse(kind, list(arguments), "autosparse", None)
+    return parse(kind, list(arguments), "autosparse", None)
 
 
 def test_nothing_given_is_the_default():
-    for name, _ in filter(lambda entry: entry[0], main.VERBS.values()):
-        kind = main.settings_class(name)
-        assert parsed(kind) == kind()
+    for verb in main.VERBS.values():
+        if verb.settings:
+            kind = main.settings_class(verb.settings)
+            assert parsed(kind) == kind()
 
 
 def test_later_config_wins_key_by_key(folder):
@@ -339,11 +344,12 @@ def test_prune_then_inspect(folder, capsys):
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help", None])
-def test_help_lists_the_verbs(flag, capsys):
+def test_help_lists_the_verbs(flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert run(*([flag] if flag else [])) == 0
     said = capsys.readouterr().out
-    for verb, (_, description) in main.VERBS.items():
-        assert re.search(rf"^ +{verb} +{re.escape(description)}$", said, flags=re.MULTILINE)
+    for name, verb in main.VERBS.items():
+        assert re.search(rf"^ +{name}\s+{re.escape(verb.does)}$", said, flags=re.MULTILINE)
 
 
 # autosparse corpus
@@ -360,22 +366,18 @@ def grown(folder) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["lss", "grown"], ["corpus action 'lss'", "'ls'"]),
-        (["grown"], ["corpus action 'grown'", "verify"]),
-        (["ls"], ["autosparse corpus ls takes one corpus folder"]),
-        (["ls", "grown", "grown"], ["autosparse corpus ls takes one corpus folder"]),
-        (["verify"], ["verify takes one corpus folder"]),
-        (["verify", "grown", "grown"], ["verify takes one corpus folder"]),
-        (["index"], ["index takes one corpus folder"]),
-        (["report", "a", "b"], ["report takes one corpus folder"]),
-        (["merge", "grown"], ["merge takes one or more corpora and the corpus to copy"]),
+        (["lss", "grown"], ["unknown command of autosparse corpus 'lss'", "'ls'"]),
+        (["grown"], ["command of autosparse corpus 'grown'", "verify"]),
+        (["ls"], ["required: path", "`autosparse corpus ls --help`"]),
+        (["ls", "grown", "grown"], ["unrecognized arguments: grown"]),
+        (["merge", "grown"], ["required: into"]),
         (["ls", "nowhere"], ["no corpus at nowhere"]),
         (["verify", "nowhere"], ["no corpus at nowhere"]),
         (["index", "nowhere"], ["no corpus at nowhere"]),
         (["report", "nowhere"], ["no corpus at nowhere"]),
         (["merge", "grown", "nowhere", "all"], ["no corpus at nowhere"]),
         (["ls", "s4://bucket/corpus"], ["cannot open s4://bucket/corpus"]),
-        (["ls", "--all", "grown"], ["paths only, not --all"]),
+        (["ls", "--all", "grown"], ["'all'"]),
     ],
     ids=lambda value: " ".join(value[:2]),
 )
@@ -383,19 +385,30 @@ def test_mistake_with_a_corpus_is_one_line(arguments, named, grown, capsys):
     refuse(capsys, ["corpus", *arguments], *named)
 
 
-def test_corpus_without_an_action(grown, capsys):
-    refuse(capsys, ["corpus"], "autosparse corpus needs a path")
+def test_group_without_a_command(grown, capsys):
+    refuse(capsys, ["corpus"], "autosparse corpus needs one of ls, verify")
 
 
-def test_help_of_corpus_names_every_action(capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("corpus", "--help")
-    assert caught.value.code == 0
+@pytest.mark.parametrize("group", [name for name, verb in main.VERBS.items() if verb.actions])
+def test_help_of_a_group_and_of_its_commands(group, capsys):
+    """What a command takes, it also says."""
+    assert run(group, "--help") == 0
     said = capsys.readouterr().out
-    assert said.startswith("usage: autosparse corpus ls DIR | ")
-    assert set(CORPUS_ACTIONS) == set(USAGE_OF)
-    for action in CORPUS_ACTIONS:
-        assert said.count(action) >= 2
+    for name, action in main.VERBS[group].actions.items():
+        assert re.search(rf"^ +{name}\s+{action.does.split()[0]}", said, flags=re.MULTILINE)
+        with pytest.raises(SystemExit) as caught:
+            run(group, name, "--help")
+        assert caught.value.code == 0
+        usage, _, rest = capsys.readouterr().out.partition("\n\n")
+        assert usage.startswith(f"usage: autosparse {group} {name}")
+        assert all(path.upper() in usage for path in action.paths) and action.does in rest
+
+
+def test_every_command_has_its_function():
+    for verb in main.VERBS.values():
+        for each in verb.actions.values() or (verb,):
+            module, _, function = each.function.rpartition(".")
+            assert callable(getattr(import_module(f"autosparse.cli.{module}"), function))
 
 
 def test_corpus_ls_lists_finished_runs(grown, capsys):
@@ -515,15 +528,17 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_help_takes_less_than_a_second():
+def test_help_takes_less_than_a_third_of_a_second():
+    """Of a processor: on a busy machine the clock says something else."""
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = call("--help")
-        seconds.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "usage: autosparse VERB" in done.stdout
-    assert min(seconds) < 1.0
+        assert "usage: autosparse" in done.stdout
+    assert min(seconds) < 0.3
 
 
 def test_mistake_ends_the_process_with_code_two():

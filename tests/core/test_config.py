@@ -13,6 +13,7 @@ import pytest
 
 from autosparse import criteria
 from autosparse.cli import main
+from autosparse.cli.arguments import parse
 from autosparse.core import config
 from autosparse.core.config import from_plain, identity, plain, run_id
 from autosparse.core.errors import UsageError
@@ -136,6 +137,8 @@ def test_every_setting_of_training_changes_the_run():
         "rescatter": True, "sparse_products": False, "bias_rate": 64.0,
         "topology": "rigl", "topology_every": 7, "topology_fraction": 0.1, "topology_until": 0.5,
         "topology_grow_from": "random", "topology_on_paths": True, "topology_gradient_weight": 0.5,
+        "topology_sparsity": 0.5, "optimizer_wrapper": "ham",
+        "optimizer_wrapper_options": {"alpha": 1.0},
     }  # fmt: skip
     local = {"checkpoint_epochs", "checkpoint_steps", "deterministic", "scatter"}
     assert set(changed) == {spec.name for spec in dataclasses.fields(TrainingConfig)} - local
@@ -493,7 +496,7 @@ def test_every_field_has_a_docstring(kind):
 
 def help_of(kind: type, capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        main.parse(kind, list(arguments), "autosparse", "what it does")
+        parse(kind, list(arguments), "autosparse", "what it does")
     assert caught.value.code == 0
     return capsys.readouterr().out
 
@@ -511,10 +514,10 @@ def options_without_help(text: str) -> list[str]:
     return lacking
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (kind, _) in main.VERBS.items() if kind])
+@pytest.mark.parametrize("verb", [name for name, verb in main.VERBS.items() if verb.settings])
 def test_every_option_of_a_verb_has_help(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
-    kind = main.settings_class(main.VERBS[verb][0])
+    kind = main.settings_class(str(main.VERBS[verb].settings))
     assert not options_without_help(help_of(kind, capsys, "--help"))
 
 
@@ -537,4 +540,6 @@ def test_help_shows_the_docstring(capsys, monkeypatch):
 
 
 def test_verbs_config_classes_exist():
-    assert {main.settings_class(kind) for kind, _ in main.VERBS.values() if kind} <= set(CONFIGS)
+    every = [each for verb in main.VERBS.values() for each in (verb, *verb.actions.values())]
+    found = {main.settings_class(each.settings) for each in every if each.settings}
+    assert found <= set(CONFIGS)

@@ -211,9 +211,9 @@ def test_merge_leaves_a_run_alone_that_another_process_makes(folder: Path, tmp_p
             RunFailed, match=f"^1 runs copied; .*run1 is being worked on .*{process.pid}"
         ):
             merge([folder], into)
-        assert [path.name for path in (into / "run1").iterdir()] == ["claim.json"]
+        assert [path.name for path in (into / "run1").iterdir()] == ["claim.lock"]
     assert merge([folder], into) == (["run1"], ["run2"])
-    assert not list(into.glob("*/claim.json"))
+    assert not list(into.glob("*/claim.lock"))
 
 
 def test_merge_leaves_out_what_is_damaged(folder: Path, tmp_path: Path) -> None:

@@ -343,9 +343,21 @@ def test_many_small_shards_are_opened_once_and_nothing_waits_for_the_disk(tmp_pa
 def test_webdataset_reads_our_shards(tmp_path):
     write_shards(samples(), tmp_path / "s", CLASSES, per_shard=4)
     for split in COUNTS:
-        tars = sorted(map(str, (tmp_path / "s").glob(f"{split}-*.tar")))
-        theirs = WebDataset(tars, shardshuffle=False).decode("rgb8").to_tuple("png", "cls")
-        assert [(int(pixels[0, 0, 0]), label) for pixels, label in theirs] == expected(split)
+        number = len(list((tmp_path / "s").glob(f"{split}-*.tar")))
+        assert read_by_webdataset(f"{tmp_path}/s/{split}-{{000000..{number - 1:06d}}}.tar") == (
+            expected(split)
+        )
+
+
+def read_by_webdataset(pattern: str) -> list[tuple[int, int]]:
+    """Return (grey, label) of the samples, as WebDataset itself finds and decodes them."""
+    found = []
+    for pixels, label in (
+        WebDataset(pattern, shardshuffle=False).decode("rgb8").to_tuple("png", "cls")
+    ):
+        assert (pixels == pixels[0, 0, 0]).all()
+        found.append((int(pixels[0, 0, 0]), label))
+    return found
 
 
 def test_we_read_what_shard_writer_writes(tmp_path):
@@ -366,6 +378,9 @@ def test_we_read_what_shard_writer_writes(tmp_path):
         source = sets.load(config(root, tmp_path))
         for split in COUNTS:
             assert pairs(getattr(source, split).once(4)) == expected(split)
+    for split, last in (("train", 6), ("validation", 1), ("test", 2)):
+        theirs = f"{tmp_path}/{split}-{{000..00{last}}}.tar"
+        assert read_by_webdataset(theirs) == expected(split)
     by_json = scan(tmp_path / "test-001.tar", Reading("json:label"))
     assert torch.equal(by_json, scan(tmp_path / "test-001.tar"))
 

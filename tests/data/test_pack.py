@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from autosparse.data import sets
 from autosparse.data.check import verify
 from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.encode import encoded
-from autosparse.data.pack import RECORDS, pack
+from autosparse.data.pack import RECORDS, pack, write_shards
 from autosparse.data.samples import scan
 from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest
 from tests.cli.test_main import refuse, run
@@ -95,6 +96,20 @@ def test_order_is_shuffled_by_the_seed_and_bytes_are_the_same_every_time(pets, t
     assert labels[0] != sorted(labels[0])
 
 
+def test_bytes_depend_on_nothing_but_names_contents_and_labels(tmp_path):
+    """As tarfile writes them by itself: no owner, no time; an image, then its label."""
+    images = [b"P5 2 2 255\n" + bytes([grey] * 4) for grey in range(3)]
+    write_shards([("train", image, 7) for image in images], tmp_path / "s", ["x"] * 8)
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for place, image in enumerate(images):
+            for ending, content in (("pgm", image), ("cls", b"7")):
+                member = tarfile.TarInfo(f"train000000_{place:06d}.{ending}")
+                member.size, member.mode = len(content), 0o444
+                tar.addfile(member, io.BytesIO(content))
+    assert (tmp_path / "s" / "train-000000.tar").read_bytes() == expected.getvalue()
+
+
 def test_packing_again_keeps_what_is_finished(pets, tmp_path):
     root = tmp_path / "s"
     pack(str(pets), root, FOUR)
@@ -109,7 +124,7 @@ def test_two_do_not_pack_into_one_folder(pets, tmp_path):
     with holder(tmp_path / "s") as process:
         with pytest.raises(UsageError, match=f"being worked on by process {process.pid} "):
             pack(str(pets), tmp_path / "s", FOUR)
-        assert [path.name for path in (tmp_path / "s").iterdir()] == ["claim.json"]
+        assert [path.name for path in (tmp_path / "s").iterdir()] == ["claim.lock"]
     pack(str(pets), tmp_path / "s", FOUR)
     assert not list((tmp_path / "s").glob("*claim*"))
     with holder(tmp_path / "s"):  # What is finished is only looked at.

@@ -27,7 +27,7 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.data import crew, sets, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.config import DataConfig
-from autosparse.data.crew import Rooms
+from autosparse.data.crew import Buffers
 from autosparse.data.pack import write_shards
 from autosparse.data.remote import Folder
 from autosparse.data.shards import ShardSamples
@@ -218,20 +218,20 @@ def test_batches_that_are_kept_do_not_change(root, kept):
 
 
 def test_rooms_are_free_again_once_nothing_holds_their_batch():
-    rooms = Rooms(1, images=3, size=4)
-    rooms.memory.zero_()
-    places = len(rooms.memory)
-    part = rooms.batch(rooms.take(), 3)[1:, 0]
-    second = rooms.batch(rooms.take(), 2)
-    assert second.shape == (2, 3, 4, 4) and len(rooms.lent) == 2
-    taken = rooms.take()
-    copy = rooms.batch(taken, 1)
-    rooms.memory[taken].fill_(9)
-    assert len(rooms.lent) == 2 and len(rooms.free) == places - 2 and not (copy == 9).any()
+    buffers = Buffers(1, images=3, size=4)
+    buffers.memory.zero_()
+    places = len(buffers.memory)
+    part = buffers.batch(buffers.take(), 3)[1:, 0]
+    second = buffers.batch(buffers.take(), 2)
+    assert second.shape == (2, 3, 4, 4) and len(buffers.lent) == 2
+    taken = buffers.take()
+    copy = buffers.batch(taken, 1)
+    buffers.memory[taken].fill_(9)
+    assert len(buffers.lent) == 2 and len(buffers.free) == places - 2 and not (copy == 9).any()
     del second
-    assert len(rooms.free) == places - 1
+    assert len(buffers.free) == places - 1
     del part
-    assert sorted(rooms.free) == list(range(places)) and not rooms.lent
+    assert sorted(buffers.free) == list(range(places)) and not buffers.lent
 
 
 def test_the_number_of_workers_is_no_part_of_a_runs_identity(root):
@@ -875,12 +875,12 @@ def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, wor
     monkeypatch.setattr(crew, "SHARED", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     needed = (2 * 2 + 3) * 4 * 3 * 128 * 128
-    assert len(Rooms(2, 2, 128).memory) == 7, "there is room for a smaller batch"
+    assert len(Buffers(2, 2, 128).memory) == 7, "there is room for a smaller batch"
     if not workers:
-        assert len(Rooms(0, 4, 128).memory) == 0
+        assert len(Buffers(0, 4, 128).memory) == 0
         return
     with pytest.raises(UsageError) as error:
-        Rooms(2, 4, 128)
+        Buffers(2, 4, 128)
     assert str(error.value) == (
         f"{tmp_path} has 1 MB free, and 2 data.workers need {needed / 1e6:.0f} MB for their "
         "batches: give it more (docker run --shm-size), or lower data.workers or the batch"

@@ -154,5 +154,5 @@ def test_a_corpus_survives_twenty_kills(tmp_path: Path) -> None:
         seen = {level: entry for (run, level), entry in chaos.levels.items() if run == name}
         assert seen, f"no level of {name} was seen before it was finished"
         assert all(levels[level] == entry for level, entry in seen.items()), "done twice"
-        assert not (broken / name / "claim.json").exists()
+        assert not (broken / name / "claim.lock").exists()
         assert not list((broken / name).rglob(".*.tmp"))

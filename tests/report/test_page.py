@@ -130,5 +130,5 @@ def test_what_cannot_be_drawn_is_named_in_a_line(tmp_path: Path, swept: Path, ca
     with pytest.raises(UsageError, match="holds no finished"):
         report.write(tmp_path)
     ticket = next(swept.glob("tickets/*.safetensors"))
-    assert guarded(verbs.figures, [str(ticket)]) == 2
+    assert guarded(verbs.draw_figures, [str(ticket)]) == 2
     assert "is no AutoS file" in capsys.readouterr().err

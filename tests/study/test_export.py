@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from autosparse import compact, prune
-from autosparse.cli.verbs import export
+from autosparse.cli.verbs import export_ticket
 from autosparse.core.errors import UsageError
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study import export as exporting
@@ -67,7 +67,7 @@ def test_a_ticket_stays_the_same(ticket, tmp_path):
 
 def test_the_verb_writes_beside_the_ticket(ticket, tmp_path, capsys):
     ticket.save(tmp_path / "trained.safetensors")
-    export(ExportConfig(ticket=str(tmp_path)))
+    export_ticket(ExportConfig(ticket=str(tmp_path)))
     assert (tmp_path / "trained.dense.safetensors").is_file()
     assert "trained.dense.safetensors" in capsys.readouterr().out
 
@@ -83,10 +83,10 @@ def test_two_do_not_write_one_file(ticket, tmp_path):
 
 def test_mistakes_are_one_line(ticket, tmp_path):
     with pytest.raises(UsageError, match="not finished"):
-        export(ExportConfig(ticket=str(tmp_path)))
+        export_ticket(ExportConfig(ticket=str(tmp_path)))
     ticket.save(tmp_path / "t.safetensors")
     with pytest.raises(UsageError, match=r"unknown format 'onx'.*onnx"):
-        export(ExportConfig(ticket=str(tmp_path / "t.safetensors"), format="onx"))
+        export_ticket(ExportConfig(ticket=str(tmp_path / "t.safetensors"), format="onx"))
     assert [each.name for each in tmp_path.iterdir()] == ["t.safetensors"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from autosparse.cli.arguments import guarded, parse
-from autosparse.cli.verbs import compare as compare_verb
+from autosparse.cli.verbs import compare_tickets
 from autosparse.core import locks
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
@@ -30,7 +30,7 @@ from tests.study.small import comparison
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     settings = comparison(tmp_path_factory.mktemp("comparison") / "out")
-    compare_verb(settings)
+    compare_tickets(settings)
     return settings
 
 
@@ -59,7 +59,7 @@ def test_finished_cells_are_not_trained_again(done: StudyConfig, monkeypatch):
 
     monkeypatch.setattr(local, "train_cell", fail)
     monkeypatch.setattr(scoring, "score", fail)
-    compare_verb(done)
+    compare_tickets(done)
 
 
 def test_a_cell_that_is_gone_is_the_only_one_that_is_trained(done: StudyConfig, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_cell_that_is_gone_is_the_only_one_that_is_trained(done: StudyConfig, 
         "train_cell",
         lambda cell, *a, **k: trained.append(cell.name) or real(cell, *a, **k),
     )
-    compare_verb(done)
+    compare_tickets(done)
     assert trained == [cell.name]
     assert read_json(path)["test_accuracy"] == before["test_accuracy"]
 
@@ -91,7 +91,7 @@ def test_twins_have_the_tickets_budget_and_seed(done: StudyConfig):
 
 
 def test_the_table_fits_a_terminal(done: StudyConfig, capsys):
-    compare_verb(done)
+    compare_tickets(done)
     table = capsys.readouterr().out
     assert max(len(line) for line in table.splitlines() if "│" in line) <= 120
     assert "…" not in table
@@ -105,7 +105,7 @@ def test_irp_is_the_reference(tmp_path: Path, digits: DataSource):
             "late": {"criterion": "irp", "levels": 1, "rewind_steps": 2},
         },
     )  # fmt: skip
-    compare_verb(settings)
+    compare_tickets(settings)
     report = json.loads((tmp_path / "comparison.json").read_text())
     rows = {row["label"]: row for row in report["rows"]}
     # Level 0 is trained once: 3 steps of 100 images.
@@ -174,8 +174,8 @@ def test_cells_that_need_one_ticket_make_it_once(tmp_path: Path, digits, monkeyp
 def test_a_second_comparison_in_the_folder_is_told_of_the_first(tmp_path: Path):
     with holder(tmp_path / "out") as process:
         with pytest.raises(UsageError, match=f"being worked on by process {process.pid} "):
-            compare_verb(comparison(tmp_path / "out"))
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["claim.json"]
+            compare_tickets(comparison(tmp_path / "out"))
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["claim.lock"]
 
 
 def test_a_comparison_of_other_images_is_not_taken(done: StudyConfig, digits: DataSource):

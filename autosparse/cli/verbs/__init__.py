@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.autos.config import FitConfig
-from autosparse.cli.verbs.corpus_actions import corpus
-from autosparse.cli.verbs.inspection import inspect
-from autosparse.cli.verbs.registry_actions import registry
-from autosparse.cli.verbs.shards_actions import shards
 from autosparse.core.errors import unknown
 from autosparse.core.files import is_local, place
 from autosparse.core.progress import Progress, print_table
@@ -20,20 +16,15 @@ from autosparse.criteria.config import PruneConfig
 from autosparse.irp.config import IRPConfig
 from autosparse.study.config import ExportConfig, SparseTrainConfig, StudyConfig
 
-__all__ = [
-    "compare", "corpus", "export", "figures", "fit", "inspect", "irp", "prune",
-    "registry", "report", "shards", "train",
-]  # fmt: skip
 
-
-def irp(config: IRPConfig) -> None:
+def run_irp(config: IRPConfig) -> None:
     """Do one IRP run and print its levels."""
     from autosparse.corpus.store import read_run
-    from autosparse.irp import run as irp
+    from autosparse.irp import run
 
     if is_local(config.out):
         config = replace(config, out=str(place(config.out).absolute()))
-    irp.check_whole(config)
+    run.check_whole(config)
     with Progress() as progress:
         total = (config.levels + 1) * config.training.epochs
         bar = progress.bar("IRP", total=total, unit="epochs")
@@ -42,23 +33,22 @@ def irp(config: IRPConfig) -> None:
             bar.describe(f"IRP: density {entry['density']:.3g} done")
             bar.set((entry["level"] + 1) * config.training.epochs)
 
-        folder = irp.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
-    run = read_run(folder)
-    print_table(run.card["levels"], title=str(folder))
+        folder = run.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
+    finished = read_run(folder)
+    print_table(finished.card["levels"], title=str(folder))
     if config.ticket is not None:
-        run.ticket(run.levels).save(config.ticket)
-        print(f"{config.ticket}: the ticket of level {run.levels}")
+        finished.ticket(finished.levels).save(config.ticket)
+        print(f"{config.ticket}: the ticket of level {finished.levels}")
 
 
-def fit(config: FitConfig) -> None:
+def fit_autos(config: FitConfig) -> None:
     """Fit AutoS, save it, and print how well it predicts runs it has not seen."""
-    from autosparse.autos import fit as fit_scorer
-    from autosparse.autos import fit_heads
+    from autosparse.autos import fit, fit_heads
 
-    fit_autos = (fit_heads if config.head == "survival" else fit_scorer).fit
+    fitting = fit_heads if config.head == "survival" else fit
     with Progress() as progress:
         bar = progress.bar("fitting AutoS", total=config.epochs, unit="epochs")
-        network = fit_autos(config, on_epoch=lambda _: bar.advance())
+        network = fitting.fit(config, on_epoch=lambda _: bar.advance())
     network.save(config.out)
     card = network.card
     print_table(
@@ -76,14 +66,14 @@ def fit(config: FitConfig) -> None:
     )
 
 
-def prune(config: PruneConfig) -> None:
+def prune_model(config: PruneConfig) -> None:
     """Prune a model and save the ticket."""
     from autosparse.core.files import check_file
-    from autosparse.criteria import prune as pruning
+    from autosparse.criteria import prune
 
-    pruning.check(config)
+    prune.check(config)
     check_file(config.out)
-    ticket = pruning.prune_as(config)
+    ticket = prune.prune_as(config)
     ticket.save(config.out)
     total, card = sum(mask.numel() for mask in ticket.masks.values()), ticket.card
     print(
@@ -94,19 +84,19 @@ def prune(config: PruneConfig) -> None:
         dead = ticket.kept - sum(card["live"].values())
         print(f"effective density {card['effective_density']:.4%}: {dead:,} kept weights lie on "
               f"no path from input to output")  # fmt: skip
-    if card["criterion"] != pruning.DENSE:
+    if card["criterion"] != prune.DENSE:
         print(f"cost: {card['image_passes']:,.0f} image passes (forward and backward), "
               f"{card['seconds']:.2f} s")  # fmt: skip
 
 
-def compare(config: StudyConfig) -> None:
+def compare_tickets(config: StudyConfig) -> None:
     """Train tickets and twins, print the table with verdicts, and draw it."""
     from autosparse.cli import studies
 
     studies.run(config)
 
 
-def train(config: SparseTrainConfig) -> None:
+def train_tickets(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse.data import sets
     from autosparse.models import zoo
@@ -120,7 +110,7 @@ def train(config: SparseTrainConfig) -> None:
     check_plain(config.training)
     check_config(config)
     planned = list(cells(fetched(config), device=str(device)))
-    found = []
+    trained = []
     wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)
     with tracking(wanted) as observer, Progress() as progress, told_to_stop() as stop:
         for cell in planned:
@@ -134,22 +124,25 @@ def train(config: SparseTrainConfig) -> None:
                 watch=StepWatch(progress, cell.name),
                 stop=stop,
             )
-            found.append(result)
-    show_trainings(found)
+            trained.append(result)
+    show_trainings(trained)
 
 
-def export(config: ExportConfig) -> None:
+def export_ticket(config: ExportConfig) -> None:
     """Write a trained ticket in another format."""
-    from autosparse.study import export as exporting
+    from autosparse.study import export
 
     source = _local_ticket(config.ticket)
-    ticket = exporting.trained_ticket(source)
-    if config.format not in exporting.FORMATS:
-        raise unknown("format", config.format, exporting.FORMATS)
+    ticket = export.trained_ticket(source)
+    if config.format not in export.FORMATS:
+        raise unknown("format", config.format, export.FORMATS)
     beside = source / "trained" if source.is_dir() else source.with_suffix("")
-    out = Path(config.out or f"{beside}{exporting.ENDINGS[config.format]}")
-    found = exporting.export(ticket, config.format, out)
-    print(f"{out}: {found['bytes']:,} bytes, {ticket.kept:,} weights kept")
+    out = Path(config.out or f"{beside}{export.ENDINGS[config.format]}")
+    written = export.export(ticket, config.format, out, slimmed=config.slim)
+    print(f"{out}: {written['bytes']:,} bytes, {ticket.kept:,} weights kept")
+    if "parameters" in written:
+        before, after = written["parameters"]
+        print(f"slimmed: {after:,} of {before:,} parameters are left, zeros among them")
 
 
 def _local_ticket(name: str) -> Path:
@@ -161,20 +154,20 @@ def _local_ticket(name: str) -> Path:
     return fetch_ticket(name)
 
 
-def figures(paths: list[str]) -> None:
+def draw_figures(paths: list[str]) -> None:
     """Draw every figure that applies to what folders or files hold."""
     from autosparse.report import drawing
 
     if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
         file = place(paths[0])
-        found = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
+        drawn = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
     else:
-        found = [figure for path in paths for figure in drawing.draw(path)]
-    for figure in found:
+        drawn = [figure for path in paths for figure in drawing.draw(path)]
+    for figure in drawn:
         print(figure)
 
 
-def report(paths: list[str]) -> None:
+def write_reports(paths: list[str]) -> None:
     """Write one page of HTML for every folder."""
     from autosparse.report import page
 
