@@ -41,7 +41,15 @@ def classes() -> Iterator[tuple[str, type]]:
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """Return what the string below each field says."""
+    """Return what the string below each field says, in the class or in one that it extends."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(each):
+            found |= _meanings(each)
+    return found
+
+
+def _meanings(kind: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     body = tree.body[0].body  # pyright: ignore[reportAttributeAccessIssue]
     found = {}

@@ -99,7 +99,7 @@ def _shell(code: str, folder: Path, tools: str) -> str:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
+    return done.stdout.replace(str(folder), "~")
 
 
 def written(text: str) -> str:
