@@ -50,9 +50,9 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "onnx": ["onnx", "onnxscript"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "optuna": ["optuna>=3"],
-        "test": [*TEST, "onnx", "onnxscript", "optuna>=3"],
+        "test": [*TEST, "onnx", "onnxscript", "onnxruntime", "optuna>=3"],
         "dev": [
             *TEST,
             "ruff~=0.17.6",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autosparse.corpus.store import Corpus
     from autosparse.criteria.prune import prune
     from autosparse.sparsity.compact import densify
+    from autosparse.sparsity.slim import slim
     from autosparse.sparsity.ticket import Ticket, compact
     from autosparse.training.optimizers import parameter_groups
 
@@ -25,6 +26,7 @@ _HOMES = {
     "densify": "sparsity.compact",
     "parameter_groups": "training.optimizers",
     "prune": "criteria.prune",
+    "slim": "sparsity.slim",
 }
 __all__ = [
     "AutoS",
@@ -35,6 +37,7 @@ __all__ = [
     "densify",
     "parameter_groups",
     "prune",
+    "slim",
 ]
 
 

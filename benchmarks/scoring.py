@@ -34,7 +34,8 @@ def jobs(
     left = []
 
     def rate() -> None:
-        left[:] = ours.rate(weights, gradients, 1 - SPARSITY)
+        densities = ours.layer_densities(weights, gradients, 1 - SPARSITY)
+        left[:] = ours.odds(weights, gradients, 1 - SPARSITY), densities
 
     def choose() -> None:
         scores, densities = left

@@ -12,9 +12,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -57,9 +58,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores if whole and asked.markexpr == "not slow" and cores > 1 else 0
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, so that its fixtures are made once."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Keep the tests of a file in one process, so that its fixtures are made once.
+
+    A wrapper, as xdist reads the groups before any hook that is none.
+    """
     groups: dict[Path, str] = {}
     for item in items:
         used = [name for name in DEAR if name in getattr(item, "fixturenames", ())]
@@ -67,6 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups[item.path]))
     items.sort(key=lambda item: groups[item.path] not in DEAR)
+    return (yield)
 
 
 STATUS = pytest.StashKey[int]()
@@ -144,6 +149,35 @@ def remote() -> Iterator[Path]:
     folder = place(f"memory://{secrets.token_hex(8)}")
     yield folder
     remove_tree(folder)
+
+
+def few(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Return values (a tuple is several) as cases of a test: slow but for the quick ones."""
+    return [
+        pytest.param(
+            *(each if isinstance(each, tuple) else [each]),
+            marks=() if each in quick else pytest.mark.slow,
+        )
+        for each in values
+    ]
+
+
+def grid(rows: Iterable[Any], columns: Iterable[Any], each: int = 2) -> list[Any]:
+    """Return all pairs as cases of a test: slow but for a few, so that a quick run meets every one.
+
+    Row i has `each` columns that are quick, from the i-th group of so many on; more where there
+    would be columns that no row has.
+    """
+    rows, columns = list(rows), list(columns)
+    each = max(each, -(-len(columns) // len(rows)))
+    quick = {
+        (place, (place * each + more) % len(columns))
+        for place in range(len(rows)) for more in range(each)
+    }  # fmt: skip
+    return [
+        pytest.param(row, column, marks=() if (r, c) in quick else pytest.mark.slow)
+        for r, row in enumerate(rows) for c, column in enumerate(columns)
+    ]  # fmt: skip
 
 
 def make_model(name: str = "test_byobnet", seed: int = 0, **options) -> nn.Module:

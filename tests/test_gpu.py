@@ -34,7 +34,7 @@ from autosparse.training.config import TrainingConfig
 from autosparse.training.loop import evaluate, fit, seeded, steps_per_epoch
 from autosparse.training.recipe import Recipe
 from autosparse.training.steppers import History, PlainStepper
-from tests.conftest import QUICK, make_model, quick_irp
+from tests.conftest import QUICK, few, make_model, quick_irp
 from tests.models.test_standardised import CASES as STANDARDISED
 from tests.models.test_standardised import Only, chosen_for
 from tests.sparsity.test_compact import CASES, masked, random_ticket
@@ -137,7 +137,7 @@ def test_densified_on_the_device(layout: torch.memory_format, device: torch.devi
     [{}, {"channels_last": True}, {"rescatter": True}, {"precision": "bf16"}],
     ids=["plain", "channels_last", "rescatter", "bf16"],
 )
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("name", few(["test_resnet", "test_vit"], ["test_resnet"]))
 def test_training_is_that_of_the_cpu(
     name: str, changes: dict, digits: DataSource, device: torch.device
 ) -> None:
@@ -201,10 +201,12 @@ TRAINS = ("autos_irp", "prospr", "short_irp", "px", "ntk_sap")
 """What trains or draws while it scores: only near in what it chooses."""
 OF_ATTENTION = ("snip", "synflow", "autos")
 """Tried on a transformer; the others on convolutions."""
+QUICK_CRITERIA = ("magnitude", "snip", "synflow", "iter_snip", "short_irp")
+"""On a CPU, and where the whole suite is run, these stand for all; `-m gpu` runs all."""
 FEW = {"rounds": 5, "steps_per_level": 2, "levels": 2, "draws": 1, "steps": 2}
 
 
-@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize("name", few(criteria.names(), QUICK_CRITERIA))
 def test_criteria_choose_what_they_choose_on_the_cpu(
     name: str, digits: DataSource, device: torch.device
 ) -> None:
@@ -247,7 +249,7 @@ def test_scores_are_near_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("tilt", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("name", few(["test_resnet", "test_vit"], ["test_resnet"]))
 def test_thinning_chooses_what_it_chooses_on_the_cpu(
     name: str, tilt: float, device: torch.device
 ) -> None:

@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Kind -> names of its inputs. A scorer's card holds them, so that a change is noticed."""
 
 VARYING = 7
-"""The first so many of the `context` features differ from weight to weight."""
+"""How many `context` features, the first ones, differ from weight to weight."""
 CHUNK = 1 << 16
 """Weights whose features are computed in one go: what lies between stays in a core's cache."""
 TINY = 1e-12
@@ -56,7 +56,7 @@ LOG_SIZE, LOG_SHARE, LOG_FAN_IN, LOG_FAN_OUT = 4, -1, 2, 1.5
 Set by hand, about a middle layer of a small network; the fit standardises its inputs again.
 """
 LIMIT = 3.0
-"""Inputs that compare with the layer or network are cut at so many powers (of 10, or of e)."""
+"""Inputs that are logarithms of ratios to the layer or network are cut here, either way."""
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,11 @@ class Heads(nn.Module):
         return ((inputs - self.mean) / self.std).clamp(-LIMIT, LIMIT)
 
     def weights_say(self, inputs: Tensor) -> Tensor:
-        """Return the selection head's log-odds [N, levels] for features [N, F]."""
+        """Return the selection head's log-odds [N, densities] for features [N, F]."""
         return self.selection(self.normalised(inputs))
 
     def layers_say(self, constants: Tensor) -> Tensor:
-        """Return what to add to ERK's log-odds [layers, levels], for [layers, CONSTANTS]."""
+        """Return what is added to ERK's log-odds, [layers, densities], for [layers, CONSTANTS]."""
         scaled = (constants - self.mean[-CONSTANTS:]) / self.std[-CONSTANTS:]
         return self.allocation(scaled.clamp(-LIMIT, LIMIT))
 

@@ -27,7 +27,7 @@ TABLE_ONLY = "resnet18"
 
 
 def check(kind: str, head: str) -> None:
-    """Raise UsageError for an AutoS that cannot be."""
+    """Raise UsageError for an unknown kind or head, or a pair that does not go together."""
     features.names_of(kind)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
@@ -105,25 +105,15 @@ class AutoS(nn.Module):
         return scores
 
     @torch.no_grad()
-    def rate(
-        self,
-        weights: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        density: float,
-        lift: Mapping[str, float] | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return log-odds inside the layers, and the expected layer densities (survival head).
-
-        `lift`: what to add to the log-odds of whole layers.
-        """
-        weights = {name: weight.detach() for name, weight in weights.items()}
+    def odds(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], density: float
+    ) -> dict[str, Tensor]:
+        """Return the log-odds of weights inside their layers (survival head)."""
         contexts = features.contexts(weights, gradients)
-        scores = {
+        return {
             name: self.heads.weight_scores(weight, gradients[name], contexts[name], density)
             for name, weight in weights.items()
         }
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        return scores, self.heads.layer_densities(shapes, contexts, density, lift)
 
     def layer_densities(
         self,
@@ -132,7 +122,10 @@ class AutoS(nn.Module):
         density: float,
         lift: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Return the expected layer densities alone (survival head), with `lift` as in `rate`."""
+        """Return the expected densities of the layers (survival head).
+
+        `lift`: what to add to the log-odds of whole layers.
+        """
         contexts = features.contexts(weights, gradients)
         shapes = {name: weight.shape for name, weight in weights.items()}
         return self.heads.layer_densities(shapes, contexts, density, lift)
@@ -179,7 +172,7 @@ class AutoS(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> AutoS:
-        """Read an AutoS file; raise UsageError when it is none or its features are not ours."""
+        """Read an AutoS file; raise UsageError for another file or other features than ours."""
         tensors, header = read_tensors(path)
         if header.get("kind") != "autos":
             raise UsageError(

@@ -58,8 +58,12 @@ VERBS = {
         "verbs.train_tickets", "study.SparseTrainConfig",
     ),
     "export": Verb(
-        "write a trained ticket as a dense state dict, ONNX or ticket",
+        "write a trained ticket as a state dict, ONNX, a smaller network or a ticket",
         "verbs.export_ticket", "study.ExportConfig",
+    ),
+    "measure": Verb(
+        "what a ticket or timm model costs, pruned and slimmed: operations, bytes, milliseconds",
+        "verbs.measuring.measure", "study.MeasureConfig", {"source": None},
     ),
     "corpus": Verb("look after a corpus", actions={
         "ls": Verb("list the finished runs", "verbs.corpus_actions.ls", paths=PATH),

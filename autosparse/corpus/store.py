@@ -262,7 +262,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def data_name(data: dict[str, Any]) -> str:
-    """Name a data set on a card: a folder of images or shards by its own name."""
+    """Return the name of the data set on a card: for images or shards that of their folder."""
     if data.get("root") and data["name"] in ("folder", "shards"):
         return Path(data["root"]).name
     return data["name"]

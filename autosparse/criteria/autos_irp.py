@@ -73,10 +73,7 @@ def autos_irp(
         movement: how much of a weight's movement counts: |initial weight + movement * change|.
         live: at every level weights go first that lie on no path from input to output.
         reuse: as of `autos`: how much layers are favoured whose weights are used at many places.
-        batch_size: images per step, where the training data are named (see `prune`).
-        optimizer: any of timm's factory.
-        learning_rate: constant.
-        weight_decay: as in training: not on biases and norms.
+        batch_size, optimizer, learning_rate, weight_decay: as of `short_irp`.
         seed: fixes what is drawn, and dropout.
     """
     network = autos.load_scorer(scorer)
@@ -190,8 +187,8 @@ class _Layers:
         alive = self.everything()
         if density == 1:
             return alive
-        scores, _ = self.network.rate(self.parameters, self.gradients, density)
-        scores = {name: score.cpu() for name, score in scores.items()}
+        odds = self.network.odds(self.parameters, self.gradients, density)
+        scores = {name: score.cpu() for name, score in odds.items()}
         return self.best(scores, alive, keep_density(self.total, density))
 
     def drawn(self, density: float, seed: int) -> Masks:

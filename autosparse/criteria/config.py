@@ -19,7 +19,7 @@ class ScoringConfig:
     batches: int = 1
     """Balanced batches; scores are the mean over all of their images."""
     batch_size: int = 128
-    """A balanced batch of more images goes through the network in parts of so many."""
+    """Most images per pass: a larger balanced batch goes through the network in parts."""
     mode: str = "train"
     """train: batch norm uses each part's own statistics, as most papers do; or eval."""
     warm_up: bool = False

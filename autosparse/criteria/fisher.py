@@ -43,7 +43,7 @@ def fisher(model, parameters, batches, loss_fn, *, first_order: bool = True) -> 
 
 
 def _one_by_one(batches: Batches) -> Batches:
-    """Cut batches into samples, as they come."""
+    """Return the batches cut into single samples."""
     samples = (
         (image, label)
         for images, labels in batches

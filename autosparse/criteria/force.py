@@ -30,12 +30,12 @@ def force(
     rounds: int = 60,
     min_per_layer: int = 1,
 ) -> Scores:
-    """Return |θ * dL/dθ'| of the last round for what it keeps, less than zero for the rest.
+    """Return |θ * dL/dθ'| of the last round for what it keeps, below zero for the rest.
 
     Args:
         sparsity: fraction of weights to remove in the end.
         rounds: n, over which the density falls exponentially.
-        min_per_layer: every layer keeps its best so many in every round; 0 as published.
+        min_per_layer: how many weights every layer keeps in every round; 0 as published.
     """
     pruned = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
     network = with_weights(model, pruned)
@@ -57,5 +57,5 @@ def force(
 
 
 def _put_below_zero(score: Tensor, kept: Tensor, largest: float) -> None:
-    """Put what is not kept below zero, in its order, in place: into [-1, -1/2]."""
+    """Move the scores of what is not kept into [-1, -1/2], in place; their order stays."""
     score.copy_(torch.where(kept, score, score / largest / 2 - 1))

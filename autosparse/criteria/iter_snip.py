@@ -31,7 +31,7 @@ def iter_snip(
     Args:
         sparsity: fraction of weights to remove in the end.
         rounds: n, over which the density falls exponentially.
-        min_per_layer: every layer keeps its best so many in every round; 0 as published.
+        min_per_layer: how many weights every layer keeps in every round; 0 as published.
     """
     weights = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
     network = with_weights(model, weights)

@@ -48,7 +48,7 @@ def ntk_sap(
         rounds: n, over which the density falls exponentially.
         draws: of weights, perturbations and images per round and batch.
         epsilon: standard deviation of the perturbation.
-        min_per_layer: every layer keeps its best so many in every round; 0 as published.
+        min_per_layer: how many weights every layer keeps in every round; 0 as published.
         seed: fixes all draws.
     """
     if draws < 1 or epsilon <= 0:
@@ -111,7 +111,7 @@ def mask_gradients(
 
 
 def _drawn(weight: Tensor) -> Tensor:
-    """Draw a weight of that shape anew."""
+    """Return new initial values for a weight."""
     return nn.init.kaiming_normal_(torch.empty_like(weight, requires_grad=False))
 
 

@@ -71,15 +71,14 @@ def prune(
 ) -> Ticket:
     """Choose a model's weights at initialization and return the ticket; the model is not changed.
 
-    Parameters of a model of your own that hide layers from scores (norms, LayerScale and heads that
-    start at or near zero) have other values while it is scored; the card names them (`revealed`).
+    Parameters of a model of your own that start near zero and so hide layers from scores have other
+    values while it is scored; the card names them (`revealed`).
 
     Args:
         model: a timm model (or any module with Conv and Linear layers), at initialization. A
             compiled or parallel one is looked into: the ticket is for the plain model.
-        data: a data set's name or config, a DataSource, or batches of (normalised images,
-            labels), e.g. a DataLoader; all of those batches are used, so give few. Criteria that
-            look at no data take [].
+        data: a data set's name or config, a DataSource, or batches of (normalised images, labels),
+            e.g. a DataLoader; all of these are used, so give few. Criteria without data take [].
         criterion: a name from `criteria.names()`, or `dense` to keep everything.
         sparsity: fraction of prunable weights to remove, 0 <= sparsity < 1.
         selection: how scores become masks; by default a global threshold. Criteria that choose
@@ -90,9 +89,8 @@ def prune(
         options: the criterion's own options.
         exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
         loss_fn: (outputs, labels) -> mean loss; the outputs may be of any type that it takes.
-        ranks: this process's place, if several prune the same model together (under
-            torch.distributed): named data are shared out, own batches are taken to be this
-            rank's share; every rank gets the same ticket.
+        ranks: this process's place, if several prune one model together (torch.distributed): named
+            data are shared out, own batches are this rank's share; all get the same ticket.
         dead: `warn` or `error`, if the ticket's output does not depend on the image.
 
     Works under `torch.no_grad` and `inference_mode` too. Raises UsageError for an unknown name, a

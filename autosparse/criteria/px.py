@@ -51,7 +51,7 @@ def px(
     Args:
         sparsity: fraction of weights to remove in the end.
         rounds: n, over which the density falls exponentially.
-        min_per_layer: every layer keeps its best so many in every round; 0 as published.
+        min_per_layer: how many weights every layer keeps in every round; 0 as published.
     """
     network = without_shifts(model, parameters)
     gates = only_paths(network)
@@ -100,7 +100,7 @@ def open_paths(model, network, parameters, squares, batches, gates, rescaling, o
 
 @torch.no_grad()
 def _raise_to(power: int, squares: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Set to that power of its parameter, in place, what is not zero."""
+    """Set what is not zero to that power of its parameter, in place."""
     for name, each in squares.items():
         each.copy_(each != 0)
         for _ in range(power):
@@ -108,7 +108,7 @@ def _raise_to(power: int, squares: Mapping[str, Tensor], parameters: Mapping[str
 
 
 def _scaled(rescaling: Rescaling | None, network: Network, images: Tensor) -> tuple[Tensor, int]:
-    """Return the outputs, and the power of two that they were divided by on the way."""
+    """Return the outputs, and the log2 of what they were divided by on the way."""
     if rescaling is not None:
         rescaling.log2 = 0
     with torch.no_grad():

@@ -19,11 +19,12 @@ Take = Callable[[int, Tensor], None]
 Gradient = Callable[[Take], int | None]
 Narrow = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 STEP = 997
-"""Every so-manieth weight is looked at first to guess a round's threshold."""
+"""One weight in this many is looked at to guess a round's threshold; a prime, so that the sample
+keeps step with no layer's rows."""
 FIRST, LATER = 0.25, 0.5
-"""The dead are left behind when so many of those looked at are left, at first and later."""
+"""Pruned weights are dropped from the arrays when this share is left alive: first, and again."""
 CHUNK = 1 << 18
-"""How many scores a thread looks at in one go: what is worked out between stays in its cache."""
+"""Scores that a thread works on in one go, so that intermediate values stay in its cache."""
 
 
 def counts(total: int, sparsity: float, rounds: int) -> Iterator[int]:
@@ -47,22 +48,22 @@ def shrink(
     narrow: Narrow | None = None,
     lasting: bool = False,
 ) -> Scores:
-    """Prune by |weight * gradient| again and again; what is pruned is zero and stays so.
+    """Prune by |weight * gradient| in rounds; what is pruned is zero and stays so.
 
     Args:
         weights: what `gradient` is taken by, a tensor per prunable parameter; set to zero in place.
         gradient: called with `take`; it calls take(place, gradient) for each of the weights as
-            they are now (place: in their order; one that is left out counts as zero). Each may
-            be handed over as soon as it is there, and is used up; if a place comes again, its
-            gradients are added up. Returns the samples that they are a sum over, or None.
+            they are now (place: in their order; one that is left out counts as zero). Each may be
+            passed as soon as it is computed, and may be overwritten; gradients of the same place
+            are added up. Returns how many samples they are a sum over, or None.
         sparsity: fraction to remove in the end.
         rounds: n, over which the density falls exponentially.
-        min_per_layer: every layer keeps its best so many in every round.
-        shared: the sums of all ranks count.
+        min_per_layer: how many weights every layer keeps in every round, its best.
+        shared: whether gradients are added up over the ranks.
         passes: forward-backward passes per sample.
-        narrow: called when the dead are left behind, with the positions of the living in each of
-            the weights (flattened as it lies in memory, ascending) and their values. Returns what
-            `gradient` is taken by from then on, and where the living lie in that.
+        narrow: called when pruned weights are dropped, with the positions of the living in each of
+            the weights (flattened in memory order, ascending) and their values. Returns the tensors
+            that `gradient` is taken by from then on, and where the living lie in these.
         lasting: a layer whose scores are all zero in a round goes by its last ones that were not,
             below all other layers; if no layer has any other, all go by their last ones.
 
@@ -81,7 +82,7 @@ def shrink(
 
 
 class _Left:
-    """Which weights are left. Layers lie end to end, each in the order it lies in in memory.
+    """Which weights are left. Layers lie end to end, each in its memory order.
 
     Beside the weights and one block of scores it holds two bytes a weight.
     """
@@ -99,9 +100,9 @@ class _Left:
         self.fell = torch.zeros(sum(self.all_sizes), dtype=kind, device=self.weights[0].device)
         """In which round each weight fell; 0: not yet."""
         self.places: Tensor | None = None
-        """Where in its layer each entry lies that is still looked at; None: all are."""
+        """Where in its layer each entry lies that was not dropped; None: none was."""
         self.spots = self.places
-        """Where it lies in what stands for the layer since it was narrowed."""
+        """Where it lies in the tensor that `narrow` put in the layer's place."""
         self.values = self.fell[:0]
         """The weights there."""
         self._lay_out(self.all_sizes)
@@ -109,18 +110,18 @@ class _Left:
     def _lay_out(self, sizes: list[int]) -> None:
         device = self.fell.device
         self.sizes, self.per_layer = sizes, torch.tensor(sizes, device=device)
-        """How many entries of each layer are looked at, and how many of those are left."""
+        """How many entries of each layer were not dropped, and how many of those are alive."""
         self.ends = self.per_layer.cumsum(0)
         self.alive = torch.ones(sum(sizes), dtype=torch.bool, device=device)
         kept = torch.zeros(sum(sizes), dtype=_float_of(self.weights[0]), device=device)
         self._keep_scores(kept)
 
     def _keep_scores(self, scores: Tensor) -> None:
-        """Take that for weight * gradient; one block of memory, as fresh ones are slow."""
+        """Use `scores` for weight * gradient, round after round: a fresh block would be slow."""
         self.scores, self.layers = scores, scores.split(self.sizes)
 
     def forget_the_dead(self, narrow: Narrow | None) -> None:
-        """Look only at what is alive from now on, once most are dead."""
+        """Drop pruned weights from all arrays, once few enough are alive."""
         most = FIRST if self.places is None else LATER
         if int(self.per_layer.sum()) > most * len(self.alive):
             return
@@ -150,8 +151,8 @@ class _Left:
         places = None if self.spots is None else self.spots.split(self.sizes)
         values = self.values.split(self.sizes) if places is not None else self.weights
 
-        def take(place: int, found: Tensor) -> None:
-            flat = flattened(found, self.weights[place])
+        def take(place: int, slope: Tensor) -> None:
+            flat = flattened(slope, self.weights[place])
             if flat.dtype != self.scores.dtype:
                 wide = torch.promote_types(flat.dtype, self.scores.dtype)
                 flat = flat.to(wide)
@@ -180,10 +181,10 @@ class _Left:
         return samples
 
     def worst(self, count: int, min_per_layer: int) -> Tensor:
-        """Return the places of those alive that must go for `count` to stay, ascending.
+        """Return the places of the living weights to remove so that `count` stay, ascending.
 
-        Of equal ones the last go. A guess says below which score they lie, so that only those
-        are looked at closely; a wrong guess costs time only.
+        Of equal scores the last go. Only scores below a guessed bound are compared; a wrong guess
+        costs time only.
         """
         excess = int(self.per_layer.sum()) - count
         lost = self._lowest_of_all(excess)
@@ -235,19 +236,19 @@ class _Left:
     def restored(self, place: int, rounds: int) -> Tensor:
         """Return one layer's scores in its shape: the last ones, or when a weight fell.
 
-        They lie where the last scores lay, if those of all weights are there still.
+        The memory of the last scores is used again, unless weights were dropped.
         """
         last, fell = self.layers[place].abs_(), self.fell.split(self.all_sizes)[place]
-        room = last
+        out = last
         if self.places is not None:
             mine = self.places.split(self.sizes)[place].long()
-            last = room = last.new_zeros(len(fell)).index_copy_(0, mine, last)
+            last = out = last.new_zeros(len(fell)).index_copy_(0, mine, last)
         scores = torch.where(fell == 0, last, fell.to(last.dtype) - (rounds + 1))
         shape, stride = self.layouts[place]
-        return room.view(shape).copy_(scores.as_strided(shape, stride))
+        return out.view(shape).copy_(scores.as_strided(shape, stride))
 
     def _guess(self, share: float) -> float:
-        """Return a score below which surely about `share` of those alive lie."""
+        """Return a score that at least `share` of the living lie below, four sigma sure."""
         if len(self.alive) < 1000 * STEP:
             return float("inf")
         sample = self.scores[::STEP].abs()[self.alive[::STEP]]
@@ -286,10 +287,10 @@ class _Left:
         inside = torch.empty_like(places, dtype=torch.int64 if wide else torch.int32)
         counts = self._count(places).tolist()
         starts = [0, *self.ends[:-1].tolist()]
-        for mine, start, found in zip(
+        for mine, start, out in zip(
             places.split(counts), starts, inside.split(counts), strict=True
         ):
-            torch.sub(mine, start, out=found)
+            torch.sub(mine, start, out=out)
         return inside
 
 

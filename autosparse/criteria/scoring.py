@@ -206,7 +206,7 @@ class _Context:
             ) from error
 
     def _check_forward(self) -> None:
-        """Raise UsageError if it is the model itself that fails, in eval mode."""
+        """Raise UsageError if the model itself fails on an image in eval mode."""
         shape = self.shape()
         if shape is not None:
             _run(self.model, _ones(self.model, shape))
@@ -343,7 +343,7 @@ def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
 
 
 def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
-    """Return one line on what a model raised when it was called."""
+    """Return the error of a model that raised when it was called, in one line."""
     message = " ".join(str(error).split()) or "no message"
     kind = type(error).__name__
     name = type(model).__name__

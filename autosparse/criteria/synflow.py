@@ -82,14 +82,14 @@ def synflow(model, parameters, batches, loss_fn, *, sparsity: float, rounds: int
             backward_one_by_one(flow, channels.weights(), take if rescaled else finite(take))
 
     def finite(take: Take) -> Take:
-        """Where paths only add up, a finite flow says enough; a softmax's slope may overflow."""
+        """Check gradients too: a softmax's may overflow where the flow itself is finite."""
 
-        def taken(place: int, found: Tensor) -> None:
-            if not torch.isfinite(found.sum()):
+        def taken(place: int, slope: Tensor) -> None:
+            if not torch.isfinite(slope.sum()):
                 raise CannotFollow(
                     "the gradient of the sum over all paths, with weights >= 0, is not finite"
                 )
-            take(place, found)
+            take(place, slope)
 
         return taken
 
@@ -128,7 +128,7 @@ class _Channels:
                 self.layers[name] = _Layer(module)
 
     def weights(self) -> list[Tensor]:
-        """Return what the gradient is by now."""
+        """Return the tensors that the gradient is taken by at present."""
         return [self.linear.get_parameter(name) for name in self.names]
 
     def narrow(
@@ -193,8 +193,8 @@ class _Layer:
 def _marked(marks: Tensor, dimension: int) -> Tensor:
     """Return where along a dimension anything is marked; the first if nothing is."""
     others = tuple(each for each in range(marks.ndim) if each != dimension)
-    found = nonzero(any_along(marks, others))
-    return found if len(found) else found.new_zeros(1)
+    places = nonzero(any_along(marks, others))
+    return places if len(places) else places.new_zeros(1)
 
 
 def _without_relu(linear: nn.Module) -> None:

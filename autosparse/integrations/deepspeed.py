@@ -24,13 +24,14 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_tensors, write_tensors
 from autosparse.core.progress import Progress
 from autosparse.data import sets
+from autosparse.data.sets import DataSource
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_checkpoints import Checkpoint
 from autosparse.integrations.deepspeed_values import kept_by, loss_scale
 from autosparse.models.contract import in_single
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import rescattering
-from autosparse.study.cells import cells, check_config
+from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
 from autosparse.training.flat_scatter import scatterer
@@ -38,8 +39,9 @@ from autosparse.training.optimizers import advance, last_rate, optimizer_and_sch
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
 from autosparse.training.steppers import History, Ranks, check, set_up
 from autosparse.training.topology.gradual import SCHEDULES
-from autosparse.training.topology.moving import Topology
+from autosparse.training.topology.moving import STATIC, Topology
 from autosparse.training.watching import StepWatch
+from autosparse.training.wrappers import NONE
 
 NEVER = 2**31 - 1
 TOPOLOGY_FILE = "topology.safetensors"
@@ -263,6 +265,12 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
             f"training.topology {config.training.topology} trains in one process, without "
             "DeepSpeed: use `autosparse train`"
         )
+    plain = config.training.topology == STATIC and config.training.optimizer_wrapper == NONE
+    if stage and config.training.optimizer == "adagrad" and not plain:
+        raise UsageError(
+            "DeepSpeed makes adagrad anew for ZeRO, without what training.topology and "
+            "optimizer_wrapper have added; set deepspeed.zero_stage 0 or take another optimizer"
+        )
     parts = ranks.world_size * config.deepspeed.gradient_accumulation
     if config.training.batch_size % parts:
         raise UsageError(
@@ -426,26 +434,36 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
                 continue
             if key not in sources:
                 sources[key] = sets.load(cell.data).to(torch.device(device))
-            made: list[DeepSpeedStepper] = []
-
-            def make(model: nn.Module, steps: int, made=made, cell=cell) -> DeepSpeedStepper:
-                made.append(DeepSpeedStepper(model, config, steps, ranks, cell.folder))
-                return made[0]
-
-            result = train_cell(
-                cell,
-                config,
-                sources[key],
-                make,
-                device=device,
-                ranks=ranks,
-                observer=observer if first else None,
-                watch=StepWatch(progress, cell.name),
-                stop=stop,
+            watch = StepWatch(progress, cell.name)
+            results.append(
+                train_one(cell, config, sources[key], ranks, device, stop, watch, observer)
             )
-            results.append(result)
-            stop.answer()
-            dist.barrier()
-            if made:  # Not where another process has finished the cell meanwhile.
-                made[0].close()
     return results
+
+
+def train_one(
+    cell: Cell,
+    config: SparseTrainConfig,
+    source: DataSource,
+    ranks: Ranks,
+    device: str,
+    stop: Stopping,
+    watch: StepWatch,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Train a cell on this rank, with all the others; return its result."""
+    made: list[DeepSpeedStepper] = []
+
+    def make(model: nn.Module, steps: int) -> DeepSpeedStepper:
+        made.append(DeepSpeedStepper(model, config, steps, ranks, cell.folder))
+        return made[0]
+
+    result = train_cell(
+        cell, config, source, make, device=device, ranks=ranks,
+        observer=observer if ranks.rank == 0 else None, watch=watch, stop=stop,
+    )  # fmt: skip
+    stop.answer()
+    dist.barrier()
+    if made:  # Not where another process has finished the cell meanwhile.
+        made[0].close()
+    return result

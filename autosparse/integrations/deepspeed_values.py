@@ -11,8 +11,6 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -31,22 +29,24 @@ def kept_by(engine: Any, optimizer: torch.optim.Optimizer) -> Kept:
     """
     if not engine.zero_optimization_stage():
         return KeptHere(optimizer)
-    return (
-        KeptSharded(optimizer)
-        if engine.zero_optimization_partition_weights()
-        else (KeptInShares(optimizer))
-    )
+    sharded = engine.zero_optimization_partition_weights()
+    return KeptSharded(engine.optimizer) if sharded else KeptInShares(engine.optimizer)
 
 
 class KeptInShares:
-    """Under ZeRO 1 and 2: parameters are whole, their moments shared out over the ranks."""
+    """Under ZeRO 1 and 2: parameters are whole, their moments shared out over the ranks.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    (DeepSpeed's `safe_get_full_optimizer_state` knows the moments of the first group of parameters
+    only: it looks for all of them when that group alone has made its first step.)
+    """
+
+    def __init__(self, zero: Any) -> None:
+        self.zero = zero
+        """DeepSpeed's optimizer, around torch's."""
 
     def moments(self) -> list[str]:
         """Return the names of what the optimizer keeps for every value, once it has made a step."""
-        flat, state = next(iter(self.optimizer.state.items()))
+        flat, state = next(iter(self.zero.optimizer.state.items()))
         return [
             name for name, each in state.items()
             if torch.is_tensor(each) and each.shape == flat.shape
@@ -56,13 +56,38 @@ class KeptInShares:
         return parameter.detach()
 
     def change(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
-        values = parameter.detach()
+        values, mine = parameter.detach(), _Share(self.zero, parameter)
         values.copy_(change(values))
-        safe_set_full_fp32_param(parameter, values)
+        mine.put(values)
         for name in self.moments():
-            moment = safe_get_full_optimizer_state(parameter, name)
-            assert moment is not None
-            safe_set_full_optimizer_state(parameter, change(moment), name)
+            whole = torch.zeros_like(values, dtype=torch.float32)
+            mine.take(whole, name)
+            dist.all_reduce(whole, group=getattr(parameter, "_dp_group", None))
+            mine.put(change(whole), name)
+
+
+class _Share:
+    """What this rank has of a parameter's values and moments, which may be nothing."""
+
+    def __init__(self, zero: Any, parameter: Any) -> None:
+        self.mapping = parameter._hp_mapping
+        if self.mapping is not None:
+            self.flat = zero.single_partition_of_fp32_groups[self.mapping.param_group_index]
+            self.state = zero.optimizer.state[self.flat]
+            here, there = self.mapping.hp_fragment_address, self.mapping.lp_fragment_address
+            self.here = slice(here.start, here.start + here.numel)
+            self.there = slice(there.start, there.start + there.numel)
+
+    def take(self, whole: Tensor, name: str) -> None:
+        """Copy a moment's share into the whole one."""
+        if self.mapping is not None:
+            whole[self.there] = self.state[name][self.here]
+
+    def put(self, whole: Tensor, name: str | None = None) -> None:
+        """Copy the share of a moment (of the values by default) out of the whole one."""
+        if self.mapping is not None:
+            kept = self.flat.detach() if name is None else self.state[name]
+            kept[self.here] = whole[self.there]
 
 
 class KeptSharded(KeptInShares):

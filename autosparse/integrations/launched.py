@@ -9,27 +9,21 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import write_text
 from autosparse.core.progress import Progress
 from autosparse.study import local, plan
-from autosparse.study.cells import Cell
-from autosparse.study.config import SparseTrainConfig, StudyConfig
+from autosparse.study.config import StudyConfig
 from autosparse.study.grid import FAILED, StudyCell
 from autosparse.study.local import Tracker
-from autosparse.study.tickets import ticket_of
-from autosparse.study.trainings import train_cell
-from autosparse.training.steppers import Ranks
 from autosparse.training.watching import StepWatch
 
 SETTINGS = "study.yaml"
@@ -80,31 +74,13 @@ def train(config: StudyConfig) -> None:
     stop = deepspeed.Stopping()
     with Progress(enabled=ranks.rank == 0) as progress:
         for cell in ranks.first_says(lambda: plan.cells(config)):
-            if not ranks.first_says(lambda cell=cell: cell.over):
-                _train_cell(cell, ranks, device, StepWatch(progress, cell.name), stop)
-                stop.answer()
-
-
-def _train_cell(
-    cell: StudyCell, ranks: Ranks, device: str, watch: StepWatch, stop: Callable[[], bool]
-) -> None:
-    from autosparse.integrations.deepspeed import DeepSpeedStepper
-
-    config = cell.config
-    settings = SparseTrainConfig(training=config.training, seed=cell.seed)
-    source = local.load(replace(config, device=device))
-    ready = ranks.first_says(
-        lambda: Cell(cell.name, ticket_of(cell, source), config.data, cell.seed, cell.folder)
-    )
-    made: list[DeepSpeedStepper] = []
-
-    def make(model: nn.Module, steps: int) -> DeepSpeedStepper:
-        made.append(DeepSpeedStepper(model, settings, steps, ranks, cell.folder))
-        return made[0]
-
-    train_cell(ready, settings, source, make, device=device, ranks=ranks, watch=watch, stop=stop)
-    torch.distributed.barrier()
-    if made:  # Not where another process has finished the cell meanwhile.
-        made[0].close()
-    if ranks.rank == 0:
-        (cell.folder / FAILED).unlink(missing_ok=True)
+            if ranks.first_says(lambda cell=cell: cell.over):
+                continue
+            source = local.load(replace(cell.config, device=device))
+            ready = ranks.first_says(lambda cell=cell, source=source: local.ready(cell, source))
+            watch = StepWatch(progress, cell.name)
+            deepspeed.train_one(
+                ready, local.settings(cell), source, ranks, device, stop, watch
+            )  # fmt: skip
+            if ranks.rank == 0:
+                (cell.folder / FAILED).unlink(missing_ok=True)

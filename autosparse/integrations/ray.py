@@ -30,7 +30,7 @@ RETRIES = 10
 """How often a run is tried again after its worker or node has died."""
 FAILED = "failed.json"
 SHOWN = 4
-"""So many running runs are named in the bar."""
+"""The bar names at most this many running runs."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 HOME_VARIABLE = "AUTOSPARSE_HOME"
 

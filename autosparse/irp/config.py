@@ -39,7 +39,7 @@ class IRPConfig:
     rewind_steps: int = 0
     """k: rewind to the state after step k of the dense training (late rewinding); 0: to init."""
     steps_per_level: int | None = None
-    """Short horizon: so many steps per level at a constant rate, instead of training.epochs."""
+    """Short horizon: steps per level at a constant learning rate, instead of training.epochs."""
     live: bool = False
     """At every level, weights that lie on no path from input to output go first in their layer."""
     seed: int = 0
@@ -78,7 +78,7 @@ class CorpusConfig:
     exclude: list[dict[str, Any]] = field(default_factory=list)
     """Runs to leave out, e.g. {model: "test_vit*", seed: 1}: those that match all of an entry."""
     sample: int | None = None
-    """Only so many of the plan's runs, drawn at random; all by default."""
+    """How many of the plan's runs to do, drawn at random; by default all."""
     sample_seed: int = 0
     """Fixes which are drawn."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -96,7 +96,7 @@ class CorpusConfig:
     rewind_steps: int = 0
     """k: rewind to the state after step k of the dense training; 0: to init."""
     steps_per_level: int | None = None
-    """Short horizon: so many steps per level at a constant rate, instead of training.epochs."""
+    """Short horizon: steps per level at a constant learning rate, instead of training.epochs."""
     live: bool = False
     """At every level, weights that lie on no path from input to output go first in their layer."""
     cpus_per_run: float = 1.0

@@ -38,7 +38,7 @@ BYTES_STORED, BYTES_REMADE = 5, 1
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model must know of its data."""
+    """What a model is built for: classes, channels and pixels."""
 
     num_classes: int = 10
     in_chans: int = 3
@@ -115,8 +115,10 @@ def table(config: CorpusConfig, folder: str | Path) -> list[dict[str, Any]]:
         key = _kind(run)
         per_image = known.get(key)
         if per_image is None:
-            per_image = known[key] = (*_probed(run, model, source, config), "probe")
-        images = _steps(run, source) * run.training.batch_size
+            taken = probed(model, source, run.training, run.device, config.cpus_per_run, run.seed)
+            per_image = known[key] = (taken, "probe")
+        epochs = steps_per_epoch(source.train, run.training) * run.training.epochs
+        images = (run.steps_per_level or epochs) * run.training.batch_size
         bytes_ = weights * BYTES_REMADE
         if config.store_initial:
             bytes_ = weights * (BYTES_STORED - 4) + rest
@@ -129,11 +131,6 @@ def table(config: CorpusConfig, folder: str | Path) -> list[dict[str, Any]]:
             "bytes": bytes_, "measured": per_image[1],
         })  # fmt: skip
     return rows
-
-
-def _steps(run: IRPConfig, source: DataSource) -> int:
-    per_training = steps_per_epoch(source.train, run.training) * run.training.epochs
-    return run.steps_per_level or per_training
 
 
 def _kind(run: IRPConfig) -> tuple[Any, ...]:
@@ -161,13 +158,6 @@ def _entries(folder: Path) -> Iterable[dict[str, Any]]:
         return [read_card(path) for path in sorted(folder.glob("levels/*/level.safetensors"))]
     except UserError:
         return []  # A damaged level is reported when the run goes on.
-
-
-def _probed(
-    run: IRPConfig, model: nn.Module, source: DataSource, config: CorpusConfig
-) -> tuple[float]:
-    """Time a few training steps of the dense model; return seconds per image."""
-    return (probed(model, source, run.training, run.device, config.cpus_per_run, run.seed),)
 
 
 def probed(
@@ -203,7 +193,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], config: CorpusConfig) -> str:
-    """Return in one line what is left to do, and about what it takes."""
+    """Return one line: how many runs are left, and about what they cost."""
     finished = sum(row["seconds"] == 0 for row in rows)
     hours = sum(row["seconds"] for row in rows) / 3600
     unit = "GPU" if config.gpus_per_run else "CPU"

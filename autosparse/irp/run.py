@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autosparse.core.config import plain, run_id
 from autosparse.core.errors import UsageError, unknown
@@ -157,8 +157,9 @@ def _prepared(
     device = zoo.choose_device(config.device)
     source = sets.load(config.data).to(device)
     initial = zoo.create_for(source, config.model, config.seed)
-    names = list(zoo.prunable(initial, config.model.exclude))
-    dense = Ticket.from_model(initial, {n: _ones_like(initial, n) for n in names}, {})
+    weights = zoo.prunable(initial, config.model.exclude)
+    everything = {n: torch.ones_like(weight, dtype=torch.bool) for n, weight in weights.items()}
+    dense = Ticket.from_model(initial, everything, {})
     per_epoch = steps_per_epoch(source.train, config.training)
     steps = config.steps_per_level or per_epoch * config.training.epochs
     if config.rewind_steps >= steps:
@@ -167,10 +168,6 @@ def _prepared(
     card["batches"]["steps_per_epoch"] = per_epoch
     way = way or way_on(device, config.training)
     return LevelRun(config, initial, source, folder, steps, on_epoch, way), card, dense
-
-
-def _ones_like(model: nn.Module, name: str) -> Tensor:
-    return torch.ones_like(model.get_parameter(name), dtype=torch.bool)
 
 
 def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Ticket) -> dict:

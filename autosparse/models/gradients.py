@@ -68,7 +68,7 @@ def counting() -> Iterator[Cost]:
 
 
 def spend(images: float, passes: float = 1.0) -> None:
-    """Count `passes` forward-backward passes over so many images.
+    """Count `passes` forward-backward passes over each of `images` images.
 
     A forward pass alone counts as 1/3 and a backward pass as 2/3; differentiating a gradient
     once more costs about as much as the pass that made it.

@@ -49,7 +49,7 @@ class Roles:
 
 @torch.no_grad()
 def of(model: nn.Module, image: Tensor) -> Roles:
-    """Return what the parameters do, from one pass in eval mode (which counts as no cost).
+    """Return what the parameters do, seen in one pass in eval mode, which is not counted as cost.
 
     Args:
         model: its modes and buffers are left as they were.
@@ -113,7 +113,7 @@ def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Made:
-    """The parameters that a tensor was made of which does not depend on the image."""
+    """Which parameters a tensor was made of; it does not depend on the image."""
 
     names: frozenset[str]
     alone: bool

@@ -90,7 +90,7 @@ def mask_kernel(module: nn.Module) -> None:
 
 
 def keep_mask(module: nn.Module, mask: Tensor) -> None:
-    """Tell a masking convolution with an ordinary weight what is pruned."""
+    """Give a masking convolution with an ordinary weight its mask."""
     if isinstance(module, _Masked):
         module.register_buffer(MASK, mask, persistent=False)
 

@@ -71,7 +71,7 @@ def create(
 def _options(
     config: ModelConfig, num_classes: int, in_chans: int, image_size: int
 ) -> dict[str, Any]:
-    """Return what timm is told; raise UsageError for a name that it does not know."""
+    """Return the options for timm; raise UsageError for a name that it does not know."""
     if not timm.is_model(config.name):
         raise unknown("model", config.name, timm.list_models())
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **config.options}

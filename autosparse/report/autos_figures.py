@@ -19,11 +19,11 @@ from autosparse.report.style import COLOURS, COLUMN, OKABE_ITO, panels, save
 
 STEPS, GROUPS = 41, 20
 REACH = 3.0
-"""So many standard deviations, or times the layer's rms, are shown."""
+"""How far the axes reach: in standard deviations, or in multiples of the layer's rms."""
 AT = 0.05
 """The density at which the surface of a survival head is shown."""
 FEWEST = 1e-4
-"""Costs below this share of a training are drawn there: a logarithm has no zero."""
+"""Costs below this share of a training are drawn at it: a log axis has no zero."""
 
 
 def surface(network: AutoS, path: Path) -> Path:

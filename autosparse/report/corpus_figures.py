@@ -13,14 +13,14 @@ from torch import Tensor
 
 from autosparse.core.errors import UsageError
 from autosparse.corpus.store import IRPRun
-from autosparse.report.style import OKABE_ITO, STYLE, density_ticks, save
+from autosparse.report.style import OKABE_ITO, density_ticks, panels, save
 from autosparse.sparsity import masks
 
 COLUMNS = ("run_id", "model", "data", "seed", "label", "level", "density", "accuracy")
 LINES, POINTS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "X", "P", "*")
 BINS = 20
 MOST_RUNS, MOST_LAYERS, MOST_LEVELS, LONGEST = 24, 40, 20, 48
-"""How many runs, layers and levels are named one by one, and how long a layer's name may be."""
+"""Most runs, layers and levels that get a label each, and the longest name of a layer."""
 
 
 def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
@@ -42,8 +42,9 @@ def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path
     most = max(len(group) for group in groups.values())
     size = (4 * len(groups) + 4, max(4.2, 1.2 + 0.21 * most) if named else 4.2)
     models = list(dict.fromkeys(row["model"] for row in rows))
-    with _panels(size, title, len(groups)) as (figure, panels):
-        for axes, (label, group) in zip(panels, groups.items(), strict=True):
+    with panels(size, columns=len(groups), sharey=True) as (figure, grid):
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        for axes, (label, group) in zip(grid[0], groups.items(), strict=True):
             _draw_named(axes, group, models) if named else _draw_many(axes, group)
             if len(groups) > 1:
                 axes.set_title(f"labels by {label}", fontsize=10)
@@ -52,8 +53,8 @@ def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path
             axes.minorticks_off()
             axes.invert_xaxis()
             axes.set(xlabel="density (share of prunable weights left)")
-        panels[0].set(ylabel="validation accuracy, %")
-        _legend(figure, panels)
+        grid[0, 0].set(ylabel="validation accuracy, %")
+        _legend(figure, grid[0])
         return save(figure, rows, path)
 
 
@@ -65,10 +66,10 @@ def _by_label(runs: list[list[dict[str, Any]]]) -> dict[str, list[list[dict[str,
     return {label: [run for run in runs if run[0]["label"] == label] for label in labels}
 
 
-def _legend(figure: Any, panels: Sequence[Any]) -> None:
+def _legend(figure: Any, row: Sequence[Any]) -> None:
     """Draw one legend, at the right, in which nothing is twice."""
     found = {}
-    for axes in panels:
+    for axes in row:
         handles, names = axes.get_legend_handles_labels()
         found |= {
             name: each for name, each in zip(names, handles, strict=True) if name not in found
@@ -139,7 +140,9 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
     lowest = min(density[density > 0].min(), 0.5)
     with _canvas(size, title) as (figure, axes):
         shown = np.ma.masked_equal(density, 0)
-        image = axes.imshow(shown, "viridis", "log", vmin=lowest, vmax=1, aspect="auto")
+        image = axes.imshow(
+            shown, "viridis", "log", vmin=lowest, vmax=1, aspect="auto", interpolation="none"
+        )
         bar = figure.colorbar(image, ax=axes, label="density of the layer (white: empty)")
         bar.set_ticks(**density_ticks(lowest))
         bar.minorticks_off()
@@ -154,26 +157,13 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
 
 
 @contextmanager
-def _canvas(size: tuple[float, float], title: str, grid: bool = False) -> Iterator[tuple[Any, Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({**STYLE, "axes.grid": grid, "image.interpolation": "none"}):
-        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+def _canvas(size: tuple[float, float], title: str) -> Iterator[tuple[Any, Any]]:
+    """Give a figure of one map: no lines across it, nothing blurred."""
+    with panels(size) as (figure, grid):
+        axes = grid[0, 0]
+        axes.grid(False)
         axes.set_title(title, loc="left", fontsize=11)
         yield figure, axes
-
-
-@contextmanager
-def _panels(size: tuple[float, float], title: str, count: int) -> Iterator[tuple[Any, Any]]:
-    """Give a figure of panels side by side that share their axes."""
-    with _canvas(size, "", grid=True) as (figure, axes):
-        axes.remove()
-        panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        yield figure, panels
 
 
 def _draw_named(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import COLOURS, LABELS, MARKERS, STYLE, order_of, save
+from autosparse.report.style import COLOURS, LABELS, MARKERS, order_of, panels, save
 
 
 def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
@@ -17,13 +17,8 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    with panels((7, 4.2)) as (figure, grid):
+        axes = grid[0, 0]
         sparse = [row for row in rows if row["label"] != "dense"]
         places = sorted({row["sparsity"] for row in sparse})
         criteria = sorted({row["label"] for row in sparse}, key=order_of)
@@ -66,29 +61,21 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = list(dict.fromkeys(row["label"] for row in rows if row["twins"] and row["verdict"]))
-    panels = panels or list(dict.fromkeys(r["label"] for r in rows if r["label"] != "dense"))
+    labels = list(dict.fromkeys(row["label"] for row in rows if row["twins"] and row["verdict"]))
+    labels = labels or list(dict.fromkeys(r["label"] for r in rows if r["label"] != "dense"))
     places = sorted({row["sparsity"] for row in rows if row["label"] != "dense"})
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    with pyplot.rc_context(STYLE):
-        figure, grid = pyplot.subplots(
-            lines, columns, figsize=(max(7.5, 0.8 + 3.1 * columns), 1.4 + 2.6 * lines),
-            squeeze=False, sharex=True, sharey=True, layout="constrained",
-        )  # fmt: skip
-        for axes, label in zip(grid.flat, panels, strict=False):
+    columns = min(3, len(labels))
+    lines = -(-len(labels) // columns)
+    size = (max(7.5, 0.8 + 3.1 * columns), 1.4 + 2.6 * lines)
+    with panels(size, lines, columns, sharex=True, sharey=True) as (figure, grid):
+        for axes, label in zip(grid.flat, labels, strict=False):
             mine = [row for row in rows if row["label"] == label]
             _draw_panel(axes, mine, places)
             for row in rows:
                 if row["label"] == "dense":
                     _draw_dense(axes, row)
             axes.set_title(LABELS.get(label, label), fontsize=11)
-        for axes in list(grid.flat)[len(panels) :]:
+        for axes in list(grid.flat)[len(labels) :]:
             axes.set_axis_off()
         handles, names = grid.flat[0].get_legend_handles_labels()
         figure.legend(

@@ -120,7 +120,7 @@ def _corpus(folder: Path, figures: list[Path]) -> Page:
 
 
 def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Say what is best at each sparsity by validation accuracy, and what dense reaches."""
+    """Return a line per sparsity: the best criterion by validation accuracy, or dense."""
     lines = []
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
@@ -135,7 +135,7 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say each verdict once, what it means, and for which criteria at which sparsities it holds."""
+    """Return a line per verdict: its meaning, and the criteria and sparsities it holds for."""
     found: dict[str, dict[str, list[str]]] = {}
     several = len({row.get("model") for row in rows}) > 1
     for row in rows:
@@ -244,7 +244,7 @@ COLUMNS = {
     "passes": "images that went forward and backward to make the ticket",
     "cost": "these as a share of one training, in per cent",
 }
-"""What is said of a table's columns below it."""
+"""Notes below a table on its columns."""
 
 
 def _columns(rows: Table) -> str:

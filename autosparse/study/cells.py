@@ -82,7 +82,7 @@ def cells(
 
 
 def settled(config: SparseTrainConfig) -> SparseTrainConfig:
-    """Let what is pruned at the start be the training's model and data, unless told otherwise."""
+    """Use the training's model and data for pruning too, unless `prune` names others."""
     asked = config.prune
     if asked is None or config.tickets:
         return config

@@ -60,9 +60,27 @@ class ExportConfig:
     ticket: str = "trained.safetensors"
     """A trained ticket's file, the folder of its training, or a registered models:/NAME@ALIAS."""
     format: str = "dense"
-    """dense (a timm state dict), onnx, or ticket."""
+    """dense (a timm state dict), onnx, slim (a smaller network, pt2), or ticket."""
+    slim: bool = False
+    """onnx: without the units that have no effect; the logits stay."""
     out: str | None = None
     """The file to write; by default beside the ticket, named by the format."""
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What a network costs: weights, operations, memory, bytes and milliseconds."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 32])
+    """How many images at once, for the latency."""
+    runs: int = 20
+    """Calls of each network, in turn."""
+    image_size: int | None = None
+    """Side of the images for a timm model; by default what timm names for it."""
+    num_classes: int = 1000
+    """Classes of a timm model; a ticket knows its own."""
+    json: str | None = None
+    """File to write all figures to, layers among them."""
 
 
 @dataclass(frozen=True)

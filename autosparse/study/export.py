@@ -1,4 +1,4 @@
-"""Out of autosparse: a trained ticket as a plain state dict, as ONNX, or as a ticket again."""
+"""Out of autosparse: a trained ticket as a state dict, ONNX, a smaller network, or a ticket."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import torch
 from torch import nn
 
 from autosparse.core.errors import UsageError, unknown
-from autosparse.core.files import replacing, write_tensors
+from autosparse.core.files import write_tensors
 from autosparse.core.locks import claimed
 from autosparse.models import zoo
 from autosparse.models.standardised import differs_from_plain
 from autosparse.sparsity.compact import densify
+from autosparse.sparsity.slim import slim
 from autosparse.sparsity.ticket import Ticket, compact
+from autosparse.study.deploy import write_onnx, write_program
 from autosparse.study.trainings import TRAINED
 
-FORMATS = ("dense", "ticket", "onnx")
-ENDINGS = {"dense": ".dense.safetensors", "ticket": ".ticket.safetensors", "onnx": ".onnx"}
+FORMATS = ("dense", "ticket", "onnx", "slim")
+ENDINGS = {
+    "dense": ".dense.safetensors",
+    "ticket": ".ticket.safetensors",
+    "onnx": ".onnx",
+    "slim": ".slim.pt2",
+}
 
 
 def trained_ticket(path: str | Path) -> Ticket:
@@ -36,24 +43,30 @@ def dense_model(ticket: Ticket) -> nn.Module:
     return densify(compact(zoo.from_recipe(ticket.card["model"]), ticket)).eval()
 
 
-def export(ticket: Ticket, kind: str, path: Path) -> dict[str, Any]:
+def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> dict[str, Any]:
     """Write a ticket in a format of `FORMATS`; return what is worth telling.
 
     dense: safetensors that `timm.create_model(…).load_state_dict` takes, and with which it gives
         the trained logits (UsageError where that cannot be); the card in its header.
-    onnx: the network from normalised images [batch, C, H, W] to logits, the batch free.
+    onnx: the network from normalised images [batch, C, H, W] to logits, the batch free;
+        `slimmed`: without the units that have no effect.
+    slim: the same smaller network as a program of plain PyTorch, for `torch.export.load`.
     ticket: the ticket itself, e.g. to train on from trained values.
 
     Raises UsageError if another process is writing the same file.
     """
     if kind not in FORMATS:
         raise unknown("format", kind, FORMATS)
+    if slimmed and kind not in ("onnx", "slim"):
+        raise UsageError(f"--slim goes with --format onnx or slim, not with {kind}")
     with claimed(path.parent, name=f"{path.name}.claim"):
-        _write(ticket, kind, path)
-    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept}
+        told = _write(ticket, kind, path, slimmed or kind == "slim")
+    return {"file": str(path), "bytes": path.stat().st_size, "kept": ticket.kept, **told}
 
 
-def _write(ticket: Ticket, kind: str, path: Path) -> None:
+def _write(ticket: Ticket, kind: str, path: Path, slimmed: bool) -> dict[str, Any]:
+    """Write the file; return what is worth telling of how it was made."""
+    told: dict[str, Any] = {}
     if kind == "ticket":
         ticket.save(path)
     elif kind == "dense":
@@ -62,7 +75,14 @@ def _write(ticket: Ticket, kind: str, path: Path) -> None:
         state = model.state_dict()
         write_tensors(path, {name: t.contiguous() for name, t in _once(state).items()}, ticket.card)
     else:
-        _write_onnx(ticket, path)
+        recipe = ticket.card["model"]
+        images = torch.zeros(2, recipe["in_chans"], recipe["image_size"], recipe["image_size"])
+        model = dense_model(ticket)
+        if slimmed:
+            model = slim(model, images)
+            told["parameters"] = model.slimmed["parameters"]  # type: ignore[index]
+        (write_onnx if kind == "onnx" else write_program)(model, images, path)
+    return told
 
 
 def _check_plain(model: nn.Module, name: str) -> None:
@@ -89,27 +109,3 @@ def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
     return found
-
-
-def _write_onnx(ticket: Ticket, path: Path) -> None:
-    model, recipe = dense_model(ticket), ticket.card["model"]
-    side = recipe["image_size"]
-    example = torch.randn(2, recipe["in_chans"], side, side)
-    batch = torch.export.Dim("batch")
-    try:
-        program = torch.onnx.export(
-            model,
-            (example,),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: batch},),
-            dynamo=True,
-            verbose=False,
-        )
-    except ImportError as error:
-        raise UsageError(
-            f"ONNX needs more packages: pip install onnx onnxscript ({error})"
-        ) from None
-    with replacing(path) as temporary:
-        if program is not None:
-            program.save(str(temporary))

@@ -62,8 +62,8 @@ def run_cell(
         return result
     identity.tell_of_former(lambda: cell.folder, RESULT)
     train_cell(
-        Cell(cell.name, ticket_of(cell, source), config.data, cell.seed, folder),
-        SparseTrainConfig(training=config.training, seed=cell.seed),
+        ready(cell, source),
+        settings(cell),
         source,
         lambda model, steps: PlainStepper(model, config.training, steps),
         device=str(zoo.choose_device(config.device)),
@@ -71,6 +71,17 @@ def run_cell(
         wait=True,
     )
     return cell.result()
+
+
+def ready(cell: StudyCell, source: DataSource) -> Cell:
+    """Return a cell with its ticket, ready to be trained."""
+    ticket = ticket_of(cell, source)
+    return Cell(cell.name, ticket, cell.config.data, cell.seed, cell.folder)
+
+
+def settings(cell: StudyCell) -> SparseTrainConfig:
+    """Return how a cell is trained."""
+    return SparseTrainConfig(training=cell.config.training, seed=cell.seed)
 
 
 _SOURCES: dict[Any, DataSource] = {}

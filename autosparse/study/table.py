@@ -166,7 +166,7 @@ def dead(results: Iterable[Result]) -> int:
 
 
 def mark(row: Row) -> str:
-    """Return what stands behind a criterion's name in a table where its tickets are dead."""
+    """Return the mark after a criterion's name if its tickets are dead."""
     if not row["dead"]:
         return ""
     return " (dead)" if row["dead"] == row["seeds"] else f" ({row['dead']} of {row['seeds']} dead)"

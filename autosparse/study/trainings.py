@@ -47,12 +47,12 @@ MakeStepper = Callable[[nn.Module, int], Stepper]
 
 
 def unsent(cell: Cell) -> bool:
-    """Whether some of what an Observer was told has not been sent yet."""
+    """Whether the observer has metrics or files that it could not send yet."""
     return (cell.folder / UNSENT).is_file()
 
 
 class Observer(Protocol):
-    """What watches cells being trained; see integrations/mlflow.py."""
+    """Is told how trainings go; see integrations/mlflow.py."""
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None: ...
 
@@ -201,7 +201,7 @@ class _Training:
         settings: dict[str, Any],
         result: dict[str, Any],
     ) -> None:
-        """Write all files, the result last; then remove what they make superfluous."""
+        """Write all files, the result last; then remove checkpoints."""
         if self.claim:
             self.claim.check()
         write_json(self.cell.folder / SETTINGS, settings)
@@ -211,9 +211,9 @@ class _Training:
 
 
 def test_fingerprint(source: DataSource) -> str:
-    """Return what the test accuracy is of: 16 hex digits of the images and labels, or of own data.
+    """Return 16 hex digits of the test images and labels: what the test accuracy was measured on.
 
-    Own data that are streamed are known as a whole, by their content and the size of images.
+    Streamed data are known as a whole, by their content and the size of images.
     """
     if isinstance(source.test, MemorySplit):
         return source.test.fingerprint()
@@ -233,7 +233,7 @@ def _tell_dead(cell: Cell, dead: str, ranks: Ranks) -> None:
 
 @contextmanager
 def _told(observer: Observer | None, cell: Cell) -> Iterator[None]:
-    """Tell the observer of a training that was told to stop, or that fails."""
+    """Tell the observer if the training is stopped, or fails."""
     try:
         yield
     except (Stopped, KeyboardInterrupt):

@@ -137,6 +137,8 @@ def test_every_setting_of_training_changes_the_run():
         "rescatter": True, "sparse_products": False, "bias_rate": 64.0,
         "topology": "rigl", "topology_every": 7, "topology_fraction": 0.1, "topology_until": 0.5,
         "topology_grow_from": "random", "topology_on_paths": True, "topology_gradient_weight": 0.5,
+        "topology_sparsity": 0.5, "optimizer_wrapper": "ham",
+        "optimizer_wrapper_options": {"alpha": 1.0},
     }  # fmt: skip
     local = {"checkpoint_epochs", "checkpoint_steps", "deterministic", "scatter"}
     assert set(changed) == {spec.name for spec in dataclasses.fields(TrainingConfig)} - local

@@ -15,6 +15,7 @@ from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
+from tests.conftest import few
 from tests.sparsity.test_reach import Named
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +72,10 @@ def test_a_resnet_whose_last_norms_start_at_zero(criterion: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("test_convnext", {}), ("test_vit2", {"img_size": SIDE, "patch_size": 8})],
+    few(
+        [("test_convnext", {}), ("test_vit2", {"img_size": SIDE, "patch_size": 8})],
+        [("test_convnext", {})],
+    ),
 )
 def test_layer_scale_near_zero(name: str, options: dict) -> None:
     model = as_timm_makes_it(name, **options)

@@ -22,6 +22,7 @@ from autosparse.models import zoo
 from autosparse.models.restore import untouched
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.ticket import Ticket
+from tests.conftest import grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,8 +209,7 @@ def first_of(outputs: Any, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels)
 
 
-@pytest.mark.parametrize("criterion", criteria.names())
-@pytest.mark.parametrize("kind", [Two, Named])
+@pytest.mark.parametrize(("kind", "criterion"), grid([Two, Named], criteria.names()))
 def test_the_loss_is_asked_never_the_outputs_type(kind: type[nn.Module], criterion: str) -> None:
     model = small(kind)
     ticket = pruned(model, criterion, loss_fn=first_of)
@@ -291,8 +291,9 @@ def test_what_is_no_loss(loss_fn: Any, said: str) -> None:
 # Contexts, dtypes and devices
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("criterion", criteria.names())
+@pytest.mark.parametrize(
+    ("criterion", "context"), grid(criteria.names(), [torch.no_grad, torch.inference_mode], each=1)
+)
 def test_without_gradients_outside(criterion: str, context: Callable) -> None:
     model = small()
     expected = pruned(model, criterion, seed=3)
@@ -472,6 +473,20 @@ def test_a_model_that_fails_on_the_data_given_gets_no_ticket(criterion: str, dig
     with pytest.raises(UsageError, match=r"Small raised .* image \[1, 16, 16\]: .*channels"):
         autosparse.prune(small(), digits, criterion, 0.5)
     assert autosparse.prune(small(Picky), [], criterion, 0.5).kept  # It need not run.
+
+
+def test_a_model_that_divides_by_zero_says_so() -> None:
+    """timm's own forward of a HieraDet of these options does."""
+    model = timm.create_model(
+        "hieradet_small", num_classes=CLASSES, embed_dim=24, stages=[1, 1, 2, 1],
+        global_att_blocks=[2],
+    )  # fmt: skip
+    with pytest.raises(
+        UsageError, match=r"HieraDet raised ZeroDiv.* its own forward.* zero"
+    ) as error:
+        pruned(model, data=[(torch.randn(2, 3, 64, 64), torch.arange(2))])
+    one_line(error)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
 class HardGate(Small):

@@ -2,71 +2,60 @@
 
 from __future__ import annotations
 
-import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from autosparse import prune
-from autosparse.core.files import read_tensors
-from autosparse.data.sets import DataSource
-from tests.conftest import make_model
+from autosparse.core.errors import UsageError
+from autosparse.data import sets
+from autosparse.integrations.deepspeed import engine_config
+from autosparse.training.steppers import Ranks
+from tests.conftest import SMALL_DIGITS
 from tests.integration.masked_dense import CASES
-from tests.integration.ranks import ROOT
-from tests.integration.test_deepspeed import launch
-from tests.integration.topologies_on_ranks import EVERY, STEPS, UPDATES, WAYS, Run, settings
+from tests.integration.ranks import Group
+from tests.integration.topologies_on_ranks import (
+    EVERY,
+    STEPS,
+    UPDATES,
+    first_batches,
+    model_of,
+    resumed,
+    settings,
+    trained,
+)
 from tests.training.masked_rigl import masked_rigl
 
-RANKS = 2
-WRAPPERS = ("none", "ham", "sign_in", "sparseopt")
-WRAPPED = [way for way in WAYS if way.endswith(WRAPPERS)]
-RIGL = [way for way in WAYS if way not in WRAPPED]
-FP32 = [way for way in RIGL if "bf16" not in way]
+RANKS, SECONDS = 2, 500
+QUICK = [("test_byobnet", 1, {}), ("test_vit", 3, {})]
+WAYS = [{}, {"scatter": "flat"}, {"rescatter": True}]
+ALL = [
+    (name, stage, changes)
+    for name in CASES
+    for stage in range(4)
+    for changes in WAYS
+    if not (stage == 3 and "scatter" in changes) and (name, stage, changes) not in QUICK
+]
+SGD = {"optimizer": "momentum", "learning_rate": 0.02, "optimizer_options": {}, "topology": "set"}
 
 
-def train(out: Path, names: list[str], ways: list[str]) -> Path:
-    script = ROOT / "tests" / "integration" / "topologies_on_ranks.py"
-    told = (str(out), ",".join(names), ",".join(ways))
-    done = launch(script, *told, ranks=RANKS, seconds=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("few"), ["test_vit"], ["3"])
-
-
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("topologies"), list(CASES), RIGL)
-
-
-@pytest.fixture(scope="module")
-def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("wrapped"), ["test_vit"], WRAPPED)
-
-
-def losses_of(out: Path, key: str) -> list[list[float]]:
-    """Return [steps][ranks]."""
-    each = [json.loads((out / f"rank{rank}.json").read_text())[key] for rank in range(RANKS)]
-    return [list(both) for both in zip(*each, strict=True)]
-
-
+@cache
 def reference(
-    name: str, source: DataSource
+    name: str,
 ) -> tuple[list[list[float]], list[dict[str, Tensor]], dict[str, Tensor]]:
     """Return the losses [steps][ranks], the masks after every update, and the last weights."""
-    case = CASES[name]
-    model = make_model(name, **case.options)
+    case, source = CASES[name], sets.load(SMALL_DIGITS)
+    model = model_of(name)
     chosen = prune(model, source, "erk", case.sparsity).masks
     model.double().train()
     parts = RANKS * case.accumulation
     data = [
         list(zip(images.double().chunk(parts), labels.chunk(parts), strict=True))
-        for images, labels in Run.batches(source)
+        for images, labels in first_batches(source)
     ]
     floats = {layer: mask.double() for layer, mask in chosen.items()}
     losses, masks = masked_rigl(model, floats, data, settings(name).training, STEPS)
@@ -76,88 +65,101 @@ def reference(
     return by_rank, masks, dict(model.named_parameters())
 
 
-@pytest.mark.timeout(600)
-def test_zero_3_does_what_masked_dense_rigl_does_and_resumes(few: Path, digits) -> None:
-    same_as_reference(few, "test_vit", ["3"], digits)
-    assert losses_of(few, "resumed 3") == losses_of(few, "test_vit 3")[4:]
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer": "adagrad"}, "DeepSpeed makes adagrad anew for ZeRO"),
+        ({"topology": "gmp"}, "topology gmp trains in one process, without DeepSpeed"),
+    ],
+)
+def test_what_deepspeed_cannot_is_one_line(changes: dict, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        engine_config(settings("test_vit", 1, **changes), Ranks())
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1600)
-@pytest.mark.parametrize("name", list(CASES))
-def test_every_stage_does_what_masked_dense_rigl_does(
-    trainings: Path, name: str, digits: DataSource
+def on_ranks(group: Group, name: str, stage: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    return group.call(trained, name, stage, changes, seconds=SECONDS)
+
+
+def losses_of(found: list[dict[str, Any]]) -> list[list[float]]:
+    """Return [steps][ranks]."""
+    return [list(each) for each in zip(*(one["losses"] for one in found), strict=True)]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "stage", "changes"),
+    [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL)],
+)
+def test_it_does_what_masked_dense_rigl_does(
+    group: Group, name: str, stage: int, changes: dict
 ) -> None:
-    same_as_reference(trainings, name, FP32, digits)
-
-
-def same_as_reference(trainings: Path, name: str, ways: list[str], digits: DataSource) -> None:
     """The engine computes in float32, the reference in float64."""
-    losses, masks, weights = reference(name, digits)
-    for way in ways:
-        found = losses_of(trainings, f"{name} {way}")
-        assert len(found) == STEPS
-        for mine, expected in zip(found, losses, strict=True):
-            assert mine == pytest.approx(expected, abs=1e-5), way
-        for update in range(UPDATES):
-            now, _ = read_tensors(trainings / f"{name} {way} {update}.safetensors")
+    losses, masks, weights = reference(name)
+    found = on_ranks(group, name, stage, changes)
+    for mine, expected in zip(losses_of(found), losses, strict=True):
+        assert mine == pytest.approx(expected, abs=1e-5)
+    for one in found:
+        for update, now in enumerate(one["masks"]):
             assert len(now) > 5
             for layer, mask in now.items():
-                assert torch.equal(mask, masks[update][layer]), (way, update, layer)
-        values, _ = read_tensors(trainings / f"{name} {way} values.safetensors")
-        for layer in now:
-            path, _, attribute = layer.rpartition(".")
-            mine = values[f"{path}.parametrizations.{attribute}.original"]
+                assert torch.equal(mask, masks[update][layer]), (update, layer)
+        for layer, (values, *moments) in one["kept"].items():
             expected = weights[layer].detach()[masks[-1][layer]]
-            torch.testing.assert_close(mine.double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-5)
+            assert len(moments) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(CASES))
-def test_moments_follow_wherever_they_are_kept(trainings: Path, name: str) -> None:
+def test_moments_follow_wherever_they_are_kept(group: Group, name: str) -> None:
     """Without ZeRO they are the optimizer's own, whole; with it, all ranks' shares."""
-    expected, _ = read_tensors(trainings / f"{name} 0 moments.safetensors")
-    assert len(expected) > 15
-    for way in ("1", "2", "3"):
-        found, _ = read_tensors(trainings / f"{name} {way} moments.safetensors")
-        assert found.keys() == expected.keys()
-        for key, moment in expected.items():
-            torch.testing.assert_close(found[key], moment, rtol=1e-3, atol=1e-6)
+    expected = on_ranks(group, name, 0, {})[0]["kept"]
+    for stage in (1, 2, 3):
+        for found in on_ranks(group, name, stage, {}):
+            for layer, tensors in expected.items():
+                for mine, other in zip(found["kept"][layer], tensors, strict=True):
+                    torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(CASES))
-def test_bf16_exchanges_too(trainings: Path, name: str) -> None:
-    exact, found = (losses_of(trainings, f"{name} {way}") for way in ("1", "1 bf16"))
-    for mine, expected in zip(found, exact, strict=True):
+def test_bf16_exchanges_too(group: Group, name: str) -> None:
+    exact = losses_of(on_ranks(group, name, 1, {}))
+    one, other = on_ranks(group, name, 1, {"precision": "bf16"})
+    for mine, expected in zip(losses_of([one, other]), exact, strict=True):
         assert mine == pytest.approx(expected, abs=0.05)
-    first, _ = read_tensors(trainings / f"{name} 1 bf16 0.safetensors")
-    last, _ = read_tensors(trainings / f"{name} 1 bf16 {UPDATES - 1}.safetensors")
+    first, last = one["masks"][0], one["masks"][UPDATES - 1]
     assert all(int(first[layer].sum()) == int(mask.sum()) for layer, mask in last.items())
     assert any(not torch.equal(first[layer], mask) for layer, mask in last.items())
+    assert all(torch.equal(other["masks"][-1][layer], mask) for layer, mask in last.items())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", range(4))
-def test_a_resume_between_updates_is_equal_in_every_bit(trainings: Path, stage: int) -> None:
+def test_a_resume_between_updates_is_equal_in_every_bit(
+    group: Group, tmp_path: Path, stage: int
+) -> None:
     """From after step 4, one step past the first update."""
-    assert 4 % EVERY == 1
-    whole = losses_of(trainings, f"test_vit {stage}")
-    assert losses_of(trainings, f"resumed {stage}") == whole[4:]
+    whole = on_ranks(group, "test_vit", stage, {})
+    again = group.call(resumed, "test_vit", stage, tmp_path, EVERY + 1, seconds=SECONDS)
+    assert again == [one["losses"][EVERY + 1 :] for one in whole]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
-def test_optimizer_wrappers_do_the_same_at_every_stage(wrapped: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("wrapper", ["ham", "sign_in", "sparseopt"])
+def test_an_optimizer_wrapper_does_the_same_at_every_stage(group: Group, wrapper: str) -> None:
     """With SET; clipped, and accumulated over two parts."""
-    plain = losses_of(wrapped, "test_vit 0 none")
-    for wrapper in WRAPPERS:
-        expected = losses_of(wrapped, f"test_vit 0 {wrapper}")
-        assert (expected == plain) is (wrapper == "none")
-        for stage in (1, 2, 3):
-            found = losses_of(wrapped, f"test_vit {stage} {wrapper}")
-            for mine, other in zip(found, expected, strict=True):
-                assert mine == pytest.approx(other, abs=1e-5), (stage, wrapper)
+    plain = losses_of(on_ranks(group, "test_vit", 0, SGD))
+    changes = {**SGD, "optimizer_wrapper": wrapper}
+    expected = losses_of(on_ranks(group, "test_vit", 0, changes))
+    assert expected != plain
+    for stage in (1, 2, 3):
+        found = losses_of(on_ranks(group, "test_vit", stage, changes))
+        for mine, other in zip(found, expected, strict=True):
+            assert mine == pytest.approx(other, abs=1e-5), stage

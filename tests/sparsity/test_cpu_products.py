@@ -21,6 +21,7 @@ from autosparse.sparsity.cpu_products import Pattern, SparseWeight, pays, sparse
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import PlainStepper
+from tests.conftest import few
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="sparse products need MKL"
@@ -175,7 +176,10 @@ def test_wide_layers_of_a_model_never_become_dense(monkeypatch) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "test_vit", "test_nfnet", "test_convnext"])
+@pytest.mark.parametrize(
+    "name",
+    few(["test_byobnet", "test_vit", "test_nfnet", "test_convnext"], ["test_byobnet", "test_vit"]),
+)
 def test_training_is_that_of_scattered_weights(name: str, monkeypatch) -> None:
     """Ten steps, every layer that can by sparse products, in float64."""
     monkeypatch.setattr(compaction, "pays", lambda kept, shape: kept > 0)

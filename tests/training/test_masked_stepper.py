@@ -26,7 +26,7 @@ from autosparse.study.trainings import train_cell
 from autosparse.training.config import TrainingConfig
 from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import PlainStepper, Stepper
-from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
+from tests.conftest import QUICK, SMALL_DIGITS, few, grid, make_model, quick_irp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,9 +45,11 @@ CONFIGS = {
 def same(found: Tensor, expected: Tensor, name: str) -> None:
     """Equal but for rounding: sums over survivors and over all weights differ in their last bits.
 
-    That is 2^-24 of each of some hundred terms, which a few steps make larger.
+    That is 2^-53 (in float32 2^-24) of each of some hundred terms, which a few steps make larger:
+    Adam divides by the size of the gradient, so that of a small one by a million times at most.
     """
-    torch.testing.assert_close(found, expected, msg=name, rtol=1e-4, atol=2e-5)
+    rtol, atol = (1e-6, 1e-8) if found.dtype == torch.float64 else (1e-4, 2e-5)
+    torch.testing.assert_close(found, expected, msg=name, rtol=rtol, atol=atol)
 
 
 def ticket_of(model: nn.Module, seed: int = 0, density: float = 0.2) -> Ticket:
@@ -61,27 +63,32 @@ def ticket_of(model: nn.Module, seed: int = 0, density: float = 0.2) -> Ticket:
 
 def steps(stepper: Stepper, count: int = STEPS) -> list[float]:
     generator = torch.Generator().manual_seed(5)
+    dtype = next(stepper.model.parameters()).dtype
     stepper.model.train()
     losses = []
     for _ in range(count):
         images = torch.randn(8, 1, 16, 16, generator=generator)
         labels = torch.randint(0, 10, (8,), generator=generator)
-        losses.append(float(stepper.step(images, labels)))
+        losses.append(float(stepper.step(images.to(dtype), labels)))
     return losses
 
 
-def masked(name: str, config: TrainingConfig, ticket: Ticket) -> MaskedStepper:
-    return MaskedStepper(make_model(name), config, 10, list(ticket.masks)).begin(ticket)
+def masked(
+    name: str, config: TrainingConfig, ticket: Ticket, dtype: torch.dtype = torch.float32
+) -> MaskedStepper:
+    model = make_model(name).to(dtype)
+    return MaskedStepper(model, config, 10, list(ticket.masks)).begin(ticket)
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "test_vit", "test_nfnet"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "kind"), grid(["test_byobnet", "test_vit", "test_nfnet"], CONFIGS)
+)
 def test_survivors_are_trained_as_compact_ones_are(name: str, kind: str) -> None:
-    model, config = make_model(name), CONFIGS[kind]
+    model, config = make_model(name).double(), CONFIGS[kind]
     ticket = ticket_of(model)
-    ours = masked(name, config, ticket)
+    ours = masked(name, config, ticket, torch.float64)
     theirs = PlainStepper(compact(model, ticket), config, 10)
-    assert steps(ours) == pytest.approx(steps(theirs), rel=1e-4)
+    assert steps(ours) == pytest.approx(steps(theirs), rel=1e-6)
     found, expected = ours.model.state_dict(), densify(model).state_dict()
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -158,7 +165,9 @@ def test_a_gpu_has_masks_where_that_comes_to_the_same() -> None:
 # IRP
 
 
-@pytest.mark.parametrize("changes", [{}, {"rewind_steps": 1}, {"live": True}])
+@pytest.mark.parametrize(
+    "changes", few([{}, {"rewind_steps": 1}, {"live": True}], [{"rewind_steps": 1}])
+)
 def test_irp_with_masks_finds_the_masks_of_irp_with_compact_weights(
     tmp_path: Path, changes: dict
 ) -> None:
@@ -234,7 +243,9 @@ def test_a_ticket_trained_with_masks_is_the_one_trained_compact(
 ) -> None:
     run = store.read_run(irp.run_irp(quick_irp(str(tmp_path / "corpus"))))
     ticket = run.ticket(2)
-    config = SparseTrainConfig(training=replace(QUICK, epochs=2))
+    # Adam would divide by the size of gradients that are nothing but rounding.
+    rule = replace(QUICK, epochs=2, optimizer="momentum", learning_rate=0.05)
+    config = SparseTrainConfig(training=rule)
     shared = MaskedStepper(make_model(), config.training, 3, list(ticket.masks))
     makers = {
         "masked": lambda model, steps: shared.begin(ticket),
@@ -247,6 +258,8 @@ def test_a_ticket_trained_with_masks_is_the_one_trained_compact(
         trained[way] = Ticket.load(cell.folder / "trained.safetensors")
     assert found["masked"]["kept"] == found["compact"]["kept"]
     assert found["masked"]["parameters"] == found["compact"]["parameters"]
+    # Six steps in float32: 6 * 0.05 * sqrt(1000 terms) * 2^-24 = 6e-7 of gradients below ten, times
+    # what batch norm and later steps make of it.
     assert found["masked"]["test_loss"] == pytest.approx(found["compact"]["test_loss"], rel=1e-3)
     for name, values in trained["compact"].values.items():
         assert torch.equal(trained["masked"].masks[name], trained["compact"].masks[name])

@@ -42,7 +42,12 @@ def _inspect_file(path: str) -> None:
         live = ticket.card.pop("live", {})
         _print_card(ticket.card)
         print_table([
-            {**row, "shape": "x".join(map(str, row["shape"])), "live": live.get(row["layer"], "?")}
+            {
+                **row,
+                "shape": "x".join(map(str, row["shape"])),
+                "live": live.get(row["layer"], "?"),
+                "units": _units(ticket.masks[row["layer"]]),
+            }
             for row in ticket.table()
         ])  # fmt: skip
     elif kind == "autos":
@@ -58,6 +63,11 @@ def _inspect_file(path: str) -> None:
         print_table(levels)
     else:
         raise UsageError(f"{path} is no ticket, IRP run or AutoS file")
+
+
+def _units(mask: Any) -> str:
+    """Return how many outputs of a layer keep a weight, of how many."""
+    return f"{int(mask.flatten(1).any(1).sum())}/{len(mask)}"
 
 
 def _print_card(card: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ def ham(
     @torch.no_grad()
     def after(stepped: torch.optim.Optimizer, *_: Any) -> None:
         for weight, rate in weights_of(stepped):
+            assert weight.grad is not None
             exponent = weight.sign().mul_(weight.grad).mul_(alpha).add_(beta).mul_(-rate)
             weight.mul_(exponent.clamp_(-LARGEST, LARGEST).exp_())
 

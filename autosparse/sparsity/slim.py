@@ -1,0 +1,103 @@
+"""Exact slimming: channels, heads, hidden units and branches without effect are cut out.
+
+Pruned weights are zeros in a dense network, which is as large and slow as before. Here all units go
+that nobody listens to, or that say the same whatever the image is; what these add as a constant is
+added further on. In eval mode the smaller network gives the same logits for every image.
+
+The network is traced by `torch.export`, and what comes out is a graph module of plain PyTorch with
+the names of before: `layer1.0.conv1.weight`, smaller. See docs/slimming.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autosparse.core.errors import RunFailed, UsageError
+from autosparse.models.zoo import check_values, device_of, expected_shape, unwrapped
+from autosparse.sparsity.slim_choice import Choice
+from autosparse.sparsity.slim_constants import facts
+from autosparse.sparsity.slim_fold import fold
+from autosparse.sparsity.slim_graph import traced
+from autosparse.sparsity.slim_moves import Moves
+from autosparse.sparsity.slim_rewrite import rewrite
+
+TOLERANCE = 1e-5
+"""How far logits may be from those of before, relative to their size, in float32."""
+
+
+def slim(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
+    """Return a smaller network with the same logits in eval mode; `model` is not changed.
+
+    Args:
+        model: dense (see `densify`), with zeros where it is pruned. It gives one tensor.
+        images: two or more [N, C, H, W], of which only the shape counts; by default of the size
+            that the model was built for. The smaller network takes images of this size, in batches
+            of any.
+
+    Returns a graph module. Its `slimmed` attribute tells parameters before and after, the shapes
+    that changed, and which operators kept all they read as it was.
+    Raises UsageError where the network cannot be traced, RunFailed should logits differ.
+    """
+    model = unwrapped(model)
+    check_values(model)
+    images = _images(model, images)
+    small = traced(model, images)
+    before = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
+    dtype = next(model.parameters()).dtype
+    found = facts(small, images)
+    fold(small, found, dtype)
+    found = facts(small, images)
+    rules = Moves(small, found)
+    rewrite(small, found, rules, Choice(rules))
+    _check(model, small, images)
+    small.slimmed = _report(before, small, dict(rules.kept_whole))  # type: ignore[assignment]
+    return small
+
+
+def _images(model: nn.Module, images: Tensor | None) -> Tensor:
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    if images is None:
+        shape = expected_shape(model)
+        if shape is None:
+            raise UsageError(
+                f"{type(model).__name__} does not tell what images it takes: give `images`"
+            )
+        images = torch.zeros(2, *shape)
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(2, len(images)), *images.shape[1:])
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+@torch.no_grad()
+def _check(model: nn.Module, small: nn.Module, images: Tensor) -> None:
+    was_training = model.training
+    expected = model.eval()(images)
+    model.train(was_training)
+    if not isinstance(expected, Tensor):
+        raise UsageError(f"{type(model).__name__} gives no tensor of logits, so it is not slimmed")
+    off = float((small(images) - expected).abs().max())
+    size = max(1.0, float(expected.abs().max()))
+    rounding = torch.finfo(images.dtype).eps / torch.finfo(torch.float32).eps
+    if not off <= TOLERANCE * size * max(1.0, rounding):
+        raise RunFailed(
+            f"slimming {type(model).__name__} changed a logit by {off:.3g}, of {size:.3g} at most: "
+            "that is a fault of slimming; export it without"
+        )
+
+
+def _report(
+    before: dict[str, tuple[int, ...]], small: nn.Module, kept_whole: dict[str, int]
+) -> dict[str, Any]:
+    after = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
+    return {
+        "parameters": [sum(torch.Size(s).numel() for s in x.values()) for x in (before, after)],
+        "changed": {
+            name: [list(shape), list(after[name]) if name in after else None]
+            for name, shape in before.items()
+            if after.get(name) != shape
+        },
+        "kept_whole": kept_whole,
+    }

@@ -1,0 +1,79 @@
+"""Which units can go: those that nobody listens to, or that say the same whatever the image is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autosparse.sparsity.slim_rules import Rules, Site
+from autosparse.sparsity.slim_units import STAYS, Positions
+
+
+class Choice:
+    """The units that stay.
+
+    To begin with all go but those that some operator needs whole. A unit comes back where a sum
+    that stays needs one of its channels, until nothing changes: the largest set of units that can
+    go together.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.units = rules.units
+        self.stays = np.zeros(len(rules.units.parent), dtype=bool)
+        self.stays[STAYS] = True
+        self._parts: dict[int, tuple[int, ...]] = {}
+        sites = [(site, self._table(site.reads), self._rows(site)) for site in rules.sites]
+        axes = {p.tobytes(): p for dims in rules.dims.values() for p in _all(dims)}
+        tables = [self._table(positions) for positions in axes.values()]
+        while sum(self._listen(*each) for each in reversed(sites)) or self._fill(tables):
+            pass  # Every site listens once more.
+
+    def kept(self, positions: Positions) -> np.ndarray | None:
+        """Return the places along a dimension that stay, or None where all do."""
+        if positions is None:
+            return None
+        stay = self._staying(self._table(positions))
+        return None if stay.all() else np.flatnonzero(stay)
+
+    def staying(self, positions: np.ndarray) -> np.ndarray:
+        """Return bool, like `positions`: which of them stay."""
+        return self._staying(self._table(positions))
+
+    def _staying(self, table: np.ndarray) -> np.ndarray:
+        return np.asarray(self.stays[table].all(1))
+
+    def _table(self, positions: np.ndarray) -> np.ndarray:
+        """Return a row per position: the units that all have to stay, filled up with `STAYS`."""
+        parts = []
+        for unit in positions.tolist():
+            if unit not in self._parts:
+                self._parts[unit] = self.units.parts(unit)
+            parts.append(self._parts[unit])
+        table = np.full((len(parts), max(map(len, parts), default=1) or 1), STAYS)
+        for row, each in zip(table, parts, strict=True):
+            row[: len(each)] = each
+        return table
+
+    def _rows(self, site: Site) -> np.ndarray | None:
+        return None if site.gives is None else self._table(site.gives)
+
+    def _listen(self, site: Site, reads: np.ndarray, rows: np.ndarray | None) -> bool:
+        """Bring back the units that a site needs; return whether there were any."""
+        count = 0 if site.used is None else site.used.shape[0] * site.used.shape[1]
+        rows_stay = np.ones(count, dtype=bool) if rows is None else self._staying(rows)
+        needed = site.needed(rows_stay) & ~site.can_go & ~self._staying(reads)
+        self.stays[reads[needed]] = True
+        return bool(needed.any())
+
+    def _fill(self, tables: list[np.ndarray]) -> bool:
+        """Bring the first unit of a dimension back that would be left without any."""
+        for table in tables:
+            if len(table) and not self._staying(table).any():
+                self.stays[table[0]] = True
+                return True
+        return False
+
+
+def _all(dims: object) -> list[np.ndarray]:
+    if isinstance(dims, np.ndarray):
+        return [dims]
+    return [each for inner in dims for each in _all(inner)] if isinstance(dims, list) else []

@@ -1,0 +1,328 @@
+"""What a network computes whatever the image is: constants, element by element.
+
+The graph is computed once in float64. Beside each tensor runs a bool tensor of its shape: does the
+element hear of the image? What does not is a constant, and its value is known. Nothing is guessed:
+an operator without a rule lets everything hear that could.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autosparse.sparsity.slim_graph import (
+    CONVOLUTIONS,
+    argument,
+    dimension,
+    is_pointwise,
+    op_name,
+    tensor_at,
+)
+
+MOVES = {
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
+    "movedim", "unsqueeze", "squeeze", "expand", "cat", "stack", "slice", "split",
+    "split_with_sizes", "chunk", "unbind", "select", "getitem", "clone", "contiguous", "roll",
+    "flip", "repeat", "alias", "detach", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "im2col", "unfold", "narrow", "index", "index_select", "dropout", "lift_fresh_copy",
+    "tile", "rot90", "view_as", "reshape_as", "expand_as", "feature_dropout", "alpha_dropout",
+}  # fmt: skip
+"""They only move elements, so what hears moves alike."""
+POOLS = {
+    "max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool1d",
+    "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "mean", "sum", "amax",
+}  # fmt: skip
+"""Weighted with what is never negative: an output hears if one of its inputs does."""
+CASTS = {"to", "_to_copy", "type_as"}
+CLOSE = 1e-12
+"""Two float64 values are one constant if they differ by less, relative to the largest."""
+
+
+@dataclass
+class Heard:
+    """What a convolution or linear layer reads, along the dimension that it sums over."""
+
+    constant: Tensor
+    """bool [channels]: at no place does the channel hear of the image."""
+    zero: Tensor
+    """bool [channels]: constant, and zero everywhere."""
+    values: Tensor
+    """float64 [1, …]: the input with zeros in channels that are not constant."""
+
+
+@dataclass
+class Facts:
+    """What is known of a graph after it was computed once."""
+
+    shapes: dict[fx.Node, Any] = field(default_factory=dict)
+    """Shape of every tensor (a list of them where an operator gives several)."""
+    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    """Tensors that do not depend on the image at all."""
+    heard: dict[fx.Node, Heard] = field(default_factory=dict)
+    zero_products: dict[fx.Node, Tensor] = field(default_factory=dict)
+    """Per product of two signals, bool [summed]: one of both factors is zero there."""
+
+
+@torch.no_grad()
+def facts(module: fx.GraphModule, images: Tensor) -> Facts:
+    """Compute the graph for `images` [2, C, H, W] and tell what is constant."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # For tensors that the graph itself makes.
+    try:
+        return _facts(module, images)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
+    found, run = Facts(), _Run()
+    last = _last_uses(module.graph)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            value = images.double()
+            run.values[node], run.hears[node] = value, torch.ones_like(value, dtype=torch.bool)
+        elif node.op == "get_attr":
+            value = tensor_at(module, str(node.target)).detach()
+            run.values[node] = value.double() if value.is_floating_point() else value
+        elif node.op == "call_function":
+            run.compute(node)
+            _note(found, run, node)
+        if node in run.values:
+            found.shapes[node] = _shapes(run.values[node])
+        for gone in last.get(node, ()):
+            run.values.pop(gone, None)
+            run.hears.pop(gone, None)
+    return found
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    last = {}
+    for node in graph.nodes:
+        for each in (node, *node.all_input_nodes):
+            last[each] = node
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for each, node in last.items():
+        uses.setdefault(node, []).append(each)
+    return uses
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return [_shapes(each) for each in value] if isinstance(value, list | tuple) else None
+
+
+def _note(found: Facts, run: _Run, node: fx.Node) -> None:
+    value, name = run.values[node], op_name(node)
+    args: Any = node.args
+    if isinstance(value, Tensor) and run.hears.get(node) is None:
+        found.constants[node] = value
+    if (name in CONVOLUTIONS or name == "linear") and len(found.shapes[args[0]]) > 1:
+        found.heard[node] = _heard(run, args[0], 1 if name in CONVOLUTIONS else -1)
+    elif name in ("matmul", "bmm"):
+        first, second = args[:2]
+        if len(found.shapes[first]) > 1 and len(found.shapes[second]) > 1:
+            found.zero_products[node] = run.zeros(first, -1) | run.zeros(second, -2)
+    elif name == "scaled_dot_product_attention":
+        found.zero_products[node] = run.zeros(args[0], -1) | run.zeros(args[1], -1)
+
+
+def _heard(run: _Run, node: Any, dim: int) -> Heard:
+    value, hears = run.values[node].movedim(dim, 1), run.hears.get(node)
+    spread = value.amax(0) - value.amin(0)
+    alike = spread <= CLOSE * value.abs().amax().clamp(min=1)
+    constant = alike.reshape(len(alike), -1).all(1)
+    if hears is not None:
+        constant = constant & ~hears.movedim(dim, 0).flatten(1).any(1)
+    zero = constant & (value == 0).transpose(0, 1).flatten(1).all(1)
+    values = value[:1] * constant.view(1, -1, *[1] * (value.dim() - 2))
+    return Heard(constant, zero, values.movedim(1, dim))
+
+
+class _Run:
+    """Values so far, and which of their elements hear of the image (absent: none does)."""
+
+    def __init__(self) -> None:
+        self.values: dict[fx.Node, Any] = {}
+        self.hears: dict[fx.Node, Any] = {}
+        self.shares: set[fx.Node] = set()
+        """Softmax over the last dimension: rows that sum to one."""
+
+    def compute(self, node: fx.Node) -> None:
+        """Compute a node's value and which of its elements hear."""
+        value = self._call(node, self.values.__getitem__)
+        self.values[node] = value
+        heard = [each for each in node.all_input_nodes if self.hears.get(each) is not None]
+        if not heard or not _has_floats(value):
+            return
+        hears = self._hears(node, value)
+        if isinstance(hears, Tensor):
+            hears = None if not hears.any() else hears.expand(value.shape)
+        self.hears[node] = hears
+
+    def zeros(self, node: fx.Node, dim: int) -> Tensor:
+        """Return bool [size of `dim`]: constant zero at every other place."""
+        value, hears = self.values[node], self.hears.get(node)
+        quiet = value == 0 if hears is None else (value == 0) & ~hears
+        return quiet.movedim(dim, 0).flatten(1).all(1)
+
+    def _call(self, node: fx.Node, of: Any) -> Any:
+        args = fx.node.map_arg(node.args, of)
+        kwargs = fx.node.map_arg(node.kwargs, of)
+        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _of(self, node: fx.Node) -> Any:
+        """Return 1.0 where an element hears, else 0.0; what is no signal as it is."""
+        hears, value = self.hears.get(node), self.values[node]
+        if isinstance(hears, list):
+            return [
+                torch.zeros_like(v, dtype=torch.float32) if h is None else h.float()
+                for h, v in zip(hears, value, strict=True)
+            ]
+        if hears is not None:
+            return hears.float()
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return torch.zeros_like(value, dtype=torch.float32)
+        return value
+
+    def _hears(self, node: fx.Node, value: Any) -> Any:
+        name = op_name(node)
+        rule = getattr(self, f"_{name.lstrip('_')}", None)
+        if rule is not None:
+            return rule(node, value)
+        if name in CONVOLUTIONS or name == "linear":
+            return self._weighted(node, value)
+        if name in MOVES:
+            self._pass_shares(node, name)
+            return _marks(self._call(node, self._of))
+        if name in POOLS:
+            return self._call(node, self._of) > 0
+        if name in ("constant_pad_nd", "pad"):
+            return self._padded(node, value)
+        if is_pointwise(node) or name in CASTS:
+            self._pass_shares(node, name)
+            found = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+            for each in node.all_input_nodes:
+                if self.hears.get(each) is not None:
+                    found = found | self.hears[each]
+            return found
+        return _everything(value)
+
+    def _pass_shares(self, node: fx.Node, name: str) -> None:
+        same = name in ("dropout", "clone", "contiguous", "alias", "detach", *CASTS)
+        if same and node.args and node.args[0] in self.shares:
+            self.shares.add(node)
+
+    def _padded(self, node: fx.Node, value: Tensor) -> Tensor:
+        mode = argument(node, "mode", "constant") if op_name(node) == "pad" else "constant"
+        if mode != "constant":
+            return self._call(node, self._of) > 0
+        padding = argument(node, "pad")
+        return torch.nn.functional.pad(self._of(node.args[0]), padding) > 0  # type: ignore
+
+    def _weighted(self, node: fx.Node, value: Tensor) -> Tensor:
+        if self.hears.get(node.args[1]) is not None:  # type: ignore[arg-type]
+            return torch.ones_like(value, dtype=torch.bool)
+        signal = self._of(node.args[0])  # type: ignore[arg-type]
+        weight = (self.values[node.args[1]] != 0).float()  # type: ignore[index]
+        rest = fx.node.map_arg(node.args[3:], self.values.__getitem__)
+        return node.target(signal, weight, None, *rest, **node.kwargs) > 0.5  # type: ignore
+
+    def _mul(self, node: fx.Node, value: Tensor) -> Tensor:
+        """Zero times anything is zero."""
+        first, second = node.args[:2]
+        found = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+        for one, other in ((first, second), (second, first)):
+            hears = self.hears.get(one) if isinstance(one, fx.Node) else None
+            if hears is not None:
+                found = found | (hears & self._may_differ_from_zero(other))
+        return found
+
+    def _may_differ_from_zero(self, operand: Any) -> Any:
+        if not isinstance(operand, fx.Node):
+            return torch.tensor(operand != 0)
+        hears, value = self.hears.get(operand), self.values[operand]
+        if not isinstance(value, Tensor):
+            return torch.tensor(value != 0)
+        return value != 0 if hears is None else (value != 0) | hears
+
+    def _batch_norm(self, node: fx.Node, value: Tensor) -> Tensor:
+        hears = self.hears[node.args[0]]  # type: ignore[index]
+        weight = node.args[1]
+        if weight is None or argument(node, "training"):
+            return _everything(value) if argument(node, "training") else hears
+        scale = self.values[weight]  # type: ignore[index]
+        return hears & (scale != 0).view(1, -1, *[1] * (hears.dim() - 2))
+
+    def _native_batch_norm_legit_no_training(self, node: fx.Node, value: Any) -> list[Tensor]:
+        hears, scale = self.hears[node.args[0]], self.values[node.args[1]]  # type: ignore
+        found = hears & (scale != 0).view(1, -1, *[1] * (hears.dim() - 2))
+        return [found, *(torch.zeros_like(each, dtype=torch.bool) for each in value[1:])]
+
+    def _layer_norm(self, node: fx.Node, value: Tensor) -> Tensor:
+        count = len(argument(node, "normalized_shape"))
+        return self._over(node.args[0], tuple(range(-count, 0)))
+
+    _rms_norm = _layer_norm
+
+    def _softmax(self, node: fx.Node, value: Tensor) -> Tensor:
+        dim = dimension(argument(node, "dim"), value.dim())
+        if dim == value.dim() - 1:
+            self.shares.add(node)
+        return self._over(node.args[0], (dim,))
+
+    _log_softmax = _softmax
+
+    def _over(self, node: Any, dims: tuple[int, ...]) -> Tensor:
+        hears = self.hears[node]
+        return hears.float().amax(dims, keepdim=True).bool().expand(hears.shape)
+
+    def _matmul(self, node: fx.Node, value: Tensor) -> Tensor:
+        first, second = node.args[:2]
+        one, other = (self._of(each).float() for each in (first, second))  # type: ignore
+        if first in self.shares and other.dim() > 1:  # Rows sum to one: a constant stays.
+            return self._averaged(one.amax(-1, keepdim=True) > 0, second)
+        sure = torch.matmul(one, self._may_differ_from_zero(second).float())
+        return sure + torch.matmul(self._may_differ_from_zero(first).float(), other) > 0.5
+
+    _bmm = _matmul
+
+    def _averaged(self, moves: Tensor, node: Any) -> Tensor:
+        """Which means of rows hear, where `moves` says which means are taken otherwise."""
+        value, hears = self.values[node], self._of(node).bool()
+        spread = value.amax(-2, keepdim=True) - value.amin(-2, keepdim=True)
+        alike = spread <= CLOSE * value.abs().amax().clamp(min=1)
+        return hears.any(-2, keepdim=True) | (moves & ~alike)
+
+    def _scaled_dot_product_attention(self, node: fx.Node, value: Tensor) -> Tensor:
+        query, key, values = node.args[:3]
+        moves = self._of(query).amax(-1, keepdim=True) + self._of(key).amax((-1, -2), True)  # type: ignore
+        mask = argument(node, "attn_mask")
+        if isinstance(mask, fx.Node) and self.hears.get(mask) is not None:
+            return _everything(value)
+        if self.values[key].shape[:-2] != self.values[query].shape[:-2]:  # type: ignore[index]
+            return _everything(value)  # Heads that share keys.
+        return self._averaged(moves > 0, values)
+
+
+def _has_floats(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_floats(each) for each in value)
+    return isinstance(value, Tensor)
+
+
+def _marks(found: Any) -> Any:
+    if isinstance(found, list | tuple):
+        return [each > 0 for each in found]
+    return found > 0
+
+
+def _everything(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [torch.ones_like(each, dtype=torch.bool) for each in value]
+    return torch.ones_like(value, dtype=torch.bool)

@@ -1,0 +1,85 @@
+"""A study from either way in: failures named, every cell tracked, the best registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autosparse.core.errors import RunFailed
+from autosparse.core.files import read_json
+from autosparse.integrations import registry, studies
+from autosparse.integrations.mlflow import RUN_FILE, client, found_or_made
+from autosparse.study import plan, table
+from autosparse.study.trainings import RESULT
+from tests.study.small import comparison
+
+
+@pytest.fixture()
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path / "mlflow.db"
+
+
+def test_a_comparison_goes_on_after_a_failure_and_its_best_is_registered(
+    tmp_path: Path, database: Path
+):
+    settings = comparison(
+        tmp_path / "out", criteria=["magnitude"], seeds=[0], twins=["shuffled"], tracking=True,
+        variations=[{"optimizer": "sgd", "learning_rate": 1e30}, {}],
+    )  # fmt: skip
+    done = studies.run(settings)
+    assert [cell.state for cell in done.cells] == ["failed"] * 3 + ["finished"] * 3
+    with pytest.raises(RunFailed, match="3 of 6 cells failed"):
+        studies.raise_if_failed(done)
+    found, experiment = client(done.folder)
+    runs = {run.data.tags.get("cell"): run for run in found.search_runs([experiment])}
+    assert {cell.key for cell in done.cells} | {None} == set(runs)
+    for cell in done.cells:
+        run = runs[cell.key]
+        assert run.data.tags["mlflow.parentRunId"] == runs[None].info.run_id
+        assert run.info.status == ("FINISHED" if cell.over else "FAILED")
+        if cell.over:
+            assert run.data.metrics["final/test_accuracy"] == cell.result()["test_accuracy"]
+    table.write_report(settings, table.table(done.cells), done.cells)
+    rows = registry.add(done.folder)
+    assert [(row["model"], row["aliases"]) for row in rows] == [
+        ("test_byobnet-sparse", "champion, sparsity-50")
+    ]
+
+
+def test_runs_that_an_earlier_version_made_are_the_cells(tmp_path: Path, database: Path):
+    """A comparison's cells had runs that their folders name, without a tag of the cell."""
+    settings = comparison(
+        tmp_path / "out", criteria=["magnitude"], seeds=[0], twins=[], tracking=False
+    )
+    done = studies.run(settings)
+    found, experiment = client(done.folder)
+    parent, _ = found_or_made(found, experiment, done.folder, "compare", {})
+    for cell in done.cells:
+        tags = {"mlflow.parentRunId": parent}
+        run, _ = found_or_made(found, experiment, cell.folder, cell.name, tags)
+        found.set_terminated(run)
+    before = len(found.search_runs([experiment]))
+    again = studies.run(comparison(
+        tmp_path / "out", criteria=["magnitude"], seeds=[0], twins=[], tracking=True
+    ))  # fmt: skip
+    assert len(again.found) == 2
+    runs = found.search_runs([experiment])
+    assert len(runs) == before == 3
+    for cell in again.cells:
+        run = found.get_run(read_json(cell.folder / RUN_FILE)["run_id"])
+        assert run.data.tags["cell"] == cell.key
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_deepspeed_trains_cells_that_a_comparison_finds(tmp_path: Path):
+    changes = {"criteria": ["magnitude"], "seeds": [0], "twins": ["shuffled"]}
+    done = studies.run(comparison(tmp_path / "out", executor="deepspeed", **changes))
+    assert [cell.state for cell in done.cells] == ["finished"] * 3
+    for cell in done.cells:
+        settings = read_json(cell.folder / "settings.json")
+        assert settings["ranks"] == 2 and settings["deepspeed"]["zero_optimization"]["stage"] == 1
+    here = plan.cells(comparison(tmp_path / "out", **changes))
+    assert all((cell.folder / RESULT).is_file() and cell.over for cell in here)

@@ -1,0 +1,254 @@
+"""Smaller networks with the same logits; which units go is worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autosparse import slim
+from autosparse.core.errors import UsageError
+from tests.sparsity.slimming import images_of, same_logits, spoilt
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(each.shape) for name, each in model.named_parameters()}
+
+
+def zero(tensor: Tensor, *index: object) -> None:
+    with torch.no_grad():
+        tensor[index] = 0
+
+
+class Convs(nn.Module):
+    """Two convolutions with zero padding, a norm between them, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 3, 3, padding=1)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv2(F.relu(self.norm(self.conv1(images))))
+        return self.head(F.relu(hidden).mean((2, 3)))
+
+
+def convs() -> Convs:
+    torch.manual_seed(0)
+    model = Convs().eval()
+    with torch.no_grad():
+        model.norm.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.1]))
+        model.norm.running_var.copy_(torch.tensor([0.5, 2.0, 1.5, 1.0]))
+        model.norm.bias.copy_(torch.tensor([0.3, 0.5, -2.0, 0.2]))
+    zero(model.conv1.weight, slice(1, 3))  # Channel 1 is 0.5 + 0.2 / sqrt(2) then, channel 2 zero.
+    zero(model.conv2.weight, slice(None), 3)  # Nobody listens to channel 3.
+    return model
+
+
+def test_channels_that_are_constant_or_unheard_go() -> None:
+    model = convs()
+    images = torch.randn(2, 1, 6, 7)
+    small = slim(model, images)
+    assert shapes(small)["conv1.weight"] == [1, 1, 3, 3]
+    assert shapes(small)["norm.weight"] == [1]
+    assert shapes(small)["conv2.weight"] == [3, 1, 3, 3]
+    same_logits(small, model, images)
+    assert small.slimmed["parameters"] == [
+        sum(p.numel() for p in each.parameters()) for each in (model, small)
+    ]
+    assert small.slimmed["changed"]["norm.weight"] == [[4], [1]]
+
+
+def test_zeros_around_the_picture_are_exact_and_cost_three_rows() -> None:
+    """A constant channel differs at the edges only after a 3x3 kernel: [1, 3, 3, 3] holds all."""
+    small = slim(convs(), torch.zeros(2, 1, 6, 7))
+    constants = {n: list(each.shape) for n, each in small.named_buffers() if "constants" in n}
+    assert [1, 3, 3, 3] in constants.values()
+    constant = torch.full((1, 1, 6, 7), 0.5 + 0.2 / 2.0**0.5 / (1 + 1e-5 / 2) ** 0.5)
+    expected = F.conv2d(constant, convs().conv2.weight[:, 1:2], padding=1)
+    found = small.constants.conv2d_1 if hasattr(small, "constants") else torch.zeros(0)
+    torch.testing.assert_close(found[0, :, 1, 1], expected[0, :, 2, 3])
+    torch.testing.assert_close(found[0, :, 0, 0], expected[0, :, 0, 0])
+
+
+def test_the_model_is_left_alone() -> None:
+    model = convs().train()
+    before = copy.deepcopy(model.state_dict())
+    slim(model, torch.zeros(2, 1, 6, 6))
+    assert model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_a_hidden_unit_without_input_goes_into_the_next_bias() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)).eval()
+    zero(model[1].weight, 2)
+    small = slim(model, torch.randn(2, 1, 2, 2))
+    assert shapes(small) == {"1.weight": [4, 4], "1.bias": [4], "3.weight": [3, 4], "3.bias": [3]}
+    added = model[3].weight[:, 2] * F.gelu(model[1].bias[2])
+    torch.testing.assert_close(small.get_parameter("3.bias"), model[3].bias + added)
+
+
+class Residual(nn.Module):
+    """x + f(x), twice, of 1x1 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 1)
+        self.one, self.two = (
+            nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)) for _ in range(2)
+        )
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.stem(images)
+        found = found + self.one(found)
+        found = found + self.two(found)
+        return self.head(found.mean((2, 3)))
+
+
+def test_a_channel_of_a_sum_goes_where_no_summand_moves_it() -> None:
+    torch.manual_seed(0)
+    model, images = Residual().eval(), torch.randn(2, 1, 5, 5)
+    for layer in (model.stem, model.one[2], model.two[2]):
+        zero(layer.weight, 1)
+    for layer in (model.stem, model.one[2]):
+        zero(layer.weight, 2)  # The second block still writes channel 2.
+    small = slim(model, images)
+    assert shapes(small)["stem.weight"] == [3, 1, 1, 1]
+    assert shapes(small)["two.2.weight"] == [3, 6, 1, 1]
+    same_logits(small, model, images)
+
+
+def test_a_whole_branch_goes() -> None:
+    torch.manual_seed(0)
+    model, images = Residual().eval(), torch.randn(2, 1, 5, 5)
+    zero(model.one[2].weight)
+    small = slim(model, images)
+    assert not any(name.startswith("one") for name in shapes(small))
+    same_logits(small, model, images)
+
+
+def test_where_nothing_lives_logits_are_a_constant_for_any_batch() -> None:
+    model = convs()
+    zero(model.conv2.weight)
+    small = slim(model, torch.zeros(2, 1, 6, 6))
+    assert not shapes(small)
+    for count in (1, 3):
+        same_logits(small, model, torch.randn(count, 1, 6, 6))
+
+
+class Groups(nn.Module):
+    """Depthwise and grouped convolutions, concatenation and squeeze-excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
+        self.squeeze, self.excite = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        one = F.relu(self.stem(images))
+        found = self.grouped(torch.cat([one, F.relu(self.depthwise(one))], 1))
+        gate = self.excite(F.relu(self.squeeze(found.mean((2, 3), keepdim=True))))
+        return self.head((found * gate.sigmoid()).mean((2, 3)))
+
+
+def test_groups_go_as_a_whole() -> None:
+    """Group 1 reads channels 2 and 3, group 3 the same after the depthwise convolution."""
+    torch.manual_seed(0)
+    model, images = Groups().eval(), torch.randn(2, 3, 6, 6)
+    for group in (1, 3):
+        zero(model.grouped.weight, slice(2 * group, 2 * group + 2))
+        zero(model.grouped.bias, slice(2 * group, 2 * group + 2))
+    small = slim(model, images)
+    found = shapes(small)
+    assert found["stem.weight"] == [2, 3, 1, 1]
+    assert found["depthwise.weight"] == [2, 1, 3, 3]
+    assert found["grouped.weight"] == [4, 2, 3, 3]
+    assert found["squeeze.weight"] == [2, 4, 1, 1]
+    assert found["excite.weight"] == [4, 2, 1, 1]
+    same_logits(small, model, images)
+
+
+class Attention(nn.Module):
+    """Three heads of four, and a hidden layer behind a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.norm = nn.LayerNorm(6)
+        self.qkv, self.out = nn.Linear(6, 36), nn.Linear(12, 6)
+        self.hidden, self.back = nn.Linear(6, 7), nn.Linear(7, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.embed(images.flatten(1, 2))
+        heads = self.qkv(self.norm(found)).reshape(found.shape[0], -1, 3, 3, 4)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        found = found + self.out(mixed.transpose(1, 2).flatten(2))
+        return self.back(F.gelu(self.hidden(self.norm(found)))).mean(1)
+
+
+@pytest.mark.parametrize("dead", ["values", "projection"])
+def test_a_head_goes_with_its_projections(dead: str) -> None:
+    torch.manual_seed(0)
+    model, images = Attention().eval(), torch.randn(2, 1, 3, 5)
+    if dead == "values":
+        zero(model.qkv.weight, slice(24 + 4, 24 + 8))  # Its values are the bias, which is added.
+    else:
+        zero(model.out.weight, slice(None), slice(4, 8))
+    zero(model.hidden.weight, slice(0, 2))
+    small = slim(model, images)
+    found = shapes(small)
+    assert found["qkv.weight"] == [24, 6] and found["out.weight"] == [6, 8]
+    assert found["hidden.weight"] == [5, 6] and found["back.weight"] == [6, 5]
+    same_logits(small, model, images)
+
+
+def test_channels_that_a_layer_norm_reads_stay() -> None:
+    torch.manual_seed(0)
+    model, images = Attention().eval(), torch.randn(2, 1, 3, 5)
+    zero(model.embed.weight, 3)
+    zero(model.out.weight, 3)
+    small = slim(model, images)
+    assert shapes(small)["embed.weight"] == [6, 5]
+    assert small.slimmed["kept_whole"]["layer_norm"] > 0
+    same_logits(small, model, images)
+
+
+class Undecided(nn.Module):
+    """What it computes hangs on the values of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.flatten(1)) if images.sum() > 0 else images.flatten(1)
+
+
+def test_what_cannot_be_traced_is_told_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"Undecided cannot be traced by torch\.export") as caught:
+        slim(Undecided(), torch.zeros(2, 1, 2, 2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("density", "dead"), [(0.05, 0), (0.2, 5), (0.001, 0)])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_random_masks(name: str, density: float, dead: int) -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 32} if "vit" in name else {}
+    model = spoilt(timm.create_model(name, num_classes=10, **options), density, dead)
+    images = images_of(32)
+    small = slim(model, images)
+    assert small.slimmed["parameters"][1] < small.slimmed["parameters"][0]
+    same_logits(small, model, images)
