@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from filelock import FileLock
 
@@ -93,13 +95,16 @@ class RemoteFolder(Folder):
                 raise UsageError(problem) from None
 
     def _fetch(self, name: str, path: Path) -> None:
-        from fsspec.core import url_to_fs
+        import fsspec
 
         url = f"{self.root}/{name}"
         try:
-            system, where = url_to_fs(url)
-            with replacing(path) as temporary:
-                system.get_file(where, str(temporary))
+            with (
+                fsspec.open(url, "rb") as content,
+                replacing(path) as temporary,
+                temporary.open("wb") as file,
+            ):
+                shutil.copyfileobj(cast(BinaryIO, content), file, 1 << 20)
         except FileNotFoundError:
             raise UsageError(f"{url} is not there, or its server cannot be reached") from None
         except Exception as error:  # Each file system of fsspec raises errors of its own.

@@ -338,12 +338,12 @@ def test_verify_notices_an_index_that_lies(pets, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["needs a path"]),
-        (["pak", "a", "b"], ["shards action 'pak'", "'pack'"]),
-        (["pack", "a"], ["what to pack and a folder"]),
+        ([], ["needs one of pack, verify, index"]),
+        (["pak", "a", "b"], ["command of autosparse shards 'pak'", "'pack'"]),
+        (["pack", "a"], ["required: folder"]),
         (["pack", "nowhere", "b"], ["nowhere is not a folder"]),
         (["pack", "a", "b", "--qality", "3"], ["'qality'", "'quality'"]),
-        (["verify"], ["takes one folder of shards"]),
+        (["verify"], ["required: path"]),
         (["verify", "nowhere"], [MANIFEST]),
         (["index", "nowhere"], ["holds no tar"]),
     ],
