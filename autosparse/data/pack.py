@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from webdataset import TarWriter
 
 from autosparse.core.config import identity
 from autosparse.core.errors import RunFailed, UsageError
@@ -293,6 +292,8 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
     if record is not None:
         return record
     members, bad = [], []
+    from webdataset import TarWriter  # Here: all else of autosparse does without WebDataset.
+
     with (
         replacing(path) as temporary,
         temporary.open("wb", buffering=1 << 20) as file,

@@ -238,10 +238,11 @@ def test_printed_config_can_be_given_back(verb, folder, capsys):
         "prune": ["--options.rounds", "3", "--model.exclude", "[head, stem]"],
         "compare": ["--criteria", "snip,erk", "--sparsities", "[0.9]", "--seeds", "3"],
         "export": ["--ticket", "x", "--format", "onnx"],
+        "measure": ["--batches", "[2]", "--runs", "3"],
         "train": ["--tickets", "[a, b*]", "--data.name", "mnist", "--tracking", "false"],
     }[verb]
     with pytest.raises(SystemExit) as caught:
-        run(verb, *given, "--print_config")
+        run(verb, *main.VERBS[verb].paths, *given, "--print_config")
     assert caught.value.code == 0
     (folder / "printed.yaml").write_text(capsys.readouterr().out)
     again = parse(kind, ["--config", "printed.yaml"], verb, None)
