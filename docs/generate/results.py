@@ -218,7 +218,7 @@ def readme_table() -> str:
             bold(known),
             *(f"{net[key]['mean']:.1f}" if "mean" in net.get(key, {}) else "not run"
               for net in (first, second)),
-            f"{sum(both) / 2:.1f}" if both else "not run",
+            f"{sum(both) / 2 + 1e-9:.1f}" if both else "not run",
             f"{known['cost_percent']:g} %",
         ])  # fmt: skip
     return table(
