@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 from autosparse.cli.arguments import config_of, guarded, parsed, parser_of, spelt_out
@@ -142,6 +143,9 @@ def _run(verb: Verb, program: str, arguments: list[str]) -> None:
     """Parse what comes after the names of a command, and call its function."""
     kind = settings_class(verb.settings) if verb.settings else None
     parser = parser_of(kind, prog=program, description=verb.does)
+    if any(each.startswith("--print_config") for each in arguments):  # Paths are no settings.
+        paths = list(takewhile(lambda each: not each.startswith("-"), arguments))
+        parsed(parser, spelt_out(kind, arguments[len(paths) :]))
     for name, count in verb.paths.items():
         parser.add_argument(name, nargs=count, metavar=name.upper())
     values = parsed(parser, spelt_out(kind, arguments))

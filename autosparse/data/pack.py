@@ -287,13 +287,13 @@ def _written(
 
 def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
     """Write one shard and its record, unless they are there; return the record."""
+    from webdataset import TarWriter  # Here: all else of autosparse does without WebDataset.
+
     path, kept = root / task.name, root / RECORDS / f"{task.name}.json"
     record = _kept(path, kept, task)
     if record is not None:
         return record
     members, bad = [], []
-    from webdataset import TarWriter  # Here: all else of autosparse does without WebDataset.
-
     with (
         replacing(path) as temporary,
         temporary.open("wb", buffering=1 << 20) as file,
