@@ -74,6 +74,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, N
     return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Weights that a test draws without a seed are the same whatever ran before it."""
+    torch.manual_seed(0)
+
+
 STATUS = pytest.StashKey[int]()
 
 

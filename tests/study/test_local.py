@@ -151,6 +151,7 @@ def test_a_cell_waits_for_the_irp_run_that_another_makes(tmp_path: Path, digits,
         time.sleep(2)
         assert not waiting.done(), waiting.exception()
         process.kill()
+        process.wait()
         assert waiting.result(60).card["criterion"] == "irp"
     assert is_finished(run)
 
