@@ -197,6 +197,10 @@ class _Run:
             return rule(node, value)
         if name in CONVOLUTIONS or name == "linear":
             return self._weighted(node, value)
+        if name in ("index", "index_select") and any(
+            self.hears.get(each) is not None for each in node.all_input_nodes[1:]
+        ):
+            return _everything(value)  # The image says what is picked.
         if name in MOVES:
             self._pass_shares(node, name)
             return _marks(self._call(node, self._of))

@@ -177,7 +177,7 @@ class Moves(Rules):
 
     def _roll(self, node: fx.Node) -> Dims:
         dims = list(self.dims[node.args[0]])  # type: ignore[index]
-        for each in argument(node, "dims"):
+        for each in argument(node, "dims") or range(len(dims)):
             self._keep(dims[each], node)
             dims[each] = None
         return dims
@@ -199,17 +199,27 @@ class Moves(Rules):
         dims = list(self.dims[node.args[0]])  # type: ignore[index]
         dim = dimension(argument(node, "dim"), len(dims))
         self._keep(dims[dim], node)
+        self._keep_places(argument(node, "index"), node)
         dims[dim] = None
         return dims
 
     def _index(self, node: fx.Node) -> Dims:
         dims, indices = self.dims[node.args[0]], list(node.args[1])  # type: ignore
         places = [place for place, each in enumerate(indices) if each is not None]
-        if len(places) != 1 or isinstance(self._shape(node), list):
+        if len(places) != 1:
             return self._unknown(node)
+        index = indices[places[0]]
+        count = len(self._shape(index))
+        if len(self._shape(node)) != len(dims) - 1 + count:
+            return self._unknown(node)  # A mask of several dimensions.
         self._keep(dims[places[0]], node)
-        count = len(self._shape(indices[places[0]]))
+        self._keep_places(index, node)
         return [*dims[: places[0]], *[None] * count, *dims[places[0] + 1 :]]
+
+    def _keep_places(self, index: fx.Node, node: fx.Node) -> None:
+        """Let a list of places stay whole: what is picked by it gets its size."""
+        for positions in self.dims[index]:
+            self._keep(positions, node)
 
 
 def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:

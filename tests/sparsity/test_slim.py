@@ -179,6 +179,105 @@ def test_groups_go_as_a_whole() -> None:
     same_logits(small, model, images)
 
 
+class Windows(nn.Module):
+    """Attention in windows of four, with a bias a pair of tokens that is looked up in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(3, 3) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(7, 1))
+        row = torch.arange(4)
+        self.register_buffer("places", row[:, None] - row + 3)  # 0 to 6 [4, 4].
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = images.flatten(2).transpose(1, 2).reshape(-1, 4, 3)
+        scores = self.query(tokens) @ self.key(tokens).transpose(1, 2)
+        shares = (scores + self.table[self.places.view(-1)].view(4, 4)).softmax(-1)
+        found = (shares @ self.value(tokens)).view(images.shape[0], -1, 3)
+        return self.head(found[:, 0])
+
+
+def test_places_that_are_looked_up_in_a_table_stay_whole() -> None:
+    """Without a query the shares hang on the table only, for as many windows as there are."""
+    torch.manual_seed(0)
+    model, images = Windows().eval(), torch.randn(2, 3, 2, 4)
+    zero(model.query.weight)
+    zero(model.query.bias)
+    small = slim(model, images)
+    assert list(small.get_buffer("places").shape) == [4, 4]
+    assert shapes(small)["table"] == [7, 1]
+    assert shapes(small)["key.weight"] == [1, 3]
+    same_logits(small, model, images)
+
+
+class Edges(nn.Module):
+    """A sum of two convolutions, read by a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 1)
+        self.conv1, self.conv2 = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 3, padding=1)
+        self.conv3 = nn.Conv2d(2, 2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.stem(images)
+        found = found + self.conv2(self.conv1(found))
+        return self.conv3(found).amax((2, 3))
+
+
+def test_a_constant_branch_keeps_its_edges() -> None:
+    """conv1 gives its bias everywhere, so the branch is a picture with other values at the edges.
+
+    It is stored as [1, 2, 3, 3], with a place for each of eight rows and eight columns.
+    """
+    torch.manual_seed(0)
+    model, images = Edges().eval(), torch.randn(2, 1, 8, 8)
+    zero(model.conv1.weight)
+    small = slim(model, images)
+    stored = sorted(list(each.shape) for name, each in small.named_buffers() if "const" in name)
+    assert stored == [[1, 2, 3, 3], [8], [8]]
+    same_logits(small, model, images)
+
+
+class Picked(nn.Module):
+    """Of six tokens only some are read on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("mask", torch.tensor([[True, False, True], [False, True, True]]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.embed(images)
+        best = found.sum((0, 1, 3)).topk(2).indices
+        if self.how == "index":
+            found = found[:, :, best]
+        elif self.how == "index_select":
+            found = found.index_select(2, best)
+        elif self.how == "mask":
+            found = found[:, self.mask]
+        else:
+            found = found.roll(3)
+        return self.head(F.relu(found)).flatten(1, -2).mean(1)
+
+
+@pytest.mark.parametrize("how", ["index", "index_select", "mask", "roll"])
+def test_what_picks_or_rolls_tokens_is_exact(how: str) -> None:
+    """By places that the image tells, by a mask of two dimensions, or around all dimensions.
+
+    The sum over channels that tells the places hears of all; the other two keep what they read.
+    """
+    torch.manual_seed(0)
+    model, images = Picked(how).eval(), torch.randn(2, 2, 3, 4)
+    zero(model.embed.weight, 1)
+    zero(model.head.weight, slice(None), 2)
+    small = slim(model, images)
+    assert shapes(small)["embed.weight"] == [6, 4]
+    same_logits(small, model, images)
+
+
 class Attention(nn.Module):
     """Three heads of four, and a hidden layer behind a LayerNorm."""
 
