@@ -278,6 +278,29 @@ def test_what_picks_or_rolls_tokens_is_exact(how: str) -> None:
     same_logits(small, model, images)
 
 
+class Overwritten(nn.Module):
+    """Adds in place to a part of a tensor, as GhostNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 4, 1), nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.stem(images)[:, :3]
+        found += images
+        return self.head(F.relu(found).mean((2, 3)))
+
+
+def test_channels_that_are_overwritten_in_part_stay() -> None:
+    torch.manual_seed(0)
+    model, images = Overwritten().eval(), torch.randn(2, 1, 4, 4)
+    zero(model.head.weight, slice(None), 1)
+    small = slim(model, images)
+    assert shapes(small)["head.weight"] == [2, 3]
+    assert small.slimmed["kept_whole"]["slice_scatter"] > 0
+    same_logits(small, model, images)
+
+
 class Attention(nn.Module):
     """Three heads of four, and a hidden layer behind a LayerNorm."""
 
