@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from autosparse.core.errors import Stopped, UsageError, unknown
 from autosparse.core.files import write_json
 from autosparse.core.locks import Claim, claimed
 from autosparse.core.versions import environment
-from autosparse.criteria.prune import DEAD, dead_line, refuse_dead
+from autosparse.criteria.prune import DEAD, dead_line, finish_card, refuse_dead
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
@@ -37,6 +37,7 @@ from autosparse.training.loop import (
     training_images,
 )
 from autosparse.training.steppers import Epoch, Ranks, Stepper
+from autosparse.training.topology.moving import STATIC
 
 TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
@@ -292,13 +293,34 @@ def _result(
     }
 
 
+def _after_moving(ticket: Ticket) -> Ticket:
+    """Return the ticket with a card that speaks of its last masks, not of those it began with."""
+    recipe, card = ticket.card["model"], dict(ticket.card)
+    for key in ("live", "effective_density", "dead", "paths"):
+        card.pop(key, None)
+    card["sparsity"] = card["topology"].get("sparsity", card.get("sparsity", ticket.sparsity))
+    shape = (recipe["in_chans"], recipe["image_size"], recipe["image_size"])
+    model = zoo.from_recipe(recipe)
+    return replace(ticket, card=finish_card(model, ticket.masks, shape, card))
+
+
 def _finish(
     cell: Cell, config: SparseTrainConfig, model: nn.Module, state: dict, result: dict[str, Any]
 ) -> None:
     path = cell.folder / TRAINED
     trained = {key: value for key, value in result.items() if key != "history"}
-    card = {**cell.ticket.card, "trained": trained, "training": plain(config.training)}
-    Ticket.from_compact(model, cell.ticket, card, state).save(path)
+    ticket = Ticket.from_compact(model, cell.ticket, cell.ticket.card, state)
+    if config.training.topology != STATIC:
+        ticket = _after_moving(ticket)
+        changed = {
+            "sparsity": round(ticket.card["sparsity"], 6),
+            "kept": ticket.kept,
+            "effective_density": ticket.card.get("effective_density"),
+            "trained_fingerprint": ticket.fingerprint,
+        }
+        result |= {**changed, "topology": ticket.card["topology"]}
+        trained |= changed
+    ticket.with_card(trained=trained, training=plain(config.training)).save(path)
     result["checkpoint_bytes"] = path.stat().st_size
     write_json(cell.folder / RESULT, result)
     for checkpoint in ("checkpoint.pt", CHECKPOINTS):

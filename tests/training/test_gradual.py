@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from autosparse import prune
 from autosparse.core.errors import UsageError
 from autosparse.data.sets import DataSource
 from autosparse.models import zoo
@@ -128,9 +129,44 @@ def test_a_dense_cell_ends_as_a_sparse_ticket(tmp_path: Path, digits: DataSource
     assert trained.sparsity == pytest.approx(0.8, abs=1e-3)
     assert trained.card["topology"]["method"] == "gmp"
     compact(make_model(), trained)
+    result = cell.result()
+    assert (result["sparsity"], result["kept"]) == (trained.card["sparsity"], trained.kept)
+    assert result["sparsity"] == 0.8 and result["topology"]["method"] == "gmp"
+    assert 0 < result["effective_density"] <= 1 - trained.sparsity
 
 
 def test_a_pruned_model_is_refused() -> None:
     model = make_model()
     with pytest.raises(UsageError, match="topology gmp begins with the dense model"):
         PlainStepper(compact(model, ticket_of(model)), CONFIG, STEPS)
+
+
+def test_what_is_told_of_a_moved_ticket_is_true_of_its_last_masks(
+    tmp_path: Path, digits: DataSource
+) -> None:
+    """A card that says of the first masks what is not true of the last ones."""
+    model = zoo.create(
+        ModelConfig("test_byobnet"), num_classes=10, in_chans=1, image_size=digits.image_size,
+        seed=0,
+    )  # fmt: skip
+    ticket = prune(model, digits, "erk", 0.9)
+    card = {**ticket.card, "effective_density": 0.0, "dead": "stem.conv", "live": {}}
+    replace(ticket, card=card).save(tmp_path / "first.safetensors")
+    training = replace(
+        CONFIG, topology="rigl", batch_size=100, epochs=2, topology_every=1, checkpoint_epochs=0
+    )
+    config = SparseTrainConfig(
+        tickets=[str(tmp_path / "first.safetensors")], data=SMALL_DIGITS, training=training,
+        out=str(tmp_path), dead="warn",
+    )  # fmt: skip
+    (cell,) = cells(config)
+    with pytest.warns(UserWarning, match="dead"):
+        train_cell(
+            cell, config, digits, lambda model, steps: PlainStepper(model, training, steps),
+            device="cpu",
+        )  # fmt: skip
+    result, trained = cell.result(), Ticket.load(cell.folder / "trained.safetensors")
+    assert "dead" not in trained.card
+    assert result["effective_density"] == trained.card["effective_density"] > 0
+    assert result["trained_fingerprint"] == trained.fingerprint != result["fingerprint"]
+    assert result["kept"] == ticket.kept
