@@ -215,7 +215,9 @@ def _simplify(linear: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Hardtanh):
                 setattr(module, name, nn.ReLU())
-            elif isinstance(child, nn.BatchNorm2d) and _is_unit(child):
+    for module in list(linear.modules()):  # Then, as timm's norms hold what follows them as `act`.
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d) and _is_unit(child):
                 setattr(module, name, getattr(child, "act", nn.Identity()))
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -302,6 +303,21 @@ def test_relu6_is_scored_as_relu() -> None:
     assert (expected > 0).all()
     assert (found > 0).all()
     torch.testing.assert_close(found / found.sum(), expected / expected.sum(), rtol=1e-4, atol=0)
+
+
+def test_a_relu6_inside_a_norm_is_scored_as_relu() -> None:
+    """As timm's MobileNetV2 has them. What is clipped at six has no gradient."""
+    options = {"sparsity": 0.0, "rounds": 1}
+    found = []
+    for clipped in (nn.ReLU, nn.ReLU6):
+        model = convolutions()
+        with torch.no_grad():
+            model[3].weight.mul_(100)
+        model[1] = BatchNormAct2d(16, act_layer=clipped)
+        model[6] = BatchNormAct2d(44, act_layer=clipped)
+        found.append(flat(synflow(model, a_batch(3, 16, 16), cross_entropy, **options)))
+    assert (found[0] > 0).all()
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(
