@@ -114,7 +114,8 @@ def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
         elif any_type:
             argument, any_type = _quoted(argument), False
         spelt.append(argument)
-        if keys.get(argument[2:]) is bool and following.startswith("--"):
+        bare = argument.startswith("--") and keys.get(argument[2:]) is bool
+        if bare and following.startswith("--"):
             spelt.append("true")
     return spelt
 

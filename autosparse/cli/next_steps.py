@@ -18,6 +18,6 @@ NEXT = {
 
 def next_step(verb: str, config: Any) -> str | None:
     """Return the line for a verb that has finished, or None where nothing follows."""
-    if verb not in NEXT:
+    if verb not in NEXT or getattr(config, "dry_run", False):
         return None
     return f"next: {NEXT[verb].format(out=shlex.quote(str(config.out)))}"

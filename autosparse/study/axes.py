@@ -62,7 +62,7 @@ def check_key(key: str, where: str) -> None:
 def shown(point: Point) -> str:
     """Return a point in a line; a model's name has a column of its own."""
     return ", ".join(
-        f"{key.removeprefix('training.')} {value:.3g}"
+        f"{key.removeprefix('training.')} {value:.6g}"
         if isinstance(value, float)
         else f"{key.removeprefix('training.')} {value}"
         for key, value in point.items()

@@ -31,6 +31,7 @@ from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.config import SparseTrainConfig
 from autosparse.training.steppers import Ranks, check_whole, set_up
+from autosparse.training.topology.moving import METHODS
 
 RESULT = "result.json"
 SHAPE = ("num_classes", "in_chans", "image_size")
@@ -113,6 +114,11 @@ def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
         data, model = config.data or config.prune.data, config.prune.model
         _check_shapes(sets.shape(config.prune.data), data, "what is pruned")
     elif config.model:
+        if config.training.topology in METHODS:
+            raise UsageError(
+                f"training.topology {config.training.topology} moves the weights of a ticket, and "
+                "the dense model has none; give tickets, or what to prune"
+            )
         data, model = config.data or DataConfig(), config.model
     else:
         raise UsageError(NOTHING)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from autosparse.core.config import run_id
-from autosparse.core.errors import RunFailed
+from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.progress import Progress
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
@@ -29,7 +29,10 @@ class Tracker(Protocol):
 
 
 def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None = None) -> None:
-    """Train every cell that is not over; one that fails is written down, and the others go on."""
+    """Train every cell that is not over; one that fails is written down, and the others go on.
+
+    So does one that cannot be: a criterion whose scores are not finite must not hold up the rest.
+    """
     todo = [cell for cell in planned if not cell.over]
     with Progress() as progress:
         bar = progress.bar(f"training {Path(config.out).name}", len(todo), "cells")
@@ -42,7 +45,7 @@ def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None =
 
             try:
                 run_cell(cell, load(cell.config), on_epoch=note)
-            except RunFailed as error:
+            except (RunFailed, UsageError) as error:
                 cell.failed(" ".join(str(error).split()))
             else:
                 (cell.folder / FAILED).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from autosparse.study.grid import DEEPSPEED, LOCAL, RAY, StudyCell, models, sett
 from autosparse.training.loop import training_images
 from autosparse.training.steppers import check as check_training
 from autosparse.training.steppers import check_plain
+from autosparse.training.topology.gradual import SCHEDULES
 
 EXECUTORS = (LOCAL, RAY, DEEPSPEED)
 GRID, OPTUNA = SEARCHES = ("grid", "optuna")
@@ -65,6 +66,11 @@ def check(config: StudyConfig) -> None:
         raise UsageError("search grid takes `variations`; `space` is for search optuna")
     for each in _settled(config):
         check_training(each.training)
+        if each.training.topology in SCHEDULES:
+            raise UsageError(
+                f"training.topology {each.training.topology} begins with the dense model, and a "
+                "study trains tickets; compare it by `autosparse train --model.name …`"
+            )
         if config.executor != DEEPSPEED:
             check_plain(each.training)
         labels.selection(each).check()
@@ -110,10 +116,11 @@ def dry_run(config: StudyConfig) -> tuple[list[dict[str, Any]], str]:
     groups: dict[tuple, list[StudyCell]] = {}
     for cell in cells(config):
         if config.search == GRID or cell.label == DENSE:
-            key = (cell.config.model.name, axes.shown(cell.point), cell.sparsity, cell.label)
+            key = (run_id(cell.config.model), str(cell.point), cell.sparsity, cell.label)
             groups.setdefault(key, []).append(cell)
     rows, seconds = [], 0.0
-    for (model, training, sparsity, label), mine in groups.items():
+    for (_, _, sparsity, label), mine in groups.items():
+        model, training = mine[0].config.model.name, axes.shown(mine[0].point)
         spent = sum(cost.seconds(cell) for cell in mine if not cell.over)
         seconds += spent
         place = {"model": model, "training": training or "-", "at %": f"{100 * sparsity:g}"}

@@ -14,7 +14,6 @@ from autosparse.core.progress import print_table
 from autosparse.core.versions import library_versions
 from autosparse.criteria.prune import DENSE
 from autosparse.sparsity import twins as controls
-from autosparse.study import axes
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
 from autosparse.study.labels import BASELINES, TICKET, labels
@@ -46,7 +45,7 @@ def table(found: Iterable[StudyCell]) -> list[Row]:
     finished = [cell for cell in found if cell.state == "finished"]
     groups: dict[tuple[str, str], list[StudyCell]] = {}
     for cell in finished:
-        groups.setdefault((run_id(cell.config.model), axes.shown(cell.point)), []).append(cell)
+        groups.setdefault((run_id(cell.config.model), str(cell.point)), []).append(cell)
     shared = [cell for cell in finished if cell.label in (DENSE, *BASELINES)]
     made, names = [], list(dict.fromkeys(model for model, _ in groups))
     for (model, _), mine in groups.items():

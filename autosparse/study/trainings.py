@@ -310,7 +310,7 @@ def _finish(
     path = cell.folder / TRAINED
     trained = {key: value for key, value in result.items() if key != "history"}
     ticket = Ticket.from_compact(model, cell.ticket, cell.ticket.card, state)
-    if config.training.topology != STATIC:
+    if config.training.topology != STATIC and "topology" in ticket.card:  # Dense: nothing moved.
         ticket = _after_moving(ticket)
         changed = {
             "sparsity": round(ticket.card["sparsity"], 6),

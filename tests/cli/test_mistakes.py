@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from autosparse.cli import main
+from autosparse.cli.arguments import spelt_out
+from autosparse.study.config import ExportConfig
 
 TRAIN = "train --model.name test_resnet --tracking false"
 MISTAKES = [
@@ -79,3 +81,9 @@ def test_a_mistake_is_one_line_with_the_remedy(
     assert wrong in line
     assert right in line.replace(wrong, "", 1) or right == wrong
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_named_like_a_setting_is_no_setting() -> None:
+    """Cut after two letters, e.slim reads slim, which is true or false."""
+    found = spelt_out(ExportConfig, ["--slim", "--out", "e.slim"])
+    assert found == ["--slim", "true", "--out", "e.slim"]

@@ -10,6 +10,7 @@ import pytest
 from autosparse.cli import main
 from autosparse.cli.next_steps import NEXT, next_step
 from autosparse.criteria.config import PruneConfig
+from autosparse.study.config import StudyConfig
 
 
 def test_every_step_is_a_verb_that_there_is() -> None:
@@ -23,6 +24,11 @@ def test_every_step_is_a_verb_that_there_is() -> None:
 def test_names_with_blanks_are_quoted() -> None:
     assert next_step("prune", PruneConfig(out="a b")) == "next: autosparse train --tickets 'a b'"
     assert next_step("inspect", ["x"]) is None
+
+
+def test_nothing_follows_a_dry_run() -> None:
+    assert next_step("compare", StudyConfig(dry_run=True)) is None
+    assert next_step("compare", StudyConfig()) == "next: autosparse report comparison"
 
 
 def test_prune_ends_with_it(

@@ -13,7 +13,7 @@ import pytest
 from autosparse.cli.arguments import guarded, parse
 from autosparse.cli.verbs import compare_tickets
 from autosparse.core import locks
-from autosparse.core.errors import UsageError
+from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus.store import is_finished
 from autosparse.criteria import scoring
@@ -23,7 +23,7 @@ from autosparse.sparsity import twins
 from autosparse.study import labels, local, tickets
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
-from tests.conftest import holder
+from tests.conftest import QUICK, holder
 from tests.study.small import comparison
 
 
@@ -136,6 +136,34 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys):
     assert code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dense_cells_of_a_study_have_no_topology_to_move(tmp_path: Path):
+    training = replace(QUICK, topology="rigl", topology_every=1)
+    settings = comparison(
+        tmp_path / "out", criteria=["snip"], seeds=[0], twins=[], training=training
+    )
+    compare_tickets(settings)
+    found = {each["label"]: each for each in read_json(tmp_path / "out/comparison.json")["results"]}
+    assert "topology" not in found["dense"]
+    assert [each["step"] for each in found["snip"]["topology"]["updates"]] == [1, 2], "of 3"
+
+
+def test_a_cell_that_cannot_be_does_not_hold_up_the_others(tmp_path: Path, monkeypatch):
+    settings = comparison(tmp_path / "out", seeds=[0], twins=[])
+    make = tickets.scoring.score
+
+    def refuse(model, source, name, *rest, **options):
+        if name == "snip":
+            raise UsageError("snip: the scores of\nstem are not finite")
+        return make(model, source, name, *rest, **options)
+
+    monkeypatch.setattr(tickets.scoring, "score", refuse)
+    with pytest.raises(RunFailed, match="1 of 3 cells failed: snip-50"):
+        compare_tickets(settings)
+    report = read_json(tmp_path / "out/comparison.json")
+    assert [each["label"] for each in report["results"]] == ["dense", "magnitude"]
+    assert list(report["failed"].values()) == ["snip: the scores of stem are not finite"]
 
 
 # Side by side

@@ -27,6 +27,7 @@ from tests.study.small import comparison, result, sweep
         ({"criteria": ["irp"], "options": {"irp": {"seed": 3}}}, "compare settles it"),
         ({"guard": "layers"}, "unknown guard 'layers'"),
         ({"allocation": "erq"}, "unknown criterion 'erq'"),
+        ({"axes": {"training.topology": ["static", "gmp"]}}, "gmp begins with the dense model"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(tmp_path: Path, changes, message):

@@ -85,6 +85,20 @@ def test_table_and_best_take_variations_apart(tmp_path: Path):
     assert "training" in shown[0] and "model" not in shown[0] and "verdict" not in shown[0]
 
 
+def test_values_that_look_alike_when_rounded_are_rows_of_their_own(tmp_path: Path):
+    rates = [0.0012341, 0.0012342, 0.00123420001]
+    settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0],
+                      axes={"training.learning_rate": rates})  # fmt: skip
+    found = plan.cells(settings)
+    accuracy = dict(zip(rates, (0.2, 0.4, 0.6), strict=True))
+    for cell in found:
+        result(cell, accuracy[cell.config.training.learning_rate])
+    rows = [row for row in table.table(found) if row["label"] == "snip"]
+    assert [(row["seeds"], row["accuracy"]) for row in rows] == [(1, 0.2), (1, 0.4), (1, 0.6)]
+    planned, _ = plan.dry_run(settings)
+    assert [row["cells"] for row in planned] == [1] * 6
+
+
 def test_controls_that_an_axis_does_not_concern_are_in_every_group(tmp_path: Path):
     settings = sweep(
         tmp_path, criteria=["iter_snip"], sparsities=[0.5], twins=["shuffled", "uniform"],

@@ -27,7 +27,7 @@ from autosparse.data.sets import DataSource
 from autosparse.data.source import MemorySplit
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity.ticket import Ticket, load_state
-from autosparse.study.cells import Cell, cells
+from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, train_cell
 from autosparse.training import loop
@@ -109,6 +109,15 @@ def test_nothing_to_train_is_an_error(config) -> None:
         list(cells(replace(config, tickets=[])))
     with pytest.raises(UsageError, match=r"no ticket matches .*nothing"):
         list(cells(replace(config, tickets=["nothing*.safetensors"])))
+
+
+def test_the_dense_model_has_no_ticket_that_a_topology_could_move() -> None:
+    training = replace(QUICK, topology="rigl")
+    asked = SparseTrainConfig(model=ModelConfig("test_byobnet"), data=SMALL_DIGITS,
+                              training=training)  # fmt: skip
+    with pytest.raises(UsageError, match="topology rigl moves the weights of a ticket"):
+        check_config(asked)
+    check_config(replace(asked, training=replace(training, topology="gmp")))
 
 
 def test_a_ticket_that_empties_a_layer_is_named(config, tmp_path: Path) -> None:

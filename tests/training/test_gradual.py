@@ -83,6 +83,20 @@ def test_the_ticket_has_the_asked_sparsity_and_nothing_else_is_left(method: str,
     assert len(told["updates"]) == {"gmp": 5, "ac_dc": 5}[method]
 
 
+def test_the_average_is_evaluated_with_masked_kernels_as_its_ticket_is(tmp_path: Path) -> None:
+    stepper, again = (stepper_of("gmp", "test_nfnet") for _ in range(2))
+    start = dense_ticket(make_model("test_nfnet"))
+    losses(stepper, images_of(STEPS))
+    stepper.save(tmp_path, History())
+    again.load(tmp_path)
+    trained = Ticket.from_compact(stepper.model, start, {}, stepper.state_dict())
+    alone, ((images, _),) = compact(make_model("test_nfnet"), trained).eval(), images_of(1)
+    with torch.no_grad():
+        wanted = alone(images)
+        for each in (stepper, again):
+            assert torch.allclose(each.evaluated().eval()(images), wanted, atol=1e-5)
+
+
 def test_gmp_keeps_the_largest_over_all_layers() -> None:
     stepper = stepper_of("gmp")
     data = images_of(2)

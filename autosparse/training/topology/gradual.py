@@ -53,9 +53,7 @@ class Gradual:
         self.weights = dict(zoo.prunable(self.model, exclude))
         self.masks = {n: torch.ones_like(w).detach() for n, w in self.weights.items()}
         for name, mask in self.masks.items():
-            module, _ = owner(self.model, name)
-            mask_kernel(module)
-            keep_mask(module, mask)
+            _apply(self.model, name, mask)
         self.history: list[dict[str, Any]] = []
         self.image_passes = config.batch_size * steps
         self._remember()
@@ -112,6 +110,7 @@ class Gradual:
             kept.change(self.weights[name], self.masks[name].mul)
             if average is not None:
                 average.get_parameter(name).detach().mul_(self.masks[name])
+                _apply(average, name, self.masks[name])
         self.history.append({"step": step, "sparsity": masks.sparsity(chosen)})
         self._remember()
 
@@ -147,5 +146,14 @@ class Gradual:
         """Go back to masks and history."""
         for name, packed in indices.items():
             self.masks[name].copy_(masks.unpack(packed, self.masks[name].shape))
+            if average is not None:
+                _apply(average, name, self.masks[name])
         self.history = list(history)
         self._remember()
+
+
+def _apply(model: nn.Module, name: str, mask: Tensor) -> None:
+    """Let a mask act on the kernel of a convolution that standardises its weight."""
+    module, _ = owner(model, name)
+    mask_kernel(module)
+    keep_mask(module, mask)
