@@ -1,4 +1,4 @@
-"""Growing a corpus through `ray job submit`, on a cluster of one node with no other Ray around."""
+"""Growing a corpus through `ray job submit`, on a cluster of one node."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ import pytest
 import autosparse
 from autosparse.corpus.store import Corpus
 
+OTHER_PORTS = (
+    "--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--ray-client-server-port",
+    "--metrics-export-port",
+)  # fmt: skip
 ROOT = Path(autosparse.__file__).parent.parent
 
 
@@ -38,6 +42,8 @@ def test_ray_job_submit_grows_a_corpus(tmp_path: Path) -> None:
     start = [ray_command, "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
              "--port", port, "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard,
              "--num-cpus", "2"]  # fmt: skip
+    for each in OTHER_PORTS:  # The tests' own Ray may have the usual ones.
+        start += [each, _free_port()]
     submit = [ray_command, "job", "submit", "--address", address, "--working-dir", ".", "--",
               sys.executable, "ray_jobs/grow_corpus.py", "--config", str(config)]  # fmt: skip
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL)
