@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -59,9 +60,10 @@ def _forked(target: Callable, arguments: list[tuple], log: Path) -> list[BasePro
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         process = context.Process(
-            target=_rank, args=(target, own, place, str(log / str(rank))), daemon=True
-        )
+            target=_rank, args=(target, own, place, str(log / str(rank)))
+        )  # No daemon: those may not start processes that decode images.
         process.start()
+        atexit.register(process.kill)
         processes.append(process)
     return processes
 
