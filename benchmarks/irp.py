@@ -36,8 +36,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from autosparse.corpus import store
+from autosparse.data.memory import MemorySplit, in_memory
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit, in_memory
 from autosparse.irp.config import CorpusConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -17,22 +16,20 @@ from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import sha256_of_file, write_json
 from autosparse.data.class_folders import SPLIT_WORDS
 from autosparse.data.config import IndexConfig
-from autosparse.data.remote import expanded
-from autosparse.data.samples import Reading, scan
-from autosparse.data.tars import (
+from autosparse.data.manifest import (
     FORMAT,
-    INDEX,
     MANIFEST,
     SPLITS,
     Manifest,
+    Reading,
     Shard,
     check_content,
-    check_members,
-    key_of,
-    read_index,
     read_manifest,
-    write_index,
 )
+from autosparse.data.remote import expanded
+from autosparse.data.samples import scan
+from autosparse.data.splitting import warn_of_empty
+from autosparse.data.tars import INDEX, check_members, key_of, read_index, write_index
 
 THREADS = 4
 """Shards that are hashed at a time."""
@@ -94,7 +91,7 @@ def adopt(
     names = names or _counted(members, folder)
     for shard in shards:
         check_members(members[shard.name], folder / shard.name, shard, len(names))
-    _name_empty(members, names, folder)
+    warn_of_empty(_labels(members), names, str(folder))
     shards = _with_all_splits(shards, config.validation_fraction)
     content = {"format": FORMAT, "classes": names, "shards": [asdict(shard) for shard in shards]}
     if reading != replace(Reading(), names=reading.names):
@@ -162,9 +159,13 @@ def _classes(config: IndexConfig) -> list[str] | None:
     return [line.strip() for line in lines if line.strip()]
 
 
+def _labels(members: dict[str, Tensor]) -> Tensor:
+    return torch.cat([rows[:, 2] for rows in members.values()])
+
+
 def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
     """Return the classes 0 to the largest label; raise UsageError if too many have no image."""
-    labels = torch.cat([rows[:, 2] for rows in members.values()])
+    labels = _labels(members)
     count, present = int(labels.max()) + 1, len(labels.unique())
     if count - present > max(1, MOST_GAP * count):
         where = next(name for name, rows in members.items() if int(rows[:, 2].max()) == count - 1)
@@ -176,19 +177,6 @@ def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
             "or --classes FILE"
         )
     return [str(label) for label in range(count)]
-
-
-def _name_empty(members: dict[str, Tensor], classes: list[str], folder: Path) -> None:
-    labels = torch.cat([rows[:, 2] for rows in members.values()])
-    counts = torch.bincount(labels, minlength=len(classes))
-    empty = [classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
-    if empty:
-        some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
-        hint = "; are labels counted from 1?" if counts[0] == 0 and len(empty) == 1 else ""
-        warnings.warn(
-            f"{folder}: {len(empty)} of {len(classes)} classes have no image: {some}{hint}",
-            stacklevel=3,
-        )
 
 
 def _with_all_splits(shards: list[Shard], fraction: float) -> list[Shard]:

@@ -9,13 +9,9 @@ import torch
 
 from autosparse.data.augment import choose
 from autosparse.data.config import DataConfig
-from autosparse.data.source import (
-    DataSource,
-    MemorySplit,
-    in_memory,
-    resized,
-    stratified,
-)
+from autosparse.data.memory import MemorySplit, in_memory, resized
+from autosparse.data.source import DataSource
+from autosparse.data.splitting import stratified
 
 TEST_FRACTION = 0.2
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, sha256_of_file, write_json
+from autosparse.data.remote import shards_of
 
 if TYPE_CHECKING:
     from autosparse.data.config import DataConfig
 
 logger = logging.getLogger(__name__)
 OWN = ("folder", "shards")
-MANIFEST = "manifest.json"
 MUCH = 1e9
 """Bytes: before more than that is read, a line says so."""
 SETTLED = 2.0
@@ -87,74 +87,23 @@ def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
         )  # fmt: skip
 
 
-def check_root(config: DataConfig) -> None:
-    """Raise UsageError unless the folder of own data is there, or is a URL that may be read."""
-    root = str(config.root)
-    if config.name == "shards":
-        root, _ = expanded(root)
-    if "://" not in root:
-        if not Path(root).expanduser().is_dir():
-            raise UsageError(f"data.root {root} is not a folder")
-    elif not config.allow_remote:
-        raise UsageError(
-            f"data.root {root} is a URL: set data.allow_remote to true to fetch shards from there"
-        )
-
-
-def expanded(root: str) -> tuple[str, list[str] | None]:
-    """Split a tar, or a brace pattern of tars, into its folder and the names in it.
-
-    For a folder the names are None: all shards in its manifest are meant.
-    """
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    local = "://" not in root
-    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
-        return root, None
-    try:
-        tars = list(braceexpand(root))
-    except (UnbalancedBracesError, ValueError) as error:
-        raise UsageError(f"{root} is no pattern of shards: {error}") from None
-    head, slash, _ = root.partition("{")[0].rpartition("/")
-    return head or slash or ".", [tar.removeprefix(head + slash) for tar in tars]
+def folder_root(config: DataConfig) -> Path:
+    """Return the folder of images; raise UsageError unless it is there."""
+    root = Path(str(config.root)).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"data.root {config.root} is not a folder")
+    return root
 
 
 def _of_shards(config: DataConfig) -> str:
-    check_root(config)
-    root, names = expanded(str(config.root).rstrip("/"))
-    if "://" in root:
-        manifest = _fetched(f"{root}/{MANIFEST}")
-    else:
-        manifest = _manifest(Path(root).expanduser() / MANIFEST)
-    try:
-        meant = [each for each in manifest["shards"] if names is None or each["name"] in names]
-        parts = [[each["split"], each["count"], each["sha256"]] for each in meant]
-        return _digest(
-            [manifest["classes"], parts, *([manifest["reading"]] if "reading" in manifest else [])]
-        )
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{root}/{MANIFEST} is not a manifest of shards ({error})") from None
-
-
-def _manifest(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"{path} is not there: `autosparse shards index {path.parent}` writes it")
-    return read_json(path)
-
-
-def _fetched(url: str) -> Any:
-    import fsspec
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            return json.loads(file.read())  # type: ignore[attr-defined]
-    except Exception as error:  # Each file system of fsspec raises errors of its own.
-        raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
+    manifest = shards_of(config)[1]
+    parts = [[each.split, each.count, each.sha256] for each in manifest.shards]
+    reading = [manifest.content["reading"]] if "reading" in manifest.content else []
+    return _digest([manifest.classes, parts, *reading])
 
 
 def _of_folder(config: DataConfig) -> str:
-    check_root(config)
-    root = Path(str(config.root)).expanduser().absolute()
+    root = folder_root(config).absolute()
     name = hashlib.sha256(str(root).encode()).hexdigest()[:16]
     cached = Path(config.cache).expanduser() / "content" / f"{name}.json"
     before = _read(cached)

@@ -13,9 +13,10 @@ from importlib import import_module
 from pathlib import Path
 
 from autosparse.core.errors import UsageError, unknown
-from autosparse.data import identity, normalisation
+from autosparse.data import identity, normalisation, remote
 from autosparse.data.config import DataConfig
-from autosparse.data.source import DataSource, Split, prepare
+from autosparse.data.normalisation import prepare
+from autosparse.data.source import DataSource, Split
 
 __all__ = [
     "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names",
@@ -89,9 +90,10 @@ def check_config(config: DataConfig) -> None:
             f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
         )
     normalisation.check(config.normalisation)
-    root = str(config.root)
-    if config.name in identity.OWN and "://" not in root and not root.startswith("pipe:"):
-        identity.check_root(config)
+    if config.name == "shards":
+        remote.folder_of(config)
+    elif config.name == "folder":
+        identity.folder_root(config)
 
 
 def load(config: DataConfig | str) -> DataSource:

@@ -11,7 +11,8 @@ import torch
 from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
 from autosparse.data.config import DataConfig
-from autosparse.data.source import DataSource, MemorySplit, in_memory, resized
+from autosparse.data.memory import MemorySplit, in_memory, resized
+from autosparse.data.source import DataSource
 
 SETS = {
     "cifar10": ("CIFAR10", 10, "shift+flip"),

@@ -21,8 +21,8 @@ from autosparse.core.locks import Claim, claimed
 from autosparse.core.versions import environment
 from autosparse.criteria.prune import DEAD, dead_line, finish_card, refuse_dead
 from autosparse.data import identity, sets
+from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit
 from autosparse.models import zoo
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell

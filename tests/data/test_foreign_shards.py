@@ -18,10 +18,12 @@ from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.data.check import adopt, verify
 from autosparse.data.config import DataConfig, IndexConfig
-from autosparse.data.samples import Reading, scan
-from autosparse.data.tars import INDEX, MANIFEST, read_manifest
+from autosparse.data.manifest import MANIFEST, Reading, read_manifest
+from autosparse.data.samples import scan
+from autosparse.data.tars import INDEX
 from tests.cli.test_main import refuse, run
-from tests.data.test_shards import CLASSES, COUNTS, expected, pairs, picture, samples, write_shards
+from tests.data.packed import write_shards
+from tests.data.test_shards import CLASSES, COUNTS, expected, pairs, picture, samples
 
 Member = tuple[str, bytes]
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from autosparse.data.manifest import Shard
+from autosparse.data.memory import MemorySplit
 from autosparse.data.shards import ShardSamples
-from autosparse.data.source import MemorySplit, Split
+from autosparse.data.source import Split
 from autosparse.data.stream import Stream
-from autosparse.data.tars import Shard
 
 
 class Greys:

@@ -28,13 +28,14 @@ from autosparse.data import crew, sets, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.config import DataConfig
 from autosparse.data.crew import Buffers
-from autosparse.data.pack import write_shards
+from autosparse.data.manifest import MANIFEST, Shard
+from autosparse.data.memory import MemorySplit
 from autosparse.data.remote import Folder
 from autosparse.data.shards import ShardSamples
-from autosparse.data.source import MemorySplit
 from autosparse.data.stream import Stream
-from autosparse.data.tars import INDEX, MANIFEST, Shard
+from autosparse.data.tars import INDEX
 from tests.conftest import flip
+from tests.data.packed import write_shards
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": 25, "validation": 7, "test": 11}
@@ -313,7 +314,7 @@ def test_lanes_let_a_rank_read_its_own_shards_only(tmp_path):
 def test_a_batch_mixes_images_of_many_shards(tmp_path):
     """By lanes of 16 samples each, a batch of 8 holds two of each lane."""
     samples_ = ShardSamples(
-        Folder(tmp_path, tmp_path),
+        Folder(tmp_path),
         [Shard(f"{n}", "train", 4, 1, "") for n in range(16)],
         classes=1,
         lanes=4,
@@ -588,19 +589,7 @@ def test_foreign_tars_are_adopted(tmp_path):
     assert all(problem is None for _, problem in verify(tmp_path / "insects"))
 
 
-def test_shards_without_index_are_walked_through_once(root, monkeypatch):
-    monkeypatch.setattr(tars, "WORTH_KEEPING", 1)
-    (root / INDEX).unlink()
-    everything = [pair for split in COUNTS for pair in expected(split)]
-    assert read_everything(root, True) == everything
-    kept = sorted((root.parent / "cache" / "index").iterdir())
-    assert len(kept) == 12
-    before = [path.stat().st_mtime_ns for path in kept]
-    assert read_everything(root, True) == everything
-    assert [path.stat().st_mtime_ns for path in kept] == before
-
-
-def test_what_is_walked_past_quickly_is_not_kept(root):
+def test_shards_without_index_are_walked_through(root):
     (root / INDEX).unlink()
     assert read_everything(root, True) == [pair for split in COUNTS for pair in expected(split)]
     assert not (root.parent / "cache" / "index").exists()
