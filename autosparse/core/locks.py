@@ -49,21 +49,20 @@ class Claim:
     def take(self) -> bool:
         """Try to take the claim; return whether it is ours. From then on it is renewed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_empty()
+        if self._is_stale() and not self._lease.owner:
+            self._lease.force_break()  # A power cut left a file without an owner.
         try:
             self._lease.acquire(blocking=False)
         except (Timeout, FileNotFoundError):  # The folder was removed just now, as it was empty.
             return False
         return True
 
-    def _remove_empty(self) -> None:
-        """Remove a file without an owner, as a power cut leaves it; filelock would wait for it."""
+    def _is_stale(self) -> bool:
+        """Whether a claim is there that was not renewed for EXPIRY seconds by our own clock."""
         now = self.state()
         if now != self._seen[0]:
             self._seen = now, time.monotonic()
-        if now is None or time.monotonic() - self._seen[1] <= EXPIRY or self._lease.owner:
-            return
-        self._lease.force_break()
+        return now is not None and time.monotonic() - self._seen[1] > EXPIRY
 
     def release(self) -> None:
         """Stop renewing, and remove the claim if it is ours."""
@@ -128,12 +127,8 @@ class RemoteClaim(Claim):
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def take(self) -> bool:
-        now = self._read()
-        if now is not None:
-            if now != self._seen[0]:
-                self._seen = now, time.monotonic()
-            if time.monotonic() - self._seen[1] <= EXPIRY:
-                return False
+        if self.state() is not None and not self._is_stale():
+            return False
         self._write(0)
         time.sleep(SETTLE)
         if not self._is_ours():

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 MAIN = ("autosparse", "torch", "timm")
-AROUND = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
+"""Every result depends on these."""
+ALSO = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
+"""What a training may use beside them."""
 
 
 def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
@@ -33,5 +35,5 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
         "python": platform.python_version(),
-        "versions": library_versions((*MAIN, *AROUND)),
+        "versions": library_versions((*MAIN, *ALSO)),
     }

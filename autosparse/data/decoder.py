@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from autosparse.core.errors import UsageError
 from autosparse.data import augment
-from autosparse.data.crew import Order, Result
 from autosparse.data.decode import BadImage, decode, too_many
+from autosparse.data.workers import Order, Result
 
 BAD_IMAGES = "data.max_bad_images"
 """The setting that says how many images may be bad."""

@@ -20,13 +20,13 @@ from autosparse.core.memory import keep_freed_blocks
 from autosparse.data import augment
 from autosparse.data.augment import sent
 from autosparse.data.config import DataConfig
-from autosparse.data.crew import Crew, Task
 from autosparse.data.decode import count_bad
 from autosparse.data.decoder import BAD_IMAGES, Decoder, Samples
 from autosparse.data.manifest import SPLITS
 from autosparse.data.memory import MemorySplit, in_memory
 from autosparse.data.normalisation import IMAGENET
 from autosparse.data.source import Batch, DataSource
+from autosparse.data.workers import Task, WorkerPool
 
 DEFAULT_SIZE = 224
 CHUNK = 64
@@ -48,8 +48,8 @@ class Stream:
     bad: BadImages = field(default_factory=dict)
     """Bad images met so far; shared by the splits of a source."""
     device: torch.device = torch.device("cpu")
-    resting: list[Crew] = field(default_factory=list, repr=False, compare=False)
-    """The crew that has finished an epoch and waits for the next; at most one."""
+    idle: list[WorkerPool] = field(default_factory=list, repr=False, compare=False)
+    """The worker pool that has finished an epoch and waits for the next; at most one."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -80,16 +80,16 @@ class Stream:
                 yield mine.tolist(), (seed, epoch)
 
         workers = min(self.workers, len(starts))
-        crew = self.resting.pop() if self.resting else None
-        if crew is not None and (crew.workers, crew.largest) != (workers, batch_size):
-            crew.end()
-            crew = None
-        crew = crew or self._crew(workers, batch_size, replaced=True)
-        yield from self._batches(crew, tasks())
-        if not self.resting:
-            self.resting.append(crew)
+        pool = self.idle.pop() if self.idle else None
+        if pool is not None and (pool.workers, pool.largest) != (workers, batch_size):
+            pool.end()
+            pool = None
+        pool = pool or self._pool(workers, batch_size, replaced=True)
+        yield from self._batches(pool, tasks())
+        if not self.idle:
+            self.idle.append(pool)
         else:
-            crew.end()
+            pool.end()
 
     def once(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         numbers = self.samples.share(rank, world_size)
@@ -97,29 +97,29 @@ class Stream:
         yield from self.chosen([numbers[start : start + batch_size] for start in starts])
 
     def chosen(self, parts: Sequence[list[int]]) -> Iterator[Batch]:
-        crew = self._crew(
+        pool = self._pool(
             min(self.workers, len(parts)), max(map(len, parts), default=0), replaced=False
         )
-        yield from self._batches(crew, ((part, None) for part in parts))
-        crew.end()
+        yield from self._batches(pool, ((part, None) for part in parts))
+        pool.end()
 
-    def _crew(self, workers: int, largest: int, *, replaced: bool) -> Crew:
-        return Crew(partial(self._decoder, replaced), workers, largest, self.size)
+    def _pool(self, workers: int, largest: int, *, replaced: bool) -> WorkerPool:
+        return WorkerPool(partial(self._decoder, replaced), workers, largest, self.size)
 
     def _decoder(self, replaced: bool, buffers: Tensor) -> Decoder:
         wanted = augment.parse(self.augment)
         return Decoder(self.samples, self.size, wanted, self.max_bad_images, replaced, buffers)
 
-    def _batches(self, crew: Crew, tasks: Iterable[Task]) -> Iterator[Batch]:
+    def _batches(self, pool: WorkerPool, tasks: Iterable[Task]) -> Iterator[Batch]:
         """Yield a batch for each task, unless all its images are bad.
 
-        The crew is kept at the end; it is ended if the loop stops early.
+        The pool is kept at the end; it is ended if the loop stops early.
         """
         if self.device.type == "cpu":
             keep_freed_blocks()
         whole = False
         try:
-            for images, labels, bad in crew.work(tasks):
+            for images, labels, bad in pool.work(tasks):
                 self._count(bad)
                 if labels:
                     yield sent(images, self.device), sent(torch.tensor(labels), self.device)
@@ -128,13 +128,13 @@ class Stream:
         except UsageError as error:
             raise _first_cause(error) from error
         except (RuntimeError, EOFError, ConnectionError) as error:
-            dead = crew.deaths()
+            dead = pool.deaths()
             if not dead:
                 raise
             raise RunFailed(f"a process that decodes images died: {dead}") from error
         finally:
             if not whole:
-                crew.end()
+                pool.end()
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         for name, problem in bad:
@@ -159,8 +159,8 @@ class Stream:
             _, good, bad = decoder.decoded(list(part), images[part.start : part.stop])
             return part[: len(good)], good, bad
 
-        with ThreadPoolExecutor() as pool:
-            for part, good, bad in pool.map(decoded, parts()):
+        with ThreadPoolExecutor() as threads:
+            for part, good, bad in threads.map(decoded, parts()):
                 self._count(bad)
                 labels += good
                 rows += part
@@ -169,13 +169,13 @@ class Stream:
         return MemorySplit(kept, torch.tensor(labels, dtype=torch.int64), order)
 
     def plain(self) -> Stream:
-        return replace(self, augment="none", resting=[])
+        return replace(self, augment="none", idle=[])
 
     def to(self, device: torch.device) -> Stream:
         return replace(self, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "resting": []}
+        return {**self.__dict__, "idle": []}
 
 
 def _first_cause(error: Exception) -> UsageError:

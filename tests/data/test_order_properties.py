@@ -119,5 +119,5 @@ def test_workers_change_nothing(sizes, workers, batch_size) -> None:
     alone = numbers_of(split_of("stream", sizes, 2).shuffled(batch_size, **place))
     shared = split_of("stream", sizes, 2, workers)
     assert numbers_of(shared.shuffled(batch_size, **place)) == alone
-    for crew in shared.resting:  # type: ignore[attr-defined]
-        crew.end()
+    for pool in shared.idle:  # type: ignore[attr-defined]
+        pool.end()

@@ -203,7 +203,7 @@ def test_criteria_look_at_batches_without_holding_all_of_them(digits):
 
 def test_a_class_beyond_the_images_is_no_error_in_memory():
     source = source_of(numbered(4), num_classes=6)
-    with pytest.warns(UserWarning, match="2 of its 6 classes: number 4, 5"):
+    with pytest.warns(UserWarning, match="2 of 6 classes have no image: 4, 5"):
         assert [labels.tolist() for _, labels in source.score_batches(1)] == [
             source.train.order(0, 0).tolist()
         ]

@@ -24,16 +24,16 @@ from webdataset import TarWriter
 
 from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
-from autosparse.data import crew, sets, tars
+from autosparse.data import sets, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.config import DataConfig
-from autosparse.data.crew import Buffers
 from autosparse.data.manifest import MANIFEST, Shard
 from autosparse.data.memory import MemorySplit
 from autosparse.data.remote import Folder
 from autosparse.data.shards import ShardSamples
 from autosparse.data.stream import Stream
 from autosparse.data.tars import INDEX
+from autosparse.data.workers import Buffers
 from tests.conftest import flip
 from tests.data.packed import write_shards
 
@@ -861,7 +861,7 @@ def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(r
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, workers: int) -> None:
     """Room for 2 x 2 + 3 batches of 4 images; a process that touched more would be killed."""
-    monkeypatch.setattr(crew, "SHARED", tmp_path)
+    monkeypatch.setattr(workers, "SHARED", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     needed = (2 * 2 + 3) * 4 * 3 * 128 * 128
     assert len(Buffers(2, 2, 128).memory) == 7, "there is room for a smaller batch"

@@ -32,11 +32,12 @@ PREFETCH = 2
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """What launchers send to all processes of a training that should save and end."""
 SHARED = Path("/dev/shm")
+"""Where Linux keeps memory that processes share."""
 LENT = 2
-"""Buffers that batches keep to themselves: the one in use, and the one before, not yet let go."""
+"""Buffers that batches may hold: one for the batch in use, one for the batch before it."""
 
 
-class Crew:
+class WorkerPool:
     """Worker processes that decode batches, epoch after epoch; none at all if `workers` is 0.
 
     Args:
@@ -65,7 +66,7 @@ class Crew:
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         if workers:
-            _crews.add(self)
+            _pools.add(self)
             atexit.unregister(_end_all)
             atexit.register(_end_all)  # Last, so first to be called: before torch's own.
 
@@ -102,14 +103,14 @@ class Crew:
         At the end of the program torch would send SIGTERM, which they ignore. The garbage
         collector would use queues of which parts may have been collected already.
         """
-        _crews.discard(self)
+        _pools.discard(self)
         _kill(self.processes(), os.getpid())
         if self.workers and self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Orders:
-    """What a crew is to do in the epoch under way: each task with a buffer for its images."""
+    """The work of the current epoch: each task, with a buffer for its images."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
@@ -119,8 +120,8 @@ class _Orders:
         return ((*task, self.buffers.take()) for task in self.tasks)
 
 
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
-"""All crews that have worker processes."""
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+"""All pools that have worker processes."""
 
 
 def _kill(workers: list[Any], owner: int) -> None:
@@ -131,20 +132,20 @@ def _kill(workers: list[Any], owner: int) -> None:
 
 
 def _end_all() -> None:
-    for crew in list(_crews):
-        crew.end()
+    for pool in list(_pools):
+        pool.end()
 
 
-def _forget_crews() -> None:
+def _forget_pools() -> None:
     """In a forked process: see that the garbage collector does not end workers of the parent."""
-    for crew in list(_crews):
-        if crew.loader._iterator is not None:
-            crew.loader._iterator._shutdown = True  # type: ignore[attr-defined]
-    _crews.clear()
+    for pool in list(_pools):
+        if pool.loader._iterator is not None:
+            pool.loader._iterator._shutdown = True  # type: ignore[attr-defined]
+    _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_crews)
+    os.register_at_fork(after_in_child=_forget_pools)
 
 
 class Buffers:
