@@ -33,7 +33,9 @@ BEAT, EXPIRY = 10.0, 60.0
 POLL = 1.0
 """Seconds between two looks at a claim that another has."""
 SETTLE = 1.0
-"""At a URL: seconds after which the last writer has won."""
+"""At a URL: seconds after which whoever wrote last has the claim."""
+_NAMESPACE = "?pidns-"
+"""What filelock puts after a container's host name, before the inode of its process namespace."""
 
 
 class Claim:
@@ -105,15 +107,11 @@ class Claim:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether a process has ended, but its parent has not asked how; filelock has it alive."""
+    """Whether a process has ended and its parent has not waited for it; filelock calls it alive."""
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     except OSError:  # Not Linux, or gone by now.
         return False
-
-
-_NAMESPACE = "?pidns-"
-"""What filelock puts after a container's host name, before the inode of its process namespace."""
 
 
 class RemoteClaim(Claim):

@@ -40,7 +40,7 @@ FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
 REPORT = "report"
 NO_RUNS = (INDEX, REPORT, "mlflow.json", "mlflow.db", "mlartifacts")
-"""Names in a corpus folder that are no runs."""
+"""Names in a corpus folder that are not runs."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Upkeep of a folder of shards: verifying every byte, and adopting tars that others wrote."""
+"""Folders of shards: check every byte, and index tars that others wrote."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def adopt(
 ) -> list[Shard]:
     """Write manifest and index for tars in a folder, or for those of a pattern in braces.
 
-    Their split is the word train, val or test in their name, or in that of a folder they lie in.
-    Where there is no test shard, the validation shards are it; where there is then no validation
-    shard, some of the training shards are.
+    A tar's split is the word train, val or test in its name, or in the name of its folder. Without
+    test tars, the validation tars become the test split; without validation tars, some of the
+    training tars become the validation split.
     """
     config = config or IndexConfig()
     names, listed = _classes(config), tars(root)
@@ -119,10 +119,10 @@ def tars(root: str | Path) -> tuple[Path, list[str]]:
     return folder, names
 
 
-def _split(name: str, folder: Path, other: str | None) -> str:
+def _split(name: str, folder: Path, default: str | None) -> str:
     """Return the split named by a tar's name, or else by the innermost folder that names one."""
-    if other is not None and other not in SPLITS:
-        raise unknown("split", other, SPLITS)
+    if default is not None and default not in SPLITS:
+        raise unknown("split", default, SPLITS)
     for part in reversed(PurePosixPath(name).parts):
         words = re.findall("[a-z]+", part.lower())
         splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
@@ -130,12 +130,12 @@ def _split(name: str, folder: Path, other: str | None) -> str:
             raise UsageError(f"shard {folder / name}: its name says {' and '.join(sorted(splits))}")
         if splits:
             return splits.pop()
-    if other is None:
+    if default is None:
         raise UsageError(
             f"shard {folder / name}: its name says neither train, val nor test as a word; --split "
             "says which it is"
         )
-    return other
+    return default
 
 
 def _described(folder: Path, name: str, split: str, count: int) -> Shard:

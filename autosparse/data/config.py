@@ -15,9 +15,10 @@ def _root_identity(config: DataConfig) -> str | None:
 
 
 def _normalisation_identity(config: DataConfig) -> str | list[Any]:
-    """Named sets keep the ids from when nothing else could be asked for; own data says what it is.
+    """Return what stands for auto in ids, so that earlier results of named sets keep theirs.
 
-    (What auto meant for own data once depended on whether it fitted into memory.)
+    Named sets were always measured. Own data once were measured or not by whether they fitted into
+    memory: for them an id says which.
     """
     auto, other = ("imagenet", None) if config.name in data_identity.OWN else ("auto", "measured")
     return auto if config.normalisation in ("auto", other) else config.normalisation
@@ -67,7 +68,7 @@ class DataConfig:
     allow_remote: bool = local(False)
     """Let data.root be a URL (http, https, gs, s3) that shards are fetched from."""
     cache: str = local("~/.cache/autosparse")
-    """Folder for fetched shards, and for indexes of shards that came without one."""
+    """Folder for fetched shards, and for the hashes of the files of image folders."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class PackConfig:
     max_bad_images: int = local(0)
     """Images that may be damaged or missing, and are left out; one more: stop."""
     workers: int = local(2)
-    """Processes that pack."""
+    """Processes that pack; with 1 it is this process."""
     root: str | None = local(None)
     """Folder of a torchvision set; by default AUTOSPARSE_DATA or data."""
 

@@ -1,4 +1,4 @@
-"""The fingerprint of own data: of their content in all splits, not of where they lie.
+"""The fingerprint of own data (a folder or shards): of their content, not of where they lie.
 
 Shards are known by the hashes in their manifest; a folder by the name and SHA-256 of every file
 below its class folders. A file is read once: its hash is kept in `data.cache`, by path, size and
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OWN = ("folder", "shards")
-MUCH = 1e9
-"""Bytes: before more than that is read, a line says so."""
+"""Data sets of the user's own, known by their content; all others are known by their name."""
+LARGE = 1e9
+"""Bytes; a warning comes before more than that is read."""
 SETTLED = 2.0
 """Seconds: a file that changed less than this before it was read may change again within the
 resolution of its time stamp (2 s on FAT), so its hash is not kept."""
@@ -67,11 +68,11 @@ def looked_at_once() -> Iterator[None]:
 
 
 def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
-    """Log one line if earlier work lies where data were known by their folder's name only.
+    """Warn if there is work of an earlier version, which knew data by the name of their folder.
 
     Args:
-        folder: returns the folder that the work goes to.
-        finished: the file in it that is written last; "" where `folder` is a file itself.
+        folder: returns the folder of the work; it is called again with the former ids.
+        finished: the file in it that is written last; "" if `folder` returns a file.
     """
     global _by_name
     now = folder()
@@ -114,7 +115,7 @@ def _of_folder(config: DataConfig) -> str:
     known = {name: before[name][-1] for name in facts if _same(before.get(name), facts[name])}
     new = [name for name in facts if name not in known]
     size = sum(facts[name][0] for name in new)
-    if size > MUCH:
+    if size > LARGE:
         logger.warning(
             "%s: reading %d files once, %.1f GB, to know them by content",
             root, len(new), size / 1e9,

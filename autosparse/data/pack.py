@@ -163,7 +163,7 @@ def write(
     if (root / MANIFEST).exists():
         return _finished(root, plan)
     with claimed(root) as claim:
-        if (root / MANIFEST).exists():  # By now.
+        if (root / MANIFEST).exists():  # Another process has just finished.
             return _finished(root, plan)
         _tidy(root, tasks)
         records, bad = _records(_written(tasks, root, config, on_start), config, on_shard)

@@ -27,14 +27,15 @@ def choose(labels: Tensor, order: Tensor, classes: int, each: int, batches: int)
         each: samples of a class in a batch.
         batches: how many.
     """
-    met = labels[order]
-    counts = torch.bincount(met, minlength=classes)
-    by_class = met.argsort(stable=True)
-    begins = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    turn = torch.empty_like(by_class)
-    turn[by_class] = torch.arange(len(met)) - begins
-    place = turn // each
-    return [order[place == batch].tolist() for batch in range(batches)]
+    in_order = labels[order]
+    counts = torch.bincount(in_order, minlength=classes)
+    by_class = in_order.argsort(stable=True)
+    class_starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    earlier = torch.empty_like(by_class)
+    """Of each sample: how many of its class come before it."""
+    earlier[by_class] = torch.arange(len(in_order)) - class_starts
+    batch_of = earlier // each
+    return [order[batch_of == batch].tolist() for batch in range(batches)]
 
 
 class ScoreBatches(Sequence["Batch"]):

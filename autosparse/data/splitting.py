@@ -39,18 +39,18 @@ def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tenso
 
 
 def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
-    """Split round(fraction * total) over classes in proportion, leaving each a rest."""
+    """Divide round(fraction * total) among classes in proportion; each keeps an image or more."""
     total = round(fraction * sum(sizes.values()))
     ideal = {label: size * fraction for label, size in sizes.items()}
     most = {label: max(size - 1, 1) for label, size in sizes.items()}
     least = {label: min(1, most[label]) if size > 1 else 0 for label, size in sizes.items()}
     counts = {label: min(max(int(ideal[label]), least[label]), most[label]) for label in sizes}
     while (missing := total - sum(counts.values())) > 0:
-        open_ = [label for label in sizes if counts[label] < most[label]]
-        if not open_:
+        not_full = [label for label in sizes if counts[label] < most[label]]
+        if not not_full:
             break
-        open_.sort(key=lambda label: counts[label] - ideal[label])
-        for label in open_[:missing]:
+        not_full.sort(key=lambda label: counts[label] - ideal[label])
+        for label in not_full[:missing]:
             counts[label] += 1
     return counts
 
