@@ -81,14 +81,14 @@ class Claim:
             raise RunFailed(f"{self.path.parent} was taken over by another process; stopped here")
 
     def owner(self) -> str:
-        """Say who has the claim."""
+        """Return who has the claim, in words."""
         owner = self._lease.owner
         if owner is None:
             return "another process"
         return f"process {owner.pid} on {owner.hostname.partition(_NAMESPACE)[0]}"
 
     def state(self) -> object:
-        """Return what changes with every heartbeat of the owner; None where there is no claim."""
+        """Return a value that changes with every heartbeat; None if there is no claim."""
         try:
             status = self.path.stat()
         except FileNotFoundError:
@@ -156,7 +156,7 @@ class RemoteClaim(Claim):
         return self._read()
 
     def owner_is_here(self) -> bool:
-        return False  # Not known: its heartbeat, or that there is none, tells.
+        return False  # Unknown; only its heartbeat shows that it lives.
 
     def _renew(self) -> None:
         beats = 0
@@ -165,7 +165,7 @@ class RemoteClaim(Claim):
                 self._lost = True
                 return
             beats += 1
-            with suppress(RunFailed, OSError):  # A full store: who writes results next says so.
+            with suppress(RunFailed, OSError):  # A full store; whoever writes next reports it.
                 self._write(beats)
 
     def _write(self, beats: int) -> None:
@@ -193,11 +193,11 @@ def claimed(
     """Hold the claim on a folder while the body runs.
 
     Args:
-        folder: what to claim; made if need be.
+        folder: to claim; it is made if it is not there.
         wait: wait for the owner to finish or die; otherwise raise UsageError if it lives. That
             takes up to EXPIRY seconds to find out when it ran on another machine.
-        finished: asked while waiting; once it says yes, None is yielded: there is nothing to do.
-        name: of the claim's file, where what is claimed is not the whole folder.
+        finished: asked while waiting; once it is True, None is yielded: there is nothing to do.
+        name: of the claim's file, if not the whole folder is claimed.
 
     Yields the claim; call its `check` before results are written.
     """
@@ -221,14 +221,14 @@ def claimed(
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Return a local folder and those above it, as far as they are not there yet."""
+    """Return those of a local folder and its parents that are not there yet."""
     if not is_local(folder):
         return []
     return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _taken(claim: Claim, wait: bool, finished: Callable[[], bool]) -> bool:
-    """Take the claim; return False where `finished` says that there is nothing to do."""
+    """Take the claim; return False if `finished` returns True, so that there is nothing to do."""
     before = None
     while not claim.take():
         if finished():

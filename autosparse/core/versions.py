@@ -10,7 +10,7 @@ from typing import Any
 MAIN = ("autosparse", "torch", "timm")
 """Every result depends on these."""
 ALSO = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
-"""What a training may use beside them."""
+"""Libraries that a training may use as well."""
 
 
 def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
@@ -25,7 +25,7 @@ def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a training runs on: machine, GPUs, Python, and the versions of libraries."""
+    """Return a training's environment: machine, GPUs, Python, and the versions of libraries."""
     import torch
 
     gpus = range(torch.cuda.device_count())

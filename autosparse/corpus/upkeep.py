@@ -36,7 +36,7 @@ class Problem:
 
 
 def verify(path: str | Path) -> Iterator[tuple[str, list[Problem]]]:
-    """Yield every run's id with what is wrong with it, finished or not; [] if all is well."""
+    """Yield every run's id, finished or not, with its problems; [] if it has none."""
     folder = Corpus(path).path
     for child in sorted(folder.iterdir()):
         if child.name not in NO_RUNS and child.is_dir():
@@ -59,26 +59,20 @@ def _differences(folder: Path) -> Iterator[tuple[str, str]]:
         try:
             read(path)
         except UserError as error:
-            yield (path.name, str(error))
+            yield path.name, str(error)
 
 
 def _of_finished(folder: Path) -> Iterator[tuple[str, str]]:
+    file = FINISHED
     try:
         marker = store.marker_of(folder)
-    except UsageError as error:
-        yield (FINISHED, str(error))
-        return
-    if not (folder / RUN).is_file():
-        yield (RUN, "is missing")
-        return
-    whole = sha256_of_file(folder / RUN) == marker["sha256"]
-    try:
+        file = RUN
         tensors, card = read_tensors(folder / RUN)
     except UsageError as error:
-        yield (RUN, str(error))
+        yield file, str(error)
         return
     digests_now = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
-    if whole:
+    if sha256_of_file(folder / RUN) == marker["sha256"]:
         yield from _of_marker(marker, digests_now, store.row_of(card))
         yield from _of_first_card(folder / CARD, card)
         return
@@ -86,10 +80,10 @@ def _of_finished(folder: Path) -> Iterator[tuple[str, str]]:
     wrong = [key for key, digest in digests.items() if digests_now.get(key) != digest]
     for key in wrong:
         group, _, parameter = key.partition("/")
-        yield (RUN, f"parameter {parameter} ({group}) is not what was written")
+        yield RUN, f"parameter {parameter} ({group}) is not what was written"
     if not wrong:
         what = f"its header (or the SHA-256 in {FINISHED})" if digests else "it"
-        yield (RUN, f"{what} is not what was written (the SHA-256 differs)")
+        yield RUN, f"{what} is not what was written (the SHA-256 differs)"
 
 
 def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -99,15 +93,15 @@ def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[tuple[str, str]
     try:
         first = read_json(path)
     except UsageError as error:
-        yield (CARD, str(error))
+        yield CARD, str(error)
         return
     if not isinstance(first, dict):
-        yield (CARD, "is no card")
+        yield CARD, "is no card"
         return
     for key, value in first.items():
         # A later version that took the run up may know more settings.
         if key not in ("config", "versions") and card.get(key) != value:
-            yield (CARD, f"its entry {key!r} is not that of {RUN}")
+            yield CARD, f"its entry {key!r} is not that of {RUN}"
 
 
 def _of_marker(
@@ -119,11 +113,11 @@ def _of_marker(
     expected["row"] = {key: row.get(key) for key in marker.get("row", {})}
     for key, value in marker.items():
         if expected.get(key) != value:
-            yield (FINISHED, f"its entry {key!r} is not what was written")
+            yield FINISHED, f"its entry {key!r} is not what was written"
 
 
 def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], list[str]]:
-    """Copy finished runs into another corpus; return (copied, found there already).
+    """Copy finished runs into another corpus; return the ids of (copied, already there).
 
     Each is checked on the way, and its commit marker comes last. Raises RunFailed after all that
     can be copied is, if a run is damaged, is there with another content, or is being worked on.

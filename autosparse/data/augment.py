@@ -29,7 +29,7 @@ CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `data.augment` asks for."""
+    """The parts of a value of `data.augment`."""
 
     shift: bool = False
     crop: bool = False
@@ -60,7 +60,10 @@ def parse(text: str) -> Augmentation:
 
 
 def choose(asked: str, suitable: str, *, streamed: bool = False) -> str:
-    """Resolve `data.augment`: auto is `suitable`; raise UsageError for what cannot be done here."""
+    """Resolve `data.augment`: auto is `suitable`.
+
+    Raises UsageError for what only streamed images can have, or only images in memory.
+    """
     if asked == "auto":
         return suitable
     if parse(asked).alternating and streamed:

@@ -40,7 +40,7 @@ COMPRESSED = re.compile(r"(.*)\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)", re.IGNORE
 
 
 def verify(root: str | Path) -> Iterator[tuple[Shard, str | None]]:
-    """Yield every shard of the manifest, and what is wrong with it, if anything."""
+    """Yield every shard of the manifest with its problem, or None."""
     root = Path(root)
     manifest = read_manifest(root / MANIFEST)
     index = read_index(root / INDEX, manifest.shards)

@@ -36,7 +36,7 @@ class DataConfig:
     For shards also one of the folder's tars, or a pattern such as DIR/train-{0000..0099}.tar.
     """
     image_size: int | None = None
-    """Side of the square images in pixels; by default what suits the data set."""
+    """Side of the square images in pixels; by default the usual one of the data set."""
     augment: str = "auto"
     """none, shift, shift+flip, shift+altflip (every other epoch each image is mirrored, in memory
     only), crop+flip (random resized crops, of streamed images), or auto.
@@ -59,10 +59,10 @@ class DataConfig:
     memory_limit_gb: float = local(4.0)
     """Sets whose decoded images take less than this are held in memory as uint8 tensors.
 
-    So are the images that streamed sets are scored on. What is computed is the same either way.
+    So are the images that streamed sets are scored on. It does not change any result.
     """
     lanes: int = 16
-    """Streamed shards are shuffled in so many lanes, best a multiple of the number of ranks."""
+    """Lanes in which streamed shards are shuffled, best a multiple of the number of ranks."""
     max_bad_images: int = local(0)
     """Images that may be damaged: a neighbour stands in for each in training; one more: stop."""
     allow_remote: bool = local(False)
@@ -76,7 +76,7 @@ class PackConfig:
     """How images are packed into shards."""
 
     resize: int | None = None
-    """Make images smaller until their shorter side has so many pixels; none by default."""
+    """Shrink larger images to this many pixels on their shorter side; by default, keep them."""
     quality: int | None = None
     """Encode all as JPEG of this quality; by default bytes are copied; resized: 90."""
     per_shard: int = 1000
@@ -102,7 +102,7 @@ class IndexConfig:
     dotted: bool = False
     """Keys hold dots: extensions begin at a name's last dot, not at its first as in WebDataset."""
     split: str | None = None
-    """train, validation or test: the split of tars whose names do not say it."""
+    """train, validation or test: the split of tars whose names hold none of these words."""
     classes: str | None = None
     """Number of classes, or a file with a class a line; by default the largest label + 1."""
     validation_fraction: float = 0.15

@@ -51,7 +51,7 @@ def count_bad(problem: str, setting: str, count: int, limit: int) -> None:
 
 
 _resize = torch.ops.aten._upsample_bilinear2d_aa.out
-"""What interpolate(mode="bilinear", antialias=True) calls; that has no argument `out`."""
+"""The operator behind interpolate(mode="bilinear", antialias=True), which takes no `out`."""
 
 
 def centred(height: int, width: int) -> Box:
@@ -185,7 +185,7 @@ def _size(header: bytes) -> tuple[int, int] | None:
 
 
 def _turned(segment: bytes) -> bool:
-    """Whether a metadata segment says, or may say, that the image must be rotated."""
+    """Whether by this metadata segment the image must, or may have to, be rotated."""
     if segment.startswith(b"Exif\0"):
         exif = Image.Exif()
         exif.load(segment)

@@ -40,7 +40,7 @@ def load_folder(config: DataConfig) -> DataSource:
 
 
 def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:
-    """Split the files into train, validation and test; what has no folder is cut from train."""
+    """Split the files in three; validation and test without a folder are cut from train."""
     if not root.is_dir():
         raise UsageError(f"data.root {root} is not a folder")
     folders = parts_of_folder(root)

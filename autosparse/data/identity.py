@@ -155,7 +155,7 @@ def _files(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[tuple[s
 def _facts(entry: os.DirEntry[str]) -> list[int]:
     try:
         status = entry.stat()
-    except OSError:  # A dangling link: whoever reads the images says so.
+    except OSError:  # A dangling link; reading the images reports it.
         return [0, 0, 0]
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

@@ -37,7 +37,7 @@ class Reading:
     names: tuple[str, ...] = ()
 
     def key(self, name: str) -> tuple[str, str] | None:
-        """Return a member's key and extension; None for what is no part of a sample."""
+        """Return a member's key and extension; None if it does not belong to a sample."""
         matched = (DOTTED_NAME if self.dotted else NAME).fullmatch(name)
         if matched is None or META.match(name):
             return None
@@ -57,7 +57,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds."""
+    """The classes and shards of a folder."""
 
     classes: list[str]
     shards: list[Shard]
@@ -67,7 +67,7 @@ class Manifest:
     """How the samples of its tars are read."""
 
     def only(self, names: list[str], where: str) -> Manifest:
-        """Return the manifest of some of the shards; `where` says who asks for them."""
+        """Return the manifest of some of the shards; `where` begins the error message."""
         known = {shard.name: shard for shard in self.shards}
         unknown = next((name for name in names if name not in known), None)
         if unknown is not None:

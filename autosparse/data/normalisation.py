@@ -33,7 +33,7 @@ PART = 64
 
 
 def check(wanted: Any) -> None:
-    """Raise UsageError unless `data.normalisation` may say this."""
+    """Raise UsageError unless this is a valid `data.normalisation`."""
     if isinstance(wanted, str) and wanted in ("auto", "imagenet", "measured"):
         return
     pair = wanted if isinstance(wanted, list | tuple) and len(wanted) == 2 else None
@@ -53,9 +53,9 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 
 def normalised(source: DataSource, config: DataConfig) -> DataSource:
-    """Return the source with what `data.normalisation` asks for.
+    """Return the source normalised as `data.normalisation` asks.
 
-    It comes measured if it is a named set, and with ImageNet's constants if it is own data.
+    Loaders return named sets measured, and own data with ImageNet's constants.
     """
     wanted, own = config.normalisation, config.name in identity.OWN
     if wanted in ("auto", "imagenet" if own else "measured"):

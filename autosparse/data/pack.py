@@ -1,7 +1,7 @@
 """Packing images into shards: `autosparse shards pack SRC DST`.
 
 Where an image goes depends only on the list of images, the options and the seed. A finished shard
-has a record of what it was made of under DST/.packing, and is kept when packing is started again.
+has a record of its sources under DST/.packing, and is kept when packing is started again.
 The manifest is written last, with an index of the samples and timm's `_info.json`.
 """
 
@@ -68,7 +68,7 @@ def pack(
         folder: where the shards go.
         config: how; bytes are copied unchanged unless `resize` or `quality` is set.
         on_start: called with the number of images.
-        on_shard: called with every shard, as it is finished or found finished.
+        on_shard: called with every shard, when it is written, or was there already.
     """
     config = config or PackConfig()
     _check(config)

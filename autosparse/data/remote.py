@@ -124,7 +124,7 @@ def _locked(path: Path) -> FileLock:
 def expanded(root: str) -> tuple[str, list[str] | None]:
     """Split a tar, or a brace pattern of tars, into its folder and the names in it.
 
-    For a folder the names are None: all shards in its manifest are meant.
+    For a folder the names are None, which stands for all shards in its manifest.
     """
     from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -140,7 +140,7 @@ def expanded(root: str) -> tuple[str, list[str] | None]:
 
 
 def shards_of(config: DataConfig) -> tuple[Folder, Manifest]:
-    """Return the folder of `data.root`, and the manifest of the shards that are meant."""
+    """Return the folder of `data.root`, and the manifest of the shards that it names."""
     folder = folder_of(config)
     path = folder.file(MANIFEST)
     if not path.is_file():

@@ -25,7 +25,7 @@ IMAGES = (
 """Extensions of images; of several in a sample the first of these is taken."""
 PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"(\xb5/\xfd", "zstd"))
 MOST_LABEL = 1 << 31
-"""A larger number is no label: an id, or a time."""
+"""A larger number is an id or a time, not a label."""
 Parts = dict[str, tuple[int, tarfile.TarInfo]]
 """Extension -> the member's number in the tar, and the member."""
 

@@ -46,7 +46,7 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model must know of its data; None where only the data themselves tell."""
+    """What a model must know of its data; None if it takes a look at the data to know."""
 
     num_classes: int | None
     in_chans: int
@@ -66,7 +66,7 @@ _SETS = {
 
 
 def shape(config: DataConfig) -> Shape:
-    """Return what the settings alone say of the images, without a look at them."""
+    """Return what is known from the settings alone, without a look at the images."""
     check_config(config)
     usual = _SETS[config.name][1]
     return replace(usual, image_size=config.image_size or usual.image_size)

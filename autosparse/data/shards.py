@@ -76,7 +76,7 @@ class ShardSamples:
         counts = torch.tensor([0, *(shard.count for shard in shards)])
         self.starts: list[int] = counts.cumsum(0).tolist()
         self.checked = torch.zeros(len(self.shards), dtype=torch.uint8).share_memory_()
-        """1 for a shard that some process of this run has found whole."""
+        """1 for a shard that a process of this run has checked."""
         self._ends = torch.tensor(self.starts[1:])
         self._members: dict[int, np.ndarray] = {}
         self._paths: dict[int, Path] = {}
@@ -125,7 +125,7 @@ class ShardSamples:
             self.checked[number] = 1
 
     def labels(self) -> Tensor:
-        """Return every sample's label [N], from the index as far as it goes."""
+        """Return every sample's label [N], from the index, or from the tars that it lacks."""
         for number in range(len(self.shards)):
             self._open(number)
         return torch.from_numpy(np.concatenate(

@@ -1,4 +1,4 @@
-"""What a data set is to all who use it: three splits, and how their batches are prepared."""
+"""The interface of a data set: three splits, and how their batches are prepared."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class DataSource:
     """Per channel, of pixels scaled to 0..1."""
     std: tuple[float, ...]
     augment: str
-    """What is done to a training batch: `data.augment`, with auto resolved."""
+    """`data.augment`, with auto resolved."""
     fingerprint: str
     """16 hex digits of the training images and labels (of the manifest, for shards)."""
     config: DataConfig = DataConfig()
-    """What it was loaded from."""
+    """The settings it was loaded with."""
 
     def to(self, device: torch.device) -> DataSource:
         """Return the source with its batches on `device`."""
@@ -104,7 +104,7 @@ class DataSource:
         return prepare(images, self.mean, self.std)
 
     def skip(self, generator: torch.Generator, batch_size: int, steps: int) -> None:
-        """Advance the generator by what `prepare` draws in `steps` batches."""
+        """Advance the generator by the random numbers that `prepare` draws in `steps` batches."""
         wanted = augment.parse(self.augment)
         for _ in range(steps):
             augment.draws(batch_size, self.image_size, wanted, generator)
@@ -128,7 +128,7 @@ class DataSource:
             samples_per_class: k, images of every class in a batch.
             seed: of the order.
             batches: how many balanced batches.
-            batch_size: a balanced batch of more images is cut into parts of so many.
+            batch_size: a larger balanced batch is cut into parts of this size.
             rank, world_size: return every `world_size`-th part, from number `rank` on.
         """
         for name, value in (("samples_per_class", samples_per_class), ("batches", batches),

@@ -66,7 +66,7 @@ def limited_places(labels: Tensor, limit: int | None) -> Tensor:
 
 
 def warn_of_empty(labels: Tensor, classes: Iterable[str], where: str) -> None:
-    """Warn if classes have no image; `where` names what was looked at."""
+    """Warn if classes have no image; `where` begins the warning."""
     names = list(classes)
     counts = torch.bincount(labels, minlength=len(names))
     empty = [names[label] for label in (counts == 0).nonzero().flatten().tolist()]

@@ -33,7 +33,7 @@ CHUNK = 64
 """Images that a thread decodes in one go, for a split held in memory."""
 
 BadImages = dict[str, str]
-"""Sample -> what is wrong with its image."""
+"""Name of a sample -> what is wrong with its image."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Stream:
     augment: str = "none"
     max_bad_images: int = 0
     bad: BadImages = field(default_factory=dict)
-    """Bad images met so far; shared by the splits of a source."""
+    """Bad images so far; shared by the splits of a source."""
     device: torch.device = torch.device("cpu")
     idle: list[WorkerPool] = field(default_factory=list, repr=False, compare=False)
     """The worker pool that has finished an epoch and waits for the next; at most one."""
@@ -197,7 +197,7 @@ def own_data(
         name: of the data.
         samples: of train, validation and test; in memory, validation may be empty.
         classes: how many there are.
-        config: what was asked for.
+        config: settings of the data.
         fingerprint: returns that of streamed data.
     """
     size = config.image_size or DEFAULT_SIZE

@@ -46,7 +46,7 @@ def is_there(config: DataConfig) -> bool:
         _dataset(config, train=True)
     except RuntimeError:
         return False
-    except (ValueError, AssertionError, EOFError):  # Damaged: `load_torchvision` says so.
+    except (ValueError, AssertionError, EOFError):  # Damaged; `load_torchvision` reports it.
         return True
     return True
 

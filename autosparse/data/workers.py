@@ -30,7 +30,7 @@ Result = tuple[Tensor | int, list[int], list[tuple[str, str]]]
 PREFETCH = 2
 """Batches that a worker process is asked for in advance."""
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""What launchers send to all processes of a training that should save and end."""
+"""Signals by which launchers tell all processes of a training to save and end."""
 SHARED = Path("/dev/shm")
 """Where Linux keeps memory that processes share."""
 LENT = 2
@@ -89,7 +89,7 @@ class WorkerPool:
         return getattr(self.loader._iterator, "_workers", [])
 
     def deaths(self) -> str:
-        """Say how worker processes died; empty where none did."""
+        """Describe how worker processes died; empty if none did."""
         codes = [process.exitcode for process in self.processes()]
         return ", ".join(
             f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
@@ -185,9 +185,9 @@ class Buffers:
 
 
 def check_shared_memory(needed: int, workers: int) -> None:
-    """Raise UsageError unless so many bytes fit into the memory that processes share.
+    """Raise UsageError unless `needed` bytes fit into the memory that processes share.
 
-    On Linux that is a file system of its own, of 64 MB in a container by default. A process that
+    On Linux that is a separate file system, by default of 64 MB in a container. A process that
     touches memory there after it is full is killed (SIGBUS).
     """
     if not workers or not SHARED.is_dir():

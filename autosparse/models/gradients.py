@@ -52,7 +52,7 @@ class Cost:
 
     image_passes: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
-    """Entries for the ticket's card, mostly of what was done otherwise than asked for."""
+    """Entries for the ticket's card, mostly about deviations from what was asked for."""
 
 
 _COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
@@ -111,7 +111,7 @@ def mean_of(
         like: tensors of the same shapes, dtypes and device, by name.
         passes: forward-backward passes over its images that one call of `part` takes.
 
-    Raises UsageError if there is no sample.
+    Raises UsageError if there are no samples.
     """
     mean = _Mean(like)
     for images, labels in batches:
@@ -154,7 +154,7 @@ class _Mean:
 def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) -> int:
     """Add up over the ranks if `shared`, in place; return the samples and count their passes.
 
-    Raises UsageError if there is no sample.
+    Raises UsageError if there are no samples.
     """
     if shared:
         count = torch.tensor([samples], device=sums[0].device)
@@ -200,7 +200,7 @@ def mean_over_gradients(
     loss_fn: LossFn,
     parts: Callable[[Tensor], Sequence[Tensor]],
 ) -> dict[str, Tensor]:
-    """Return sums over all batches of what `parts` makes of their gradients, by the samples.
+    """Return what `parts` makes of each batch's gradients, added up and divided by the samples.
 
     Gradients are added up as they come, so no more than one of them exists beside the means.
 
@@ -296,7 +296,7 @@ def with_edges(
 ) -> list[tuple[GradientEdge, Tensor]]:
     """Pair gradients, which have a graph, with vectors, without holding the gradients' values.
 
-    None, and what depends on nothing, is left out.
+    None is left out, and gradients that depend on nothing.
     """
     return [
         (get_gradient_edge(gradient), vector)

@@ -1,4 +1,4 @@
-"""Convolutions that standardise their weight (NFNet, BiT): a mask must act on what is applied.
+"""Convolutions that standardise their weight (NFNet, BiT): a mask must act on the kernel.
 
 timm's StdConv2d and ScaledStdConv2d subtract every filter's mean before they convolve, which
 turns pruned zeros into other numbers. Here the kernel is standardised with the zeros counted in
@@ -25,8 +25,8 @@ MASK = "kernel_mask"
 class _Masked(nn.Module):
     """Masks the kernel.
 
-    What is masked: where the weight is compact, all but its survivors; after `keep_mask`, what
-    that says; else every weight that is exactly zero.
+    The mask is that of the compact weight, or the one given to `keep_mask`; otherwise every weight
+    that is exactly zero is masked.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def keep_mask(module: nn.Module, mask: Tensor) -> None:
 
 
 def unmask(model: nn.Module) -> None:
-    """Make all convolutions what they were before any mask; in place."""
+    """Turn all convolutions back into timm's, without a mask; in place."""
     for module in model.modules():
         if type(module) in BASE:
             module.__class__ = BASE[type(module)]
