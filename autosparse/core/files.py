@@ -233,7 +233,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def _remote_metadata(path: Path) -> dict[str, str]:
-    """Read a safetensors header only: its length in 8 bytes, then JSON."""
+    """Read a safetensors header only: its length in 8 bytes, then JSON (at most 100 MB)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, 1 << 27)))

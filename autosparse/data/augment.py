@@ -127,7 +127,11 @@ def _shifted(images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
 
 @lru_cache
 def rand_augment(text: str, size: int) -> Callable[[Any], Any]:
-    """Return timm's RandAugment for PIL images of side `size`; gaps are filled with grey."""
+    """Return timm's RandAugment for PIL images of side `size`.
+
+    As in timm's own transforms, it moves images by up to 0.45 of the side, and fills gaps with
+    ImageNet's mean.
+    """
     from timm.data.auto_augment import rand_augment_transform
 
     try:

@@ -14,6 +14,7 @@ from autosparse.data.source import DataSource
 from autosparse.data.splitting import stratified
 
 TEST_FRACTION = 0.2
+"""Of 1,797 images: 359, so that 1 % of accuracy is 3 to 4 images."""
 
 
 def load_digits(config: DataConfig) -> DataSource:

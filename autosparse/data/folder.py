@@ -19,6 +19,7 @@ from autosparse.data.splitting import epoch_order, limited_places, stratified
 from autosparse.data.stream import own_data
 
 TEST_FRACTION = 0.15
+"""Share of images that becomes the test split where there is none, as by default for validation."""
 
 
 def load_folder(config: DataConfig) -> DataSource:

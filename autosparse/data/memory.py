@@ -12,10 +12,10 @@ from torch import Tensor
 from autosparse.data.augment import parse, sent
 from autosparse.data.normalisation import Constants, statistics
 from autosparse.data.source import Batch, DataSource
-from autosparse.data.splitting import epoch_order, limited_places, stratified
+from autosparse.data.splitting import epoch_order, epoch_seed, limited_places, stratified
 
 FLIP_SALT = 500_009
-"""Makes the seed of the first flips differ from those of the epochs' orders."""
+"""A number that no epoch reaches: the seed of the first flips is none of the epochs' orders."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def mirrored(count: int, seed: int, epoch: int) -> Tensor:
     and mirrored. Source: K. Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), arXiv
     2404.00498, section 3.6: any two epochs in a row show both sides of every image.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + FLIP_SALT)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, FLIP_SALT))
     first = torch.randint(0, 2, (count,), generator=generator).bool()
     return first if epoch % 2 == 0 else ~first
 

@@ -27,11 +27,13 @@ from autosparse.data.manifest import MANIFEST, SPLITS, Reading, Shard
 from autosparse.data.remote import Folder, shards_of
 from autosparse.data.samples import scan
 from autosparse.data.source import DataSource
+from autosparse.data.splitting import epoch_seed
 from autosparse.data.stream import own_data
 from autosparse.data.tars import INDEX, Files, check_members, key_of, read_index
 
 BLOCK = 4096
-"""Samples of a lane that are shuffled together: of a few shards that lie one after another."""
+"""Samples of a lane that are shuffled together: those of about four shards of 1,000, so that a lane
+has few shards open at a time."""
 
 
 def load_shards(config: DataConfig) -> DataSource:
@@ -92,7 +94,7 @@ class ShardSamples:
         Shuffled shards are laid end to end and cut into lanes, a lane is shuffled block by block,
         and the lanes are interleaved: wherever a batch begins, it takes as many of each lane.
         """
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         shards = torch.randperm(len(self.shards), generator=generator).tolist()
         whole = torch.cat([torch.arange(*self.starts[s : s + 2]) for s in shards])
         lanes = min(self.lanes, len(whole))

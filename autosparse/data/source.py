@@ -15,6 +15,7 @@ from autosparse.data import augment
 from autosparse.data.config import DataConfig
 from autosparse.data.normalisation import prepare
 from autosparse.data.score_batches import ScoreBatches, balanced
+from autosparse.data.splitting import epoch_seed
 
 Batch = tuple[Tensor, Tensor]
 
@@ -111,7 +112,8 @@ class DataSource:
 
     def augmentation(self, seed: int, epoch: int, rank: int = 0) -> torch.Generator:
         """Return the generator of an epoch's augmentation on one rank."""
-        return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 4099 + rank)
+        # 4099 is a prime above the number of ranks.
+        return torch.Generator().manual_seed(epoch_seed(seed, epoch) * 4099 + rank)
 
     def score_batches(
         self, samples_per_class: int, *, seed: int = 0, batches: int = 1, batch_size: int = 128,

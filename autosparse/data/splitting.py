@@ -11,12 +11,21 @@ from torch import Tensor
 from autosparse.core.errors import UsageError
 
 SPLIT_SEED = 20240827
-"""Fixes every split; not an option, so that a test image never becomes a training image."""
+"""Fixes every split; not an option, so that a test image never becomes a training image. Any number
+would do; splits that are made with the same seed and differ in purpose have salts 0, 1, 2."""
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return one number for a seed and an epoch, or another number below a million.
+
+    1,000,003 is the first prime above a million: no two pairs give the same.
+    """
+    return seed * 1_000_003 + epoch
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """Return a permutation that is fixed by (seed, epoch)."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     return torch.randperm(count, generator=generator)
 
 

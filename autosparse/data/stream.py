@@ -29,9 +29,9 @@ from autosparse.data.source import Batch, DataSource
 from autosparse.data.workers import Task, WorkerPool
 
 DEFAULT_SIZE = 224
+"""Side of images in pixels: ImageNet's usual one."""
 CHUNK = 64
 """Images that a thread decodes in one go, for a split held in memory."""
-
 BadImages = dict[str, str]
 """Name of a sample -> what is wrong with its image."""
 

@@ -71,7 +71,7 @@ def remedy(error: Exception) -> str:
 
 
 def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
-    """Return `loss_fn` with a UsageError for what it raises, and for results that are not losses."""
+    """Return `loss_fn` with a UsageError for what it raises, and for a result that is no loss."""
     without_classes = getattr(model, "num_classes", None) == 0
 
     def loss(outputs: Any, labels: Tensor) -> Tensor:
