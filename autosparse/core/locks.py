@@ -147,13 +147,10 @@ class RemoteClaim(Claim):
 
     def owner(self) -> str:
         try:
-            claim = json.loads(self._read() or "{}")
+            claim = json.loads(self.state() or "{}")
             return f"process {claim['pid']} on {claim['host']}"
         except (ValueError, KeyError, TypeError):
             return "another process"
-
-    def state(self) -> object:
-        return self._read()
 
     def owner_is_here(self) -> bool:
         return False  # Unknown; only its heartbeat shows that it lives.
@@ -172,14 +169,14 @@ class RemoteClaim(Claim):
         owner = {"host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.path, {"token": self.token, **owner, "beats": beats})
 
-    def _read(self) -> str | None:
+    def state(self) -> str | None:
         try:
             return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
     def _is_ours(self) -> bool:
-        return f'"{self.token}"' in (self._read() or "")
+        return f'"{self.token}"' in (self.state() or "")
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, sha256_of_file, write_json
-from autosparse.data.remote import shards_of
 
 if TYPE_CHECKING:
     from autosparse.data.config import DataConfig
@@ -97,6 +96,8 @@ def folder_root(config: DataConfig) -> Path:
 
 
 def _of_shards(config: DataConfig) -> str:
+    from autosparse.data.remote import shards_of  # Here: `autosparse --help` stays quick.
+
     manifest = shards_of(config)[1]
     parts = [[each.split, each.count, each.sha256] for each in manifest.shards]
     reading = [manifest.content["reading"]] if "reading" in manifest.content else []
