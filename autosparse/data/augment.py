@@ -20,8 +20,7 @@ from torch import Tensor
 
 from autosparse.core.errors import UsageError
 
-IN_MEMORY = ("none", "shift", "shift+flip", "shift+altflip")
-AUGMENTS = (*IN_MEMORY, "crop+flip")
+AUGMENTS = ("none", "shift", "shift+flip", "shift+altflip", "crop+flip")
 """Each but none may be followed by +rand-…; crop+flip is for streamed sets."""
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 """Share of the image's area, and width / height, of a random resized crop: timm's defaults."""

@@ -180,18 +180,12 @@ def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
 
 
 def _with_all_splits(shards: list[Shard], fraction: float) -> list[Shard]:
-    splits = {shard.split for shard in shards}
-    if "test" not in splits:
-        shards = [
-            replace(shard, split="test") if shard.split == "validation" else shard
-            for shard in shards
-        ]
-    if "validation" not in {shard.split for shard in shards}:
-        train = [shard for shard in shards if shard.split == "train"]
-        held = {shard.name for shard in train[-math.ceil(fraction * len(train)) :]}
-        if len(held) < len(train):
-            shards = [
-                replace(shard, split="validation") if shard.name in held else shard
-                for shard in shards
-            ]
-    return shards
+    """Make test shards of validation's, then validation shards of train's, where there are none."""
+    if not any(shard.split == "test" for shard in shards):
+        shards = [replace(each, split="test") if each.split == "validation" else each
+                  for each in shards]  # fmt: skip
+    train = [shard for shard in shards if shard.split == "train"]
+    held = set(train[-math.ceil(fraction * len(train)) :])
+    if any(shard.split == "validation" for shard in shards) or len(held) == len(train):
+        return shards
+    return [replace(shard, split="validation") if shard in held else shard for shard in shards]

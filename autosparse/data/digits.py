@@ -24,14 +24,13 @@ def load_digits(config: DataConfig) -> DataSource:
     bunch = sklearn_digits()
     pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
     images = resized(pixels.round().byte(), config.image_size or 16)
-    labels = torch.from_numpy(bunch.target).long()
-    rest, held_out = stratified(labels, TEST_FRACTION, salt=2)
+    whole = MemorySplit(images, torch.from_numpy(bunch.target).long())
+    rest, held_out = stratified(whole.labels, TEST_FRACTION, salt=2)
     return in_memory(
         "digits",
-        MemorySplit(images[rest], labels[rest]),
-        MemorySplit(images[held_out], labels[held_out]),
+        whole.part(rest),
+        whole.part(held_out),
+        config,
         num_classes=10,
-        validation_fraction=config.validation_fraction,
-        train_limit=config.train_limit,
         augment=choose(config.augment, "shift"),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autosparse.data.augment import parse, sent
+from autosparse.data.config import DataConfig
 from autosparse.data.normalisation import Constants, statistics
 from autosparse.data.source import Batch, DataSource
 from autosparse.data.splitting import epoch_order, epoch_seed, limited_places, stratified
@@ -69,6 +70,10 @@ class MemorySplit:
         for part in parts:
             yield self.images[part], self.labels[part]
 
+    def part(self, places: Tensor) -> MemorySplit:
+        """Return the images at these places, without lanes."""
+        return MemorySplit(self.images[places], self.labels[places])
+
     def plain(self) -> MemorySplit:
         return replace(self, alternating=False)
 
@@ -94,14 +99,6 @@ def mirrored(count: int, seed: int, epoch: int) -> Tensor:
     return first if epoch % 2 == 0 else ~first
 
 
-def limited(train: MemorySplit, limit: int | None) -> MemorySplit:
-    """Keep `limit` training images, stratified, always the same ones."""
-    if limit is None or limit >= len(train):
-        return train
-    chosen = limited_places(train.labels, limit)
-    return MemorySplit(train.images[chosen], train.labels[chosen])
-
-
 def resized(images: Tensor, size: int) -> Tensor:
     """Resize square uint8 images [N, C, H, W] to `size`, antialiased bilinear."""
     if images.shape[-1] == size and images.shape[-2] == size:
@@ -119,23 +116,22 @@ def in_memory(
     name: str,
     train: MemorySplit,
     test: MemorySplit,
+    config: DataConfig,
     *,
     num_classes: int,
-    validation_fraction: float,
-    train_limit: int | None,
     augment: str,
     validation: MemorySplit | None = None,
     normalisation: Constants | None = None,
 ) -> DataSource:
-    """Assemble a source from whole splits; validation is cut from train unless it is given.
+    """Assemble a source from whole splits, limited as `config` says.
 
-    `normalisation` is measured on the training images unless it is given.
+    Validation is cut from train, and `normalisation` measured on train, unless they are given.
     """
     if validation is None:
-        rest, held_out = stratified(train.labels, validation_fraction)
-        validation = MemorySplit(train.images[held_out], train.labels[held_out])
-        train = MemorySplit(train.images[rest], train.labels[rest])
-    train = limited(train, train_limit)
+        rest, held_out = stratified(train.labels, config.validation_fraction)
+        train, validation = train.part(rest), train.part(held_out)
+    if config.train_limit is not None and config.train_limit < len(train):
+        train = train.part(limited_places(train.labels, config.train_limit))
     train = replace(train, alternating=parse(augment).alternating)
     mean, std = normalisation or statistics(train.images.split(4096), train.images.shape[1])
     return DataSource(

@@ -230,10 +230,9 @@ def own_data(
         name,
         splits["train"].in_memory(replaced=True),
         splits["test"].in_memory(),
+        config,
         validation=splits["validation"].in_memory() if len(samples["validation"]) else None,
         num_classes=classes,
-        validation_fraction=config.validation_fraction,
-        train_limit=config.train_limit,
         augment=chosen,
         normalisation=IMAGENET,
     )

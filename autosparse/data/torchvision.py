@@ -59,9 +59,8 @@ def load_torchvision(config: DataConfig) -> DataSource:
         config.name,
         train,
         test,
+        config,
         num_classes=num_classes,
-        validation_fraction=config.validation_fraction,
-        train_limit=config.train_limit,
         augment=choose(config.augment, suitable),
     )
 
