@@ -87,8 +87,8 @@ def read_manifest(path: Path | str) -> Manifest:
     try:
         shards = [_shard(**entry) for entry in content["shards"]]
         classes = content["classes"]
-        ways = content.get("reading", {})
-        reading = Reading(str(ways.get("label", "cls")), bool(ways.get("dotted", False)),
+        given = content.get("reading", {})
+        reading = Reading(str(given.get("label", "cls")), bool(given.get("dotted", False)),
                           tuple(map(str, classes)))  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is not a manifest of shards ({error})") from None

@@ -155,9 +155,9 @@ def folder_of(config: DataConfig) -> Folder:
 
     Raises UsageError where a local one is not there, and for a URL unless it may be read.
     """
+    if str(config.root).startswith("pipe:"):
+        raise UsageError(f"data.root {config.root}: commands are not run")
     root = expanded(str(config.root))[0]
-    if root.startswith("pipe:"):
-        raise UsageError(f"data.root {root}: commands are not run")
     if "://" not in root:
         folder = Path(root).expanduser()
         if not folder.is_dir():

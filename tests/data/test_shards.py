@@ -861,7 +861,7 @@ def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(r
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, workers: int) -> None:
     """Room for 2 x 2 + 3 batches of 4 images; a process that touched more would be killed."""
-    monkeypatch.setattr(workers, "SHARED", tmp_path)
+    monkeypatch.setattr("autosparse.data.workers.SHARED", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     needed = (2 * 2 + 3) * 4 * 3 * 128 * 128
     assert len(Buffers(2, 2, 128).memory) == 7, "there is room for a smaller batch"
@@ -879,6 +879,22 @@ def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, wor
 def open_files() -> list[str]:
     found = Path("/proc/self/fd")
     return [str(each.readlink()) for each in found.iterdir() if each.is_symlink()]
+
+
+def test_shards_in_memory_may_be_mirrored_every_other_epoch(root):
+    """The check for streamed sets refused it, before it was known that these fit into memory."""
+    train = sets.load(replace(config(root), memory_limit_gb=4, augment="shift+altflip")).train
+    assert isinstance(train, MemorySplit) and train.alternating
+    with pytest.raises(UsageError, match="for images held in memory"):
+        sets.load(replace(config(root), memory_limit_gb=0, augment="shift+altflip"))
+
+
+def test_a_url_is_refused_before_anything_is_read(tmp_path):
+    for url, problem in (("https://example.org/x", "set data.allow_remote to true"),
+                         ("ftp://example.org/x", "only http, https, gs, s3"),
+                         ("pipe:cat x.tar", "commands are not run")):  # fmt: skip
+        with pytest.raises(UsageError, match=problem):
+            sets.check_config(DataConfig("shards", url, cache=str(tmp_path / "cache")))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
