@@ -171,20 +171,13 @@ class _Layers:
             densities,
             {name: mask.numel() for name, mask in alive.items()},
             count,
-            most={name: int(mask.count_nonzero()) for name, mask in alive.items()},
+            most=masks.counts(alive),
         )
         return self.choose(scores, kept, alive, rounds, tilt)
 
-    def everything(self) -> Masks:
-        """Return masks that keep all."""
-        return {
-            name: torch.ones(weight.shape, dtype=torch.bool)
-            for name, weight in self.parameters.items()
-        }
-
     def first(self, density: float) -> Masks:
         """Return the masks that AutoS's odds alone prune to, before any step."""
-        alive = self.everything()
+        alive = masks.dense(self.parameters, "cpu")
         if density == 1:
             return alive
         odds = self.network.odds(self.parameters, self.gradients, density)
@@ -193,7 +186,7 @@ class _Layers:
 
     def drawn(self, density: float, seed: int) -> Masks:
         """Return masks as `autos` draws them, on paths."""
-        alive = self.everything()
+        alive = masks.dense(self.parameters, "cpu")
         generator = torch.Generator().manual_seed(seed)
         scores = {n: autos.noise_for("live", mask, generator) for n, mask in alive.items()}
         count = keep_density(self.total, density)

@@ -75,8 +75,7 @@ def short_irp(
         return masks.keep(scores, count, within=alive)
 
     horizon = Horizon(sparsity, levels, steps_per_level, config, seed)
-    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
-    return short_levels(model, batches, loss_fn, horizon, best, alive)
+    return short_levels(model, batches, loss_fn, horizon, best, masks.dense(parameters, "cpu"))
 
 
 @dataclass(frozen=True)

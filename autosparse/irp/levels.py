@@ -237,7 +237,7 @@ def _next_masks(
     best = masks.keep(scores, count, scope=config.scope, within=current)
     if not config.live:
         return best
-    kept = {name: int(mask.count_nonzero()) for name, mask in best.items()}
+    kept = masks.counts(best)
     shape = (source.in_chans, source.image_size, source.image_size)
     return reach.best_on_paths(trained, scores, kept, shape, within=current, rounds=ROUNDS)
 

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from autosparse.core.config import plain, run_id
@@ -34,7 +33,7 @@ from autosparse.core.files import (
 from autosparse.core.locks import CLAIM, claimed
 from autosparse.core.versions import library_versions
 from autosparse.corpus import store
-from autosparse.criteria.prune import check_model
+from autosparse.criteria.pruning import check_model
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
 from autosparse.irp.config import IRPConfig
@@ -45,7 +44,7 @@ from autosparse.sparsity.ticket import Ticket
 from autosparse.training.loop import steps_per_epoch
 from autosparse.training.steppers import check as check_training
 from autosparse.training.steppers import check_plain
-from autosparse.training.topology.moving import STATIC
+from autosparse.training.topology.base import STATIC
 
 LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
@@ -158,8 +157,7 @@ def _prepared(
     source = sets.load(config.data).to(device)
     initial = zoo.create_for(source, config.model, config.seed)
     weights = zoo.prunable(initial, config.model.exclude)
-    everything = {n: torch.ones_like(weight, dtype=torch.bool) for n, weight in weights.items()}
-    dense = Ticket.from_model(initial, everything, {})
+    dense = Ticket.from_model(initial, masks.dense(weights), {})
     per_epoch = steps_per_epoch(source.train, config.training)
     steps = config.steps_per_level or per_epoch * config.training.epochs
     if config.rewind_steps >= steps:

@@ -79,9 +79,22 @@ def keep(
     return _keep_global(scores, count, min_per_layer, per_channel, within)
 
 
+def dense(weights: Mapping[str, Tensor], device: str | None = None) -> Masks:
+    """Return masks that keep all of the weights, by default on the device of each."""
+    return {
+        name: torch.ones(each.shape, dtype=torch.bool, device=device or each.device)
+        for name, each in weights.items()
+    }
+
+
 def total(scores: Mapping[str, Tensor]) -> int:
     """Return how many weights there are."""
     return sum(score.numel() for score in scores.values())
+
+
+def counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many weights of each layer are kept."""
+    return {name: int(mask.count_nonzero()) for name, mask in masks.items()}
 
 
 def least_of(

@@ -40,8 +40,8 @@ def shuffled(chosen: Mapping[str, Tensor], seed: int) -> Masks:
 
 def inverted(scores: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> Masks:
     """Keep the lowest scores instead of the highest, as many in each layer."""
-    counts = {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
-    return masks.keep_counts({name: -score for name, score in scores.items()}, counts)
+    opposite = {name: -score for name, score in scores.items()}
+    return masks.keep_counts(opposite, masks.counts(chosen))
 
 
 def survival_scores(survival: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import check_folder, is_local
 from autosparse.criteria import scoring
-from autosparse.criteria.prune import DENSE, check_model
+from autosparse.criteria.pruning import DENSE, check_model
 from autosparse.data import sets
 from autosparse.irp import plan
 from autosparse.models import zoo

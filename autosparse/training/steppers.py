@@ -30,7 +30,6 @@ from autosparse.training.optimizers import advance, last_rate, optimizer_and_sch
 from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
 from autosparse.training.topology import chosen
 from autosparse.training.topology.chosen import topology_of
-from autosparse.training.topology.gradual import Gradual
 from autosparse.training.topology.kept import KeptHere
 
 Answer = TypeVar("Answer")
@@ -181,11 +180,11 @@ class PlainStepper:
                 outputs = in_single(outputs_of(self.network, images))
             loss = self.recipe.loss(outputs, images, targets)
             loss.backward()
-        self.after_backward()
+        self.topology.after_backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
-        self.after_update()
+        self.topology.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         advance(self.scheduler, self.updates)
@@ -202,16 +201,6 @@ class PlainStepper:
         self.topology.exchange(self.updates, self.seed, kept, shape, average)
         self.scattered = nullcontext  # Its memory goes before the new one's is there.
         self.scattered = scatterer(self.model, self.config, device_of(self.model))
-
-    def after_backward(self) -> None:
-        """Called when gradients are there, before they are clipped."""
-        if isinstance(self.topology, Gradual):
-            self.topology.after_backward()
-
-    def after_update(self) -> None:
-        """Called when the optimizer has changed the parameters."""
-        if isinstance(self.topology, Gradual):
-            self.topology.after_update()
 
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module

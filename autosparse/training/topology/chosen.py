@@ -7,18 +7,23 @@ from torch import nn
 from autosparse.core.errors import UsageError, unknown
 from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import ELEMENTWISE, starts_at_zero
+from autosparse.training.topology.base import STATIC, Topology
 from autosparse.training.topology.gradual import SCHEDULES, Gradual
-from autosparse.training.topology.moving import GROW_FROM, METHODS, STATIC, Topology
+from autosparse.training.topology.moving import GROW_FROM, METHODS, Moving
 
 NAMES = (STATIC, *METHODS, *SCHEDULES)
 """What `training.topology` may say."""
 
 
-def topology_of(model: nn.Module, config: TrainingConfig, steps: int) -> Topology | Gradual:
-    """Return what decides which weights survive, for a training in one process; see the classes."""
+def topology_of(
+    model: nn.Module, config: TrainingConfig, steps: int, world_size: int = 1
+) -> Topology:
+    """Return what decides which weights survive; `steps`: of the whole training."""
     if config.topology in SCHEDULES:
         return Gradual(model, config, steps)
-    return Topology(model, config, steps)
+    if config.topology in METHODS:
+        return Moving(model, config, steps, world_size)
+    return Topology(model, config)
 
 
 def check(config: TrainingConfig) -> None:
