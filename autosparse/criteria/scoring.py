@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autosparse import criteria
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
+from autosparse.core.ranges import check_ranges
 from autosparse.criteria import own_models
 from autosparse.criteria.base import as_on_rank_0
 from autosparse.criteria.card import begin_card
@@ -102,9 +103,9 @@ def check_scoring(scoring: ScoringConfig) -> None:
     """Raise UsageError for settings that cannot be."""
     if scoring.mode not in MODES:
         raise unknown("mode", scoring.mode, MODES)
-    for name in ("samples_per_class", "batches", "batch_size"):
-        if getattr(scoring, name) < 1:
-            raise UsageError(f"{name} must be at least 1, got {getattr(scoring, name)}")
+    check_ranges(
+        scoring, dict.fromkeys(("samples_per_class", "batches", "batch_size"), "at least 1")
+    )
 
 
 @dataclass(frozen=True)

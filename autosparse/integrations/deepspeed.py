@@ -34,10 +34,11 @@ from autosparse.sparsity.compact import rescattering
 from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
+from autosparse.training.checks import check
 from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
-from autosparse.training.steppers import History, Ranks, check, set_up
+from autosparse.training.steppers import History, Ranks, set_up
 from autosparse.training.topology.base import STATIC
 from autosparse.training.topology.chosen import topology_of
 from autosparse.training.topology.gradual import SCHEDULES

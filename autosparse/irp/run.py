@@ -31,6 +31,7 @@ from autosparse.core.files import (
     write_json,
 )
 from autosparse.core.locks import CLAIM, claimed
+from autosparse.core.ranges import check_ranges
 from autosparse.core.versions import library_versions
 from autosparse.corpus import store
 from autosparse.criteria.pruning import check_model
@@ -41,14 +42,19 @@ from autosparse.irp.levels import LevelRun, OnEpoch, OnLevel, all_levels, way_on
 from autosparse.models import zoo
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.checks import check as check_training
+from autosparse.training.checks import check_plain
 from autosparse.training.loop import steps_per_epoch
-from autosparse.training.steppers import check as check_training
-from autosparse.training.steppers import check_plain
 from autosparse.training.topology.base import STATIC
 
 LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
-MAX_LEVELS = 255
+RANGES = {
+    "final_density": "above 0 and below 1",
+    "levels": "at least 1 and at most 255",  # Survival is stored as a byte.
+    "rewind_steps": "at least 0",
+    "steps_per_level": "at least 1",
+}
 
 
 def check(config: IRPConfig) -> None:
@@ -61,18 +67,10 @@ def check(config: IRPConfig) -> None:
         )
     if config.label not in LABELS:
         raise unknown("label criterion", config.label, LABELS)
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    if config.scope not in masks.SCOPES:
-        raise unknown("scope", config.scope, masks.SCOPES)
-    if not 0 < config.final_density < 1:
-        raise UsageError(f"final_density must be above 0 and below 1, got {config.final_density}")
-    if not 1 <= config.levels <= MAX_LEVELS:
-        raise UsageError(f"levels must be 1 to {MAX_LEVELS}, got {config.levels}")
-    if config.rewind_steps < 0:
-        raise UsageError(f"rewind_steps must be at least 0, got {config.rewind_steps}")
-    if config.steps_per_level is not None and config.steps_per_level < 1:
-        raise UsageError(f"steps_per_level must be at least 1, got {config.steps_per_level}")
+    for name, known in {"schedule": SCHEDULES, "scope": masks.SCOPES}.items():
+        if getattr(config, name) not in known:
+            raise unknown(name, getattr(config, name), known)
+    check_ranges(config, RANGES)
 
 
 def check_whole(config: IRPConfig) -> None:

@@ -30,7 +30,8 @@ from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.config import SparseTrainConfig
-from autosparse.training.steppers import Ranks, check_whole, set_up
+from autosparse.training.checks import check_whole
+from autosparse.training.steppers import Ranks, set_up
 from autosparse.training.topology.moving import METHODS
 
 RESULT = "result.json"

@@ -21,10 +21,10 @@ from autosparse.core.memory import keep_freed_blocks
 from autosparse.data.sets import DataSource, Split
 from autosparse.data.source import Batch
 from autosparse.models.zoo import device_of
-from autosparse.training import recipe
+from autosparse.training.checks import check, check_batches
 from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import advance
-from autosparse.training.steppers import Epoch, History, Ranks, Stepper, autocast, check
+from autosparse.training.steppers import Epoch, History, Ranks, Stepper, autocast
 
 EVALUATION_BATCH = 256
 EVALUATION_PIXELS = 1 << 21
@@ -34,9 +34,7 @@ EVALUATION_PIXELS = 1 << 21
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
     """Return the steps of an epoch; raise UsageError if the images do not fill one batch."""
     check(config)
-    if config.batch_size % world_size:
-        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
-    recipe.check_mixing(config, config.batch_size // world_size)
+    check_batches(config, world_size)
     steps = train.steps(config.batch_size // world_size, world_size)
     if not steps:
         raise UsageError(f"batch_size {config.batch_size} is more than the {len(train)} images")

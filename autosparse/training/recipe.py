@@ -36,7 +36,6 @@ class Recipe:
     """
 
     def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
-        check(config)
         self.config = config
         self.hard = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.soft = SoftTargetCrossEntropy()
@@ -93,31 +92,6 @@ def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
     """Return the autocast context that `precision` asks for: training, evaluation, a teacher."""
     kind = torch.float16 if config.precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, kind, enabled=config.precision != "fp32")
-
-
-def check(config: TrainingConfig) -> None:
-    """Raise UsageError for settings that cannot be."""
-    for name in ("mixup", "cutmix"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
-    for name in ("label_smoothing", "ema"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UsageError(
-                f"training.{name} must be at least 0 and below 1, got {getattr(config, name)}"
-            )
-    if not 0 <= config.distill_weight <= 1:
-        raise UsageError(f"training.distill_weight must be 0 to 1, got {config.distill_weight}")
-    if config.temperature <= 0:
-        raise UsageError(f"training.temperature must be above 0, got {config.temperature}")
-
-
-def check_mixing(config: TrainingConfig, each: int) -> None:
-    """Raise UsageError unless a rank's `each` images of a step can be mixed in pairs."""
-    if (config.mixup or config.cutmix) and each % 2:
-        raise UsageError(
-            "training.mixup and cutmix need an even number of images per rank and step; "
-            f"training.batch_size gives {each}"
-        )
 
 
 def load_teacher(path: str, student: nn.Module) -> nn.Module:

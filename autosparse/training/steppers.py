@@ -1,7 +1,7 @@
 """How one step of a training is made, and how its state is kept.
 
 `PlainStepper` is plain PyTorch in one process; integrations/deepspeed.py has the one for DeepSpeed.
-The loop around them is in training.py.
+The loop around them is in loop.py.
 """
 
 from __future__ import annotations
@@ -15,26 +15,22 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from autosparse.core.errors import UsageError, UserError, unknown
+from autosparse.core.errors import UsageError, UserError
 from autosparse.core.files import write_bytes
 from autosparse.models.contract import in_single, outputs_of
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import lay_out, multiply_sparse, rescattering
-from autosparse.training import recipe
+from autosparse.training.checks import check_plain
 from autosparse.training.config import TrainingConfig
 from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
-from autosparse.training.topology import chosen
 from autosparse.training.topology.chosen import topology_of
 from autosparse.training.topology.kept import KeptHere
 
 Answer = TypeVar("Answer")
-PRECISIONS = ("fp32", "bf16", "fp16")
-SCHEDULES = ("cosine", "tanh", "poly", "none")
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class Stepper(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """What is trained: images -> outputs."""
+        """The model that is trained: images -> outputs."""
         ...
 
     def evaluated(self) -> nn.Module:
@@ -261,46 +257,3 @@ def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -
                 f"timm's {type(model).__name__} has no activation checkpointing; "
                 "leave out training.grad_checkpointing"
             ) from None
-
-
-def check(config: TrainingConfig) -> None:
-    """Raise UsageError for settings that cannot be."""
-    if config.optimizer not in list_optimizers():
-        raise unknown("optimizer", config.optimizer, [str(each) for each in list_optimizers()])
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    if config.precision not in PRECISIONS:
-        raise unknown("precision", config.precision, PRECISIONS)
-    for name in ("epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
-    if config.bias_rate <= 0:
-        raise UsageError(f"training.bias_rate must be above 0, got {config.bias_rate}")
-    for name in ("checkpoint_epochs", "checkpoint_steps"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
-    if config.rescatter and config.compile:
-        raise UsageError(
-            "training.rescatter breaks what training.compile compiles into single layers; "
-            "leave one of them out"
-        )
-    recipe.check(config)
-    chosen.check(config)
-
-
-def check_whole(config: TrainingConfig, world_size: int = 1) -> None:
-    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
-    check(config)
-    optimizer_and_schedule(nn.Linear(2, 2), config, 1)  # Its options, and what needs a GPU.
-    if config.batch_size % world_size:
-        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
-    recipe.check_mixing(config, config.batch_size // world_size)
-    if config.teacher is not None and not Path(config.teacher).is_file():
-        raise UsageError(f"training.teacher: no such file: {config.teacher}")
-
-
-def check_plain(config: TrainingConfig) -> None:
-    """Raise UsageError for settings that `PlainStepper` cannot train with."""
-    check_whole(config)
-    if config.precision == "fp16":
-        raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")

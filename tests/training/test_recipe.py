@@ -16,8 +16,9 @@ from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.data.sets import DataSource
 from autosparse.sparsity.compact import compact_weights
+from autosparse.training.checks import check
 from autosparse.training.config import TrainingConfig
-from autosparse.training.recipe import Recipe, check, load_teacher, make_ema, step_seed
+from autosparse.training.recipe import Recipe, load_teacher, make_ema, step_seed
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
@@ -234,7 +235,10 @@ def test_step_seeds_differ_by_seed_step_and_rank() -> None:
         ({"label_smoothing": 1.0}, "training.label_smoothing must be at least 0 and below 1"),
         ({"ema": 1.0}, "training.ema must be at least 0 and below 1, got 1.0"),
         ({"ema": -0.5}, "training.ema must be at least 0"),
-        ({"distill_weight": 1.5}, "training.distill_weight must be 0 to 1, got 1.5"),
+        (
+            {"distill_weight": 1.5},
+            "distill_weight must be at least 0 and at most 1, got 1.5",
+        ),
         ({"temperature": 0.0}, "training.temperature must be above 0, got 0.0"),
     ],
 )

@@ -103,7 +103,8 @@ def train_tickets(config: SparseTrainConfig) -> None:
     from autosparse.study.cells import cells, check_config
     from autosparse.study.table import show_trainings
     from autosparse.study.trainings import train_cell, unsent
-    from autosparse.training.steppers import PlainStepper, check_plain
+    from autosparse.training.checks import check_plain
+    from autosparse.training.steppers import PlainStepper
     from autosparse.training.watching import StepWatch, told_to_stop
 
     device = zoo.choose_device(config.device)
