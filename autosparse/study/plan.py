@@ -18,7 +18,7 @@ from autosparse.study.config import StudyConfig
 from autosparse.study.grid import DEEPSPEED, LOCAL, RAY, StudyCell, models, settled
 from autosparse.training.checks import check_plain
 from autosparse.training.loop import training_images
-from autosparse.training.steppers import check as check_training
+from autosparse.training.checks import check as check_training
 from autosparse.training.topology.gradual import SCHEDULES
 
 EXECUTORS = (LOCAL, RAY, DEEPSPEED)

@@ -1,4 +1,4 @@
-"""What modern training adds to a step, from timm's parts: mixing, soft targets, distillation, EMA.
+"""What a training recipe adds to a step: mixing, soft targets, distillation, EMA (timm's parts).
 
 Mixup: H. Zhang et al. (ICLR 2018), arXiv 1710.09412. CutMix: S. Yun et al. (ICCV 2019),
 arXiv 1905.04899. Distillation: G. Hinton et al., arXiv 1503.02531.
@@ -32,7 +32,7 @@ class Recipe:
 
     Args:
         config: mixup, cutmix, label_smoothing, teacher, distill_weight and temperature count.
-        model: what is trained; says how many classes there are, and where.
+        model: that is trained; its number of classes and its device count.
     """
 
     def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
@@ -98,9 +98,9 @@ def load_teacher(path: str, student: nn.Module) -> nn.Module:
     """Return the dense, frozen model of a trained ticket's file, in eval mode, by the student."""
     ticket = Ticket.load(Path(path))
     model = zoo.from_recipe(ticket.card.get("model", {}))
-    wanted, found = (getattr(each, "num_classes", None) for each in (student, model))
-    if wanted is not None and wanted != found:
-        raise UsageError(f"training.teacher {path} tells {found} classes apart, the model {wanted}")
+    wanted, taught = (getattr(each, "num_classes", None) for each in (student, model))
+    if wanted is not None and wanted != taught:
+        raise UsageError(f"training.teacher {path} has {taught} classes, the model {wanted}")
     load_state(model, ticket)
     return model.to(device_of(student)).eval().requires_grad_(False)
 
@@ -132,7 +132,7 @@ def make_ema(model: nn.Module, config: TrainingConfig) -> Average | None:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Run with NumPy's global RNG, which timm's Mixup draws from, at `seed`."""
+    """Run with NumPy's global RNG, which timm's Mixup draws from, seeded by `seed`."""
     before = np.random.get_state()
     np.random.seed(seed % 2**32)
     try:
@@ -142,15 +142,15 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
 
 
 def step_seed(seed: int, updates: int, rank: int = 0) -> int:
-    """Return what a step's dropout and mixing are drawn with: the same after a resume."""
+    """Return the seed of a step's dropout and mixing: the same after a resume."""
     return ((seed * 1_000_003 + updates) * 4099 + rank) % 2**63
 
 
 def seed_step(seed: int, device: torch.device) -> None:
-    """Set the RNGs that a step draws dropout from, whatever came before it.
+    """Seed the RNGs that a step draws dropout from.
 
-    `torch.manual_seed` would do, but while CUDA is not in use it notes the call, with a traceback,
-    for the day that it is: 0.8 ms and more memory at every step.
+    Not by `torch.manual_seed`: before CUDA is first used that records every call with a traceback,
+    which takes 0.8 ms (as measured on a CPU) and more memory at every step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

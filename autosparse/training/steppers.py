@@ -35,33 +35,33 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among those that train together."""
+    """This process's rank among those that train together."""
 
     rank: int = 0
     world_size: int = 1
 
     def first_says(self, ask: Callable[[], Answer]) -> Answer:
-        """Return what rank 0 answers, on every rank; a UserError of rank 0 is raised everywhere.
+        """Return rank 0's answer on every rank; a UserError of rank 0 is raised on all.
 
-        For what is looked up on disk: file systems lag, or belong to one node. Called by all ranks.
+        For questions about files, which other nodes may see late or never. Called by all ranks.
         """
         if self.world_size == 1:
             return ask()
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                told[0] = ask()
+                answer[0] = ask()
             except UserError as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
 
 @dataclass
 class Epoch:
-    """What one epoch of training gave."""
+    """Results of one epoch of training."""
 
     epoch: int
     train_loss: float
@@ -75,18 +75,18 @@ class Epoch:
     data_wait_share: float = 0.0
     """Share of the training time that this rank waited for images, 0 to 1."""
     skipped_steps: int = 0
-    """Steps since the start that changed nothing, as gradients had overflown."""
+    """Steps since the start that were skipped because gradients had overflowed."""
 
 
 @dataclass
 class History:
-    """All epochs so far, and how far the epoch under way has come."""
+    """The epochs so far, and the part of the present epoch that is done."""
 
     epochs: list[Epoch] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    """Of the steps that the epoch under way has made (on rank 0)."""
+    """Of the steps made so far in the present epoch (on rank 0)."""
     seconds_before: float = 0.0
-    """What the epoch under way took before it was cut."""
+    """Time spent on the present epoch before it was interrupted."""
 
     @property
     def seconds(self) -> float:
@@ -96,7 +96,7 @@ class History:
         return [vars(epoch) for epoch in self.epochs]
 
     def state(self) -> dict[str, Any]:
-        """Return it as plain data, for a checkpoint."""
+        """Return the history as plain data, for a checkpoint."""
         return {**vars(self), "epochs": self.plain()}
 
     @classmethod
@@ -106,16 +106,16 @@ class History:
 
 
 class Stepper(Protocol):
-    """How one step is made, and how its state is kept."""
+    """What makes the steps of a training, and saves and restores their state."""
 
     ranks: Ranks
     scheduler: Any
     updates: int
     """Steps made so far."""
     seed: int
-    """Of what a step draws, such as mixing."""
+    """Seed of what a step draws: dropout and mixing."""
     settings: dict[str, Any]
-    """What the library underneath was told, beyond the training config."""
+    """Settings that were passed to the library underneath (DeepSpeed), for the record."""
 
     @property
     def model(self) -> nn.Module:
@@ -191,11 +191,11 @@ class PlainStepper:
         return loss.detach()
 
     def exchange(self, images: Tensor) -> None:
-        """Let other weights survive from now on (`training.topology`)."""
+        """Change which weights survive, as `training.topology` says."""
         average = None if self.ema is None else self.ema.module
         kept, shape = KeptHere(self.optimizer), tuple(images.shape[1:])
         self.topology.exchange(self.updates, self.seed, kept, shape, average)
-        self.scattered = nullcontext  # Its memory goes before the new one's is there.
+        self.scattered = nullcontext  # Frees its memory before the new one is made.
         self.scattered = scatterer(self.model, self.config, device_of(self.model))
 
     def evaluated(self) -> nn.Module:
@@ -224,7 +224,7 @@ class PlainStepper:
         path = folder / "checkpoint.pt"
         if not path.is_file():
             return None
-        # On the CPU: an optimizer's counters of steps that lie on a GPU hold every step up.
+        # On the CPU: an optimizer whose step counters lie on a GPU waits for it at every step.
         state = torch.load(path, map_location="cpu", weights_only=True)
         indices, history = state.get("topology") or ({}, [])
         if indices:
@@ -243,8 +243,8 @@ class PlainStepper:
 def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> None:
     """Lay out and prepare a model for training, in place.
 
-    `sharded`: parameters are only there while their own module is at work (ZeRO 3), so that no
-    layer can multiply with survivors.
+    `sharded`: a parameter is whole only while its own module runs (ZeRO 3), so that sparse products
+    are not possible.
     """
     multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
     if config.channels_last:

@@ -163,7 +163,7 @@ def test_a_teacher_of_other_classes_or_none_is_named(tmp_path: Path, teacher: Pa
     student = nn.Linear(1, 7)
     student.num_classes = 7  # type: ignore[assignment]
     with pytest.raises(
-        UsageError, match=r"teacher\.safetensors tells 10 classes apart, the model 7"
+        UsageError, match=r"teacher\.safetensors has 10 classes, the model 7"
     ):
         load_teacher(str(teacher), student)
     with pytest.raises(UsageError, match=r"no such file: .*nobody"):
