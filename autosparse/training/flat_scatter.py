@@ -40,7 +40,7 @@ STAGES = 8
 """Least number of groups where several ranks train, so that the first gradients are sent while
 others are still computed. Set by hand."""
 ALIGNED = 64
-"""Each weight starts at a multiple of so many entries: 128 bytes in bf16, a GPU's cache line."""
+"""Each weight starts at a multiple of so many entries, for aligned access: 128 bytes in bf16."""
 CASTING = {
     kind.forward
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv2dSame,
@@ -78,7 +78,7 @@ class _ScatterAll(torch.autograd.Function):
     def forward(ctx, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.turn = group, group.write(values)
         ctx.set_materialize_grads(False)
-        # As `.data`, so that autograd takes them for no views, and each has its own version counter:
+        # As `.data`: no views for autograd, and each with a version counter of its own, so that
         # writing the same values again is no change. `turn` tells whether values did change.
         return tuple(view.data for view in group.views)
 

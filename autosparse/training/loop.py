@@ -25,8 +25,8 @@ from autosparse.training.steppers import Epoch, History, Ranks, Stepper, autocas
 
 EVALUATION_BATCH = 256
 EVALUATION_PIXELS = 1 << 21
-"""On a GPU a batch may be larger: as many images as have so many pixels (32 of 256 x 256). Any size
-gives the same result."""
+"""On a GPU a batch may be larger: as many images as have so many pixels (32 of 256 x 256). Only
+speed and memory hang on it."""
 
 
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
