@@ -141,7 +141,7 @@ class _Context:
         """Return scores or masks; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
         usual = {key: value for key, value in known.items() if key in criterion.options}
-        with seeded(self.seed), self._revealed(criterion), self._told(criterion):
+        with seeded(self.seed), self._revealed(criterion), self._explained(criterion):
             scores = criterion(
                 self.model,
                 self._batches(criterion, usual | options),
@@ -175,15 +175,15 @@ class _Context:
                 raise
             if criterion.needs_data:
                 raise UsageError(own_models.own_failure(self.model, shape, error)) from error
-            values = {}  # The criterion does not call it; whatever does reports the error.
+            values = {}  # The criterion does not call the model; what does reports the error.
         if values:
             note("revealed", sorted(values))
         with roles.replaced(self.model, values):
             yield
 
     @contextmanager
-    def _told(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Turn CannotFollow into one line: the criterion needs paths, and finds none here."""
+    def _explained(self, criterion: criteria.Criterion) -> Iterator[None]:
+        """Turn CannotFollow into one line: the criterion needs paths that cannot be followed."""
         try:
             yield
         except CannotFollow as error:
@@ -259,7 +259,7 @@ class _Context:
 
 
 def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
-    """Return batches that can be read repeatedly, no more of them than the criteria need."""
+    """Return batches that can be read repeatedly, and no more than the criteria need."""
     checked = Checked(data, classes)
     if any(criterion.trains for criterion in used):
         return list(checked) if isinstance(data, Iterator) else checked
@@ -277,7 +277,7 @@ def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
 def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
     """Warn of layers whose weights all have the same score, and note them on the card.
 
-    Layers that fell as a whole in a round of pruning, whose scores are below zero, do not count.
+    Layers that were pruned whole in one round, with scores below zero, do not count.
     """
     level = [
         name

@@ -3,8 +3,8 @@
 Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp/run.py) with
 short trainings: every level trains the subnetwork from its initial weights for `steps_per_level`
 steps at a constant learning rate, ranks what is left by magnitude (or LAMP, which compares layers
-better), prunes, and rewinds weights, optimizer and the order of batches. This is no paper's method;
-what was measured is in docs/results/log.md.
+better), prunes, and rewinds weights, optimizer and the order of batches. No paper has this method;
+docs/results/log.md has figures.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn)
 
 
 def _endless(batches: Batches) -> Iterator[Batch]:
-    """Yield the batches over and over; a stream may be endless by itself."""
+    """Yield the batches again and again; `batches` may be an endless stream."""
     while True:
         empty = True
         for batch in batches:

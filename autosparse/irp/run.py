@@ -38,7 +38,7 @@ from autosparse.criteria.pruning import check_model
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
 from autosparse.irp.config import IRPConfig
-from autosparse.irp.levels import LevelRun, OnEpoch, OnLevel, all_levels, way_on
+from autosparse.irp.levels import LevelRun, OnEpoch, OnLevel, all_levels, way_for
 from autosparse.models import zoo
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
@@ -140,7 +140,7 @@ def check_found(folder: Path, there: DataSource | None) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what is left where a run was killed after it wrote its commit marker."""
+    """Remove what a run left behind that was killed after it wrote its commit marker."""
     with suppress(OSError):  # A corpus that may only be read stays as it is.
         if (folder / "levels").exists():
             remove_tree(folder / "levels")
@@ -162,7 +162,7 @@ def _prepared(
         raise UsageError(f"rewind_steps {config.rewind_steps}: a level has {steps} steps only")
     card = _card(config, initial, source, dense)
     card["batches"]["steps_per_epoch"] = per_epoch
-    way = way or way_on(device, config.training)
+    way = way or way_for(device, config.training)
     return LevelRun(config, initial, source, folder, steps, on_epoch, way), card, dense
 
 
@@ -187,7 +187,7 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
 
 
 def _begin(folder: Path, card: dict[str, Any]) -> None:
-    """Write the card of a new run; of one that was begun, check that it is the same run."""
+    """Write the card of a new run, or check that a run begun before is the same one."""
     path = folder / "card.json"
     if not path.exists():
         write_json(path, card)

@@ -162,9 +162,7 @@ def test_a_teacher_is_known_by_its_content(teacher: Path, tmp_path: Path) -> Non
 def test_a_teacher_of_other_classes_or_none_is_named(tmp_path: Path, teacher: Path) -> None:
     student = nn.Linear(1, 7)
     student.num_classes = 7  # type: ignore[assignment]
-    with pytest.raises(
-        UsageError, match=r"teacher\.safetensors has 10 classes, the model 7"
-    ):
+    with pytest.raises(UsageError, match=r"teacher\.safetensors has 10 classes, the model 7"):
         load_teacher(str(teacher), student)
     with pytest.raises(UsageError, match=r"no such file: .*nobody"):
         load_teacher(str(tmp_path / "nobody.safetensors"), student)
