@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -158,13 +158,7 @@ def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:
 
 def selection_of(config: PruneConfig) -> Selection:
     """Return how scores become masks."""
-    return Selection(
-        config.scope,
-        config.allocation,
-        config.allocation_options,
-        config.guard,
-        config.pattern,
-    )
+    return Selection(**{each.name: getattr(config, each.name) for each in fields(Selection)})
 
 
 def choose(

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,25 +25,9 @@ SAMPLE = 1 << 14
 nothing next to millions of weights."""
 
 
-def from_scores(
-    scores: Mapping[str, Tensor],
-    sparsity: float,
-    *,
-    scope: str = "global",
-    min_per_layer: int = 1,
-    per_channel: bool = False,
-    within: Mapping[str, Tensor] | None = None,
-) -> Masks:
-    """Remove the fraction `sparsity` (0 <= sparsity < 1) of all weights: see `keep`."""
-    count = keep_count(total(scores), sparsity)
-    return keep(
-        scores,
-        count,
-        scope=scope,
-        min_per_layer=min_per_layer,
-        per_channel=per_channel,
-        within=within,
-    )
+def from_scores(scores: Mapping[str, Tensor], sparsity: float, **options: Any) -> Masks:
+    """Remove the fraction `sparsity` (0 <= sparsity < 1) of all weights; `options`: see `keep`."""
+    return keep(scores, keep_count(total(scores), sparsity), **options)
 
 
 def keep(
@@ -135,16 +120,23 @@ def keep_counts(
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Keep exactly `counts[name]` of every layer, its highest scores."""
-    masks = {}
-    for name, score in scores.items():
-        flat = score.detach().flatten()
-        if within is not None:
-            flat = flat.masked_fill(~within[name].flatten().to(flat.device), -torch.inf)
-        if per_channel:
-            flat = flat.clone() if flat.data_ptr() == score.data_ptr() else flat
-            _raise_channels(flat.view(score.shape))
-        masks[name] = top(flat, counts[name]).view(score.shape)
-    return masks
+    return {
+        name: top(_eligible(name, score, per_channel, within), counts[name]).view(score.shape)
+        for name, score in scores.items()
+    }
+
+
+def _eligible(
+    name: str, score: Tensor, per_channel: bool, within: Mapping[str, Tensor] | None
+) -> Tensor:
+    """Return a layer's scores, flat: -inf outside of `within`, inf for the best of each channel."""
+    flat = score.detach().flatten()
+    if within is not None:
+        flat = flat.masked_fill(~within[name].flatten().to(flat.device), -torch.inf)
+    if per_channel:
+        flat = flat.clone()
+        _raise_channels(flat.view(score.shape))
+    return flat
 
 
 def _keep_global(
@@ -160,16 +152,8 @@ def _keep_global(
         raise UsageError(
             f"{count} weights are too few for {len(scores)} layers of {least}; lower the sparsity"
         )
-    parts = []
-    for name, score in scores.items():
-        part = score.detach().flatten()
-        if within is not None:
-            part = part.masked_fill(~within[name].flatten().to(part.device), -torch.inf)
-        if per_channel:
-            part = part.clone()
-            _raise_channels(part.view(score.shape))
-        parts.append(part)
-    chosen = top_guarded(parts, count, min_per_layer)
+    layers = [_eligible(name, score, per_channel, within) for name, score in scores.items()]
+    chosen = top_guarded(layers, count, min_per_layer)
     return {name: part.view(scores[name].shape) for name, part in zip(scores, chosen, strict=True)}
 
 

@@ -16,9 +16,9 @@ from autosparse.models.config import ModelConfig
 from autosparse.study import axes, grid, labels, search
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import DEEPSPEED, LOCAL, RAY, StudyCell, models, settled
+from autosparse.training.checks import check as check_training
 from autosparse.training.checks import check_plain
 from autosparse.training.loop import training_images
-from autosparse.training.checks import check as check_training
 from autosparse.training.topology.gradual import SCHEDULES
 
 EXECUTORS = (LOCAL, RAY, DEEPSPEED)
