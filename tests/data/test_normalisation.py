@@ -8,7 +8,7 @@ import torch
 
 from autosparse.core.config import identity, run_id
 from autosparse.core.errors import UsageError
-from autosparse.criteria.prune import prune
+from autosparse.criteria.pruning import prune
 from autosparse.data import normalisation, sets
 from autosparse.data.config import DataConfig
 from tests.conftest import make_model

@@ -20,7 +20,7 @@ from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.core.files import write_json
 from autosparse.core.locks import CLAIM
 from autosparse.criteria import base
-from autosparse.criteria import prune as pruning_module
+from autosparse.criteria import pruning as pruning_module
 from autosparse.criteria.config import PruneConfig
 from autosparse.data.config import DataConfig
 from autosparse.data.memory import MemorySplit
