@@ -289,6 +289,7 @@ class Moving(Topology):
             "fraction": self.config.topology_fraction,
             "until": self.config.topology_until,
             "grow_from": self.grows_from,
+            "dense_gradients": self.listens,
             "on_paths": self.dense_model is not None,
             "updates": self.history,
         }
