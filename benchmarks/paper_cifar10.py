@@ -41,7 +41,7 @@ from autosparse.data.identity import looked_at_once
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.irp.config import IRPConfig
-from autosparse.irp.levels import MASKED, level_file, way_on
+from autosparse.irp.levels import MASKED, level_file, way_for
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.study.cells import Cell, cells
@@ -206,7 +206,7 @@ class Study:
     def stepper(self, cell: Cell, kind: ModelConfig, model: Any, steps: int) -> PlainStepper:
         """Return what trains a ticket: on a GPU one network for all tickets of a model."""
         training = self.config.training
-        if way_on(self.device, training) != MASKED:
+        if way_for(self.device, training) != MASKED:
             return PlainStepper(model, training, steps)
         key = run_id(kind)
         if key not in self.steppers:

@@ -106,7 +106,7 @@ class Steps(Clock):
 @pytest.mark.parametrize("way", [MASKED, COMPACT])
 def test_pieces_add_up_and_are_found_again(tmp_path: Path, monkeypatch, way: str) -> None:
     for module in (irp, paper_cifar10):
-        monkeypatch.setattr(module, "way_on", lambda *_: way)
+        monkeypatch.setattr(module, "way_for", lambda *_: way)
     (tmp_path / "small.yaml").write_text(SMALL)
     config = parse(PaperConfig, ["--config", str(tmp_path / "small.yaml")], "paper", None)
     seen, finished = [], False

@@ -14,7 +14,7 @@ from autosparse import criteria
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import short_irp as levels
-from autosparse.criteria.autos import PRETRAINED, counts, lifted
+from autosparse.criteria.autos import PRETRAINED, counts, use_lift
 from autosparse.models.gradients import mean_gradients
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
@@ -52,7 +52,7 @@ def test_layers_keep_what_is_expected(choice: str, scorer: AutoS, tmp_path: Path
     chosen = autos(model, data(), cross_entropy, choice=choice, **options)
     weights = prunable(model)
     gradients = mean_gradients(model.train(), weights, data(), cross_entropy)
-    lift = lifted(model, weights, data(), autos.options["reuse"])
+    lift = use_lift(model, weights, data(), autos.options["reuse"])
     kept = counts(scorer.layer_densities(weights, gradients, 0.1, lift), weights, 0.9)
     assert sum(kept.values()) == 153
     assert {name: int(mask.sum()) for name, mask in chosen.items()} == kept
@@ -133,10 +133,10 @@ def test_reuse_favours_layers_that_see_many_places(scorer: AutoS, tmp_path: Path
     weights = prunable(model)
     gradients = {name: torch.ones_like(weight) for name, weight in weights.items()}
     images = [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
-    lift = lifted(model, weights, images, 0.5)
+    lift = use_lift(model, weights, images, 0.5)
     assert lift is not None
     assert lift["1.weight"] - lift["3.weight"] == pytest.approx(0.5 * math.log(16))
-    assert lifted(model, weights, images, 0.0) is None
+    assert use_lift(model, weights, images, 0.0) is None
     odds = {}
     for key, more in {"without": None, "with": lift}.items():
         found = scorer.layer_densities(weights, gradients, 0.1, more)
