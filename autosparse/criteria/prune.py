@@ -28,6 +28,7 @@ from autosparse.criteria.selection import (
     UNIFORM,
     Scored,
     Selection,
+    into_units,
     onto_paths,
     select,
     tie_entry,
@@ -62,6 +63,7 @@ def prune(
     selection: Selection | None = None,
     scoring: ScoringConfig | None = None,
     scope: str = "global",
+    units: float = 0.0,
     seed: int = 0,
     options: dict[str, Any] | None = None,
     exclude: Sequence[str] = (),
@@ -85,6 +87,8 @@ def prune(
             by themselves take no other.
         scoring: what scores are computed on, and in which mode; the amounts for named data.
         scope: `layer` is short for a selection of that scope.
+        units: short for a selection with units: 0 chooses weights one by one, 1 whole units with
+            the same number of weights (see criteria/units.py).
         seed: chooses the images that are scored, and what random criteria draw.
         options: the criterion's own options.
         exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
@@ -106,6 +110,8 @@ def prune(
     selection = selection or Selection()
     if scope != "global":
         selection = replace(selection, scope=scope)
+    if units:
+        selection = replace(selection, units=units)
     scores, card = score(
         model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
@@ -174,6 +180,7 @@ def selection_of(config: PruneConfig) -> Selection:
         config.allocation_options,
         config.guard,
         config.pattern,
+        config.units,
     )
 
 
@@ -185,8 +192,12 @@ def choose(
     if chosen is None:
         chosen = select(scored, card["sparsity"])
         card = {**card, **tie_entry(scored, chosen)}
+        within = None
+        if scored.selection.units:
+            chosen, found = into_units(model, chosen, scored)
+            within, card = found.within, {**card, "units_left": [found.left, found.of]}
         if scored.selection.guard == "live":
-            chosen = onto_paths(model, chosen, scored)
+            chosen = onto_paths(model, chosen, scored, within)
     ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(ticket.fingerprint, "chose other weights", ranks)

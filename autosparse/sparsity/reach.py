@@ -56,7 +56,12 @@ def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) 
 
 
 def onto_paths(
-    model: nn.Module, masks: Masks, scores: Mapping[str, Tensor], shape: tuple[int, ...]
+    model: nn.Module,
+    masks: Masks,
+    scores: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    *,
+    within: Masks | None = None,
 ) -> Masks:
     """Return masks whose dead weights are exchanged for live ones of the same layer.
 
@@ -64,13 +69,17 @@ def onto_paths(
     on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
     layer keeps as many weights as before. Where nothing is live, no single weight would be, and the
     whole network is thinned (see `thinned`), unless a layer keeps none: then nothing can be done.
+    The result lies inside `within`, as `masks` do.
     """
     alive = live(model, masks, shape)
     counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     if all(counts.values()) and not any(mask.any() for mask in alive.values()):
-        found = thinned(model, scores, counts, shape)
+        found = thinned(model, scores, counts, shape, within=within)
         return {name: mask.to(masks[name].device) for name, mask in found.items()}
-    return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
+    found = within_reach(model, alive, shape)
+    if within is not None:
+        found = {name: each & within[name] for name, each in found.items()}
+    return _exchanged(masks, alive, found, scores)
 
 
 def _exchanged(

@@ -63,7 +63,8 @@ class Facts:
     """Tensors that do not depend on the image at all."""
     heard: dict[fx.Node, Heard] = field(default_factory=dict)
     zero_products: dict[fx.Node, Tensor] = field(default_factory=dict)
-    """Per product of two signals, bool [summed]: one of both factors is zero there."""
+    """Per product of two signals, bool [summed]: what is not missed: one of both factors is zero
+    there, or in attention all keys are alike."""
 
 
 @torch.no_grad()
@@ -127,7 +128,9 @@ def _note(found: Facts, run: _Run, node: fx.Node) -> None:
         if len(found.shapes[first]) > 1 and len(found.shapes[second]) > 1:
             found.zero_products[node] = run.zeros(first, -1) | run.zeros(second, -2)
     elif name == "scaled_dot_product_attention":
-        found.zero_products[node] = run.zeros(args[0], -1) | run.zeros(args[1], -1)
+        found.zero_products[node] = (
+            run.zeros(args[0], -1) | run.zeros(args[1], -1) | run.alike_for_keys(args[1])
+        )
 
 
 def _heard(run: _Run, node: Any, dim: int) -> Heard:
@@ -168,6 +171,13 @@ class _Run:
         value, hears = self.values[node], self.hears.get(node)
         quiet = value == 0 if hears is None else (value == 0) & ~hears
         return quiet.movedim(dim, 0).flatten(1).all(1)
+
+    def alike_for_keys(self, node: fx.Node) -> Tensor:
+        """Return bool [width]: constant, and the same in every key, so that a softmax ignores it."""
+        value, hears = self.values[node], self.hears.get(node)
+        alike = value == value[..., :1, :]
+        quiet = alike if hears is None else alike & ~hears
+        return quiet.movedim(-1, 0).flatten(1).all(1)
 
     def _call(self, node: fx.Node, of: Any) -> Any:
         args = fx.node.map_arg(node.args, of)

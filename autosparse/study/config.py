@@ -138,6 +138,9 @@ class StudyConfig:
     guard: str = "layer"
     """Keep at least one weight in every layer, in every output channel (channel), or none; or one
     in every layer and as few as can be off all paths from input to output (live)."""
+    units: float = 0.0
+    """0 chooses weights one by one, 1 whole units (channels, heads, hidden units) with as many
+    weights; between them weights inside of units."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
     executor: str = local("local")
