@@ -173,7 +173,7 @@ class _Run:
         return quiet.movedim(dim, 0).flatten(1).all(1)
 
     def alike_for_keys(self, node: fx.Node) -> Tensor:
-        """Return bool [width]: constant, and the same in every key, so that a softmax ignores it."""
+        """Return bool [width]: constant and the same in every key: a softmax ignores it."""
         value, hears = self.values[node], self.hears.get(node)
         alike = value == value[..., :1, :]
         quiet = alike if hears is None else alike & ~hears

@@ -60,7 +60,8 @@ class ExportConfig:
     ticket: str = "trained.safetensors"
     """A trained ticket's file, the folder of its training, or a registered models:/NAME@ALIAS."""
     format: str = "dense"
-    """dense (a timm state dict), onnx, slim (a smaller network, pt2), or ticket."""
+    """dense (a timm state dict), onnx, slim (a smaller network, pt2), 2:4 (a state dict whose
+    linear layers sparse tensor cores take), or ticket."""
     slim: bool = False
     """onnx: without the units that have no effect; the logits stay."""
     out: str | None = None
