@@ -82,6 +82,9 @@ class MeasureConfig:
     """Classes of a timm model; a ticket knows its own."""
     json: str | None = None
     """File to write all figures to, layers among them."""
+    tracking: bool = local(False)
+    """Log the figures to MLflow: to the training's run, where the ticket is a tracked training's
+    folder, else to a new one."""
 
 
 @dataclass(frozen=True)

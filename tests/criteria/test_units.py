@@ -214,8 +214,8 @@ def test_autos_draws_again_inside_the_units(digits: DataSource, choice: str) -> 
     assert left_of(ticket)[0] < 0.5 * left_of(plain)[0]
     left, of = ticket.card["units_left"]
     assert 0 < left < of / 2
-    if choice == "live":
-        assert ticket.card["effective_density"] > 0.95 * ticket.kept / masks.total(ticket.masks)
+    if choice == "live":  # 3x3 kernels on one pixel are kept whole: eight of nine see padding.
+        assert ticket.card["effective_density"] > 0.7 * ticket.kept / masks.total(ticket.masks)
 
 
 # What cannot be
