@@ -376,11 +376,13 @@ def test_random_masks(name: str, density: float, dead: int) -> None:
     same_logits(small, model, images)
 
 
-def test_what_all_keys_share_moves_no_attention() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_all_keys_share_moves_no_attention(fused: bool) -> None:
     """A place of all heads whose query and key are biases only adds the same to every key."""
     model = timm.create_model("test_vit", num_classes=5, img_size=32, patch_size=8)
     model = spoilt(model, 1.0)
     attention = model.blocks[0].attn
+    attention.fused_attn = fused
     width = attention.head_dim
     with torch.no_grad():
         for first in range(0, len(attention.qkv.weight), width):
