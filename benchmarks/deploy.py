@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from autosparse.core.config import run_id
 from autosparse.core.files import read_json, write_json
-from autosparse.criteria.prune import DENSE, prune
+from autosparse.criteria.pruning import DENSE, prune
 from autosparse.data.config import DataConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig

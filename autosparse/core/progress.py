@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 LOG_SECONDS = 10.0
-
-
+"""Seconds between two lines where the output is no terminal."""
 UNKNOWN_WIDTH = 120
 """Columns of a table that is not printed to a terminal."""
 
@@ -109,8 +108,9 @@ class Bar:
 def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
     """Print rows of the same keys as a table; numbers to the right.
 
-    No word of a head is cut, and no cell: what is too long for the terminal is folded. Where even
-    that is too wide, lines go beyond its edge. Long paths in the title lose their middle.
+    Nothing in the table is cut: what is too long for the terminal is folded between words of a
+    heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long title
+    loses its middle.
     """
     width = Console().width if sys.stdout.isatty() else UNKNOWN_WIDTH
     table = Table(title=shortened(title, width) or None, title_justify="left")

@@ -50,7 +50,10 @@ UNITS = "units"
 """Argument of a criterion that chooses and lets whole units go: no option, but of Selection."""
 EMPTY = inspect.Parameter.empty
 _REGISTRY: dict[str, Criterion] = {}
-NO_CRITERION = ("base", "config", "prune", "rounds", "scoring", "selection", "units")
+NO_CRITERION = (
+    "base", "card", "config", "own_models", "pruning", "rounds", "scoring", "selection",
+    "units",
+)  # fmt: skip
 """Files of this package that hold no criterion."""
 
 

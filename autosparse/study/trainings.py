@@ -19,14 +19,16 @@ from autosparse.core.errors import Stopped, UsageError, unknown
 from autosparse.core.files import write_json
 from autosparse.core.locks import Claim, claimed
 from autosparse.core.versions import environment
-from autosparse.criteria.prune import DEAD, dead_line, finish_card, refuse_dead
+from autosparse.criteria.card import dead_line, finish_card, refuse_dead
+from autosparse.criteria.pruning import DEAD
 from autosparse.data import identity, sets
+from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit
 from autosparse.models import zoo
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
 from autosparse.study.config import SparseTrainConfig
+from autosparse.study.flops import of_ticket
 from autosparse.training.loop import (
     Span,
     Watch,
@@ -37,7 +39,7 @@ from autosparse.training.loop import (
     training_images,
 )
 from autosparse.training.steppers import Epoch, Ranks, Stepper
-from autosparse.training.topology.moving import STATIC
+from autosparse.training.topology.base import STATIC
 
 TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
@@ -322,6 +324,7 @@ def _finish(
         trained |= changed
     ticket.with_card(trained=trained, training=plain(config.training)).save(path)
     result["checkpoint_bytes"] = path.stat().st_size
+    result |= of_ticket(ticket, config.training, result["training_passes"])
     write_json(cell.folder / RESULT, result)
     for checkpoint in ("checkpoint.pt", CHECKPOINTS):
         target = cell.folder / checkpoint

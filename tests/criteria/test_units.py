@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autosparse import prune
 from autosparse.core.errors import UsageError
 from autosparse.criteria.config import PruneConfig
-from autosparse.criteria.prune import check
+from autosparse.criteria.pruning import check
 from autosparse.criteria.selection import Selection
 from autosparse.criteria.units import rooms
 from autosparse.data.sets import DataSource
