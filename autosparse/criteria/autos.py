@@ -25,9 +25,11 @@ from autosparse.autos import features
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError, unknown
 from autosparse.criteria.base import Masks, Scores, register
-from autosparse.models.gradients import mean_gradients
+from autosparse.criteria.units import rooms
+from autosparse.models.gradients import mean_gradients, note
 from autosparse.sparsity import masks, paths, reach
 from autosparse.sparsity.counts import keep_count
+from autosparse.sparsity.slim_groups import coupled
 
 PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safetensors"
 CHOICES = ("live", "random")
@@ -59,6 +61,7 @@ def autos(
     choice: str = "live",
     reuse: float = 0.25,
     seed: int = 0,
+    units: float = 0.0,
 ) -> Scores | Masks:
     """Return the masks that an AutoS file with two heads chooses; with a single head, its scores.
 
@@ -73,6 +76,8 @@ def autos(
             pruning has them, which are better in very short trainings of networks with depthwise
             layers.
         seed: of what is drawn.
+        units: filled in from the selection (two heads only): what is drawn at units 0 says which
+            units stay and how much layers keep, and it is drawn again inside of them.
     """
     if choice not in CHOICES:
         raise unknown("choice", choice, CHOICES)
@@ -86,10 +91,21 @@ def autos(
     kept = counts(densities, parameters, sparsity)
     generator = torch.Generator().manual_seed(seed)
     noise = {name: noise_for(choice, weight, generator) for name, weight in parameters.items()}
-    if choice == "random":
-        return masks.keep_counts(noise, kept)
-    shape = paths.image_shape(model, batches)
-    return reach.best_on_paths(model, noise, kept, shape, tilt=TILT)
+
+    def drawn(count: Mapping[str, int], within: Masks | None = None) -> Masks:
+        if choice == "random":
+            return masks.keep_counts(noise, count, within=within)
+        shape = paths.image_shape(model, batches)
+        return reach.best_on_paths(model, noise, count, shape, within=within, tilt=TILT)
+
+    chosen = drawn(kept)
+    if not units:
+        return chosen
+    together = coupled(model, chosen, paths.image_shape(model, batches))
+    votes = {name: mask.float() for name, mask in chosen.items()}
+    found = rooms(together, votes, chosen, units)
+    note("units_left", [found.left, found.of])
+    return drawn(found.counts, found.within)
 
 
 def use_lift(model, parameters, batches, reuse: float) -> dict[str, float] | None:

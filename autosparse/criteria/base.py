@@ -46,10 +46,13 @@ FIRST: dict[str, dict[str, Any]] = {
 
 Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEFAULTS.
 """
+UNITS = "units"
+"""Argument of a criterion that chooses and lets whole units go: no option, but of Selection."""
 EMPTY = inspect.Parameter.empty
 _REGISTRY: dict[str, Criterion] = {}
 NO_CRITERION = (
     "base", "card", "config", "own_models", "pruning", "rounds", "scoring", "selection",
+    "units",
 )  # fmt: skip
 """Files of this package that hold no criterion."""
 
@@ -81,9 +84,18 @@ class Criterion:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options with their defaults: the function's keyword-only arguments."""
+        """Options with their defaults: the function's keyword-only arguments, but for `units`."""
         parameters = inspect.signature(self.function).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return {
+            each.name: each.default
+            for each in parameters
+            if each.kind is each.KEYWORD_ONLY and each.name != UNITS
+        }
+
+    @property
+    def takes_units(self) -> bool:
+        """Whether it chooses inside units by itself, told how much by the argument `units`."""
+        return UNITS in inspect.signature(self.function).parameters
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -141,6 +153,7 @@ class Criterion:
         exclude: Sequence[str] = (),
         training_mode: bool = True,
         warm_up: bool = False,
+        units: float = 0.0,
         **options: Any,
     ) -> Scores | Masks:
         """Score or choose among the prunable weights; model and RNGs are left as they were.
@@ -159,10 +172,12 @@ class Criterion:
                 statistics, dropout is on. In eval mode scores do not depend on how the samples
                 are cut into batches.
             warm_up: set batch norm's running statistics from the batches first.
+            units: as in Selection, for a criterion that `takes_units`.
             options: the criterion's own; an unknown one raises UsageError.
         """
         self.check(options)
         self._check_none_lacks(options)
+        inside = {UNITS: units} if units else {}
         if not self.trains and not isinstance(batches, Sequence):
             batches = list(batches)
         if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
@@ -174,7 +189,7 @@ class Criterion:
             model.train(training_mode)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            returned = self.function(model, parameters, batches, loss, **options)
+            returned = self.function(model, parameters, batches, loss, **options, **inside)
         if isinstance(batches, Shared):
             as_on_rank_0(returned)
         returned = {name: returned[name].detach() for name in parameters}

@@ -51,6 +51,9 @@ class PruneConfig:
     in every layer and as few as can be off all paths from input to output (live)."""
     pattern: str | None = None
     """n:m, such as 2:4: keep n of every m neighbouring inputs; the sparsity follows from it."""
+    units: float = 0.0
+    """0 chooses weights one by one, 1 whole units (channels, heads, hidden units) with as many
+    weights; between them weights inside of units."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
     seed: int = 0

@@ -19,6 +19,7 @@ from autosparse.criteria.selection import (
     UNIFORM,
     Scored,
     Selection,
+    into_units,
     onto_paths,
     select,
     tie_entry,
@@ -52,6 +53,7 @@ def prune(
     selection: Selection | None = None,
     scoring: ScoringConfig | None = None,
     scope: str = "global",
+    units: float = 0.0,
     seed: int = 0,
     options: dict[str, Any] | None = None,
     exclude: Sequence[str] = (),
@@ -75,6 +77,8 @@ def prune(
             by themselves take no other.
         scoring: what scores are computed on, and in which mode; the amounts for named data.
         scope: `layer` is short for a selection of that scope.
+        units: short for a selection with units: 0 chooses weights one by one, 1 whole units with
+            the same number of weights (see criteria/units.py).
         seed: chooses the images that are scored, and what random criteria draw.
         options: the criterion's own options.
         exclude: patterns of weights to leave dense, such as `head` (see `models.prunable`).
@@ -96,6 +100,8 @@ def prune(
     selection = selection or Selection()
     if scope != "global":
         selection = replace(selection, scope=scope)
+    if units:
+        selection = replace(selection, units=units)
     scored, begun = score(
         model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
@@ -169,8 +175,12 @@ def choose(
     if chosen is None:
         chosen = select(scored, begun["sparsity"])
         begun = {**begun, **tie_entry(scored, chosen)}
+        within = None
+        if scored.selection.units:
+            chosen, found = into_units(model, chosen, scored)
+            within, begun = found.within, {**begun, "units_left": [found.left, found.of]}
         if scored.selection.guard == "live":
-            chosen = onto_paths(model, chosen, scored)
+            chosen = onto_paths(model, chosen, scored, within)
     whole = finish_card(model, chosen, scored.shape, begun)
     ticket = Ticket.from_model(model, chosen, whole)
     if ranks is not None and ranks.world_size > 1:

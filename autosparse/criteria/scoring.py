@@ -128,7 +128,8 @@ class _Context:
         selection: Selection,
     ) -> Scored:
         """Return what the criterion says, and how much each layer keeps if another allocates."""
-        returned = self.run(criterion, sparsity, options)
+        units = selection.units if criterion.takes_units else 0.0
+        returned = self.run(criterion, sparsity, options, units)
         if criterion.makes_choice(options):
             return Scored({}, None, selection, self.shape(), returned)
         _warn_of_level_scores(returned, criterion.name, sparsity)
@@ -136,7 +137,11 @@ class _Context:
         return Scored(returned, counts, selection, self.shape())
 
     def run(
-        self, criterion: criteria.Criterion, sparsity: float, options: dict[str, Any]
+        self,
+        criterion: criteria.Criterion,
+        sparsity: float,
+        options: dict[str, Any],
+        units: float = 0.0,
     ) -> criteria.Scores | Masks:
         """Return scores or masks; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
@@ -149,6 +154,7 @@ class _Context:
                 exclude=self.exclude,
                 training_mode=self.scoring.mode == "train",
                 warm_up=self.scoring.warm_up,
+                units=units,
                 **usual | options,
             )
         if self.ranks.world_size > 1:

@@ -11,9 +11,11 @@ from torch import nn
 
 from autosparse import criteria
 from autosparse.core.errors import UsageError, unknown
+from autosparse.criteria.units import Rooms, rooms
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.masks import Masks
 from autosparse.sparsity.paths import CannotFollow
+from autosparse.sparsity.slim_groups import coupled
 
 UNIFORM = "uniform"
 GUARDS = ("layer", "channel", "live", "none")
@@ -28,6 +30,7 @@ class Selection:
     allocation_options: dict[str, Any] = field(default_factory=dict)
     guard: str = "layer"
     pattern: str | None = None
+    units: float = field(default=0.0, repr=False)  # Names of earlier tickets have no units in them.
 
     def check(self) -> None:
         """Raise UsageError for what cannot be."""
@@ -37,6 +40,10 @@ class Selection:
             raise unknown("scope", self.scope, masks.SCOPES)
         if self.allocation is not None and self.allocation != UNIFORM:
             self._check_allocation(criteria.get(self.allocation))
+        if not 0 <= self.units <= 1:
+            raise UsageError(f"units must be from 0 (none) to 1 (whole units), got {self.units}")
+        if self.units and self.pattern is not None:
+            raise UsageError("a pattern n:m settles where weights may be; leave out units")
         if self.allocation is not None and self.scope == "layer":
             raise UsageError(
                 f"scope layer settles how much layers keep, and so does allocation "
@@ -66,13 +73,13 @@ class Selection:
         masks follow none.
         """
         usual = Selection()
-        for name in ("scope", "allocation", "pattern", "guard"):
+        for name in ("scope", "allocation", "pattern", "guard", "units"):
             asked = getattr(self, name)
-            if asked == getattr(usual, name):
+            if asked == getattr(usual, name) or (name == "units" and criterion.takes_units):
                 continue
             if criterion.makes_choice(options):
                 does, others = "chooses the weights itself", "one that gives scores (snip)"
-            elif criterion.allocates and name != "guard":
+            elif criterion.allocates and name not in ("guard", "units"):
                 does, others = "settles how much layers keep", "another (random)"
             else:
                 continue
@@ -121,6 +128,27 @@ def select(scored: Scored, sparsity: float) -> Masks:
     )
 
 
+def into_units(model: nn.Module, chosen: Masks, scored: Scored) -> tuple[Masks, Rooms]:
+    """Return masks inside the units that stay, as many as `units` says, and where these lie."""
+    selection = scored.selection
+    if scored.shape is None:
+        raise UsageError("units needs to know the images' shape: give a batch, or named data")
+    per_channel = selection.guard == "channel"
+    found = rooms(
+        coupled(model, chosen, scored.shape),
+        scored.scores,
+        chosen,
+        selection.units,
+        min_per_layer=0 if selection.guard == "none" else 1,
+        per_channel=per_channel,
+    )
+    within = found.within
+    return (
+        masks.keep_counts(scored.scores, found.counts, per_channel=per_channel, within=within),
+        found,
+    )
+
+
 def tie_entry(scored: Scored, chosen: Masks) -> dict[str, int]:
     """Return the card's entry on ties at the threshold if there are many; warn of them too."""
     if scored.selection.pattern is not None:
@@ -137,12 +165,14 @@ def tie_entry(scored: Scored, chosen: Masks) -> dict[str, int]:
     return {"ties": tied}
 
 
-def onto_paths(model: nn.Module, chosen: Masks, scored: Scored) -> Masks:
-    """Exchange weights on no path for others of their layer (guard live)."""
+def onto_paths(
+    model: nn.Module, chosen: Masks, scored: Scored, within: Masks | None = None
+) -> Masks:
+    """Exchange weights on no path for others of their layer, inside `within` (guard live)."""
     if scored.shape is None:
         raise UsageError("guard live needs to know the images' shape: give a batch, or named data")
     try:
-        return reach.onto_paths(model, chosen, scored.scores, scored.shape)
+        return reach.onto_paths(model, chosen, scored.scores, scored.shape, within=within)
     except CannotFollow as error:
         raise UsageError(
             f"guard live: the paths through {type(model).__name__} cannot be followed ({error}); "

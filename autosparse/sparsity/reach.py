@@ -50,7 +50,12 @@ def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) 
 
 
 def onto_paths(
-    model: nn.Module, masks: Masks, scores: Mapping[str, Tensor], shape: tuple[int, ...]
+    model: nn.Module,
+    masks: Masks,
+    scores: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    *,
+    within: Masks | None = None,
 ) -> Masks:
     """Return masks whose dead weights are exchanged for live ones of the same layer.
 
@@ -58,13 +63,17 @@ def onto_paths(
     living weights; where a layer has too few of those, its best dead ones stay. Every layer keeps
     as many weights as before. If nothing is live, no single exchange helps, and the whole network
     is thinned (see `thinned`), unless a layer keeps no weight: then there is no path to be had.
+    The result lies inside `within`, as `masks` do.
     """
     alive = live(model, masks, shape)
     counts = masks_module.counts(masks)
     if all(counts.values()) and not any(mask.any() for mask in alive.values()):
-        chosen = thinned(model, scores, counts, shape)
+        chosen = thinned(model, scores, counts, shape, within=within)
         return {name: mask.to(masks[name].device) for name, mask in chosen.items()}
-    return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
+    found = within_reach(model, alive, shape)
+    if within is not None:
+        found = {name: each & within[name] for name, each in found.items()}
+    return _exchanged(masks, alive, found, scores)
 
 
 def _exchanged(

@@ -63,7 +63,8 @@ class Facts:
     """Tensors that do not depend on the image at all."""
     heard: dict[fx.Node, Heard] = field(default_factory=dict)
     zero_products: dict[fx.Node, Tensor] = field(default_factory=dict)
-    """Per product of two signals, bool [summed]: one of both factors is zero there."""
+    """Per product of two signals, bool [summed]: what is not missed: one of both factors is zero
+    there, or in attention all keys are alike."""
 
 
 @torch.no_grad()
@@ -126,8 +127,28 @@ def _note(found: Facts, run: _Run, node: fx.Node) -> None:
         first, second = args[:2]
         if len(found.shapes[first]) > 1 and len(found.shapes[second]) > 1:
             found.zero_products[node] = run.zeros(first, -1) | run.zeros(second, -2)
+            if _into_softmax(node, value.dim()):
+                found.zero_products[node] |= run.alike(second, -2, -1)
     elif name == "scaled_dot_product_attention":
-        found.zero_products[node] = run.zeros(args[0], -1) | run.zeros(args[1], -1)
+        found.zero_products[node] = (
+            run.zeros(args[0], -1) | run.zeros(args[1], -1) | run.alike(args[1], -1, -2)
+        )
+
+
+def _into_softmax(node: fx.Node, count: int) -> bool:
+    """Does a product of `count` dimensions go into softmaxes over its last one only?
+
+    On the way it may be scaled by a number, and something may be added.
+    """
+
+    def ends(user: fx.Node) -> bool:
+        name = op_name(user)
+        if name in ("softmax", "_softmax"):
+            return argument(user, "dim") in (-1, count - 1)
+        scaled = name in ("mul", "div") and len(user.all_input_nodes) == 1
+        return (scaled or name == "add") and _into_softmax(user, count)
+
+    return bool(node.users) and all(map(ends, node.users))
 
 
 def _heard(run: _Run, node: Any, dim: int) -> Heard:
@@ -167,6 +188,13 @@ class _Run:
         """Return bool [size of `dim`]: constant zero at every other place."""
         value, hears = self.values[node], self.hears.get(node)
         quiet = value == 0 if hears is None else (value == 0) & ~hears
+        return quiet.movedim(dim, 0).flatten(1).all(1)
+
+    def alike(self, node: fx.Node, dim: int, keys: int) -> Tensor:
+        """Return bool [size of `dim`]: constant, and alike for all keys: a softmax ignores it."""
+        value, hears = self.values[node], self.hears.get(node)
+        alike = value == value.narrow(keys, 0, 1)
+        quiet = alike if hears is None else alike & ~hears
         return quiet.movedim(dim, 0).flatten(1).all(1)
 
     def _call(self, node: fx.Node, of: Any) -> Any:

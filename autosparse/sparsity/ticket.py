@@ -1,7 +1,8 @@
 """The ticket: mask, the values it keeps, and a card; the unit that is saved, shared, trained.
 
-The file is one safetensors: `mask/NAME` (packed bits) and `kept/NAME` (values) per prunable
-parameter, `rest/NAME` for the rest of the state dict, and the card in the header.
+The file is one safetensors. Per prunable parameter it has `mask/NAME` (packed bits) or, where that
+is shorter, `gaps/NAME` (see mask_codes.py), and `kept/NAME` (values). The rest of the state dict is
+`rest/NAME`, and the card is in the header.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from autosparse.core.files import read_tensors, require, write_tensors
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity import masks as masks_module
 from autosparse.sparsity.compact import compact_weights, dense_name, hold_compact
+from autosparse.sparsity.mask_codes import decoded, encoded
 
-FORMAT = 1
+FORMAT = 2
+"""Of files with gaps in them; without, they have format 1, which earlier versions read too."""
 TOPOLOGY = "autosparse_topology"
 """Attribute of a model: how its masks have changed in training, for the card."""
 MASKS = "autosparse_masks"
@@ -162,11 +165,11 @@ class Ticket:
         """Write the ticket as one safetensors file, atomically; the same ticket, the same bytes."""
         tensors = {f"rest/{name}": tensor for name, tensor in self.rest.items()}
         for name, mask in self.masks.items():
-            tensors[f"mask/{name}"] = masks_module.pack(mask)
-            tensors[f"kept/{name}"] = self.values[name]
+            key, code = encoded(name, mask)
+            tensors |= {key: code, f"kept/{name}": self.values[name]}
         header = {
             "kind": "ticket",
-            "format": FORMAT,
+            "format": FORMAT if any(key.startswith("gaps/") for key in tensors) else 1,
             "fingerprint": self.fingerprint,
             "content_hash": self.content_hash,
             "shapes": [[name, list(mask.shape)] for name, mask in self.masks.items()],
@@ -188,12 +191,14 @@ class Ticket:
         masks, values = {}, {}
         for name, shape in header["shapes"]:
             try:
-                bits, values[name] = tensors[f"mask/{name}"], tensors[f"kept/{name}"]
+                values[name] = tensors[f"kept/{name}"]
+                masks[name] = decoded(tensors, name, tuple(shape), values[name].numel())
             except KeyError:
                 raise UsageError(f"{path}: {name} is missing; the file is damaged") from None
-            if bits.numel() != (torch.Size(shape).numel() + 7) // 8:
-                raise UsageError(f"{path}: the mask of {name} does not fit its shape {shape}")
-            masks[name] = masks_module.unpack(bits, tuple(shape))
+            except ValueError as error:
+                raise UsageError(
+                    f"{path}: the mask of {name} does not fit its shape {shape} ({error})"
+                ) from None
             if int(masks[name].sum()) != values[name].numel():
                 raise UsageError(
                     f"{path}: {name} keeps {int(masks[name].sum())} weights but holds "

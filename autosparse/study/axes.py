@@ -18,7 +18,7 @@ from autosparse.training.config import TrainingConfig
 
 Point = dict[str, Any]
 ROOTS = ("model", "data", "training", "scoring", "options", "scope", "allocation",
-         "allocation_options", "guard")  # fmt: skip
+         "allocation_options", "guard", "units")  # fmt: skip
 """Settings that make a cell what it is, so that its folder's name has them in it."""
 TRAINING = [spec.name for spec in fields(TrainingConfig) if spec.metadata.get("identity", True)]
 

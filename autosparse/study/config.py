@@ -60,7 +60,8 @@ class ExportConfig:
     ticket: str = "trained.safetensors"
     """A trained ticket's file, the folder of its training, or a registered models:/NAME@ALIAS."""
     format: str = "dense"
-    """dense (a timm state dict), onnx, slim (a smaller network, pt2), or ticket."""
+    """dense (a timm state dict), onnx, slim (a smaller network, pt2), 2:4 (a state dict whose
+    linear layers sparse tensor cores take), or ticket."""
     slim: bool = False
     """onnx: without the units that have no effect; the logits stay."""
     out: str | None = None
@@ -81,6 +82,9 @@ class MeasureConfig:
     """Classes of a timm model; a ticket knows its own."""
     json: str | None = None
     """File to write all figures to, layers among them."""
+    tracking: bool = local(False)
+    """Log the figures to MLflow: to the training's run, where the ticket is a tracked training's
+    folder, else to a new one."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,9 @@ class StudyConfig:
     guard: str = "layer"
     """Keep at least one weight in every layer, in every output channel (channel), or none; or one
     in every layer and as few as can be off all paths from input to output (live)."""
+    units: float = 0.0
+    """0 chooses weights one by one, 1 whole units (channels, heads, hidden units) with as many
+    weights; between them weights inside of units."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
     executor: str = local("local")

@@ -1,4 +1,4 @@
-"""Out of autosparse: a trained ticket as a state dict, ONNX, a smaller network, or a ticket."""
+"""Out of autosparse: a trained ticket as a state dict (2:4, too), ONNX, smaller, or a ticket."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from autosparse.models.standardised import differs_from_plain
 from autosparse.sparsity.compact import densify
 from autosparse.sparsity.slim import slim
 from autosparse.sparsity.ticket import Ticket, compact
+from autosparse.sparsity.two_four import two_four
 from autosparse.study.deploy import write_onnx, write_program
 from autosparse.study.trainings import TRAINED
 
-FORMATS = ("dense", "ticket", "onnx", "slim")
+FORMATS = ("dense", "ticket", "onnx", "slim", "2:4")
+ROWS, COLUMNS = 32, 64
+"""Multiples that `torch.sparse.to_sparse_semi_structured` asks of [out, in] in half precision."""
 ENDINGS = {
     "dense": ".dense.safetensors",
     "ticket": ".ticket.safetensors",
     "onnx": ".onnx",
     "slim": ".slim.pt2",
+    "2:4": ".2to4.safetensors",
 }
 
 
@@ -51,6 +55,9 @@ def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> d
     onnx: the network from normalised images [batch, C, H, W] to logits, the batch free;
         `slimmed`: without the units that have no effect.
     slim: the same smaller network as a program of plain PyTorch, for `torch.export.load`.
+    2:4: as dense, but the pruned weights of linear layers that sparse tensor cores take (a multiple
+        of 32 outputs and of 64 inputs) have two of every four inputs at most, in the order of
+        `columns/LAYER`; see docs/howto/export.md. Here logits may change.
     ticket: the ticket itself, e.g. to train on from trained values.
 
     Raises UsageError if another process is writing the same file.
@@ -69,10 +76,12 @@ def _write(ticket: Ticket, kind: str, path: Path, slimmed: bool) -> dict[str, An
     told: dict[str, Any] = {}
     if kind == "ticket":
         ticket.save(path)
-    elif kind == "dense":
+    elif kind in ("dense", "2:4"):
         model = dense_model(ticket)
         _check_plain(model, str(ticket.card["model"]["name"]))
         state = model.state_dict()
+        if kind == "2:4":
+            state, told["kept_score"] = _semi_structured(model, ticket)
         write_tensors(path, {name: t.contiguous() for name, t in _once(state).items()}, ticket.card)
     else:
         recipe = ticket.card["model"]
@@ -83,6 +92,35 @@ def _write(ticket: Ticket, kind: str, path: Path, slimmed: bool) -> dict[str, An
             told["parameters"] = model.slimmed["parameters"]  # type: ignore[index]
         (write_onnx if kind == "onnx" else write_program)(model, images, path)
     return told
+
+
+def _semi_structured(
+    model: nn.Module, ticket: Ticket
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Return the state dict with 2:4 weights, and per layer the share of sum |weight| that stays.
+
+    `columns/LAYER` is the order of the inputs, int64 [in], or [0] for the order as it was.
+    """
+    state, shares = dict(model.state_dict()), {}
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if type(module) is not nn.Linear or key not in ticket.masks:
+            continue
+        weight = state[key]
+        if weight.shape[0] % ROWS or weight.shape[1] % COLUMNS:
+            continue
+        state[key], order = two_four(weight)
+        same = bool((order == torch.arange(len(order), device=order.device)).all())
+        state[f"columns/{name}"] = order[:0] if same else order
+        whole = float(weight.abs().sum(dtype=torch.float64))
+        left = float(state[key].abs().sum(dtype=torch.float64))
+        shares[name] = left / whole if whole else 1.0
+    if not shares:
+        raise UsageError(
+            f"{ticket.card['model']['name']} has no pruned linear layer of a multiple of {ROWS} "
+            f"outputs and {COLUMNS} inputs, as sparse tensor cores want them; use another format"
+        )
+    return state, shares
 
 
 def _check_plain(model: nn.Module, name: str) -> None:

@@ -171,6 +171,8 @@ def _beyond(config: StudyConfig, name: str, given: dict[str, Any]) -> list[str]:
         known = (*asked.irp_settled(config, 0.5, 0), *given)
         changed = identity(asked.irp_config(config, given, 0.5, 0))
         found = {key: each for key, each in changed.items() if key not in known}
+    if config.units and name != DENSE:
+        found["units"] = config.units
     if config.allocation not in (None, scoring.UNIFORM):
         found |= criteria.get(config.allocation).beyond(config.allocation_options)
     return [str(sorted(found.items()))] if found else []

@@ -47,10 +47,16 @@ def criterion_of(config: StudyConfig, label: str) -> tuple[str, dict[str, Any]]:
 def selection(config: StudyConfig, label: str = "") -> Selection:
     """Return how the scores of a label become masks; baselines have an allocation of their own."""
     if label == "uniform":
-        return Selection(scope="layer", guard=config.guard)
+        return Selection(scope="layer", guard=config.guard, units=config.units)
     if label == "erk":
-        return Selection(guard=config.guard)
-    return Selection(config.scope, config.allocation, config.allocation_options, config.guard)
+        return Selection(guard=config.guard, units=config.units)
+    return Selection(
+        config.scope,
+        config.allocation,
+        config.allocation_options,
+        config.guard,
+        units=config.units,
+    )
 
 
 def irp_config(
@@ -90,6 +96,8 @@ def check(config: StudyConfig) -> None:
     for label in labels(config):
         name, options = criterion_of(config, label)
         if name == IRP:
+            if config.units:
+                raise UsageError("irp prunes single weights in levels, so units does not apply")
             irp_config(config, options, 0.5, 0)
         else:
             criterion = criteria.get(name)

@@ -374,3 +374,23 @@ def test_random_masks(name: str, density: float, dead: int) -> None:
     small = slim(model, images)
     assert small.slimmed["parameters"][1] < small.slimmed["parameters"][0]
     same_logits(small, model, images)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_all_keys_share_moves_no_attention(fused: bool) -> None:
+    """A place of all heads whose query and key are biases only adds the same to every key."""
+    model = timm.create_model("test_vit", num_classes=5, img_size=32, patch_size=8)
+    model = spoilt(model, 1.0)
+    attention = model.blocks[0].attn
+    attention.fused_attn = fused
+    width = attention.head_dim
+    with torch.no_grad():
+        for first in range(0, len(attention.qkv.weight), width):
+            attention.qkv.weight[first + 3] = 0
+        for first in range(0, attention.proj.weight.shape[1], width):
+            attention.proj.weight[:, first + 3] = 0
+    images = images_of(32)
+    small = slim(model, images)
+    rows = small.get_parameter("blocks.0.attn.qkv.weight").shape[0]
+    assert rows == len(attention.qkv.weight) * (width - 1) // width
+    same_logits(small, model, images)

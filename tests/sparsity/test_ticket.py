@@ -308,8 +308,8 @@ def test_parts_that_do_not_fit_name_file_and_parameter(
 
 
 def test_a_newer_format(saved: Path) -> None:
-    rewrite(saved, lambda tensors, header: header.update(format=2))
-    with pytest.raises(UsageError, match=r"newer autosparse \(format 2\)"):
+    rewrite(saved, lambda tensors, header: header.update(format=3))
+    with pytest.raises(UsageError, match=r"newer autosparse \(format 3\)"):
         Ticket.load(saved)
 
 

@@ -118,3 +118,34 @@ def test_a_standardised_network_is_exported_as_it_was_trained(standardised, imag
     with torch.no_grad():
         expected = compact(make_model("test_nfnet", seed=5), standardised).eval()(images)
         torch.testing.assert_close(exporting.dense_model(standardised)(images), expected)
+
+
+def test_2_4_as_the_guide_loads_it(digits, tmp_path, capsys):
+    """The guide's lines in plain torch, but for the GPU's packing; 90 % is kept nearly whole."""
+    model = make_model("test_vit")
+    start = prune(model, digits, "magnitude", 0.9)
+    start.save(tmp_path / "trained.safetensors")
+    export_ticket(ExportConfig(ticket=str(tmp_path), format="2:4"))
+    assert "2:4 in 24 layers" in capsys.readouterr().out
+    state = load_file(tmp_path / "trained.2to4.safetensors")
+    columns = {key[8:]: state.pop(key) for key in list(state) if key.startswith("columns/")}
+    plain = make_model("test_vit", seed=5)
+    plain.load_state_dict(state)
+    assert len(columns) == 24 and any(len(order) for order in columns.values())
+    for name, order in columns.items():
+        layer = plain.get_submodule(name)
+        assert ((layer.weight != 0).unflatten(1, (-1, 4)).sum(2) <= 2).all(), name
+        if len(order):
+            layer.register_forward_pre_hook(lambda _, x, order=order: (x[0][..., order],))
+    images = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        expected = exporting.dense_model(start)(images)
+        found = plain.eval()(images)
+    off = (found - expected).abs().max() / expected.abs().max()
+    assert off < 0.02
+
+
+def test_2_4_needs_a_layer_that_tensor_cores_take(ticket, tmp_path):
+    with pytest.raises(UsageError, match="test_byobnet has no pruned linear layer"):
+        exporting.export(ticket, "2:4", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()

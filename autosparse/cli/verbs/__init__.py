@@ -144,6 +144,13 @@ def export_ticket(config: ExportConfig) -> None:
     if "parameters" in written:
         before, after = written["parameters"]
         print(f"slimmed: {after:,} of {before:,} parameters are left, zeros among them")
+    if "kept_score" in written:
+        shares = written["kept_score"]
+        worst = min(shares, key=shares.get)
+        print(
+            f"2:4 in {len(shares)} layers; least is left of {worst}: "
+            f"{100 * shares[worst]:.2f} % of sum |weight|"
+        )
 
 
 def _local_ticket(name: str) -> Path:

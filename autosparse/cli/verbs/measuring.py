@@ -28,6 +28,10 @@ def measure(source: str, config: MeasureConfig) -> None:
     if config.json is not None:
         write_json(config.json, {"source": source, "shape": list(shape), **found})
         print(f"all figures, and those of each layer: {config.json}")
+    if config.tracking:
+        from autosparse.integrations.measured import log_measured
+
+        print(f"logged to MLflow run {log_measured(source, found)}")
 
 
 def _networks(source: str, config: MeasureConfig) -> tuple[dict[str, Any], tuple[int, int, int]]:
