@@ -186,12 +186,12 @@ def _note(server: Any, experiment: str, run: str, report: dict[str, Any]) -> str
     lines = ["The best ticket of each sparsity, by validation accuracy:", "",
              "| model | sparsity | criterion | seed | test accuracy | run |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for (model, sparsity), best in table.best_results(report["results"]).items():
+    for best in table.best_results(report["results"]):
         wanted = f"tags.cell = '{best['cell']}' and tags.`mlflow.parentRunId` = '{run}'"
         runs = server.search_runs([experiment], wanted, max_results=1)
         link = f"[{best['name']}]({where}/{runs[0].info.run_id})" if runs else best["name"]
         lines.append(
-            f"| {model} | {100 * sparsity:g} % | {best['label']} | {best['seed']} | "
+            f"| {best['model']} | {100 * best['sparsity']:g} % | {best['label']} | {best['seed']} | "
             f"{100 * best['test_accuracy']:.1f} % | {link} |"
         )
     lines += ["", f"All of it on one page: [report.html]({where}/{run}/artifacts/report.html), "

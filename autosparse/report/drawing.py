@@ -64,6 +64,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     place = {"model": report["config"].get("model", {}).get("name"), "training": ""}
     for part in ("rows", "results"):
         report[part] = [{**place, **each} for each in report[part]]
+        report[part] = [{"contest": each["model"], **each} for each in report[part]]
     return {"stopped": [], "failed": {}, **report}
 
 
@@ -71,23 +72,25 @@ def _study(folder: Path) -> list[Path]:
     report = report_of(folder)
     out, data = folder / FIGURES, report["config"]["data"]["name"]
     best = table.best(report["rows"])
-    names = list(dict.fromkeys(row["model"] for row in best))
+    models = {row["contest"]: row["model"] for row in best}
     figures = []
-    for model in names:
-        rows = [row for row in best if row["model"] == model]
-        prefix = f"{model}-" if len(names) > 1 else ""
+    for contest, model in models.items():
+        rows = [row for row in best if row["contest"] == contest]
+        prefix, title = f"{model}-" if len(models) > 1 else "", f"{model} on {data}"
+        if list(models.values()).count(model) > 1:
+            prefix, title = f"{model}-{contest}-", f"{title}: {rows[0]['training']}"
         kept = {(row["label"], row["sparsity"], row["training"]) for row in rows}
         found = [
             each for each in report["results"]
-            if each["model"] == model and each["twin"] == "ticket"
+            if each["contest"] == contest and each["twin"] == "ticket"
             and (each["label"], each["sparsity"], each["training"]) in kept
         ]  # fmt: skip
         if any(row["twins"] for row in rows):
             twins = out / f"{prefix}twins.png"
             if (folder / StudyConfig.report).is_file():
                 twins = folder / f"{prefix}comparison.png"
-            figures.append(comparison(rows, twins, f"{model} on {data}"))
-        figures += _of_cells(folder / "cells", rows, found, out, prefix, f"{model} on {data}")
+            figures.append(comparison(rows, twins, title))
+        figures += _of_cells(folder / "cells", rows, found, out, prefix, title)
     return figures + _of_options(report["config"], out)
 
 

@@ -123,10 +123,15 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Return a line per sparsity: the best criterion by validation accuracy, or dense."""
     lines = []
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    contests: dict[str, set[str]] = {}
     for row in rows:
-        groups.setdefault((row.get("model", ""), row["sparsity"]), []).append(row)
-    for (model, sparsity), mine in groups.items():
+        groups.setdefault((row["contest"], row["sparsity"]), []).append(row)
+        contests.setdefault(row["model"], set()).add(row["contest"])
+    for (_, sparsity), mine in groups.items():
         best = max(mine, key=lambda row: row["validation_accuracy"])
+        model = best["model"] or ""
+        if len(contests[best["model"]]) > 1:
+            model += f" ({best['training']})"
         what = f"{best['label']} is best" if best["label"] != "dense" else "dense"
         reached = f"{100 * best['accuracy']:.1f} ± {100 * best['spread']:.1f} % on the test split"
         name = f"{model} at " if model else "At "

@@ -31,6 +31,7 @@ from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.config import SparseTrainConfig
 from autosparse.training.steppers import Ranks, check_whole, set_up
+from autosparse.training.topology.gradual import SCHEDULES
 from autosparse.training.topology.moving import METHODS
 
 RESULT = "result.json"
@@ -105,6 +106,11 @@ def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
     check_whole(config.training, world_size)
     check_folder(config.out)
     config = settled(config)
+    if config.training.topology in SCHEDULES and (config.tickets or config.prune):
+        raise UsageError(
+            f"training.topology {config.training.topology} begins with the dense model; leave out "
+            "tickets and prune, and name the model"
+        )
     if config.tickets:
         if config.data is not None:
             sets.check_config(config.data)

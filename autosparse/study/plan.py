@@ -88,11 +88,13 @@ def _check_asha(config: StudyConfig) -> None:
 
 
 def _settled(config: StudyConfig) -> list[StudyConfig]:
-    """Return the study at every point of its axes, for each of its models."""
+    """Return the study at every point that it may have, for each of its models.
+
+    Of a search, these are the points that differ from the study in one setting only.
+    """
+    points = search.offered(config) if config.search == OPTUNA else axes.points(config)
     return [
-        settled(config, model, point)
-        for model in range(len(models(config)))
-        for point in axes.points(config)
+        settled(config, model, point) for model in range(len(models(config))) for point in points
     ]
 
 

@@ -41,6 +41,15 @@ def check(config: StudyConfig) -> None:
             )
 
 
+def offered(config: StudyConfig) -> list[axes.Point]:
+    """Return a point for every choice of the space, and both ends of every range, one at a time."""
+    found: list[axes.Point] = [{}]
+    for key, values in config.space.items():
+        ends = values if isinstance(values, list) else [values["low"], values["high"]]
+        found += [{key: value} for value in ends]
+    return found
+
+
 def parts(config: StudyConfig) -> list[tuple[int, float]]:
     """Return (place of the model, sparsity) of every part."""
     return [

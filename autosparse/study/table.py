@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ TITLE = "per cent; passes: of one image; cost: of one training"
 
 def placed(result: Result, batch_size: int | None = None) -> Result:
     """Return the result of a ticket that no study planned, with a place in the table."""
-    place = {"label": result["criterion"], "twin": TICKET, "training": ""}
+    place = {"label": result["criterion"], "twin": TICKET, "training": "", "contest": None}
     return {**place, "batch_size": batch_size, **result}
 
 
@@ -51,21 +51,22 @@ def table(found: Iterable[StudyCell]) -> list[Row]:
     for (model, _), mine in groups.items():
         config = mine[0].config
         results = [
-            {**cell.result(), "batch_size": config.training.batch_size}
-            for cell in [*mine, *_also(mine, shared)]
+            {**each, "batch_size": config.training.batch_size}
+            for each in [*(cell.result() for cell in mine), *_also(mine, shared)]
         ]
         order = [DENSE, *labels(config), *BASELINES]
         made += [(names.index(model), row) for row in rows(results, order, config.twins)]
     return [row for _, row in sorted(made, key=lambda each: (each[0], each[1]["sparsity"]))]
 
 
-def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[StudyCell]:
-    """Yield the controls that are a group's too: trained once, as an axis does not concern them."""
-    known, place = {cell.key for cell in mine}, mine[0]
+def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[Result]:
+    """Yield results of controls that are a group's too: an axis that does not concern them."""
+    known, first = {cell.key for cell in mine}, mine[0]
     for cell in shared:
-        moved = replace(cell, config=place.config, point=place.point)
-        if cell.key not in known and moved.key == cell.key:
-            yield moved
+        moved = replace(cell, config=first.config, point=first.point)
+        same = moved.training == cell.training if cell.label == DENSE else moved.key == cell.key
+        if cell.key not in known and same:
+            yield {**cell.result(), "training": moved.place["training"]}
 
 
 def rows(results: Sequence[Result], order: Sequence[str] = (), twins: Sequence[str] = ()) -> list:
@@ -101,7 +102,7 @@ def _row(mine: list[Result]) -> Row:
                  if each.get("effective_density") is not None]  # fmt: skip
     first = mine[0]
     return {
-        **{key: first[key] for key in ("model", "training", "label", "sparsity")},
+        **{key: first[key] for key in ("model", "training", "contest", "label", "sparsity")},
         "seeds": len(mine),
         "dead": dead(mine),
         **_accuracy([each["test_accuracy"] for each in mine]),
@@ -225,29 +226,28 @@ def show_trainings(results: Iterable[Result]) -> None:
 
 
 def best(found: Sequence[Row]) -> list[Row]:
-    """Return of each model, label and sparsity the row with the best validation accuracy."""
+    """Return the row with the best validation accuracy of each contest, label and sparsity."""
+    return _best(found, lambda row: (row["contest"], row["label"], row["sparsity"]))
+
+
+def best_results(results: Iterable[Result]) -> list[Result]:
+    """Return the best ticket's result of each contest and sparsity, by validation accuracy.
+
+    They are sorted by model and sparsity. Dense networks and twins do not compete.
+    """
+    tickets = [each for each in results if each["twin"] == TICKET and each["label"] != DENSE]
+    chosen = _best(tickets, lambda each: (each["contest"], each["sparsity"]))
+    return sorted(chosen, key=lambda each: (each["model"], each["sparsity"]))
+
+
+def _best(found: Iterable[Row], of: Callable[[Row], tuple]) -> list[Row]:
+    """Return the first row with the best validation accuracy of those that share `of`."""
     chosen: dict[tuple, Row] = {}
     for row in found:
-        key = (row["model"], row["label"], row["sparsity"])
-        if key not in chosen or row["validation_accuracy"] > chosen[key]["validation_accuracy"]:
-            chosen[key] = row
+        before = chosen.setdefault(of(row), row)
+        if row["validation_accuracy"] > before["validation_accuracy"]:
+            chosen[of(row)] = row
     return list(chosen.values())
-
-
-def best_results(results: Iterable[Result]) -> dict[tuple[str, float], Result]:
-    """Return (model, sparsity) -> the best ticket's result, by validation accuracy.
-
-    Dense networks and twins do not compete.
-    """
-    chosen: dict[tuple[str, float], Result] = {}
-    for result in results:
-        key = (result["model"], result["sparsity"])
-        if result["twin"] == TICKET and result["label"] != DENSE and (
-            key not in chosen
-            or result["validation_accuracy"] > chosen[key]["validation_accuracy"]
-        ):  # fmt: skip
-            chosen[key] = result
-    return dict(sorted(chosen.items()))
 
 
 def write_report(config: StudyConfig, made: Sequence[Row], found: Sequence[StudyCell]) -> Path:

@@ -37,7 +37,6 @@ from autosparse.training.loop import (
     training_images,
 )
 from autosparse.training.steppers import Epoch, Ranks, Stepper
-from autosparse.training.topology.moving import STATIC
 
 TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
@@ -309,8 +308,9 @@ def _finish(
 ) -> None:
     path = cell.folder / TRAINED
     trained = {key: value for key, value in result.items() if key != "history"}
-    ticket = Ticket.from_compact(model, cell.ticket, cell.ticket.card, state)
-    if config.training.topology != STATIC and "topology" in ticket.card:  # Dense: nothing moved.
+    card = {key: value for key, value in cell.ticket.card.items() if key != "topology"}
+    ticket = Ticket.from_compact(model, cell.ticket, card, state)
+    if "topology" in ticket.card:
         ticket = _after_moving(ticket)
         changed = {
             "sparsity": round(ticket.card["sparsity"], 6),
