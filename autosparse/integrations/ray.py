@@ -241,10 +241,10 @@ def _tracked(config: CorpusConfig, folder: Path, runs: dict[str, IRPConfig]) -> 
     if not config.tracking:
         yield None
         return
-    from autosparse.integrations import mlflow
+    from autosparse.integrations import mlflow, tracking
 
     with mlflow.parent_run(f"corpus {folder.name}", folder) as parent:
-        yield mlflow.CorpusTracker(parent, folder, runs)
+        yield tracking.CorpusTracker(parent, runs)
 
 
 def _one_run(run: IRPConfig, cpus: float) -> str | None:

@@ -143,17 +143,17 @@ def _loaded_in_a_fresh_process(inputs: dict[str, torch.Tensor], folder: Path) ->
 def test_champions_load_without_pickle_and_compute_the_same(
     trained: Cell, folder: Path, digits: DataSource, tmp_path: Path
 ) -> None:
-    from autosparse.integrations import mlflow, registry
+    from autosparse.integrations import mlflow, promotion, registry
     from autosparse.models import zoo
     from autosparse.sparsity.ticket import Ticket, load_state
 
     path = trained.folder / TRAINED
     with mlflow.parent_run("parent", folder) as run:
         autos = registry.register_autos(folder / "autos.safetensors", run)
-        sparse = registry.register_ticket(path, trained.result(), run, autos)
-        assert registry.register_ticket(path, trained.result(), run, autos) == sparse
-    registry.set_alias("autos", registry.CHAMPION, autos)
-    registry.set_alias("test_byobnet-sparse", registry.CHAMPION, sparse)
+        sparse = registry.register_ticket(path, trained.result(), run)
+        assert registry.register_ticket(path, trained.result(), run) == sparse
+    promotion.set_alias("autos", promotion.CHAMPION, autos)
+    promotion.set_alias("test_byobnet-sparse", promotion.CHAMPION, sparse)
 
     network = AutoS.load(folder / "autos.safetensors")
     model = zoo.from_recipe(trained.ticket.card["model"])
