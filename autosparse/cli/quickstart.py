@@ -129,9 +129,6 @@ def _study(out: Path, scorer: Path, seeds: int) -> None:
     options = json.dumps({"autos": {"scorer": str(scorer)}})
     arguments = ["--config", str(_source(CONFIGS["study"])), "--seeds", listed,
                  "--options", options, "--out", str(out / "study")]  # fmt: skip
-    if (out / "trained").is_dir():
-        print(f"{out / 'trained'} is of an earlier version; its tickets are trained anew as cells "
-              f"of {out / 'study'}")  # fmt: skip
     _heading(f"3  tickets of {TARGET}, which is not in the corpus, and sparse training with "
              "DeepSpeed", ["autosparse", "compare", *arguments])  # fmt: skip
     studies.run(parse(StudyConfig, arguments, "", None))

@@ -39,7 +39,6 @@ for chatty in ("mlflow", "alembic"):
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # Spooled warns, once.
 
 EXPERIMENT = "autosparse"
-PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
 CELL = "cell"
 """Tag that names the cell of a study's run."""
@@ -99,8 +98,6 @@ class Tracker:
             "ticket": cell.ticket.fingerprint,
             **{key: card[key] for key in ("autos", "corpus") if key in card},
         }
-        if PARENT_VARIABLE in os.environ:
-            tags["mlflow.parentRunId"] = os.environ[PARENT_VARIABLE]
         run, made = found_or_made(self.client, client()[1], cell.folder, cell.name, tags)
         self.runs[cell.folder] = run
         if not made:
@@ -291,23 +288,17 @@ def found_or_made(
 
 @contextmanager
 def parent_run(name: str, folder: Path) -> Iterator[str]:
-    """Open a run that others nest under (through the environment); the same one every time."""
+    """Open a run that others are nested in; the same one every time."""
     server, experiment = client(folder)
     run, made = found_or_made(server, experiment, folder, name, {})
     if not made:
         server.update_run(run, status="RUNNING")
-    before = os.environ.get(PARENT_VARIABLE)
-    os.environ[PARENT_VARIABLE] = run
     status = "FAILED"
     try:
         yield run
         status = "FINISHED"
     finally:
         server.set_terminated(run, status)
-        if before is None:
-            del os.environ[PARENT_VARIABLE]
-        else:
-            os.environ[PARENT_VARIABLE] = before
 
 
 def log_data(server: MlflowClient, run: str, source: DataSource) -> None:

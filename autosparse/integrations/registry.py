@@ -165,7 +165,7 @@ def _add_autos(path: Path) -> dict[str, Any]:
         log_steps(server, run, network.card["history"], "epoch")
         log_corpus(server, run, "corpus", network.card["corpus"])
         with TemporaryDirectory() as folder:  # Nothing is written beside a file of the package.
-            for figure in drawing.draw_autos(path, None, Path(folder)):
+            for figure in drawing.draw_autos(path, Path(folder)):
                 server.log_artifact(run, str(figure), "figures")
     version = register_autos(path, run)
     server.set_terminated(run)

@@ -1,4 +1,4 @@
-"""Studies and corpora in MLflow: one run for each, and one nested in it for every cell or IRP run."""
+"""Studies and corpora in MLflow: a run for each, with one nested in it per cell or IRP run."""
 
 from __future__ import annotations
 

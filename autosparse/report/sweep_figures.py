@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.core.errors import UsageError
-from autosparse.report.style import COLUMN, LABELS, density_axis, looks, order_of, panels, save
+from autosparse.report.style import (
+    COLUMN,
+    DENSE,
+    LABELS,
+    dense_line,
+    density_axis,
+    looks,
+    order_of,
+    panels,
+    save,
+)
 
-DENSE, IRP = "dense", "irp"
+IRP = "irp"
 Row = dict[str, Any]
 KEYS = ("label", "sparsity", "seeds", "accuracy", "spread", "checkpoint_bytes", "step_seconds")
 
@@ -30,7 +40,7 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
     sparse = _sparse(rows)
     with panels(COLUMN) as (figure, grid):
         axes = grid[0, 0]
-        _dense_line(axes, rows, lambda row: (100 * row["accuracy"], 100 * row["spread"]))
+        dense_line(axes, rows, "accuracy", 100, "spread")
         for label, look, mine in _by_label(sparse):
             density = [1 - row["sparsity"] for row in mine]
             middle = [100 * row["accuracy"] for row in mine]
@@ -60,7 +70,7 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
     )
     with panels((7.2, 3.7), columns=2) as (figure, grid):
         for axes, (key, scale, name) in zip(grid[0], measures, strict=True):
-            _dense_line(axes, rows, lambda row, k=key, s=scale: (s * row[k], 0.0))
+            dense_line(axes, rows, key, scale)
             for label, look, mine in _by_label(sparse):
                 density = [1 - row["sparsity"] for row in mine]
                 values = [scale * row[key] for row in mine]
@@ -137,15 +147,6 @@ def _by_label(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]
          sorted((r for r in rows if r["label"] == label), key=lambda r: r["sparsity"]))
         for label in labels
     ]  # fmt: skip
-
-
-def _dense_line(axes: Any, rows: Sequence[Row], value: Any) -> None:
-    dense = next((row for row in rows if row["label"] == DENSE), None)
-    if dense is None:
-        return
-    middle, spread = value(dense)
-    axes.axhline(middle, color="#444444", linestyle="--", linewidth=1.2, label="dense")
-    axes.axhspan(middle - spread, middle + spread, color="#444444", alpha=0.12, linewidth=0)
 
 
 def _legend_and_title(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autosparse.core.errors import RunFailed
+from autosparse.core.files import read_json
 from autosparse.integrations import registry, studies
 from autosparse.integrations.mlflow import client
 from autosparse.study import plan, table

@@ -12,18 +12,14 @@ from autosparse.cli import verbs
 from autosparse.cli.arguments import guarded
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
-from autosparse.criteria.prune import prune
 from autosparse.data.sets import DataSource
 from autosparse.irp.run import run_irp
 from autosparse.models.config import ModelConfig
 from autosparse.report import drawing
 from autosparse.report import page as report
 from autosparse.study import local, plan, table
-from autosparse.study.cells import cells
-from autosparse.study.config import SparseTrainConfig, SweepConfig
-from autosparse.study.trainings import train_cell
-from autosparse.training.steppers import PlainStepper
-from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
+from autosparse.study.config import SweepConfig
+from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
 from tests.study.small import comparison
 
 
@@ -106,21 +102,16 @@ def test_a_corpus_has_its_page_too(tmp_path: Path):
     assert "1 finished IRP runs" in page.text and "test_byobnet" in page.text
 
 
-def test_figures_of_a_quickstart_are_drawn_from_what_it_trained(tmp_path: Path, digits: DataSource):
-    for criterion, sparsity in (("dense", 0.0), ("random", 0.8)):
-        ticket = prune(make_model(), digits, criterion, sparsity)
-        ticket.save(tmp_path / "tickets" / f"{criterion}.safetensors")
-    settings = SparseTrainConfig(
-        str(tmp_path / "tickets" / "*"), training=QUICK, out=str(tmp_path / "trained")
-    )
-    for cell in cells(settings):
-        train_cell(
-            cell, settings, digits, lambda model, steps: PlainStepper(model, QUICK, steps),
-            device="cpu",
-        )  # fmt: skip
+def test_figures_of_a_quickstart_are_drawn_from_its_study(tmp_path: Path, digits: DataSource):
+    config = comparison(tmp_path / "study", criteria=["magnitude"], seeds=[0], twins=[])
+    planned = plan.cells(config)
+    for cell in planned:
+        local.run_cell(cell, digits)
+    table.write_report(config, table.table(planned), planned)
     names = [str(path.relative_to(tmp_path)) for path in drawing.draw(tmp_path)]
     assert names == [
-        "accuracy.png", "figures/accuracy.png", "figures/cost.png", "figures/layers.png",
+        "accuracy.png", "study/figures/accuracy.png", "study/figures/cost.png",
+        "study/figures/layers.png",
     ]  # fmt: skip
 
 

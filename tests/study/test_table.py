@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from autosparse.core.files import read_json, write_json
 from autosparse.models.config import ModelConfig
-from autosparse.report import figures
 from autosparse.study import grid, plan, table
 from tests.study.small import result, sweep
 
@@ -47,18 +44,6 @@ def test_the_table_shows_mean_and_spread(capsys: pytest.CaptureFixture) -> None:
     shown = capsys.readouterr().out
     assert "60.0±14.1" in shown
     assert re.search("│ +90 │", shown)
-
-
-def test_the_figure_has_its_data_beside_it(tmp_path: Path) -> None:
-    rows = table.rows([table.placed(each) for each in RESULTS])
-    path = figures.accuracy_against_sparsity(rows, tmp_path / "a.png", "title")
-    with Image.open(path) as image:
-        assert min(image.size) > 400
-        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
-    with (tmp_path / "a.csv").open() as file:
-        written = list(csv.DictReader(file))
-    assert [row["label"] for row in written] == ["dense", "snip", "erk"]
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "a.png"]
 
 
 def test_table_and_best_take_variations_apart(tmp_path: Path):

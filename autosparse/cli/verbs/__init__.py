@@ -158,13 +158,9 @@ def draw_figures(paths: list[str]) -> None:
     """Draw every figure that applies to what folders or files hold."""
     from autosparse.report import drawing
 
-    if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
-        file = place(paths[0])
-        drawn = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
-    else:
-        drawn = [figure for path in paths for figure in drawing.draw(path)]
-    for figure in drawn:
-        print(figure)
+    for path in paths:
+        for figure in drawing.draw(path):
+            print(figure)
 
 
 def write_reports(paths: list[str]) -> None:
