@@ -53,7 +53,7 @@ VERBS = {
     ),
     "compare": Verb(
         "train tickets and their twins: does the choice of weights matter?",
-        "verbs.compare_tickets", "study.StudyConfig",
+        "studies.run", "study.StudyConfig",
     ),
     "train": Verb(
         "train tickets (or a dense model) in one process",

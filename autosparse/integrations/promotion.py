@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autosparse.core.errors import RunFailed, UsageError, unknown
-from autosparse.data.identity import OWN
 from autosparse.integrations import registry_pages
 from autosparse.integrations.mlflow import client
 from autosparse.integrations.registry_pages import AUTOS
@@ -102,7 +101,7 @@ def _compared(challenger: Any, champion: Any, metric: str, better: str | None) -
     """Return in words that the challenger is better; raise UserError if it is not."""
     name, new, old = challenger.name, challenger.version, champion.version
     for tag, what in _same(name, metric).items():
-        mine, theirs = (_said(each.tags, tag) for each in (challenger, champion))
+        mine, theirs = (each.tags.get(tag, "") for each in (challenger, champion))
         if mine != theirs or not mine:
             raise UsageError(
                 f"{name} versions {new} and {old} cannot be compared: their {what} "
@@ -128,17 +127,6 @@ def _same(name: str, metric: str) -> dict[str, str]:
     if metric.startswith("test_"):
         return {"sparsity": "sparsity", "test_fingerprint": "test data"}
     return {"sparsity": "sparsity", "data_fingerprint": "data"}
-
-
-def _said(tags: dict[str, str], tag: str) -> str:
-    """Return a tag; of versions that do not name the test images, what their training data were.
-
-    Those fix the test images of a named set, not those of a folder of one's own.
-    """
-    known = tags.get(tag, "")
-    if tag == "test_fingerprint" and not known and tags.get("data") not in (*OWN, None):
-        return f"of {tags.get('data')} {tags.get('data_fingerprint', '')}"
-    return known
 
 
 def _recorded(version: Any, metric: str) -> float:

@@ -89,7 +89,7 @@ def _study(folder: Path) -> list[Path]:
             tickets = list(_with_layers(folder, rows, report["results"]))
             if tickets:
                 figures.append(layer_densities(tickets, out / f"{prefix}layers.png", title))
-    return figures + _of_options(report["config"], out)
+    return figures
 
 
 def _with_layers(
@@ -104,20 +104,6 @@ def _with_layers(
         if wanted and path.is_file():
             layers = {row["layer"]: row["density"] for row in Ticket.load(path).table()}
             yield {**result, "layers": layers}
-
-
-def _of_options(config: dict[str, Any], out: Path) -> list[Path]:
-    """Draw the AutoS file that a criterion's options name, if it is there."""
-    files = {
-        Path(options["scorer"])
-        for options in config["options"].values()
-        if isinstance(options, dict) and "scorer" in options
-    }
-    figures = []
-    for file in sorted(files):
-        if file.is_file():
-            figures.append(surface(AutoS.load(file), out / f"{file.stem}-surface.png"))
-    return figures
 
 
 def _quickstart(folder: Path) -> list[Path]:

@@ -26,16 +26,13 @@ LABELS = {
     "accuracy": "Test accuracy against density: mean, and a band of one standard deviation.",
     "twins": "Every ticket with its twins. Where the shuffled twin is as good, only the layer "
     "densities were worth something.",
-    "comparison": "Every ticket with its twins. Where the shuffled twin is as good, only the "
-    "layer densities were worth something.",
     "cost": "What density buys: bytes of a trained ticket, and time of a training step "
     "(validation included).",
     "layers": "How much each layer keeps, from input to output.",
     "levels": "Validation accuracy of every IRP run, level by level.",
     "survival": "Mean survival over the ranks of initial weight and gradient in the layer.",
-    "surface": "What AutoS has learned: predicted survival over weight and gradient.",
-    "calibration": "Predicted against true survival, on runs that AutoS has not seen.",
 }
+LABELS["comparison"] = LABELS["twins"]
 """Caption of a figure, by the end of its file's name."""
 MEANING = {
     "selection matters": "surely above its shuffled twin: which weights it keeps matters",

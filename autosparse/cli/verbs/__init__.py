@@ -14,7 +14,7 @@ from autosparse.core.files import is_local, place
 from autosparse.core.progress import Progress, print_table
 from autosparse.criteria.config import PruneConfig
 from autosparse.irp.config import IRPConfig
-from autosparse.study.config import ExportConfig, SparseTrainConfig, StudyConfig
+from autosparse.study.config import ExportConfig, SparseTrainConfig
 
 
 def run_irp(config: IRPConfig) -> None:
@@ -87,13 +87,6 @@ def prune_model(config: PruneConfig) -> None:
     if card["criterion"] != prune.DENSE:
         print(f"cost: {card['image_passes']:,.0f} image passes (forward and backward), "
               f"{card['seconds']:.2f} s")  # fmt: skip
-
-
-def compare_tickets(config: StudyConfig) -> None:
-    """Train tickets and twins, print the table with verdicts, and draw it."""
-    from autosparse.cli import studies
-
-    studies.run(config)
 
 
 def train_tickets(config: SparseTrainConfig) -> None:
