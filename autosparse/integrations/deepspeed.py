@@ -40,13 +40,14 @@ from autosparse.training.watching import StepWatch
 from autosparse.training.wrappers import NONE
 
 NEVER = 2**31 - 1
+"""Steps between two lines that DeepSpeed prints of its own."""
 TOPOLOGY_FILE = "topology.safetensors"
 """In a checkpoint, where `training.topology` moves: which weights survive, and the history."""
 LOW_PRECISION = [
     *get_default_autocast_lower_precision_modules(),
     f"{ParametrizationList.__module__}.{ParametrizationList.__name__}",
 ]
-"""Modules whose gradients are sent in the dtype of autocast: also those of compact values."""
+"""Modules whose gradients DeepSpeed reduces in autocast's dtype: its own, and compact weights."""
 
 
 class DeepSpeedStepper:
@@ -130,7 +131,7 @@ class DeepSpeedStepper:
             average = None if self.ema is None else self.ema.module
             shape = tuple(images.shape[1:])
             self.topology.exchange(self.updates, self.seed, self.kept, shape, average, scale)
-            self.scattered = nullcontext  # Its memory goes before the new one's is there.
+            self.scattered = nullcontext  # Free its memory before the new one takes its own.
             self.scattered = self._scatterer()
         return total
 
@@ -176,7 +177,7 @@ class DeepSpeedStepper:
         checkpoints.commit(parent, self.updates, self.ranks)
 
     def _buffers(self) -> dict[str, Tensor]:
-        """What every rank has of its own: running statistics, by name."""
+        """Return the buffers that differ from rank to rank, by name: running statistics."""
         networks = {"": self.module} if self.ema is None else {"": self.module, "ema.": self.ema}
         return {
             prefix + name: buffer
@@ -186,7 +187,7 @@ class DeepSpeedStepper:
         }
 
     def load(self, folder: Path) -> History | None:
-        """Go back to the checkpoint that was found at the start."""
+        """Restore the checkpoint that was the newest when this stepper was made."""
         if self.checkpoint is None:
             return None
         parent = folder / CHECKPOINTS
@@ -210,7 +211,7 @@ class DeepSpeedStepper:
         return History.of_state(client["history"])
 
     def _restore_topology(self, path: Path) -> None:
-        """Let those weights survive whose values a checkpoint holds."""
+        """Restore the masks that a checkpoint's values belong to."""
         if self.topology.weights:
             indices, header = read_tensors(path)
             average = None if self.ema is None else self.ema.module
@@ -224,10 +225,11 @@ class DeepSpeedStepper:
 
 @contextmanager
 def own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo what loading a universal checkpoint shares under ZeRO 3.
+    """Give every group its settings, and every parameter its step counter, back after loading.
 
-    DeepSpeed gives all groups the settings of the first, its weight decay too, and all parameters
-    one counter of steps, which then counts each step once for every group.
+    Under ZeRO 3 a universal checkpoint is loaded with the first group's settings (its weight decay
+    among them) in all groups, and with one counter for all parameters, which would then count each
+    step once per group.
     """
     settings = [{k: v for k, v in each.items() if k != "params"} for each in optimizer.param_groups]
     yield
@@ -243,7 +245,7 @@ def _buffers_file(rank: int) -> str:
 
 
 def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return DeepSpeed's own config for ours; raise UsageError for what does not divide."""
+    """Translate our config into DeepSpeed's; raise UsageError for what it cannot do."""
     stage = config.deepspeed.zero_stage
     for name in ("compile", "ema", "grad_checkpointing"):
         if stage == 3 and getattr(config.training, name):

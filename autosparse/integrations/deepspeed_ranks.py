@@ -19,7 +19,7 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
-"""What srun and OpenMPI's mpirun call rank, local rank and world size."""
+"""Variables in which srun and OpenMPI's mpirun give rank, local rank and world size."""
 
 
 def on_gpu() -> bool:
@@ -29,7 +29,7 @@ def on_gpu() -> bool:
 
 
 def take_place() -> None:
-    """Set RANK, LOCAL_RANK and WORLD_SIZE where the launcher names them otherwise, or alone."""
+    """Set RANK, LOCAL_RANK and WORLD_SIZE as the launcher says, or for a process by itself."""
     if "RANK" in os.environ:
         return
     for names in LAUNCHERS:
@@ -39,7 +39,7 @@ def take_place() -> None:
                     f"{names[0]} says that there are other ranks: set MASTER_ADDR (and "
                     "MASTER_PORT) to the first host"
                 )
-            os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ.setdefault("MASTER_PORT", "29500")  # As torchrun and DeepSpeed have it.
             rank, local, world = (os.environ[name] for name in names)
             os.environ.update(RANK=rank, LOCAL_RANK=local, WORLD_SIZE=world)
             return
@@ -70,9 +70,9 @@ def start() -> tuple[Ranks, str]:
 
 
 def own_gpu(visible: int) -> str:
-    """Return this rank's GPU of those that it sees: under Slurm that may be one for each task.
+    """Return the GPU of this rank, one of the `visible` ones: under Slurm each task may see one.
 
-    DeepSpeed takes LOCAL_RANK for the GPU, so that is changed too.
+    DeepSpeed takes LOCAL_RANK for the number of the GPU, so that is changed too.
     """
     local = str(int(os.environ["LOCAL_RANK"]) % visible)
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
@@ -82,7 +82,7 @@ def own_gpu(visible: int) -> str:
 
 
 def silence() -> None:
-    """Leave out what torch says of functions that DeepSpeed calls: only DeepSpeed can act on it."""
+    """Hide torch's warnings about deprecated functions that DeepSpeed calls: users can't act."""
     warnings.filterwarnings(
         "ignore",
         r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
@@ -92,9 +92,9 @@ def silence() -> None:
 
 
 class Stopping:
-    """Asked after every step: whether any rank was told to stop; all get the same answer.
+    """Called after every step: whether any rank was told to stop, the same answer on all ranks.
 
-    The answer is that of one step ago, so that nobody waits for it.
+    The answer is one step old: the all-reduce goes on during the step, and no rank waits for it.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Stopping:
         return stop
 
     def answer(self) -> bool:
-        """Wait for the answer to the question asked last."""
+        """Wait for the all-reduce that is under way, if any; return its answer."""
         if self.pending is None:
             return False
         self.pending.wait()

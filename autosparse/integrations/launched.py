@@ -29,6 +29,7 @@ from autosparse.training.watching import StepWatch
 SETTINGS = "study.yaml"
 """The study as the ranks are told it, in its folder."""
 RANKS_ON_CPU = 2
+"""The fewest that share anything: on a CPU, more ranks only take cores from each other."""
 ENTRY = "autosparse.cli.study_rank"
 """The module that every rank runs."""
 

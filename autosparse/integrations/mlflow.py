@@ -45,6 +45,8 @@ CELL = "cell"
 FINAL = ("test_accuracy", "test_loss", "validation_accuracy", "parameters", "kept",
          "checkpoint_bytes", "seconds", "image_passes")  # fmt: skip
 """What is logged of a result, as `final/…`."""
+LONGEST_PARAMETER, LONGEST_TAG, LONGEST_DIGEST = 500, 5000, 36
+"""Characters that every MLflow server takes (mlflow/utils/validation.py; newer ones take more)."""
 KIND = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "A run for each sweep, comparison and corpus, with its cells nested in "
@@ -87,7 +89,7 @@ class Tracker:
         return client()[0]
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
-        """A finished cell was found: it was tracked when it was trained."""
+        """Do nothing: a finished cell was logged when it was trained."""
 
     def begin(self, cell: Cell, config: SparseTrainConfig, settings: dict[str, Any]) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
@@ -103,12 +105,12 @@ class Tracker:
         if not made:
             self.client.update_run(run, status="RUNNING")
         self.client.log_dict(run, settings, SETTINGS)
-        if not self.client.get_run(run).data.params:  # They come last: it was begun to the end.
+        if not self.client.get_run(run).data.params:  # Logged last, so without them all is.
             self._describe(cell, config, run)
         self._watch(cell, resumed=not made)
 
     def _describe(self, cell: Cell, config: SparseTrainConfig, run: str) -> None:
-        """Log what stays the same however often a cell is resumed."""
+        """Log data, ticket and settings: once, however often a cell is resumed."""
         card = cell.ticket.card
         log_data(self.client, run, sets.load(cell.data))
         if "corpus" in card:
@@ -144,12 +146,12 @@ class Tracker:
         log_steps(self.client, self.runs[cell.folder], [vars(epoch)], "epoch")
 
     def stopped(self, cell: Cell) -> None:
-        """The run was told to stop; it goes on when the training does."""
+        """Mark the run as killed; it goes on when the training does."""
         self._close(cell, "KILLED")
 
     def failed(self, cell: Cell, reason: str) -> None:
-        """The training failed; the same run goes on if it is started again."""
-        self.client.set_tag(self.runs[cell.folder], "error", reason[:5000])
+        """Say why the training failed; the same run goes on if it is started again."""
+        self.client.set_tag(self.runs[cell.folder], "error", reason[:LONGEST_TAG])
         self._close(cell, "FAILED")
 
     def end(self, cell: Cell, result: dict[str, Any]) -> None:
@@ -204,7 +206,7 @@ class NestedRuns:
     def close(self, name: str, error: str | None = None) -> None:
         """Close an open run; `error` says why it failed."""
         if error:
-            self.client.set_tag(self.runs[name], "error", error[:5000])
+            self.client.set_tag(self.runs[name], "error", error[:LONGEST_TAG])
         self.client.set_terminated(self.runs[name], "FAILED" if error else "FINISHED")
 
 
@@ -251,13 +253,13 @@ def log_figures(owner: Path, folder: Path) -> None:
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as dotted names and short texts."""
+    """Return nested settings as dotted names and texts, cut to LONGEST_PARAMETER."""
     flat = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             flat |= flattened(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)[:500]
+            flat[f"{prefix}{key}"] = str(value)[:LONGEST_PARAMETER]
     return flat
 
 
@@ -319,7 +321,7 @@ def _log_input(
     profile: str | None = None,
 ) -> None:  # fmt: skip
     dataset = Dataset(
-        name=name, digest=fingerprint[:36], source_type="local", source=json.dumps({"uri": where}),
-        profile=profile,
+        name=name, digest=fingerprint[:LONGEST_DIGEST], source_type="local",
+        source=json.dumps({"uri": where}), profile=profile,
     )  # fmt: skip
     server.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])

@@ -26,8 +26,10 @@ from autosparse.irp.config import CorpusConfig, IRPConfig
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 15.0
+"""How often a corpus on disk, or at a URL, where looking costs requests, is looked at."""
 RETRIES = 10
-"""How often a run is tried again after its worker or node has died."""
+"""How often a run is tried again after its worker or node has died: as good as always, but not
+for ever where a run kills its worker."""
 FAILED = "failed.json"
 SHOWN = 4
 """The bar names at most this many running runs."""
@@ -199,12 +201,12 @@ class _Watch:
         if self.bar is None:
             return
         running = [
-            f"{self.todo[name].model.name} {len(found)}/{self.todo[name].levels + 1}"
-            + (f" {found[-1]['validation_accuracy']:.0%}" if found else "")
-            for name, found in self.seen.items()
-            if found and name not in self.over
+            f"{self.todo[name].model.name} {len(levels)}/{self.todo[name].levels + 1}"
+            + (f" {levels[-1]['validation_accuracy']:.0%}" if levels else "")
+            for name, levels in self.seen.items()
+            if levels and name not in self.over
         ]
-        done = sum(len(found) for found in self.seen.values())
+        done = sum(len(levels) for levels in self.seen.values())
         if done != self.bar.done:
             shown = ", ".join(running[:SHOWN]) + (" …" if len(running) > SHOWN else "")
             self.bar.describe(
@@ -221,16 +223,16 @@ class _Watch:
             self.tracker.end(name, error)
 
     def _read(self, name: str) -> None:
-        folder, found = self.folder / name, self.seen[name]
+        folder, levels = self.folder / name, self.seen[name]
         try:
             if store.is_finished(folder):
-                new = read_card(folder / store.RUN)["levels"][len(found) :]
+                new = read_card(folder / store.RUN)["levels"][len(levels) :]
             else:
                 paths = sorted(folder.glob("levels/*/level.safetensors"))
-                new = [read_card(path) for path in paths[len(found) :]]
+                new = [read_card(path) for path in paths[len(levels) :]]
         except UserError:
             return  # Just being folded into the finished run, or damaged: the run says so.
-        found += new
+        levels += new
         if self.tracker and new:
             self.tracker.levels(name, new)
 

@@ -214,10 +214,10 @@ def _row(name: str, version: int) -> dict[str, Any]:
 def listing() -> list[dict[str, Any]]:
     """Return a row per version of our registered models, newest last."""
     client()
-    found = MlflowClient().search_model_versions(order_by=["name ASC", "version_number ASC"])
+    versions = MlflowClient().search_model_versions(order_by=["name ASC", "version_number ASC"])
     return [
         _row(each.name, int(each.version))
-        for each in found
+        for each in versions
         if each.name == AUTOS or each.name.endswith("-sparse")
     ]
 

@@ -161,8 +161,8 @@ def _note(server: Any, experiment: str, run: str, report: dict[str, Any]) -> str
              "| model | sparsity | criterion | seed | test accuracy | run |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for best in table.best_results(report["results"]):
-        found = nested_run(server, experiment, run, best["cell"])
-        link = f"[{best['name']}]({where}/{found})" if found else best["name"]
+        its_run = nested_run(server, experiment, run, best["cell"])
+        link = f"[{best['name']}]({where}/{its_run})" if its_run else best["name"]
         lines.append(
             f"| {best['model']} | {100 * best['sparsity']:g} % | {best['label']} | "
             f"{best['seed']} | {100 * best['test_accuracy']:.1f} % | {link} |"

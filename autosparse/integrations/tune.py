@@ -41,7 +41,7 @@ logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 METRIC = "validation_accuracy"
 RETRIES = 10
-"""How often a cell is tried again after its worker or node has died."""
+"""How often a cell is tried again after its worker or node has died; see ray.RETRIES."""
 TUNE = "tune"
 """Folder of Tune's own files; removed at the beginning and at the end."""
 
@@ -92,6 +92,7 @@ def _search(config: StudyConfig, part: tuple[int, float], watch: _Watch) -> None
     space |= {key: _domain(values) for key, values in config.space.items()}
     begun = [_suggestion(cell) for cell in cells if not cell.over][:left]
     model, sparsity = part
+    # Another seed for each part, and after each restart: Optuna would begin with the same again.
     seed = len(over) + 1000 * model + int(1e6 * sparsity)
     algorithm = optuna_search()(
         space, metric=METRIC, mode="max", seed=seed, points_to_evaluate=begun or None
@@ -141,7 +142,7 @@ def _tune(
 ) -> None:
     """Run one experiment of Tune; raise nothing for cells that fail.
 
-    `begin` writes down what was suggested, when its cell begins.
+    `begin` records a suggestion when the training of its cell begins.
     """
     watch.resolve = resolve
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
@@ -230,7 +231,7 @@ class PerGroup(FIFOScheduler):
 
 
 class _Watch(Callback):
-    """Moves the bar, tells MLflow, and writes down which cells were stopped or failed."""
+    """Moves the progress bar, logs to MLflow, and records which cells were stopped or failed."""
 
     resolve: Resolve
 
@@ -245,7 +246,7 @@ class _Watch(Callback):
         self.bar: Bar = progress.bar(f"training {Path(config.out).name}", epochs, "epochs")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; what it writes is never read again."""
+        """Return nothing: Tune pickles its callbacks, but what it writes is never read again."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a corpus: accuracy over the levels, which weights survive, where layers thin out."""
+"""Figures of a corpus: accuracy over levels, which weights survive, and densities of layers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
 
 @contextmanager
 def _canvas(size: tuple[float, float], title: str) -> Iterator[tuple[Any, Any]]:
-    """Give a figure of one map: no lines across it, nothing blurred."""
+    """Give a figure with one panel for a heat map, without grid lines."""
     with panels(size) as (figure, grid):
         axes = grid[0, 0]
         axes.grid(False)
@@ -185,10 +185,10 @@ def _draw_many(axes: Any, runs: list[list[dict[str, Any]]]) -> None:
 
 def _bins(run: IRPRun, tensors: dict[str, Tensor], name: str) -> Tensor:
     """Return the bin of each value's rank by size, 0 to BINS - 1; equal ones share a mean rank."""
-    found = tensors.get(name)
-    if found is None or found.shape != run.survival[name].shape or not masks.is_finite(found):
+    values = tensors.get(name)
+    if values is None or values.shape != run.survival[name].shape or not masks.is_finite(values):
         raise UsageError(f"run {run.card['run_id']}: {name} has no finite gradient of its shape")
     _, place, count = (
-        found.detach().cpu().flatten().abs().unique(return_inverse=True, return_counts=True)
+        values.detach().cpu().flatten().abs().unique(return_inverse=True, return_counts=True)
     )
-    return ((2 * count.cumsum(0) - count) * BINS // (2 * found.numel()))[place]
+    return ((2 * count.cumsum(0) - count) * BINS // (2 * values.numel()))[place]

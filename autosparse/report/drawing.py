@@ -1,4 +1,4 @@
-"""All figures that apply to what a folder or file holds, drawn again from it alone."""
+"""Draws every figure that applies to a folder or file, from what is in it alone."""
 
 from __future__ import annotations
 

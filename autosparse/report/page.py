@@ -47,7 +47,7 @@ MEANING = {
 
 @dataclass
 class Page:
-    """What is put on the page, in this order."""
+    """The contents of a page, from top to bottom."""
 
     title: str
     summary: list[str]
@@ -77,11 +77,11 @@ def write(path: str | Path) -> Path:
 
 
 def _study(folder: Path, figures: list[Path]) -> Page:
-    found = drawing.report_of(folder)
-    rows, config = found["rows"], found["config"]
-    stopped = [f"{each['cell']}: after {each['epochs']} epochs" for each in found["stopped"]]
-    failed = [f"{cell}: {error}" for cell, error in found["failed"].items()]
-    counts = f"{len(found['results'])} cells finished"
+    report = drawing.report_of(folder)
+    rows, config = report["rows"], report["config"]
+    stopped = [f"{each['cell']}: after {each['epochs']} epochs" for each in report["stopped"]]
+    failed = [f"{cell}: {error}" for cell, error in report["failed"].items()]
+    counts = f"{len(report['results'])} cells finished"
     counts += f", {len(stopped)} stopped early" if stopped else ""
     counts += f", {len(failed)} failed" if failed else ""
     kind = "Comparison" if (folder / StudyConfig.report).is_file() else "Sweep"
@@ -93,7 +93,7 @@ def _study(folder: Path, figures: list[Path]) -> Page:
         [("Verdicts of the controls", _verdict_lines(rows)),
          ("Stopped early", stopped), ("Failed", failed)],
         [("Settings", config)],
-        _environment(found.get("versions", {})),
+        _environment(report.get("versions", {})),
     )  # fmt: skip
 
 
@@ -138,19 +138,19 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return a line per verdict: its meaning, and the criteria and sparsities it holds for."""
-    found: dict[str, dict[str, list[str]]] = {}
+    places_of: dict[str, dict[str, list[str]]] = {}
     several = len({row.get("model") for row in rows}) > 1
     for row in rows:
         if row["verdict"]:
             extra = [row["model"]] if several else []
             extra += [row["training"]] if row.get("training") else []
             name = row["label"] + (f" ({', '.join(extra)})" if extra else "")
-            mine = found.setdefault(row["verdict"], {}).setdefault(name, [])
+            mine = places_of.setdefault(row["verdict"], {}).setdefault(name, [])
             mine.append(f"{100 * row['sparsity']:g}")
     return [
         f"{verdict} ({MEANING[verdict]}): "
         + "; ".join(f"{name} at {', '.join(places)} %" for name, places in mine.items())
-        for verdict, mine in found.items()
+        for verdict, mine in places_of.items()
     ]
 
 

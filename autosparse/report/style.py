@@ -1,4 +1,4 @@
-"""The one style of all pictures: legible at column width, colour-blind safe, data as CSV beside."""
+"""The style of all figures: legible at column width, safe for the colour-blind, with their CSV."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ COLUMN = (5.6, 3.9)
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return colour, marker and line style of every name; known ones always look the same."""
-    found: dict[str, dict[str, Any]] = {}
+    look_of: dict[str, dict[str, Any]] = {}
     used = {COLOURS[name] for name in names if name in COLOURS}
     free = [colour for colour in OKABE_ITO if colour not in used] or list(OKABE_ITO)
     others = 0
     for name in names:
         if name in COLOURS:
             line = ":" if name in ("random", "uniform", "erk") else "-"
-            found[name] = {"color": COLOURS[name], "marker": MARKERS.get(name), "linestyle": line}
+            look_of[name] = {"color": COLOURS[name], "marker": MARKERS.get(name), "linestyle": line}
         else:
             line = "-" if others < len(free) else "--"
-            found[name] = {
+            look_of[name] = {
                 "color": free[others % len(free)],
                 "marker": OTHER_MARKERS[others % len(OTHER_MARKERS)],
                 "linestyle": line,
             }
             others += 1
-    return found
+    return look_of
 
 
 def order_of(name: str) -> tuple[int, str]:

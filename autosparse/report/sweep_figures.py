@@ -1,6 +1,6 @@
-"""Pictures of a sweep or comparison: accuracy, bytes and time against density; where layers thin.
+"""Figures of a sweep or comparison: accuracy, bytes and time, and densities of layers.
 
-A row says what a criterion reached at a sparsity, seeds taken together, with the keys label,
+A row holds means over seeds for a criterion at a sparsity, with the keys label,
 sparsity, seeds, accuracy, spread, checkpoint_bytes and step_seconds.
 """
 
@@ -132,18 +132,18 @@ def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
 
 
 def _sparse(rows: Sequence[Row]) -> list[Row]:
-    found = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
-    if not found:
+    sparse = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
+    if not sparse:
         raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
-    return found
+    return sparse
 
 
 def _by_label(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
     """Return (label, look, rows from dense to sparse) per label."""
     labels = sorted({row["label"] for row in rows}, key=order_of)
-    found = looks(labels)
+    look_of = looks(labels)
     return [
-        (label, found[label],
+        (label, look_of[label],
          sorted((r for r in rows if r["label"] == label), key=lambda r: r["sparsity"]))
         for label in labels
     ]  # fmt: skip
@@ -172,12 +172,12 @@ def _shades(count: int) -> list[Any]:
 
 
 def _mean_densities(tickets: Iterable[Row]) -> list[Row]:
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    layers_of: dict[tuple[str, float], list[dict[str, float]]] = {}
     for ticket in tickets:
-        found.setdefault((ticket["label"], ticket["sparsity"]), []).append(ticket["layers"])
+        layers_of.setdefault((ticket["label"], ticket["sparsity"]), []).append(ticket["layers"])
     return [
         {"label": label, "sparsity": sparsity, "layer_number": number + 1, "layer": layer,
          "density": statistics.fmean(each[layer] for each in mine), "seeds": len(mine)}
-        for (label, sparsity), mine in sorted(found.items())
+        for (label, sparsity), mine in sorted(layers_of.items())
         for number, layer in enumerate(mine[0])
     ]  # fmt: skip

@@ -66,8 +66,8 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> N
     rows = sorted(rows, key=lambda row: row["sparsity"])
     kinds = ["ticket", *(name for name in TWIN_STYLE if any(name in row["twins"] for row in rows))]
     for number, kind in enumerate(kinds):
-        found = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
-        points = [(sparsity, each) for sparsity, each in found if each is not None]
+        reached = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
+        points = [(sparsity, each) for sparsity, each in reached if each is not None]
         colour, marker, line = TWIN_STYLE[kind]
         offset = (number - (len(kinds) - 1) / 2) * 0.08
         axes.errorbar(

@@ -1,4 +1,4 @@
-"""The cells of a study: one for every training, known again by its folder.
+"""The cells of a study: one for every training, each with a folder of its own.
 
 A cell is a dense network, a ticket or a twin of one, at a point of the study's axes. Its folder is
 named by a hash of all that makes it, so a study that was killed goes on with the same command, and
@@ -64,7 +64,7 @@ class StudyCell:
 
     @property
     def training(self) -> str:
-        """A hash of all that a training of the dense model hangs on; nothing of it prunes."""
+        """A hash of all that a training of the dense model depends on: nothing that prunes."""
         config = self.config
         return run_id(config.model, run_id(config.data), run_id(config.training), str(self.seed))
 
@@ -200,12 +200,12 @@ def _hash(cell: StudyCell, *, trained: bool) -> str:
 
 
 def _beyond(config: StudyConfig, name: str, given: dict[str, Any]) -> list[str]:
-    """Return what else a ticket hangs on that is not as in the first version; [] if all is."""
-    found = {}
+    """Return what a ticket depends on beyond what the first version hashed; [] if nothing."""
+    beyond = {}
     if name == IRP:
         known = (*asked.irp_settled(config, 0.5, 0), *given)
         changed = identity(asked.irp_config(config, given, 0.5, 0))
-        found = {key: each for key, each in changed.items() if key not in known}
+        beyond = {key: each for key, each in changed.items() if key not in known}
     if config.allocation not in (None, scoring.UNIFORM):
-        found |= criteria.get(config.allocation).beyond(config.allocation_options)
-    return [str(sorted(found.items()))] if found else []
+        beyond |= criteria.get(config.allocation).beyond(config.allocation_options)
+    return [str(sorted(beyond.items()))] if beyond else []

@@ -35,14 +35,14 @@ TITLE = "per cent; passes: of one image; cost: of one training"
 
 
 def placed(result: Result, batch_size: int | None = None) -> Result:
-    """Return the result of a ticket that no study planned, with a place in the table."""
+    """Return the result of a ticket outside of any study with the keys that the table needs."""
     place = {"label": result["criterion"], "twin": TICKET, "training": "", "contest": None}
     return {**place, "batch_size": batch_size, **result}
 
 
-def table(found: Iterable[StudyCell]) -> list[Row]:
+def table(cells: Iterable[StudyCell]) -> list[Row]:
     """Return the rows of a study's finished cells."""
-    finished = [cell for cell in found if cell.state == "finished"]
+    finished = [cell for cell in cells if cell.state == "finished"]
     groups: dict[tuple[str, str], list[StudyCell]] = {}
     for cell in finished:
         groups.setdefault((run_id(cell.config.model), str(cell.point)), []).append(cell)
@@ -60,7 +60,7 @@ def table(found: Iterable[StudyCell]) -> list[Row]:
 
 
 def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[Result]:
-    """Yield results of controls that are a group's too: an axis that does not concern them."""
+    """Yield results of other groups' controls that are the same training in this group."""
     known, first = {cell.key for cell in mine}, mine[0]
     for cell in shared:
         moved = replace(cell, config=first.config, point=first.point)
@@ -97,7 +97,7 @@ def rows(results: Sequence[Result], order: Sequence[str] = (), twins: Sequence[s
 
 
 def _row(mine: list[Result]) -> Row:
-    """Return what one group of tickets reached."""
+    """Return the means of one group of tickets."""
     effective = [each["effective_density"] for each in mine
                  if each.get("effective_density") is not None]  # fmt: skip
     first = mine[0]
@@ -119,34 +119,34 @@ def _row(mine: list[Result]) -> Row:
 
 
 def _against(groups: dict[tuple, list[Result]], key: tuple, twins: Sequence[str]) -> Row:
-    """Return what the twins of a ticket say of it."""
+    """Return how a ticket compares with its twins, and the verdict."""
     *place, label, _, sparsity = key
     if label == DENSE or label in BASELINES:
         return {"twins": {}, "verdict": None}
 
     def of(label: str, twin: str) -> BySeed | None:
-        found = groups.get((*place, label, twin, sparsity))
-        return _by_seed(found) if found else None
+        theirs = groups.get((*place, label, twin, sparsity))
+        return _by_seed(theirs) if theirs else None
 
-    own, found = _by_seed(groups[key]), {}
+    own, twins_of = _by_seed(groups[key]), {}
     for twin in twins:
         theirs = of(label, twin) if twin in controls.TWINS else of(twin, TICKET)
         if theirs:
-            found[twin] = {
+            twins_of[twin] = {
                 **_accuracy(list(theirs.values())),
                 "ticket_minus_twin": paired(own, theirs),
             }
     said = verdict(own, of(label, controls.SHUFFLED), of("uniform", TICKET))
-    return {"twins": found, "verdict": said}
+    return {"twins": twins_of, "verdict": said}
 
 
 def _by_seed(results: list[Result]) -> BySeed:
     return {each["seed"]: each["test_accuracy"] for each in results}
 
 
-def _accuracy(found: list[float]) -> dict[str, float]:
-    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-    return {"accuracy": statistics.fmean(found), "spread": spread}
+def _accuracy(accuracies: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return {"accuracy": statistics.fmean(accuracies), "spread": spread}
 
 
 def _mean(results: list[Result], key: str) -> float:
@@ -175,15 +175,15 @@ def mark(row: Row) -> str:
 # What is shown
 
 
-def show(found: Sequence[Row]) -> None:
+def show(made: Sequence[Row]) -> None:
     """Print the table."""
-    print_table(list(shown(found)), TITLE)
+    print_table(list(shown(made)), TITLE)
 
 
-def shown(found: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Yield the rows as they are printed; columns that say nothing are left out."""
-    lines = [_line(row) for row in found]
-    same = {key for key in ("model", "training") if len({row.get(key) for row in found}) < 2}
+def shown(made: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Yield the rows as they are printed, without columns in which all rows say the same."""
+    lines = [_line(row) for row in made]
+    same = {key for key in ("model", "training") if len({row.get(key) for row in made}) < 2}
     empty = {key for key in (lines[0] if lines else {})
              if all(line[key] in ("", "no twins") for line in lines)}  # fmt: skip
     for line in lines:
@@ -212,22 +212,22 @@ def _line(row: Row) -> dict[str, str]:
 
 def show_trainings(results: Iterable[Result]) -> None:
     """Print the table of tickets that were trained, with their sizes."""
-    found = rows([placed(each) for each in results])
+    made = rows([placed(each) for each in results])
     sizes = [
         {"parameters": f"{row['parameters']:,}", "kB": f"{row['checkpoint_bytes'] / 1e3:,.0f}",
          "seconds": f"{row['seconds']:.1f}"}
-        for row in found
+        for row in made
     ]  # fmt: skip
-    lines = [line | size for line, size in zip(shown(found), sizes, strict=True)]
+    lines = [line | size for line, size in zip(shown(made), sizes, strict=True)]
     print_table(lines, f"{TITLE}; seconds: of one training")
 
 
 # What is best, and what is written
 
 
-def best(found: Sequence[Row]) -> list[Row]:
+def best(made: Sequence[Row]) -> list[Row]:
     """Return the row with the best validation accuracy of each contest, label and sparsity."""
-    return _best(found, lambda row: (row["contest"], row["label"], row["sparsity"]))
+    return _best(made, lambda row: (row["contest"], row["label"], row["sparsity"]))
 
 
 def best_results(results: Iterable[Result]) -> list[Result]:
@@ -240,22 +240,22 @@ def best_results(results: Iterable[Result]) -> list[Result]:
     return sorted(chosen, key=lambda each: (each["model"], each["sparsity"]))
 
 
-def _best(found: Iterable[Row], of: Callable[[Row], tuple]) -> list[Row]:
+def _best(candidates: Iterable[Row], of: Callable[[Row], tuple]) -> list[Row]:
     """Return the first row with the best validation accuracy of those that share `of`."""
     chosen: dict[tuple, Row] = {}
-    for row in found:
+    for row in candidates:
         before = chosen.setdefault(of(row), row)
         if row["validation_accuracy"] > before["validation_accuracy"]:
             chosen[of(row)] = row
     return list(chosen.values())
 
 
-def write_report(config: StudyConfig, made: Sequence[Row], found: Sequence[StudyCell]) -> Path:
+def write_report(config: StudyConfig, made: Sequence[Row], cells: Sequence[StudyCell]) -> Path:
     """Write settings, table, every result without its history, and what is missing, as JSON."""
     path = Path(config.out) / config.report
     results = [
         {key: value for key, value in cell.result().items() if key != "history"}
-        for cell in found if cell.state == "finished"
+        for cell in cells if cell.state == "finished"
     ]  # fmt: skip
     write_json(path, {
         "config": plain(replace(config, out="")),
@@ -263,9 +263,9 @@ def write_report(config: StudyConfig, made: Sequence[Row], found: Sequence[Study
         "results": results,
         "stopped": [
             {"cell": cell.key, "epochs": len(cell.history())}
-            for cell in found if cell.state == "stopped"
+            for cell in cells if cell.state == "stopped"
         ],
-        "failed": {cell.key: cell.error() for cell in found if cell.state == "failed"},
+        "failed": {cell.key: cell.error() for cell in cells if cell.state == "failed"},
         "versions": library_versions(),
     })  # fmt: skip
     return path

@@ -1,6 +1,6 @@
-"""Train cells: each into its folder, finished ones found and not trained again.
+"""Train cells, each into its own folder; a cell whose result is there is not trained again.
 
-One process at a time is at a cell. Where there are several ranks, rank 0 looks on disk and tells.
+A claim keeps other processes out of a cell. Of several ranks, only rank 0 reads and writes files.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from autosparse.training.steppers import Epoch, Ranks, Stepper
 TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
 SETTINGS = "settings.json"
-"""What a training was told, and where it ran, at its last start."""
+"""The settings of a training and the machine it ran on, of its last start."""
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
 
 
 def unsent(cell: Cell) -> bool:
-    """Whether the observer has metrics or files that it could not send yet."""
+    """Whether metrics or files of a cell wait to be sent to MLflow."""
     return (cell.folder / UNSENT).is_file()
 
 
 class Observer(Protocol):
-    """Is told how trainings go; see integrations/mlflow.py."""
+    """What logs trainings; see integrations/mlflow.py."""
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None: ...
 
@@ -171,6 +171,7 @@ class _Training:
             if on_epoch:
                 on_epoch(epoch)
 
+        # 131 is above the number of ranks that is usual, so that cells and ranks differ in seed.
         with seeded(cell.seed * 131 + ranks.rank), _told(self.observer, cell):
             history = fit(
                 stepper,
@@ -293,7 +294,7 @@ def _result(
 
 
 def _after_moving(ticket: Ticket) -> Ticket:
-    """Return the ticket with a card that speaks of its last masks, not of those it began with."""
+    """Return a ticket whose masks have moved with a card that describes its last masks."""
     recipe, card = ticket.card["model"], dict(ticket.card)
     for key in ("live", "effective_density", "dead", "paths"):
         card.pop(key, None)

@@ -131,7 +131,7 @@ def export_ticket(config: ExportConfig) -> None:
         raise unknown("format", config.format, export.FORMATS)
     beside = source / "trained" if source.is_dir() else source.with_suffix("")
     out = Path(config.out or f"{beside}{export.ENDINGS[config.format]}")
-    written = export.export(ticket, config.format, out, slimmed=config.slim)
+    written = export.write(ticket, config.format, out, slimmed=config.slim)
     print(f"{out}: {written['bytes']:,} bytes, {ticket.kept:,} weights kept")
     if "parameters" in written:
         before, after = written["parameters"]
