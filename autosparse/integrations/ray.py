@@ -64,11 +64,16 @@ def output_folder(out: str) -> Path:
     return Path(os.environ.get(HOME_VARIABLE, "~/autosparse")).expanduser() / path
 
 
+def _is_given() -> bool:
+    """Whether there is a cluster to join, so that we do not start Ray ourselves."""
+    return "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local one on the loopback."""
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ:
+    if _is_given():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     ray.init(
@@ -98,7 +103,8 @@ def grow(config: CorpusConfig) -> Grown:
     todo = {name: run for name, run in runs.items() if name not in grown.found}
     if todo:
         connect()
-        _check_fits(config)
+        fits = (config.cpus_per_run, config.gpus_per_run, config.memory_gb_per_run)
+        check_fits(*fits, what="run", per="run")
         with _tracked(config, folder, runs) as tracker:
             _run_all(todo, config, grown, _Watch(folder, todo, tracker))
     if grown.found or grown.done:
@@ -116,33 +122,23 @@ def _check_found(runs: dict[str, IRPConfig], grown: Grown) -> None:
         irp.check_found(grown.folder / name, there[wanted])
 
 
-def _check_fits(config: CorpusConfig) -> None:
-    """Raise UsageError if no node could ever hold one run; Ray would wait for ever."""
-    wanted = {
-        "CPU": config.cpus_per_run,
-        "GPU": config.gpus_per_run,
-        "memory": config.memory_gb_per_run * 1e9,
-    }
-    check_fits(wanted, "run", "per_run")
+def check_fits(cpus: float, gpus: float, memory_gb: float, what: str, per: str) -> None:
+    """Raise UsageError if no node could ever hold a `what`; Ray would wait for ever.
 
-
-def check_fits(wanted: dict[str, float], what: str, setting: str) -> None:
-    """Raise UsageError if no node could ever hold `wanted`, naming the setting to lower."""
+    `per` ends the names of the settings: run or trial.
+    """
+    if _is_given():  # An autoscaler may still add nodes.
+        return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, amount in wanted.items():
-        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
-        if amount > most and not _may_grow():
-            shown = f"{most / 1e9:.1f} GB" if name == "memory" else f"{most:g}"
+    for name, setting, unit, wanted in (
+        ("CPU", "cpus", 1, cpus), ("GPU", "gpus", 1, gpus), ("memory", "memory_gb", 1e9, memory_gb)
+    ):  # fmt: skip
+        most = max((node.get(name, 0.0) for node in nodes), default=0.0) / unit
+        if wanted > most:
             raise UsageError(
-                f"a {what} asks for {amount / 1e9 if name == 'memory' else amount:g} {name}, but "
-                f"no node has more than {shown}; lower {name.lower()}s_{setting} "
-                f"(memory_gb_{setting} for memory)"
+                f"a {what} asks for {wanted:g} {name}{' in GB' if unit > 1 else ''}, but no node "
+                f"has more than {most:.3g}; lower {setting}_per_{per}"
             )
-
-
-def _may_grow() -> bool:
-    """Whether an autoscaler may still add nodes: where we did not start Ray ourselves."""
-    return "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
 
 
 def _run_all(todo: dict[str, IRPConfig], config: CorpusConfig, grown: Grown, watch: _Watch) -> None:

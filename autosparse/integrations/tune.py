@@ -56,7 +56,9 @@ def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None =
     stop the others; a worker or node that dies is tried again, from the cell's checkpoint.
     """
     cluster.connect()
-    _check_fits(config)
+    cluster.check_fits(
+        config.cpus_per_trial, config.gpus_per_trial, config.memory_gb_per_trial, "cell", "trial"
+    )
     folder = Path(config.out)
     shutil.rmtree(folder / TUNE, ignore_errors=True)
     with Progress() as progress:
@@ -296,12 +298,3 @@ class _Watch(Callback):
 
     def _running(self) -> int:
         return sum(len(each) for each in self.histories.values())
-
-
-def _check_fits(config: StudyConfig) -> None:
-    """Raise UsageError if no node could ever hold one cell; Tune would wait for ever."""
-    cluster.check_fits(
-        {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial,
-         "memory": config.memory_gb_per_trial * 1e9},
-        "cell", "per_trial",
-    )  # fmt: skip

@@ -37,21 +37,10 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    sparse = _sparse(rows)
     with panels(COLUMN) as (figure, grid):
-        axes = grid[0, 0]
-        dense_line(axes, rows, "accuracy", 100, "spread")
-        for label, look, mine in _by_label(sparse):
-            density = [1 - row["sparsity"] for row in mine]
-            middle = [100 * row["accuracy"] for row in mine]
-            low = [100 * (row["accuracy"] - row["spread"]) for row in mine]
-            high = [100 * (row["accuracy"] + row["spread"]) for row in mine]
-            axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            width = 2.4 if label == IRP else 1.6
-            axes.plot(density, middle, **look, markersize=6, linewidth=width, label=_name(label))
-        density_axis(axes, [1 - row["sparsity"] for row in sparse])
-        axes.set_ylabel("test accuracy, %")
-        _legend_and_title(figure, axes, rows, title, "mean ± standard deviation")
+        _draw_labels(grid[0, 0], rows, "accuracy", 100, "spread")
+        grid[0, 0].set_ylabel("test accuracy, %")
+        _legend_and_title(figure, grid[0, 0], rows, title, "mean ± standard deviation")
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -63,23 +52,38 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    sparse = _sparse(rows)
     measures = (
         ("checkpoint_bytes", 1e-3, "checkpoint, kB"),
         ("step_seconds", 1e3, "training step, ms"),
     )
     with panels((7.2, 3.7), columns=2) as (figure, grid):
         for axes, (key, scale, name) in zip(grid[0], measures, strict=True):
-            dense_line(axes, rows, key, scale)
-            for label, look, mine in _by_label(sparse):
-                density = [1 - row["sparsity"] for row in mine]
-                values = [scale * row[key] for row in mine]
-                axes.plot(density, values, **look, markersize=5, linewidth=1.4, label=_name(label))
-            density_axis(axes, [1 - row["sparsity"] for row in sparse])
+            _draw_labels(axes, rows, key, scale)
             axes.set_ylim(bottom=0)
             axes.set_ylabel(name)
         _legend_and_title(figure, grid[0, 0], rows, title)
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
+
+
+def _draw_labels(
+    axes: Any, rows: Sequence[Row], key: str, scale: float, spread: str | None = None
+) -> None:
+    """Draw a line per label against density: a row's `key` times `scale`, in a band of `spread`."""
+    sparse = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
+    if not sparse:
+        raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
+    dense_line(axes, rows, key, scale, spread)
+    labels = sorted({row["label"] for row in sparse}, key=order_of)
+    for label, look in looks(labels).items():
+        mine = sorted((r for r in sparse if r["label"] == label), key=lambda r: r["sparsity"])
+        density = [1 - row["sparsity"] for row in mine]
+        if spread:
+            low, high = ([scale * (row[key] + sign * row[spread]) for row in mine]
+                         for sign in (-1, 1))  # fmt: skip
+            axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.plot(density, [scale * row[key] for row in mine], **look, markersize=5,
+                  linewidth=2.4 if label == IRP else 1.5, label=_name(label))  # fmt: skip
+    density_axis(axes, [1 - row["sparsity"] for row in sparse])
 
 
 def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
@@ -129,24 +133,6 @@ def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
         figure.supylabel("density of the layer, %", fontsize=11)
         figure.suptitle(title, fontsize=11)
         return save(figure, rows, path)
-
-
-def _sparse(rows: Sequence[Row]) -> list[Row]:
-    sparse = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
-    if not sparse:
-        raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
-    return sparse
-
-
-def _by_label(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
-    """Return (label, look, rows from dense to sparse) per label."""
-    labels = sorted({row["label"] for row in rows}, key=order_of)
-    look_of = looks(labels)
-    return [
-        (label, look_of[label],
-         sorted((r for r in rows if r["label"] == label), key=lambda r: r["sparsity"]))
-        for label in labels
-    ]  # fmt: skip
 
 
 def _legend_and_title(
