@@ -77,7 +77,8 @@ def _study(folder: Path) -> list[Path]:
         rows = [row for row in best if row["contest"] == contest]
         prefix, title = f"{model}-" if len(models) > 1 else "", f"{model} on {data}"
         if list(models.values()).count(model) > 1:
-            prefix, title = f"{model}-{contest}-", f"{title}: {rows[0]['training']}"
+            prefix, settings = f"{model}-{contest}-", rows[0]["training"]
+            title += f": {settings}" if settings else ""
         if any(row["twins"] for row in rows):
             twins = out / f"{prefix}twins.png"
             if (folder / StudyConfig.report).is_file():

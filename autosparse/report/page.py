@@ -127,7 +127,7 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
     for (_, sparsity), mine in groups.items():
         best = max(mine, key=lambda row: row["validation_accuracy"])
         model = best["model"] or ""
-        if len(contests[best["model"]]) > 1:
+        if len(contests[best["model"]]) > 1 and best["training"]:
             model += f" ({best['training']})"
         what = f"{best['label']} is best" if best["label"] != "dense" else "dense"
         reached = f"{100 * best['accuracy']:.1f} ± {100 * best['spread']:.1f} % on the test split"

@@ -20,7 +20,7 @@ from autosparse.report import page as report
 from autosparse.study import local, plan, table
 from autosparse.study.config import SweepConfig
 from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
-from tests.study.small import comparison
+from tests.study.small import comparison, result, sweep
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,27 @@ def test_a_comparison_has_its_page_too(tmp_path: Path, digits: DataSource):
     page = Page(report.write(tmp_path).read_text())
     assert page.tags.count("img") == 4, "comparison, accuracy, cost, layers"
     assert (tmp_path / "comparison.png").is_file()
+
+
+def test_models_of_one_name_have_figures_and_lines_of_their_own(tmp_path: Path):
+    models = [ModelConfig("test_byobnet"), ModelConfig("test_byobnet", exclude=["head"])]
+    config = sweep(tmp_path, models=models, criteria=["magnitude"], sparsities=[0.5], seeds=[0])
+    planned = plan.cells(config)
+    for number, cell in enumerate(planned):
+        result(cell, 0.5 + number / 10)
+    table.write_report(config, table.table(planned), planned)
+    names = [path.name for path in drawing.draw(tmp_path)]
+    first, second = planned[0].contest, planned[2].contest
+    assert names == [
+        f"test_byobnet-{contest}-{kind}.png"
+        for contest in (first, second) for kind in ("accuracy", "cost")
+    ]  # fmt: skip
+    lines = report._best_lines(drawing.report_of(tmp_path)["rows"])
+    assert [line.partition(":")[0] for line in lines] == [
+        "test_byobnet at 0 % sparsity", "test_byobnet at 50 % sparsity",
+        "test_byobnet (exclude ['head']) at 0 % sparsity",
+        "test_byobnet (exclude ['head']) at 50 % sparsity",
+    ]  # fmt: skip
 
 
 def test_a_corpus_has_its_page_too(tmp_path: Path):
