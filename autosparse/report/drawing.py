@@ -15,6 +15,7 @@ from autosparse.report.autos_figures import calibration, surface
 from autosparse.report.style import DENSE
 from autosparse.report.sweep_figures import (
     accuracy_against_density,
+    accuracy_against_flops,
     cost_against_density,
     layer_densities,
 )
@@ -90,6 +91,9 @@ def _study(folder: Path) -> list[Path]:
             tickets = list(_with_layers(folder, rows, report["results"]))
             if tickets:
                 figures.append(layer_densities(tickets, out / f"{prefix}layers.png", title))
+        every = [row for row in report["rows"] if row["contest"] == contest]
+        if len({row["training"] for row in every if row.get("training_flops")}) > 1:
+            figures.append(accuracy_against_flops(every, out / f"{prefix}flops.png", title))
     return figures
 
 

@@ -7,7 +7,7 @@ sparsity, seeds, accuracy, spread, checkpoint_bytes and step_seconds.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,40 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
+def accuracy_against_flops(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Draw test accuracy against the FLOPs of the whole training, a point per row.
+
+    Points of a label, of all sparsities, topologies and lengths of training, have one look; the
+    most accurate at their cost or less are joined.
+
+    Args:
+        rows: see above, with training_flops and training.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    known = [row for row in rows if row.get("training_flops")]
+    with panels(COLUMN) as (figure, grid):
+        axes = grid[0, 0]
+        for label, look, mine in _by_label(known):
+            best, frontier = 0.0, []
+            for row in sorted(mine, key=lambda row: (row["training_flops"], -row["accuracy"])):
+                if row["accuracy"] > best:
+                    best = row["accuracy"]
+                    frontier.append((row["training_flops"], 100 * best))
+            axes.errorbar(
+                [row["training_flops"] for row in mine], [100 * row["accuracy"] for row in mine],
+                yerr=[100 * row["spread"] for row in mine], color=look["color"],
+                marker=look["marker"] or "o", linestyle="", markersize=6, capsize=2, label=_name(label),
+            )  # fmt: skip
+            axes.plot(*zip(*frontier, strict=True), color=look["color"], linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set_xlabel("FLOPs of the training, layers counted by their density")
+        axes.set_ylabel("test accuracy, %")
+        _legend_and_title(figure, axes, known, title, "mean ± standard deviation")
+        keys = ("training", *KEYS, "training_flops")
+        return save(figure, [{key: row[key] for key in keys} for row in known], path)
+
+
 def _draw_labels(
     axes: Any, rows: Sequence[Row], key: str, scale: float, spread: str | None = None
 ) -> None:
@@ -73,9 +107,7 @@ def _draw_labels(
     if not sparse:
         raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
     dense_line(axes, rows, key, scale, spread)
-    labels = sorted({row["label"] for row in sparse}, key=order_of)
-    for label, look in looks(labels).items():
-        mine = sorted((r for r in sparse if r["label"] == label), key=lambda r: r["sparsity"])
+    for label, look, mine in _by_label(sparse):
         density = [1 - row["sparsity"] for row in mine]
         if spread:
             low, high = ([scale * (row[key] + sign * row[spread]) for row in mine]
@@ -84,6 +116,14 @@ def _draw_labels(
         axes.plot(density, [scale * row[key] for row in mine], **look, markersize=5,
                   linewidth=2.4 if label == IRP else 1.5, label=_name(label))  # fmt: skip
     density_axis(axes, [1 - row["sparsity"] for row in sparse])
+
+
+def _by_label(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, Any], list[Row]]]:
+    """Yield (label, look, rows from dense to sparse) per label."""
+    labels = sorted({row["label"] for row in rows}, key=order_of)
+    for label, look in looks(labels).items():
+        mine = (row for row in rows if row["label"] == label)
+        yield label, look, sorted(mine, key=lambda row: row["sparsity"])
 
 
 def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
