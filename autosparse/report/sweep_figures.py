@@ -88,7 +88,8 @@ def accuracy_against_flops(rows: Sequence[Row], path: Path, title: str) -> Path:
             axes.errorbar(
                 [row["training_flops"] for row in mine], [100 * row["accuracy"] for row in mine],
                 yerr=[100 * row["spread"] for row in mine], color=look["color"],
-                marker=look["marker"] or "o", linestyle="", markersize=6, capsize=2, label=_name(label),
+                marker=look["marker"] or "o", linestyle="", markersize=6, capsize=2,
+                label=_name(label),
             )  # fmt: skip
             axes.plot(*zip(*frontier, strict=True), color=look["color"], linewidth=1.2)
         axes.set_xscale("log")
