@@ -21,7 +21,6 @@ import torch
 from autosparse.criteria.pruning import DENSE
 from autosparse.data.config import DataConfig
 from autosparse.models.config import ModelConfig
-from autosparse.report.autos_figures import frontier
 from autosparse.report.style import LABELS as LEGENDS
 from autosparse.sparsity.twins import SHUFFLED
 from autosparse.study import local, plan, table
@@ -29,6 +28,7 @@ from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
 from autosparse.study.labels import TICKET
 from autosparse.training.config import TrainingConfig
+from benchmarks.frontier import frontier
 from benchmarks.report import figure, options, publish
 
 HELD_OUT = {

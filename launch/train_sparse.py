@@ -19,10 +19,10 @@ def main(arguments: list[str]) -> None:
     arguments = [each for each in arguments if not each.startswith("--local_rank")]
     config = parse(SparseTrainConfig, arguments, "train_sparse.py", __doc__)
     from autosparse.cli.verbs import fetched, tracking
-    from autosparse.integrations import deepspeed
+    from autosparse.integrations import deepspeed, deepspeed_ranks
     from autosparse.study.table import show_trainings
 
-    if not deepspeed.is_first():
+    if not deepspeed_ranks.is_first():
         deepspeed.train(config)  # Rank 0 tells which tickets there are.
         return
     with tracking(config.tracking) as observer:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autosparse.autos.network import AutoS
-from autosparse.cli import verbs
+from autosparse.cli import studies, verbs
 from autosparse.cli.arguments import guarded
 from autosparse.cli.main import _main
 from autosparse.corpus.store import Corpus
@@ -101,7 +101,7 @@ def test_a_training_is_found(earlier: Path, capsys):
 def test_a_comparison_is_found(earlier: Path, capsys):
     before = results(earlier / "comparison")
     assert len(before) == 11
-    verbs.compare_tickets(replace(COMPARISON, out=str(earlier / "comparison")))
+    studies.run(replace(COMPARISON, out=str(earlier / "comparison")))
     assert results(earlier / "comparison") == before
     assert "11 of them found" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""From the arguments of a command to its settings, and from a mistake to one line.
+"""Parses the arguments of a command into its settings; a mistake becomes one line.
 
 Only the standard library is imported until arguments are parsed, so that importing this is quick.
 """
@@ -69,7 +69,7 @@ def parser_of(kind: type | None, **options: Any) -> Any:
 
 
 def parsed(parser: Any, arguments: list[str]) -> Any:
-    """Return what the parser makes of arguments; raise UsageError with its own words."""
+    """Parse arguments; raise UsageError with the parser's own message."""
     import argparse
 
     try:
@@ -107,7 +107,7 @@ def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
             _check_key(name.removesuffix("+"), keys)
-            any_type = name not in keys and _in_free(name, keys)
+            any_type = name not in keys and _in_mapping(name, keys)
             argument = f"--{name}{equals}{_quoted(value) if any_type else value}"
             if name == "config" and kind is not None:
                 _check_file(value if equals else following, keys)
@@ -132,17 +132,17 @@ def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_key(name: str, keys: dict[str, Any]) -> None:
-    """Raise UsageError unless a dotted name is a setting, or lies in one that holds any keys."""
-    if name in keys or name in OWN_OPTIONS or name.endswith(".help") or _in_free(name, keys):
+    """Raise UsageError unless a dotted name is a setting, or lies in one that takes any keys."""
+    if name in keys or name in OWN_OPTIONS or name.endswith(".help") or _in_mapping(name, keys):
         return
     same = [key for key in keys if key.rpartition(".")[2] == name]
     raise unknown("config key", name, same or keys)
 
 
-def _in_free(name: str, keys: dict[str, Any]) -> bool:
-    """Whether a dotted name lies in a setting that holds any keys."""
+def _in_mapping(name: str, keys: dict[str, Any]) -> bool:
+    """Whether a dotted name lies in a setting that takes any keys."""
     parts = name.split(".")
-    return any(_holds_any(keys.get(".".join(parts[:end]))) for end in range(1, len(parts)))
+    return any(_is_mapping(keys.get(".".join(parts[:end]))) for end in range(1, len(parts)))
 
 
 def _quoted(value: str) -> str:
@@ -161,7 +161,8 @@ def _unquote(config: Any) -> None:
                     value[key] = text[1:-1]
 
 
-def _holds_any(hint: Any) -> bool:
+def _is_mapping(hint: Any) -> bool:
+    """Whether a setting takes any keys, as its type hint says."""
     return any(dict in (each, get_origin(each)) for each in (hint, *get_args(hint)))
 
 
@@ -185,5 +186,5 @@ def _check_file(path: str, keys: dict[str, Any]) -> None:
 def _check_mapping(content: dict[Any, Any], keys: dict[str, Any], prefix: str = "") -> None:
     for key, value in content.items():
         _check_key(f"{prefix}{key}", keys)
-        if isinstance(value, dict) and not _holds_any(keys.get(f"{prefix}{key}")):
+        if isinstance(value, dict) and not _is_mapping(keys.get(f"{prefix}{key}")):
             _check_mapping(value, keys, f"{prefix}{key}.")

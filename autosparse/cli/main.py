@@ -53,7 +53,7 @@ VERBS = {
     ),
     "compare": Verb(
         "train tickets and their twins: does the choice of weights matter?",
-        "verbs.compare_tickets", "study.StudyConfig",
+        "studies.run", "study.StudyConfig",
     ),
     "train": Verb(
         "train tickets (or a dense model) in one process",
@@ -65,7 +65,7 @@ VERBS = {
     ),
     "measure": Verb(
         "what a ticket or timm model costs, pruned and slimmed: operations, bytes, milliseconds",
-        "verbs.measuring.measure", "study.MeasureConfig", {"source": None},
+        "verbs.measuring.print_costs", "study.MeasureConfig", {"source": None},
     ),
     "corpus": Verb("look after a corpus", actions={
         "ls": Verb("list the finished runs", "verbs.corpus_actions.ls", paths=PATH),
@@ -73,7 +73,7 @@ VERBS = {
         "index": Verb("write the index anew", "verbs.corpus_actions.index", paths=PATH),
         "merge": Verb("copy the runs of corpora into another one", "verbs.corpus_actions.merge",
                       paths={"source": "+", "into": None}),
-        "report": Verb("draw what is in it", "verbs.corpus_actions.report", paths=PATH),
+        "report": Verb("draw what is in it", "verbs.corpus_actions.draw", paths=PATH),
     }),
     "shards": Verb("pack images into shards, or look after a folder of shards", actions={
         "pack": Verb("pack a folder of images, or a torchvision set", "verbs.shards_actions.pack",
@@ -98,7 +98,7 @@ VERBS = {
     }),
     "inspect": Verb(
         "print the card and layers of a ticket, corpus, IRP run or AutoS file",
-        "verbs.inspection.inspect", paths=PATHS,
+        "verbs.inspection.print_cards", paths=PATHS,
     ),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """`autosparse quickstart`: the whole path on embedded real data, with the commands it runs.
 
-Every step is found finished by its output, so a second run only draws and prints.
+A step whose output is there is not done again, so a second run only draws and prints.
 """
 
 from __future__ import annotations
@@ -78,12 +78,10 @@ def _heading(text: str, command: list[str] | None = None) -> None:
 
 def _source(path: str) -> Path:
     """Return a file of the source tree, which quickstart's commands are run from."""
-    found = Path(autosparse.__file__).parent.parent / path
-    if not found.exists():
-        raise UsageError(
-            f"{found} is not there; quickstart needs the source tree: pip install -e ."
-        )
-    return found
+    file = Path(autosparse.__file__).parent.parent / path
+    if not file.exists():
+        raise UsageError(f"{file} is not there; quickstart needs the source tree: pip install -e .")
+    return file
 
 
 def _command(command: list[str], failure: str, **environment: str) -> None:
@@ -129,9 +127,6 @@ def _study(out: Path, scorer: Path, seeds: int) -> None:
     options = json.dumps({"autos": {"scorer": str(scorer)}})
     arguments = ["--config", str(_source(CONFIGS["study"])), "--seeds", listed,
                  "--options", options, "--out", str(out / "study")]  # fmt: skip
-    if (out / "trained").is_dir():
-        print(f"{out / 'trained'} is of an earlier version; its tickets are trained anew as cells "
-              f"of {out / 'study'}")  # fmt: skip
     _heading(f"3  tickets of {TARGET}, which is not in the corpus, and sparse training with "
              "DeepSpeed", ["autosparse", "compare", *arguments])  # fmt: skip
     studies.run(parse(StudyConfig, arguments, "", None))

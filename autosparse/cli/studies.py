@@ -1,4 +1,4 @@
-"""What every way into a study prints: cells, table, failures, and where figures and page are."""
+"""Runs a study for every command that has one, and prints its table and where its page is."""
 
 from __future__ import annotations
 

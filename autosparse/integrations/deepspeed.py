@@ -1,11 +1,7 @@
-"""Training under DeepSpeed: the Stepper, and what launch/train_sparse.py runs."""
+"""Training under DeepSpeed: the Stepper, and what launch/train_sparse.py runs on every rank."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,7 +22,7 @@ from autosparse.core.progress import Progress
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
-from autosparse.integrations.deepspeed_checkpoints import Checkpoint
+from autosparse.integrations.deepspeed_ranks import Stopping, on_gpu, start
 from autosparse.integrations.deepspeed_values import kept_by, loss_scale
 from autosparse.models.contract import in_single
 from autosparse.models.zoo import device_of
@@ -46,18 +42,14 @@ from autosparse.training.watching import StepWatch
 from autosparse.training.wrappers import NONE
 
 NEVER = 2**31 - 1
+"""Steps between two lines that DeepSpeed prints of its own."""
 TOPOLOGY_FILE = "topology.safetensors"
 """In a checkpoint, where `training.topology` moves: which weights survive, and the history."""
 LOW_PRECISION = [
     *get_default_autocast_lower_precision_modules(),
     f"{ParametrizationList.__module__}.{ParametrizationList.__name__}",
 ]
-"""Modules whose gradients are sent in the dtype of autocast: also those of compact values."""
-LAUNCHERS = (
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-)
-"""What srun and OpenMPI's mpirun call rank, local rank and world size."""
+"""Modules whose gradients DeepSpeed reduces in autocast's dtype: its own, and compact weights."""
 
 
 class DeepSpeedStepper:
@@ -83,8 +75,10 @@ class DeepSpeedStepper:
         check(training)
         self.config, self.ranks, self.module, self.seed = config, ranks, model, 0
         settings = engine_config(config, ranks)
-        self.found = checkpoints.newest(folder / CHECKPOINTS, ranks) if folder else None
-        self.convert = self.found is not None and needs_conversion(config, self.found, ranks)
+        self.checkpoint = checkpoints.newest(folder / CHECKPOINTS, ranks) if folder else None
+        writers = self.checkpoint.world_size if self.checkpoint else ranks.world_size
+        # ZeRO shares the optimizer's state out over the ranks that wrote it.
+        self.convert = config.deepspeed.zero_stage > 0 and writers != ranks.world_size
         if self.convert:
             settings["checkpoint"] = {"load_universal": True}
         self.settings = settings
@@ -139,7 +133,7 @@ class DeepSpeedStepper:
             average = None if self.ema is None else self.ema.module
             shape = tuple(images.shape[1:])
             self.topology.exchange(self.updates, self.seed, self.kept, shape, average, scale)
-            self.scattered = nullcontext  # Its memory goes before the new one's is there.
+            self.scattered = nullcontext  # Free its memory before the new one takes its own.
             self.scattered = self._scatterer()
         return total
 
@@ -185,7 +179,7 @@ class DeepSpeedStepper:
         checkpoints.commit(parent, self.updates, self.ranks)
 
     def _buffers(self) -> dict[str, Tensor]:
-        """What every rank has of its own: running statistics, by name."""
+        """Return the buffers that differ from rank to rank, by name: running statistics."""
         networks = {"": self.module} if self.ema is None else {"": self.module, "ema.": self.ema}
         return {
             prefix + name: buffer
@@ -195,22 +189,22 @@ class DeepSpeedStepper:
         }
 
     def load(self, folder: Path) -> History | None:
-        """Go back to the checkpoint that was found at the start."""
-        if self.found is None:
+        """Restore the checkpoint that was the newest when this stepper was made."""
+        if self.checkpoint is None:
             return None
         parent = folder / CHECKPOINTS
-        tag = self.found.tag
+        tag = self.checkpoint.tag
         if self.convert:
-            tag = checkpoints.universal(self.found, self.ranks).name
-        self._restore_topology(self.found.folder / TOPOLOGY_FILE)
+            tag = checkpoints.universal(self.checkpoint, self.ranks).name
+        self._restore_topology(self.checkpoint.folder / TOPOLOGY_FILE)
         with own_settings(self.optimizer):
             path, client = self.engine.load_checkpoint(str(parent), tag=tag)
         if path is None or client is None:
-            raise RunFailed(f"{self.found.folder} cannot be loaded; remove it to start anew")
+            raise RunFailed(f"{self.checkpoint.folder} cannot be loaded; remove it to start anew")
         if self.ema is not None:
             self.ema.module.load_state_dict(client["ema"])
-        mine = _buffers_file(self.ranks.rank % self.found.world_size)
-        tensors, _ = read_tensors(self.found.folder / mine)
+        mine = _buffers_file(self.ranks.rank % self.checkpoint.world_size)
+        tensors, _ = read_tensors(self.checkpoint.folder / mine)
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 buffer.copy_(tensors[name])
@@ -219,7 +213,7 @@ class DeepSpeedStepper:
         return History.of_state(client["history"])
 
     def _restore_topology(self, path: Path) -> None:
-        """Let those weights survive whose values a checkpoint holds."""
+        """Restore the masks that a checkpoint's values belong to."""
         if self.topology.weights:
             indices, header = read_tensors(path)
             average = None if self.ema is None else self.ema.module
@@ -233,10 +227,11 @@ class DeepSpeedStepper:
 
 @contextmanager
 def own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo what loading a universal checkpoint shares under ZeRO 3.
+    """Give every group its settings, and every parameter its step counter, back after loading.
 
-    DeepSpeed gives all groups the settings of the first, its weight decay too, and all parameters
-    one counter of steps, which then counts each step once for every group.
+    Under ZeRO 3 a universal checkpoint is loaded with the first group's settings (its weight decay
+    among them) in all groups, and with one counter for all parameters, which would then count each
+    step once per group.
     """
     settings = [{k: v for k, v in each.items() if k != "params"} for each in optimizer.param_groups]
     yield
@@ -251,13 +246,8 @@ def _buffers_file(rank: int) -> str:
     return f"buffers{rank:05d}.safetensors"
 
 
-def needs_conversion(config: SparseTrainConfig, found: Checkpoint, ranks: Ranks) -> bool:
-    """Whether a checkpoint's optimizer state was shared out over another number of ranks."""
-    return config.deepspeed.zero_stage > 0 and found.world_size != ranks.world_size
-
-
 def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return DeepSpeed's own config for ours; raise UsageError for what does not divide."""
+    """Translate our config into DeepSpeed's; raise UsageError for what it cannot do."""
     stage = config.deepspeed.zero_stage
     for name in ("compile", "ema", "grad_checkpointing"):
         if stage == 3 and getattr(config.training, name):
@@ -281,11 +271,13 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         )
     if stage not in (0, 1, 2, 3):
         raise UsageError(f"deepspeed.zero_stage must be 0 to 3: {config.deepspeed.zero_stage}")
+    several = on_gpu() and ranks.world_size > 1
+    overlapping = {"overlap_comm": config.deepspeed.overlap_comm} if several else {}
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size // parts,
         "gradient_accumulation_steps": config.deepspeed.gradient_accumulation,
         "gradient_clipping": config.training.clip_grad or 0.0,
-        "zero_optimization": {"stage": stage, **_overlapping(config, ranks)},
+        "zero_optimization": {"stage": stage, **overlapping},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
             "enabled": config.training.precision != "fp32",
@@ -294,118 +286,6 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
         },
         "steps_per_print": NEVER,
     }
-
-
-def _overlapping(config: SparseTrainConfig, ranks: Ranks) -> dict[str, bool]:
-    """Return what sends gradients of several GPUs while the others are computed."""
-    several = _on_gpu() and ranks.world_size > 1
-    return {"overlap_comm": config.deepspeed.overlap_comm} if several else {}
-
-
-def _on_gpu() -> bool:
-    accelerator = deepspeed.get_accelerator()
-    return accelerator is not None and accelerator.device_name() == "cuda"
-
-
-def take_place() -> None:
-    """Set RANK, LOCAL_RANK and WORLD_SIZE where the launcher names them otherwise, or alone."""
-    if "RANK" in os.environ:
-        return
-    for names in LAUNCHERS:
-        if all(name in os.environ for name in names) and int(os.environ[names[2]]) > 1:
-            if "MASTER_ADDR" not in os.environ:
-                raise UsageError(
-                    f"{names[0]} says that there are other ranks: set MASTER_ADDR (and "
-                    "MASTER_PORT) to the first host"
-                )
-            os.environ.setdefault("MASTER_PORT", "29500")
-            rank, local, world = (os.environ[name] for name in names)
-            os.environ.update(RANK=rank, LOCAL_RANK=local, WORLD_SIZE=world)
-            return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(_free_port())
-
-
-def is_first() -> bool:
-    """Return whether this process is rank 0 (or alone), before anything is initialised."""
-    take_place()
-    return os.environ["RANK"] == "0"
-
-
-def start() -> tuple[Ranks, str]:
-    """Join the other ranks (or stand alone); return our place and device."""
-    take_place()
-    _silence()
-    gpu = _on_gpu()
-    device = own_gpu(torch.cuda.device_count()) if gpu else "cpu"
-    if not gpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
-    if gpu:
-        torch.cuda.set_device(device)
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
-
-
-def own_gpu(visible: int) -> str:
-    """Return this rank's GPU of those that it sees: under Slurm that may be one for each task.
-
-    DeepSpeed takes LOCAL_RANK for the GPU, so that is changed too.
-    """
-    local = str(int(os.environ["LOCAL_RANK"]) % visible)
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
-        if name in os.environ:
-            os.environ[name] = local
-    return f"cuda:{local}"
-
-
-def _silence() -> None:
-    """Leave out what torch says of functions that DeepSpeed calls: only DeepSpeed can act on it."""
-    warnings.filterwarnings(
-        "ignore",
-        r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
-        FutureWarning,
-        r"torch\.distributed\.c10d_logger",
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Stopping:
-    """Asked after every step: whether any rank was told to stop; all get the same answer.
-
-    The answer is that of one step ago, so that nobody waits for it.
-    """
-
-    def __init__(self) -> None:
-        self.told = False
-        self.group: Any = dist.new_group(backend="gloo")
-        self.flag = torch.zeros(1, dtype=torch.int32)
-        self.pending: Any = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._tell)
-
-    def _tell(self, number: int, frame: Any) -> None:
-        self.told = True
-
-    def __call__(self) -> bool:
-        stop = self.answer()
-        self.flag.fill_(int(self.told))
-        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
-        return stop
-
-    def answer(self) -> bool:
-        """Wait for the answer to the question asked last."""
-        if self.pending is None:
-            return False
-        self.pending.wait()
-        self.pending = None
-        return bool(self.flag.item())
 
 
 def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[dict[str, Any]]:
@@ -417,29 +297,26 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
     ranks, device = start()
     engine_config(config, ranks)
     ranks.first_says(lambda: check_config(config, ranks.world_size))
-    stop = Stopping()
-    todo = list(cells(config, ranks=ranks, device=device))
-    first = ranks.rank == 0
-    sources: dict[str, Any] = {}
-    named: dict[str, Any] = {}
+    stop, first = Stopping(), ranks.rank == 0
+    there: dict[str, DataSource | None] = {}
+    sources: dict[str, DataSource] = {}
     results = []
     with Progress(enabled=first) as progress:
-        for cell in todo:
-            key = run_id(cell.data)
-            if first and cell.done and key not in named:
-                named[key] = sets.if_there(cell.data)
-            found = finished(cell, ranks, named.get(key))
-            if found is not None:
-                if first and observer:
-                    observer.found(cell, config)
-                results.append(found)
-                continue
-            if key not in sources:
-                sources[key] = sets.load(cell.data).to(torch.device(device))
-            watch = StepWatch(progress, cell.name)
-            results.append(
-                train_one(cell, config, sources[key], ranks, device, stop, watch, observer)
-            )
+        for cell in list(cells(config, ranks=ranks, device=device)):
+            data = run_id(cell.data)
+            if first and cell.done and data not in there:
+                there[data] = sets.if_there(cell.data)
+            result = finished(cell, ranks, there.get(data))
+            if result is None:
+                if data not in sources:
+                    sources[data] = sets.load(cell.data).to(torch.device(device))
+                watch = StepWatch(progress, cell.name)
+                result = train_one(
+                    cell, config, sources[data], ranks, device, stop, watch, observer
+                )
+            elif first and observer:
+                observer.found(cell, config)
+            results.append(result)
     return results
 
 

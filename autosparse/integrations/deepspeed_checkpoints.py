@@ -85,22 +85,17 @@ def _entry(path: Path) -> dict[str, int | str]:
 
 def newest(parent: Path, ranks: Ranks) -> Checkpoint | None:
     """Return the newest whole checkpoint, as rank 0 finds it; called by all ranks."""
-    found: list[Checkpoint | None] = [None]
-    if ranks.rank == 0:
-        found = [_newest(parent)]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
 
+    def look() -> Checkpoint | None:
+        for folder in _folders(parent):
+            problem = _problem(folder)
+            if problem is None:
+                content = read_json(folder / MARKER)
+                return Checkpoint(folder, content["step"], content["world_size"])
+            logger.warning("checkpoint %s is passed over: %s", folder, problem)
+        return None
 
-def _newest(parent: Path) -> Checkpoint | None:
-    for folder in _folders(parent):
-        problem = _problem(folder)
-        if problem is None:
-            content = read_json(folder / MARKER)
-            return Checkpoint(folder, content["step"], content["world_size"])
-        logger.warning("checkpoint %s is passed over: %s", folder, problem)
-    return None
+    return ranks.first_says(look)
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -127,21 +122,22 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def universal(found: Checkpoint, ranks: Ranks) -> Path:
+def universal(checkpoint: Checkpoint, ranks: Ranks) -> Path:
     """Convert a checkpoint for any number of ranks; return its folder; called by all ranks.
 
     DeepSpeed's own converter runs on rank 0; a conversion that was cut is made anew.
     """
-    folder = found.folder.parent / f"{UNIVERSAL}-{found.tag}"
-    if ranks.rank == 0:
+    folder = checkpoint.folder.parent / f"{UNIVERSAL}-{checkpoint.tag}"
+
+    def convert() -> None:
         marker = folder / MARKER
-        source = {"from": found.tag, "sha256": sha256_of_file(found.folder / MARKER)}
+        source = {"from": checkpoint.tag, "sha256": sha256_of_file(checkpoint.folder / MARKER)}
         if not marker.is_file() or read_json(marker) != source:
             remove_tree(folder)
-            _convert(found.folder, folder)
+            _convert(checkpoint.folder, folder)
             write_json(marker, source)
-    if ranks.world_size > 1:
-        dist.barrier()
+
+    ranks.first_says(convert)
     return folder
 
 

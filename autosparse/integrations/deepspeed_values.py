@@ -36,8 +36,8 @@ def kept_by(engine: Any, optimizer: torch.optim.Optimizer) -> Kept:
 class KeptInShares:
     """Under ZeRO 1 and 2: parameters are whole, their moments shared out over the ranks.
 
-    (DeepSpeed's `safe_get_full_optimizer_state` knows the moments of the first group of parameters
-    only: it looks for all of them when that group alone has made its first step.)
+    DeepSpeed's `safe_get_full_optimizer_state` cannot be used here: it links moments to parameters
+    after the first group's first step, when the other groups have none yet.
     """
 
     def __init__(self, zero: Any) -> None:
@@ -110,7 +110,7 @@ class KeptSharded(KeptInShares):
 
 
 def _share(parameter: Any, whole: Tensor) -> Tensor:
-    """Return this rank's share. (DeepSpeed's `safe_set_full_*` fail where that does not divide.)"""
+    """Return this rank's share, padded: `safe_set_full_*` fail where shares are not equal."""
     size, rank = parameter.ds_tensor.numel(), dist.get_rank()
     padded = functional.pad(whole, (0, size * dist.get_world_size() - len(whole)))
     return padded.narrow(0, size * rank, size)

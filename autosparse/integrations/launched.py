@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError
@@ -29,6 +29,7 @@ from autosparse.training.watching import StepWatch
 SETTINGS = "study.yaml"
 """The study as the ranks are told it, in its folder."""
 RANKS_ON_CPU = 2
+"""The fewest that share anything: on a CPU, more ranks only take cores from each other."""
 ENTRY = "autosparse.cli.study_rank"
 """The module that every rank runs."""
 
@@ -44,7 +45,7 @@ def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None =
     done = subprocess.run(
         [
             sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error",
-            "--num_accelerators", str(gpus or RANKS_ON_CPU), "--master_port", _free_port(),
+            "--num_accelerators", str(gpus or RANKS_ON_CPU), "--master_port", str(get_free_port()),
             "--module", ENTRY, str(settings),
         ],
         env={**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu"})},
@@ -60,18 +61,12 @@ def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None =
         )
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def train(config: StudyConfig) -> None:
     """Train the cells on this rank, with all the others."""
-    from autosparse.integrations import deepspeed
+    from autosparse.integrations import deepspeed, deepspeed_ranks
 
-    ranks, device = deepspeed.start()
-    stop = deepspeed.Stopping()
+    ranks, device = deepspeed_ranks.start()
+    stop = deepspeed_ranks.Stopping()
     with Progress(enabled=ranks.rank == 0) as progress:
         for cell in ranks.first_says(lambda: plan.cells(config)):
             if ranks.first_says(lambda cell=cell: cell.over):

@@ -5,14 +5,13 @@ Tracking goes to MLFLOW_TRACKING_URI, or to `mlflow.db` (SQLite) in the current 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,6 @@ from autosparse.core.files import is_local, read_json, write_json
 from autosparse.criteria.pruning import DENSE
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
-from autosparse.irp.config import IRPConfig
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, Cell
 from autosparse.training.steppers import Epoch
@@ -41,8 +39,14 @@ for chatty in ("mlflow", "alembic"):
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # Spooled warns, once.
 
 EXPERIMENT = "autosparse"
-PARENT_VARIABLE = "AUTOSPARSE_PARENT_RUN"
 RUN_FILE = "mlflow.json"
+CELL = "cell"
+"""Tag that names the cell of a study's run."""
+FINAL = ("test_accuracy", "test_loss", "validation_accuracy", "parameters", "kept",
+         "checkpoint_bytes", "seconds", "image_passes")  # fmt: skip
+"""What is logged of a result, as `final/…`."""
+LONGEST_PARAMETER, LONGEST_TAG, LONGEST_DIGEST = 500, 5000, 36
+"""Characters that every MLflow server takes (mlflow/utils/validation.py; newer ones take more)."""
 KIND = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "A run for each sweep, comparison and corpus, with its cells nested in "
@@ -65,9 +69,6 @@ def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
     server = MlflowClient()
     experiment = server.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
-        for key, value in KIND.items():
-            if key not in experiment.tags:
-                server.set_experiment_tag(experiment.experiment_id, key, value)
         return server, experiment.experiment_id
     location = None
     if uri.startswith("sqlite:///"):
@@ -88,7 +89,7 @@ class Tracker:
         return client()[0]
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
-        """A finished cell was found: it was tracked when it was trained."""
+        """Do nothing: a finished cell was logged when it was trained."""
 
     def begin(self, cell: Cell, config: SparseTrainConfig, settings: dict[str, Any]) -> None:
         """Start the cell's run, or go on with the one that its folder names."""
@@ -99,19 +100,17 @@ class Tracker:
             "ticket": cell.ticket.fingerprint,
             **{key: card[key] for key in ("autos", "corpus") if key in card},
         }
-        if PARENT_VARIABLE in os.environ:
-            tags["mlflow.parentRunId"] = os.environ[PARENT_VARIABLE]
         run, made = found_or_made(self.client, client()[1], cell.folder, cell.name, tags)
         self.runs[cell.folder] = run
         if not made:
             self.client.update_run(run, status="RUNNING")
         self.client.log_dict(run, settings, SETTINGS)
-        if not self.client.get_run(run).data.params:  # They come last: it was begun to the end.
+        if not self.client.get_run(run).data.params:  # Logged last, so without them all is.
             self._describe(cell, config, run)
         self._watch(cell, resumed=not made)
 
     def _describe(self, cell: Cell, config: SparseTrainConfig, run: str) -> None:
-        """Log what stays the same however often a cell is resumed."""
+        """Log data, ticket and settings: once, however often a cell is resumed."""
         card = cell.ticket.card
         log_data(self.client, run, sets.load(cell.data))
         if "corpus" in card:
@@ -127,8 +126,7 @@ class Tracker:
             "deepspeed": plain(config.deepspeed),
             "seed": cell.seed,
         }
-        parameters = [Param(key, value) for key, value in flattened(known).items()]
-        self.client.log_batch(run, params=parameters)
+        log_settings(self.client, run, known)
 
     def _watch(self, cell: Cell, *, resumed: bool) -> None:
         """Let MLflow measure CPU, memory, network, disk and GPU, unless it is told not to."""
@@ -145,89 +143,107 @@ class Tracker:
 
     def epoch(self, cell: Cell, epoch: Epoch) -> None:
         """Log an epoch's metrics."""
-        values = {key: value for key, value in vars(epoch).items() if key != "epoch"}
-        self._log(cell, values, epoch.epoch)
+        log_steps(self.client, self.runs[cell.folder], [vars(epoch)], "epoch")
 
     def stopped(self, cell: Cell) -> None:
-        """The run was told to stop; it goes on when the training does."""
+        """Mark the run as killed; it goes on when the training does."""
         self._close(cell, "KILLED")
 
     def failed(self, cell: Cell, reason: str) -> None:
-        """The training failed; the same run goes on if it is started again."""
-        self.client.set_tag(self.runs[cell.folder], "error", reason[:5000])
+        """Say why the training failed; the same run goes on if it is started again."""
+        self.client.set_tag(self.runs[cell.folder], "error", reason[:LONGEST_TAG])
         self._close(cell, "FAILED")
 
     def end(self, cell: Cell, result: dict[str, Any]) -> None:
         """Log the final metrics and files; the run is finished."""
-        final = ("test_accuracy", "test_loss", "parameters", "kept", "checkpoint_bytes", "seconds")
-        self._log(cell, {f"final/{key}": result[key] for key in final}, 0)
-        run = self.runs[cell.folder]
-        for name in (RESULT, TRAINED):
-            self.client.log_artifact(run, str(cell.folder / name))
+        log_result(self.client, self.runs[cell.folder], cell.folder, result)
         self._close(cell, "FINISHED")
 
-    def _log(self, cell: Cell, values: dict[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
-        self.client.log_batch(self.runs[cell.folder], metrics=metrics)
 
+class NestedRuns:
+    """Runs nested in a parent's, each known by the value of a tag; no step is logged twice.
 
-class CorpusTracker:
-    """A run for every IRP run, nested in the plan's; gone on with if the plan is started again."""
+    Args:
+        parent: the run that they are nested in.
+        tag: names a run among its siblings.
+        step: key of the entries that says which step they are of.
+        folder: whose database is asked, see `tracking_uri`.
+    """
 
-    def __init__(self, parent: str, folder: Path, runs: Mapping[str, IRPConfig]) -> None:
-        self.parent, self.folder, self.configs = parent, folder, runs
-        self.client, self.experiment = client()
-        self.runs: dict[str, str] = {}
+    def __init__(self, parent: str, tag: str, step: str, folder: Path | None = None) -> None:
+        self.parent, self.tag, self.step = parent, tag, step
+        self.client, self.experiment = client(folder)
         self.logged: dict[str, set[int]] = {}
+        """Of the runs that are open: the steps that MLflow has."""
+        wanted = f"tags.`mlflow.parentRunId` = '{parent}'"
+        known = mlflow.search_runs([self.experiment], wanted, output_format="list")
+        self.runs = {run.data.tags.get(tag, run.info.run_id): run.info.run_id for run in known}
+        self.finished = {
+            run.data.tags.get(tag, "") for run in known if run.info.status == "FINISHED"
+        }
 
-    def levels(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
-        """Log levels: accuracy, density and seconds, the level as the step; each once."""
-        run = self._run(name)
-        now = int(time.time() * 1000)
-        new = [each for each in entries if each["level"] not in self.logged[name]]
-        metrics = [
-            Metric(key, float(entry[key]), now, entry["level"])
-            for entry in new
-            for key in ("validation_accuracy", "density", "seconds", "train_loss")
-        ]
-        if metrics:
-            self.client.log_batch(run, metrics=metrics)
-        self.logged[name] |= {entry["level"] for entry in new}
-
-    def end(self, name: str, error: str | None) -> None:
-        """Close a run; `error` says why it failed."""
-        run = self._run(name)
-        if error:
-            self.client.set_tag(run, "error", error[:5000])
-        self.client.set_terminated(run, "FAILED" if error else "FINISHED")
-
-    def _run(self, name: str) -> str:
-        if name not in self.runs:
-            self.runs[name] = run = self._found(name) or self._made(name)
-            before = self.client.get_metric_history(run, "seconds")
+    def opened(self, name: str, title: str, tags: dict[str, str], settings: dict[str, Any]) -> str:
+        """Return a run; made with what is said of it if need be, opened again if it was closed."""
+        if name in self.logged:
+            return self.runs[name]
+        if name in self.runs:
+            self.client.update_run(self.runs[name], status="RUNNING")
+            before = self.client.get_metric_history(self.runs[name], "train_loss")
             self.logged[name] = {metric.step for metric in before}
+        else:
+            tags = {"mlflow.parentRunId": self.parent, self.tag: name, **tags}
+            made = self.client.create_run(self.experiment, tags=tags, run_name=title)
+            self.runs[name], self.logged[name] = made.info.run_id, set()
+            log_settings(self.client, self.runs[name], settings)
         return self.runs[name]
 
-    def _found(self, name: str) -> str | None:
-        wanted = f"tags.run_id = '{name}' and tags.`mlflow.parentRunId` = '{self.parent}'"
-        runs = self.client.search_runs([self.experiment], wanted, max_results=1)
-        if not runs:
-            return None
-        self.client.update_run(runs[0].info.run_id, status="RUNNING")
-        return runs[0].info.run_id
+    def log(self, name: str, entries: Iterable[dict[str, Any]]) -> None:
+        """Log those entries to an open run that are of new steps."""
+        new = [entry for entry in entries if entry[self.step] not in self.logged[name]]
+        log_steps(self.client, self.runs[name], new, self.step)
+        self.logged[name] |= {entry[self.step] for entry in new}
 
-    def _made(self, name: str) -> str:
-        config = self.configs[name]
-        tags = {"mlflow.parentRunId": self.parent, "run_id": name, "model": config.model.name,
-                "data": config.data.name, "label": config.label}  # fmt: skip
-        made = self.client.create_run(
-            self.experiment, tags=tags, run_name=f"{config.model.name} seed {config.seed}"
-        )
-        settings = {**plain(config), "out": "", "device": config.device}
-        parameters = [Param(key, value) for key, value in flattened(settings).items()]
-        self.client.log_batch(made.info.run_id, params=parameters)
-        return made.info.run_id
+    def close(self, name: str, error: str | None = None) -> None:
+        """Close an open run; `error` says why it failed."""
+        if error:
+            self.client.set_tag(self.runs[name], "error", error[:LONGEST_TAG])
+        self.client.set_terminated(self.runs[name], "FAILED" if error else "FINISHED")
+
+
+def nested_run(server: MlflowClient, experiment: str, parent: str, cell: str) -> str | None:
+    """Return the run of a study's cell; None where MLflow does not know of it."""
+    wanted = f"tags.{CELL} = '{cell}' and tags.`mlflow.parentRunId` = '{parent}'"
+    runs = server.search_runs([experiment], wanted, max_results=1)
+    return runs[0].info.run_id if runs else None
+
+
+def log_steps(
+    server: MlflowClient, run: str, entries: Sequence[Mapping[str, Any]], step: str
+) -> None:
+    """Log all numbers of some entries as metrics, each entry at its own step."""
+    now = int(time.time() * 1000)
+    metrics = [
+        Metric(key, float(value), now, entry[step])
+        for entry in entries
+        for key, value in entry.items()
+        if key != step
+    ]
+    if metrics:
+        server.log_batch(run, metrics=metrics)
+
+
+def log_result(server: MlflowClient, run: str, folder: Path, result: Mapping[str, Any]) -> None:
+    """Log what a training has reached, and its files."""
+    final = {f"final/{name}": result[name] for name in FINAL}
+    log_steps(server, run, [{"step": 0, **final}], "step")
+    for name in (RESULT, TRAINED):
+        server.log_artifact(run, str(folder / name))
+
+
+def log_settings(server: MlflowClient, run: str, settings: dict[str, Any]) -> None:
+    """Log nested settings as parameters: dotted names and short texts."""
+    parameters = [Param(key, value) for key, value in flattened(settings).items()]
+    server.log_batch(run, params=parameters)
 
 
 def log_figures(owner: Path, folder: Path) -> None:
@@ -237,13 +253,13 @@ def log_figures(owner: Path, folder: Path) -> None:
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as dotted names and short texts."""
+    """Return nested settings as dotted names and texts, cut to LONGEST_PARAMETER."""
     flat = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             flat |= flattened(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)[:500]
+            flat[f"{prefix}{key}"] = str(value)[:LONGEST_PARAMETER]
     return flat
 
 
@@ -274,51 +290,38 @@ def found_or_made(
 
 @contextmanager
 def parent_run(name: str, folder: Path) -> Iterator[str]:
-    """Open a run that others nest under (through the environment); the same one every time."""
+    """Open a run that others are nested in; the same one every time."""
     server, experiment = client(folder)
     run, made = found_or_made(server, experiment, folder, name, {})
     if not made:
         server.update_run(run, status="RUNNING")
-    before = os.environ.get(PARENT_VARIABLE)
-    os.environ[PARENT_VARIABLE] = run
     status = "FAILED"
     try:
         yield run
         status = "FINISHED"
     finally:
         server.set_terminated(run, status)
-        if before is None:
-            del os.environ[PARENT_VARIABLE]
-        else:
-            os.environ[PARENT_VARIABLE] = before
 
 
 def log_data(server: MlflowClient, run: str, source: DataSource) -> None:
     """Say which data a run is about, as an input in MLflow's sense: name and fingerprint."""
-    where = {"uri": source.config.root or source.name}
     profile = {"classes": source.num_classes, "train": len(source.train),
                "validation": len(source.validation), "test": len(source.test)}  # fmt: skip
-    dataset = Dataset(
-        name=source.name, digest=source.fingerprint[:36], source_type="local",
-        source=json.dumps(where), profile=json.dumps(profile),
-    )  # fmt: skip
-    server.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    where = source.config.root or source.name
+    _log_input(server, run, source.name, source.fingerprint, where, "training", json.dumps(profile))
 
 
 def log_corpus(server: MlflowClient, run: str, name: str, fingerprint: str) -> None:
     """Say which corpus a run rests on, as an input in MLflow's sense."""
+    _log_input(server, run, name, fingerprint, name, "corpus")
+
+
+def _log_input(
+    server: MlflowClient, run: str, name: str, fingerprint: str, where: str, context: str,
+    profile: str | None = None,
+) -> None:  # fmt: skip
     dataset = Dataset(
-        name=name, digest=fingerprint[:36], source_type="local", source=json.dumps({"uri": name})
-    )
-    server.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "corpus")])])
-
-
-def log_report(run: str, table: list[dict[str, Any]], figures: Sequence[Path]) -> None:
-    """Log the final table and figures to a run; the same table is logged once."""
-    server = MlflowClient()
-    content = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:8]
-    name = f"results-{content}.json"
-    if name not in [each.path for each in server.list_artifacts(run)]:
-        server.log_table(run, {key: [row[key] for row in table] for key in table[0]}, name)
-    for figure in figures:
-        server.log_artifact(run, str(figure), "figures")
+        name=name, digest=fingerprint[:LONGEST_DIGEST], source_type="local",
+        source=json.dumps({"uri": where}), profile=profile,
+    )  # fmt: skip
+    server.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])

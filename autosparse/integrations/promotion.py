@@ -1,4 +1,8 @@
-"""The champion of a registered model: the better of two versions that can be compared."""
+"""Aliases of a registered model: the champion is the better of two versions that can be compared.
+
+`champion` is the version to use, `challenger` the one that wants to be: `promote` holds them
+against each other on recorded metrics before it moves the alias.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autosparse.core.errors import RunFailed, UsageError, unknown
-from autosparse.data.identity import OWN
+from autosparse.integrations import registry_pages
 from autosparse.integrations.mlflow import client
-from autosparse.integrations.registry import (
-    AUTOS,
-    CHALLENGER,
-    CHAMPION,
-    FORMER,
-    alias_of,
-    describe,
-    set_alias,
-)
+from autosparse.integrations.registry_pages import AUTOS
 
+CHAMPION, CHALLENGER, FORMER = "champion", "challenger", "former-champion"
 LOWER, HIGHER = "lower", "higher"
 BETTER = {
     **dict.fromkeys(("test_accuracy", "validation_accuracy", "validation_rank_correlation",
@@ -29,6 +26,36 @@ BETTER = {
                      "skipped_steps", "image_passes"), LOWER),
 }  # fmt: skip
 """Recorded metric -> which of two values is the better one."""
+
+
+def set_alias(name: str, alias: str, version: int) -> None:
+    """Point an alias of a registered model at a version; the model's page says so."""
+    MlflowClient().set_registered_model_alias(name, alias, str(version))
+    _describe(name)
+
+
+def alias_of(name: str, alias: str) -> int | None:
+    """Return the version that an alias points at, or None."""
+    try:
+        return int(MlflowClient().get_model_version_by_alias(name, alias).version)
+    except MlflowException:
+        return None
+
+
+def contend(name: str, version: int) -> None:
+    """Make a version champion if there is none, else challenger."""
+    champion = alias_of(name, CHAMPION)
+    if champion != version:
+        set_alias(name, CHALLENGER if champion else CHAMPION, version)
+
+
+def _describe(name: str) -> None:
+    """Write a registered model's page: what it is, and where every alias leads, with numbers."""
+    server = MlflowClient()
+    aliases = server.get_registered_model(name).aliases
+    tags = {alias: (number, server.get_model_version(name, str(number)).tags)
+            for alias, number in aliases.items()}  # fmt: skip
+    server.update_registered_model(name, registry_pages.of_model(name, tags))
 
 
 def promote(
@@ -66,7 +93,7 @@ def promote(
     set_alias(name, CHAMPION, version)
     if alias_of(name, CHALLENGER) == version:
         MlflowClient().delete_registered_model_alias(name, CHALLENGER)
-        describe(name)
+        _describe(name)
     return f"{name} version {version} is champion: {said}"
 
 
@@ -74,7 +101,7 @@ def _compared(challenger: Any, champion: Any, metric: str, better: str | None) -
     """Return in words that the challenger is better; raise UserError if it is not."""
     name, new, old = challenger.name, challenger.version, champion.version
     for tag, what in _same(name, metric).items():
-        mine, theirs = (_said(each.tags, tag) for each in (challenger, champion))
+        mine, theirs = (each.tags.get(tag, "") for each in (challenger, champion))
         if mine != theirs or not mine:
             raise UsageError(
                 f"{name} versions {new} and {old} cannot be compared: their {what} "
@@ -100,17 +127,6 @@ def _same(name: str, metric: str) -> dict[str, str]:
     if metric.startswith("test_"):
         return {"sparsity": "sparsity", "test_fingerprint": "test data"}
     return {"sparsity": "sparsity", "data_fingerprint": "data"}
-
-
-def _said(tags: dict[str, str], tag: str) -> str:
-    """Return a tag; of versions that do not name the test images, what their training data were.
-
-    Those fix the test images of a named set, not those of a folder of one's own.
-    """
-    known = tags.get(tag, "")
-    if tag == "test_fingerprint" and not known and tags.get("data") not in (*OWN, None):
-        return f"of {tags.get('data')} {tags.get('data_fingerprint', '')}"
-    return known
 
 
 def _recorded(version: Any, metric: str) -> float:

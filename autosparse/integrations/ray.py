@@ -26,8 +26,10 @@ from autosparse.irp.config import CorpusConfig, IRPConfig
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 15.0
+"""How often a corpus on disk, or at a URL, where looking costs requests, is looked at."""
 RETRIES = 10
-"""How often a run is tried again after its worker or node has died."""
+"""How often a run is tried again after its worker or node has died: as good as always, but not
+for ever where a run kills its worker."""
 FAILED = "failed.json"
 SHOWN = 4
 """The bar names at most this many running runs."""
@@ -62,11 +64,16 @@ def output_folder(out: str) -> Path:
     return Path(os.environ.get(HOME_VARIABLE, "~/autosparse")).expanduser() / path
 
 
+def _is_given() -> bool:
+    """Whether there is a cluster to join, so that we do not start Ray ourselves."""
+    return "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local one on the loopback."""
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ:
+    if _is_given():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     ray.init(
@@ -96,7 +103,8 @@ def grow(config: CorpusConfig) -> Grown:
     todo = {name: run for name, run in runs.items() if name not in grown.found}
     if todo:
         connect()
-        _check_fits(config)
+        fits = (config.cpus_per_run, config.gpus_per_run, config.memory_gb_per_run)
+        check_fits(*fits, what="run", per="run")
         with _tracked(config, folder, runs) as tracker:
             _run_all(todo, config, grown, _Watch(folder, todo, tracker))
     if grown.found or grown.done:
@@ -114,33 +122,23 @@ def _check_found(runs: dict[str, IRPConfig], grown: Grown) -> None:
         irp.check_found(grown.folder / name, there[wanted])
 
 
-def _check_fits(config: CorpusConfig) -> None:
-    """Raise UsageError if no node could ever hold one run; Ray would wait for ever."""
-    wanted = {
-        "CPU": config.cpus_per_run,
-        "GPU": config.gpus_per_run,
-        "memory": config.memory_gb_per_run * 1e9,
-    }
-    check_fits(wanted, "run", "per_run")
+def check_fits(cpus: float, gpus: float, memory_gb: float, what: str, per: str) -> None:
+    """Raise UsageError if no node could ever hold a `what`; Ray would wait for ever.
 
-
-def check_fits(wanted: dict[str, float], what: str, setting: str) -> None:
-    """Raise UsageError if no node could ever hold `wanted`, naming the setting to lower."""
+    `per` ends the names of the settings: run or trial.
+    """
+    if _is_given():  # An autoscaler may still add nodes.
+        return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, amount in wanted.items():
-        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
-        if amount > most and not _may_grow():
-            shown = f"{most / 1e9:.1f} GB" if name == "memory" else f"{most:g}"
+    for name, setting, unit, wanted in (
+        ("CPU", "cpus", 1, cpus), ("GPU", "gpus", 1, gpus), ("memory", "memory_gb", 1e9, memory_gb)
+    ):  # fmt: skip
+        most = max((node.get(name, 0.0) for node in nodes), default=0.0) / unit
+        if wanted > most:
             raise UsageError(
-                f"a {what} asks for {amount / 1e9 if name == 'memory' else amount:g} {name}, but "
-                f"no node has more than {shown}; lower {name.lower()}s_{setting} "
-                f"(memory_gb_{setting} for memory)"
+                f"a {what} asks for {wanted:g} {name}{' in GB' if unit > 1 else ''}, but no node "
+                f"has more than {most:.3g}; lower {setting}_per_{per}"
             )
-
-
-def _may_grow() -> bool:
-    """Whether an autoscaler may still add nodes: where we did not start Ray ourselves."""
-    return "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
 
 
 def _run_all(todo: dict[str, IRPConfig], config: CorpusConfig, grown: Grown, watch: _Watch) -> None:
@@ -199,12 +197,12 @@ class _Watch:
         if self.bar is None:
             return
         running = [
-            f"{self.todo[name].model.name} {len(found)}/{self.todo[name].levels + 1}"
-            + (f" {found[-1]['validation_accuracy']:.0%}" if found else "")
-            for name, found in self.seen.items()
-            if found and name not in self.over
+            f"{self.todo[name].model.name} {len(levels)}/{self.todo[name].levels + 1}"
+            + (f" {levels[-1]['validation_accuracy']:.0%}" if levels else "")
+            for name, levels in self.seen.items()
+            if levels and name not in self.over
         ]
-        done = sum(len(found) for found in self.seen.values())
+        done = sum(len(levels) for levels in self.seen.values())
         if done != self.bar.done:
             shown = ", ".join(running[:SHOWN]) + (" …" if len(running) > SHOWN else "")
             self.bar.describe(
@@ -221,16 +219,16 @@ class _Watch:
             self.tracker.end(name, error)
 
     def _read(self, name: str) -> None:
-        folder, found = self.folder / name, self.seen[name]
+        folder, levels = self.folder / name, self.seen[name]
         try:
             if store.is_finished(folder):
-                new = read_card(folder / store.RUN)["levels"][len(found) :]
+                new = read_card(folder / store.RUN)["levels"][len(levels) :]
             else:
                 paths = sorted(folder.glob("levels/*/level.safetensors"))
-                new = [read_card(path) for path in paths[len(found) :]]
+                new = [read_card(path) for path in paths[len(levels) :]]
         except UserError:
             return  # Just being folded into the finished run, or damaged: the run says so.
-        found += new
+        levels += new
         if self.tracker and new:
             self.tracker.levels(name, new)
 
@@ -241,10 +239,10 @@ def _tracked(config: CorpusConfig, folder: Path, runs: dict[str, IRPConfig]) -> 
     if not config.tracking:
         yield None
         return
-    from autosparse.integrations import mlflow
+    from autosparse.integrations import mlflow, tracking
 
     with mlflow.parent_run(f"corpus {folder.name}", folder) as parent:
-        yield mlflow.CorpusTracker(parent, folder, runs)
+        yield tracking.CorpusTracker(parent, runs)
 
 
 def _one_run(run: IRPConfig, cpus: float) -> str | None:

@@ -1,8 +1,7 @@
 """The registry in MLflow: AutoS models and trained checkpoints, with what they came from.
 
 Models are saved as exported programs, so they load while pickle deserialization is forbidden.
-`champion` is the version to use, `challenger` the one that wants to be: `promote` holds them
-against each other on recorded metrics before it moves the alias.
+Which version is to be used: promotion.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,16 +27,16 @@ from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json, write_bytes
 from autosparse.integrations import registry_pages
-from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus
+from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus, log_steps, nested_run
+from autosparse.integrations.promotion import contend, set_alias
+from autosparse.integrations.registry_pages import AUTOS
 from autosparse.models import zoo
 from autosparse.report import drawing
 from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.study.table import best_results
 from autosparse.study.trainings import RESULT, TRAINED
 
-AUTOS = "autos"
 CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
-CHAMPION, CHALLENGER, FORMER = "champion", "challenger", "former-champion"
 
 
 # Registering
@@ -65,19 +63,16 @@ def held_out_of(card: dict[str, Any]) -> str:
     return hashlib.sha256(" ".join(sorted(card.get("held_out", []))).encode()).hexdigest()[:16]
 
 
-def register_ticket(
-    path: Path, result: dict[str, Any], run: str, autos_version: int | None = None
-) -> int:
+def register_ticket(path: Path, result: dict[str, Any], run: str) -> int:
     """Register a trained ticket as a version of `<model>-sparse`; return the version.
 
     The version holds the dense model (zero where pruned) and, beside it, the ticket file.
     """
-    ticket = Ticket.load(path)
-    model = zoo.from_recipe(ticket.card["model"])
-    load_state(model, ticket)
+    ticket, server = Ticket.load(path), MlflowClient()
     recipe, card = ticket.card["model"], ticket.card
-    size = recipe["image_size"]
-    example = torch.randn(2, recipe["in_chans"], size, size)
+    model = zoo.from_recipe(recipe)
+    load_state(model, ticket)
+    example = torch.randn(2, recipe["in_chans"], recipe["image_size"], recipe["image_size"])
     tags = {
         "sparsity": f"{result['sparsity']:g}",
         "criterion": result["criterion"],
@@ -89,22 +84,21 @@ def register_ticket(
         "ticket": ticket.fingerprint,
         "fingerprint": ticket.content_hash,
     }
+    autos_version = None
     if "autos" in card:
-        autos_version = autos_version or _version_of(AUTOS, card["autos"])
+        autos_version = _version_of(AUTOS, card["autos"])
         tags |= {"corpus": card["corpus"], "autos": card["autos"]}
         tags |= {"autos_version": str(autos_version)} if autos_version else {}
-    else:
-        autos_version = None
-    text = registry_pages.of_ticket(ticket, result, path, run, autos_version, MlflowClient())
+    trained_in = server.get_run(run)
+    text = registry_pages.of_ticket(ticket, result, path, trained_in, autos_version, server)
     return _register(f"{recipe['name']}-sparse", model, example, run, tags, text, path)
 
 
 def _version_of(name: str, fingerprint: str) -> int | None:
     """Return the version of a model that has this fingerprint, if there is one."""
-    for version in MlflowClient().search_model_versions(f"name = '{name}'"):
-        if version.tags.get("fingerprint") == fingerprint:
-            return int(version.version)
-    return None
+    wanted = f"name = '{name}' and tags.fingerprint = '{fingerprint}'"
+    versions = MlflowClient().search_model_versions(wanted, max_results=1)
+    return int(versions[0].version) if versions else None
 
 
 def _register(
@@ -141,30 +135,6 @@ def _register(
     return int(made.version)
 
 
-def describe(name: str) -> None:
-    """Write a registered model's page: what it is, and where every alias leads, with numbers."""
-    server = MlflowClient()
-    aliases = server.get_registered_model(name).aliases
-    tags = {alias: (number, server.get_model_version(name, str(number)).tags)
-            for alias, number in aliases.items()}  # fmt: skip
-    text = registry_pages.of_model(name, name == AUTOS, tags)
-    server.update_registered_model(name, text)
-
-
-def set_alias(name: str, alias: str, version: int) -> None:
-    """Point an alias of a registered model at a version; the model's page says so."""
-    MlflowClient().set_registered_model_alias(name, alias, str(version))
-    describe(name)
-
-
-def alias_of(name: str, alias: str) -> int | None:
-    """Return the version that an alias points at, or None."""
-    try:
-        return int(MlflowClient().get_model_version_by_alias(name, alias).version)
-    except MlflowException:
-        return None
-
-
 # The verbs
 
 
@@ -192,17 +162,15 @@ def _add_autos(path: Path) -> dict[str, Any]:
     else:
         tags = {"autos": network.fingerprint, "kind": "fit", "corpus": network.card["corpus"]}
         run = server.create_run(experiment, tags=tags, run_name=f"fit {path.stem}").info.run_id
-        for epoch in network.card["history"]:
-            for key, value in epoch.items():
-                if key != "epoch":
-                    server.log_metric(run, key, value, step=epoch["epoch"])
+        log_steps(server, run, network.card["history"], "epoch")
         log_corpus(server, run, "corpus", network.card["corpus"])
         with TemporaryDirectory() as folder:  # Nothing is written beside a file of the package.
-            for figure in drawing.draw_autos(path, None, Path(folder)):
+            for figure in drawing.draw_autos(path, Path(folder)):
                 server.log_artifact(run, str(figure), "figures")
     version = register_autos(path, run)
     server.set_terminated(run)
-    return _row(AUTOS, version, _contend(AUTOS, version))
+    contend(AUTOS, version)
+    return _row(AUTOS, version)
 
 
 def _add_study(folder: Path) -> list[dict[str, Any]]:
@@ -210,46 +178,31 @@ def _add_study(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{folder} was not tracked: run it again with --tracking true")
     server, experiment = client(folder)
     parent = read_json(folder / RUN_FILE)["run_id"]
-    rows = []
-    for (model, sparsity), result in best_results(drawing.report_of(folder)["results"]).items():
+    added = []
+    for result in best_results(drawing.report_of(folder)["results"]):
         cell = folder / "cells" / result["cell"]
-        wanted = f"tags.cell = '{result['cell']}' and tags.`mlflow.parentRunId` = '{parent}'"
-        runs = server.search_runs([experiment], wanted, max_results=1)
-        if not runs:
+        run = nested_run(server, experiment, parent, result["cell"])
+        if run is None:
             raise UsageError(f"MLflow does not know the cell {result['cell']}: run the study again")
-        full = read_json(cell / RESULT)
-        version = register_ticket(cell / TRAINED, full, runs[0].info.run_id)
-        name = f"{model}-sparse"
-        set_alias(name, f"sparsity-{100 * sparsity:g}".replace(".", "_"), version)
-        rows.append((name, sparsity, version))
-    highest = {name: max(s for n, s, _ in rows if n == name) for name, _, _ in rows}
-    if not rows:
+        version = register_ticket(cell / TRAINED, read_json(cell / RESULT), run)
+        name = f"{result['model']}-sparse"
+        set_alias(name, f"sparsity-{100 * result['sparsity']:g}".replace(".", "_"), version)
+        added.append((name, version))
+    if not added:
         raise UsageError(f"{folder} has no finished ticket to register")
-    return [
-        _row(name, version, _contend(name, version) if sparsity == highest[name] else "")
-        for name, sparsity, version in rows
-    ]
+    for name, version in dict(added).items():  # The last of each model is its sparsest.
+        contend(name, version)
+    return [_row(name, version) for name, version in added]
 
 
-def _contend(name: str, version: int) -> str:
-    """Make a version champion if there is none, else challenger; return which."""
-    champion = alias_of(name, CHAMPION)
-    if champion == version:
-        return CHAMPION
-    alias = CHALLENGER if champion else CHAMPION
-    set_alias(name, alias, version)
-    return alias
-
-
-def _row(name: str, version: int, alias: str) -> dict[str, Any]:
+def _row(name: str, version: int) -> dict[str, Any]:
     """Return what is printed of a version."""
     registered = MlflowClient().get_model_version(name, str(version))
-    aliases = sorted({str(each) for each in registered.aliases} | ({alias} if alias else set()))
     tags = registered.tags
     return {
         "model": name,
         "version": version,
-        "aliases": ", ".join(aliases),
+        "aliases": ", ".join(sorted(map(str, registered.aliases))),
         "sparsity": tags.get("sparsity", ""),
         "criterion": tags.get("criterion", ""),
         "test accuracy": tags.get("test_accuracy", ""),
@@ -261,14 +214,12 @@ def _row(name: str, version: int, alias: str) -> dict[str, Any]:
 def listing() -> list[dict[str, Any]]:
     """Return a row per version of our registered models, newest last."""
     client()
-    server = MlflowClient()
-    rows = []
-    for model in server.search_registered_models():
-        if model.name == AUTOS or model.name.endswith("-sparse"):
-            versions = server.search_model_versions(f"name = '{model.name}'")
-            for version in sorted(versions, key=lambda each: int(each.version)):
-                rows.append(_row(model.name, int(version.version), ""))
-    return rows
+    versions = MlflowClient().search_model_versions(order_by=["name ASC", "version_number ASC"])
+    return [
+        _row(each.name, int(each.version))
+        for each in versions
+        if each.name == AUTOS or each.name.endswith("-sparse")
+    ]
 
 
 def fetch_ticket(uri: str) -> Path:
@@ -293,7 +244,7 @@ def fetch_ticket(uri: str) -> Path:
         paths = [each.path for each in listed if each.path.endswith(".safetensors")]
         if not paths:
             raise UsageError(f"{uri}: version {version.version} has no ticket beside it")
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             local = Path(server.download_artifacts(run, paths[0], folder))
             write_bytes(target / local.name, local.read_bytes())
     return next(target.glob("*.safetensors"))

@@ -50,22 +50,22 @@ def run(config: StudyConfig) -> Done:
     config = replace(config, out=str(folder))
     plan.check_whole(config)
     planned = plan.cells(config)
-    found = [cell for cell in planned if cell.over]
-    _check_data(found)
+    over_before = [cell for cell in planned if cell.over]
+    _check_data(over_before)
     execute = _executor(config)
     with claimed(folder), _tracked(config, folder) as tracker:
         if tracker:
-            tracker.catch_up(found)
+            tracker.catch_up(over_before)
         if plan.left(config, planned):
             execute(config, planned, tracker)
-        return Done(folder, plan.cells(config), [cell.key for cell in found])
+        return Done(folder, plan.cells(config), [cell.key for cell in over_before])
 
 
-def _check_data(found: list[StudyCell]) -> None:
+def _check_data(over: list[StudyCell]) -> None:
     """Raise UsageError where a finished cell is of other data of the same name."""
-    for data in {run_id(cell.config.data): cell.config.data for cell in found}.values():
+    for data in {run_id(cell.config.data): cell.config.data for cell in over}.values():
         source = sets.if_there(data)
-        for cell in found if source else ():
+        for cell in over if source else ():
             if cell.config.data == data and cell.state == "finished":
                 sets.check_found(cell.result().get("data_fingerprint"), source, cell.folder)
 

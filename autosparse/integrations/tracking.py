@@ -1,14 +1,13 @@
-"""A study in MLflow: one run for the study, one nested in it for every cell, each found again."""
+"""Studies and corpora in MLflow: a run for each, with one nested in it per cell or IRP run."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from mlflow.entities import Metric, Param
 
 from autosparse.core.config import plain, run_id
 from autosparse.core.files import read_card, read_json
@@ -16,128 +15,99 @@ from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.integrations.mlflow import (
+    CELL,
     RUN_FILE,
+    NestedRuns,
     client,
-    flattened,
     log_data,
-    log_report,
+    log_result,
+    nested_run,
     parent_run,
 )
-from autosparse.study import axes, table
+from autosparse.irp.config import IRPConfig
+from autosparse.study import table
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
 from autosparse.study.labels import criterion_of
-from autosparse.study.trainings import RESULT, TRAINED
+from autosparse.study.trainings import TRAINED
 
-CELL = "cell"
-"""Tag that names the cell of a run."""
-FINAL = ("test_accuracy", "test_loss", "validation_accuracy", "parameters", "kept",
-         "checkpoint_bytes", "seconds", "image_passes")  # fmt: skip
+LEVEL = ("level", "validation_accuracy", "density", "seconds", "train_loss")
+"""What is logged of a level of IRP."""
+
+
+class CorpusTracker:
+    """Logs IRP runs: one that was begun before goes on in its own run."""
+
+    def __init__(self, parent: str, configs: Mapping[str, IRPConfig]) -> None:
+        self.configs, self.nested = configs, NestedRuns(parent, "run_id", "level")
+
+    def levels(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        """Log levels: accuracy, density and seconds, the level as the step."""
+        self._open(name)
+        self.nested.log(name, [{key: entry[key] for key in LEVEL} for entry in entries])
+
+    def end(self, name: str, error: str | None) -> None:
+        """Close a run; `error` says why it failed."""
+        self._open(name)
+        self.nested.close(name, error)
+
+    def _open(self, name: str) -> None:
+        config = self.configs[name]
+        tags = {"model": config.model.name, "data": config.data.name, "label": config.label}
+        settings = {**plain(config), "out": "", "device": config.device}
+        self.nested.opened(name, f"{config.model.name} seed {config.seed}", tags, settings)
 
 
 class StudyTracker:
-    """Logs cells; what MLflow holds already is looked up, so nothing is logged twice."""
+    """Logs the cells of a study; what MLflow holds already is looked up, and not logged again."""
 
-    def __init__(self, parent: str, config: StudyConfig, folder: Path) -> None:
-        self.parent, self.config = parent, config
-        self.client, self.experiment = client(folder)
-        self.runs: dict[str, str] = {}
-        self.ended: set[str] = set()
-        self.logged: dict[str, set[int]] = {}
+    def __init__(self, parent: str, folder: Path) -> None:
+        self.nested = NestedRuns(parent, CELL, "epoch", folder)
+        self.client = self.nested.client
         self.sources: dict[str, DataSource] = {}
-        self._find()
-
-    def _find(self) -> None:
-        """Look up the runs of this study."""
-        wanted, token = f"tags.`mlflow.parentRunId` = '{self.parent}'", None
-        while True:
-            page = self.client.search_runs([self.experiment], wanted, page_token=token)
-            for run in page:
-                self.runs.setdefault(run.data.tags.get(CELL, run.info.run_id), run.info.run_id)
-                if run.info.status == "FINISHED":
-                    self.ended.add(run.data.tags.get(CELL, ""))
-            token = page.token
-            if not token:
-                return
 
     def catch_up(self, cells: Sequence[StudyCell]) -> None:
         """Log cells that were over before, as far as MLflow does not know of it."""
         for cell in cells:
-            self._know(cell)
-            if cell.key not in self.ended:
+            if cell.key not in self.nested.finished:
                 self.end(cell)
-
-    def _know(self, cell: StudyCell) -> None:
-        """Give the run of an earlier version, which the cell's folder names, the cell's tag."""
-        file = cell.folder / RUN_FILE
-        run = read_json(file).get("run_id") if file.is_file() else None
-        if run in self.runs:
-            self.client.set_tag(run, CELL, cell.key)
-            self.runs[cell.key] = self.runs.pop(run)
-            if self.client.get_run(run).info.status == "FINISHED":
-                self.ended.add(cell.key)
 
     def epochs(self, cell: StudyCell, entries: Sequence[dict[str, Any]]) -> None:
         """Log epochs that are new."""
-        run = self._run(cell)
-        if cell.key not in self.logged:
-            before = self.client.get_metric_history(run, "train_loss")
-            self.logged[cell.key] = {metric.step for metric in before}
-        new = [entry for entry in entries if entry["epoch"] not in self.logged[cell.key]]
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, float(value), now, entry["epoch"])
-            for entry in new
-            for name, value in entry.items()
-            if name != "epoch"
-        ]
-        if metrics:
-            self.client.log_batch(run, metrics=metrics)
-        self.logged[cell.key] |= {entry["epoch"] for entry in new}
+        self._open(cell)
+        self.nested.log(cell.key, entries)
 
     def end(self, cell: StudyCell) -> None:
         """Close the run of a cell that is over, or has failed."""
-        run = self._run(cell)
+        run = self._open(cell)
         if cell.state == "failed":
-            self.client.set_tag(run, "error", cell.error()[:5000])
-            self.client.set_terminated(run, "FAILED")
+            self.nested.close(cell.key, cell.error())
             return
-        self.epochs(cell, cell.history())
+        self.nested.log(cell.key, cell.history())
         self.client.set_tag(run, "state", cell.state)
         if cell.state == "finished":
-            result = cell.result()
-            now = int(time.time() * 1000)
-            metrics = [Metric(f"final/{name}", float(result[name]), now, 0) for name in FINAL]
-            self.client.log_batch(run, metrics=metrics)
+            log_result(self.client, run, cell.folder, cell.result())
             for key, value in _lineage(cell).items():
                 self.client.set_tag(run, key, value)
-            for name in (RESULT, TRAINED):
-                self.client.log_artifact(run, str(cell.folder / name))
-        self.client.set_terminated(run)
-        self.ended.add(cell.key)
+        self.nested.close(cell.key)
 
-    def _run(self, cell: StudyCell) -> str:
+    def _open(self, cell: StudyCell) -> str:
         """Return the run of a cell; made if need be, opened again if it had failed."""
-        if cell.key in self.runs:
-            if cell.key not in self.logged:
-                self.client.update_run(self.runs[cell.key], status="RUNNING")
-            return self.runs[cell.key]
-        settings = cell.config
+        config, new = cell.config, cell.key not in self.nested.runs
         tags = {
-            "mlflow.parentRunId": self.parent, CELL: cell.key, "model": settings.model.name,
-            "criterion": cell.label, "twin": cell.twin, "sparsity": f"{cell.sparsity:g}",
-            "seed": str(cell.seed), "training": axes.shown(cell.point) or "-",
+            "model": config.model.name, "criterion": cell.label, "twin": cell.twin,
+            "sparsity": f"{cell.sparsity:g}", "seed": str(cell.seed),
+            "training": cell.place["training"] or "-",
         }  # fmt: skip
-        name = f"{settings.model.name} {cell.name}" if len(self.config.models) > 1 else cell.name
-        made = self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
-        self.runs[cell.key] = made
-        settled = {"model": plain(settings.model), "data": plain(settings.data),
-                 "training": plain(settings.training), "seed": cell.seed}  # fmt: skip
-        _, options = criterion_of(settings, cell.label)
-        parameters = {**flattened(settled), **flattened({"options": options})}
-        self.client.log_batch(made, params=[Param(key, value) for key, value in parameters.items()])
-        log_data(self.client, made, self.source(settings.data))
-        return made
+        settings = {
+            "model": plain(config.model), "data": plain(config.data), "seed": cell.seed,
+            "training": plain(config.training), "options": criterion_of(config, cell.label)[1],
+        }  # fmt: skip
+        title = f"{config.model.name} {cell.name}" if len(config.models) > 1 else cell.name
+        run = self.nested.opened(cell.key, title, tags, settings)
+        if new:
+            log_data(self.client, run, self.source(config.data))
+        return run
 
     def source(self, data: DataConfig) -> DataSource:
         """Return data; loaded once, and here: a cell's device may be another machine's."""
@@ -159,7 +129,7 @@ def study_tracker(config: StudyConfig, folder: Path) -> Iterator[StudyTracker]:
     """Open the study's run, the same one every time, and give a tracker of its cells."""
     kind = config.report.removesuffix(".json")
     with parent_run(f"{kind} {folder.name}", folder) as parent:
-        tracker = StudyTracker(parent, config, folder)
+        tracker = StudyTracker(parent, folder)
         log_data(tracker.client, parent, tracker.source(config.data))
         yield tracker
 
@@ -172,8 +142,12 @@ def log_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     folder = path.parent
     server, experiment = client(folder)
     run = read_json(folder / RUN_FILE)["run_id"]
-    figures = sorted((folder / "figures").glob("*.png"))
-    log_report(run, list(table.shown(rows)), figures)
+    content = list(table.shown(rows))
+    name = f"results-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}.json"
+    if name not in [each.path for each in server.list_artifacts(run)]:  # Else it would be longer.
+        server.log_table(run, {key: [row[key] for row in content] for key in content[0]}, name)
+    for figure in sorted((folder / "figures").glob("*.png")):
+        server.log_artifact(run, str(figure), "figures")
     page = folder / "report.html"
     if page.is_file():
         server.log_artifact(run, str(page))
@@ -186,13 +160,12 @@ def _note(server: Any, experiment: str, run: str, report: dict[str, Any]) -> str
     lines = ["The best ticket of each sparsity, by validation accuracy:", "",
              "| model | sparsity | criterion | seed | test accuracy | run |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for (model, sparsity), best in table.best_results(report["results"]).items():
-        wanted = f"tags.cell = '{best['cell']}' and tags.`mlflow.parentRunId` = '{run}'"
-        runs = server.search_runs([experiment], wanted, max_results=1)
-        link = f"[{best['name']}]({where}/{runs[0].info.run_id})" if runs else best["name"]
+    for best in table.best_results(report["results"]):
+        its_run = nested_run(server, experiment, run, best["cell"])
+        link = f"[{best['name']}]({where}/{its_run})" if its_run else best["name"]
         lines.append(
-            f"| {model} | {100 * sparsity:g} % | {best['label']} | {best['seed']} | "
-            f"{100 * best['test_accuracy']:.1f} % | {link} |"
+            f"| {best['model']} | {100 * best['sparsity']:g} % | {best['label']} | "
+            f"{best['seed']} | {100 * best['test_accuracy']:.1f} % | {link} |"
         )
     lines += ["", f"All of it on one page: [report.html]({where}/{run}/artifacts/report.html), "
               f"[accuracy.png]({where}/{run}/artifacts/figures/accuracy.png)"]  # fmt: skip

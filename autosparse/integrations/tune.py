@@ -41,7 +41,7 @@ logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 METRIC = "validation_accuracy"
 RETRIES = 10
-"""How often a cell is tried again after its worker or node has died."""
+"""How often a cell is tried again after its worker or node has died; see ray.RETRIES."""
 TUNE = "tune"
 """Folder of Tune's own files; removed at the beginning and at the end."""
 
@@ -56,7 +56,9 @@ def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None =
     stop the others; a worker or node that dies is tried again, from the cell's checkpoint.
     """
     cluster.connect()
-    _check_fits(config)
+    cluster.check_fits(
+        config.cpus_per_trial, config.gpus_per_trial, config.memory_gb_per_trial, "cell", "trial"
+    )
     folder = Path(config.out)
     shutil.rmtree(folder / TUNE, ignore_errors=True)
     with Progress() as progress:
@@ -92,6 +94,7 @@ def _search(config: StudyConfig, part: tuple[int, float], watch: _Watch) -> None
     space |= {key: _domain(values) for key, values in config.space.items()}
     begun = [_suggestion(cell) for cell in cells if not cell.over][:left]
     model, sparsity = part
+    # Another seed for each part, and after each restart: Optuna would begin with the same again.
     seed = len(over) + 1000 * model + int(1e6 * sparsity)
     algorithm = optuna_search()(
         space, metric=METRIC, mode="max", seed=seed, points_to_evaluate=begun or None
@@ -141,7 +144,7 @@ def _tune(
 ) -> None:
     """Run one experiment of Tune; raise nothing for cells that fail.
 
-    `begin` writes down what was suggested, when its cell begins.
+    `begin` records a suggestion when the training of its cell begins.
     """
     watch.resolve = resolve
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
@@ -230,7 +233,7 @@ class PerGroup(FIFOScheduler):
 
 
 class _Watch(Callback):
-    """Moves the bar, tells MLflow, and writes down which cells were stopped or failed."""
+    """Moves the progress bar, logs to MLflow, and records which cells were stopped or failed."""
 
     resolve: Resolve
 
@@ -245,7 +248,7 @@ class _Watch(Callback):
         self.bar: Bar = progress.bar(f"training {Path(config.out).name}", epochs, "epochs")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; what it writes is never read again."""
+        """Return nothing: Tune pickles its callbacks, but what it writes is never read again."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -295,12 +298,3 @@ class _Watch(Callback):
 
     def _running(self) -> int:
         return sum(len(each) for each in self.histories.values())
-
-
-def _check_fits(config: StudyConfig) -> None:
-    """Raise UsageError if no node could ever hold one cell; Tune would wait for ever."""
-    cluster.check_fits(
-        {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial,
-         "memory": config.memory_gb_per_trial * 1e9},
-        "cell", "per_trial",
-    )  # fmt: skip

@@ -1,38 +1,24 @@
-"""Pictures of AutoS: the surface it has learned, and how well its predictions hold."""
+"""Figures of AutoS: the surface it has learned, and how well its predictions hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autosparse.autos.config import FitConfig
-from autosparse.autos.fit import Rows, sample_rows
 from autosparse.autos.heads import interpolation
 from autosparse.autos.network import AutoS
-from autosparse.core.errors import UsageError
-from autosparse.corpus.store import Corpus
-from autosparse.report.style import (
-    COLOURS,
-    COLUMN,
-    MARKERS,
-    OKABE_ITO,
-    criterion_of,
-    labels_beside,
-    panels,
-    save,
-)
+from autosparse.report.style import COLOURS, panels, save
 
-STEPS, GROUPS = 41, 20
+STEPS = 41
+"""Points along each axis of the surface."""
 REACH = 3.0
 """How far the axes reach: in standard deviations, or in multiples of the layer's rms."""
 AT = 0.05
 """The density at which the surface of a survival head is shown."""
-FEWEST = 1e-4
-"""Costs below this share of a training are drawn at it: a log axis has no zero."""
 
 
 def surface(network: AutoS, path: Path) -> Path:
@@ -100,83 +86,7 @@ def _surface(network: AutoS, sign: float) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, network.eval()(inputs).view(STEPS, STEPS)
 
 
-def calibration(groups: Iterable[tuple[str, Tensor, Tensor]], path: Path, title: str) -> Path:
-    """Draw mean true survival against mean predicted survival, a line per group of weights.
-
-    Args:
-        groups: (name, predicted [N], true [N]); each is cut into GROUPS parts of equal size by
-            prediction.
-        path: the PNG to write; the data go to the CSV beside it.
-        title: which AutoS this is.
-    """
-    rows = [row for name, guess, truth in groups for row in _calibration(name, guess, truth)]
-    if not rows:
-        raise UsageError("no weights to draw the calibration of")
-    with panels(COLUMN) as (figure, grid):
-        axes = grid[0, 0]
-        ends = [
-            min(min(row["predicted"], row["true"]) for row in rows),
-            max(max(row["predicted"], row["true"]) for row in rows),
-        ]
-        axes.plot(ends, ends, color="#444444", linestyle="--", linewidth=1.2, label="exact")
-        names = list(dict.fromkeys(row["group"] for row in rows))
-        for place, name in enumerate(names):
-            mine = [row for row in rows if row["group"] == name]
-            predicted, true = ([row[key] for row in mine] for key in ("predicted", "true"))
-            low, high = ([row[key] for row in mine] for key in ("quarter", "three_quarters"))
-            colour = OKABE_ITO[place % len(OKABE_ITO)]
-            axes.fill_between(predicted, low, high, color=colour, alpha=0.12, linewidth=0)
-            axes.plot(predicted, true, color=colour, marker="osD^vX"[place % 6], markersize=5,
-                      label=name)  # fmt: skip
-        axes.set_xlabel("predicted survival")
-        axes.set_ylabel("true survival: mean, middle half")
-        axes.set_title(title, loc="left", fontsize=11)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-        return save(figure, rows, path)
-
-
-def _calibration(name: str, guess: Tensor, truth: Tensor) -> list[dict[str, Any]]:
-    order = guess.argsort()
-    rows = []
-    for part in order.tensor_split(min(GROUPS, len(order))):
-        low, high = truth[part].quantile(torch.tensor([0.25, 0.75])).tolist()
-        rows.append({
-            "group": name, "weights": len(part), "predicted": float(guess[part].mean()),
-            "true": float(truth[part].mean()), "quarter": low, "three_quarters": high,
-        })  # fmt: skip
-    return rows
-
-
-def predictions(network: AutoS, corpus: Corpus) -> list[tuple[str, Tensor, Tensor]]:
-    """Return (group, predicted, true) of weights of the runs that fitting held out, by model.
-
-    Raises UsageError when the corpus is not the one that the network was fitted on.
-    """
-    card = network.card
-    there = {folder.name for folder in corpus.folders()}
-    missing = [name for name in card.get("held_out", []) if name not in there]
-    if missing or "held_out" not in card:
-        raise UsageError(
-            f"{corpus.path} is not the corpus that this AutoS was fitted on: run "
-            f"{missing[0] if missing else '?'} is not there"
-        )
-    settings = FitConfig(features=network.kind, rows_per_run=card["config"]["rows_per_run"])
-    found: dict[str, list[Rows]] = {}
-    for name in card["held_out"]:
-        run = corpus.read(name)
-        found.setdefault(run.card["config"]["model"]["name"], []).append(
-            sample_rows(run, settings, name)
-        )
-    groups = []
-    for model, parts in found.items():
-        rows = Rows.join(parts)
-        with torch.no_grad():
-            guess = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
-        groups.append((f"{model}, held out", guess, rows.targets))
-    return groups
-
-
-def odds_calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+def calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     """Draw the share of weights alive against the predicted probability, both as log-odds.
 
     Args:
@@ -206,38 +116,4 @@ def odds_calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> 
         axes.set_ylabel("share of weights alive")
         axes.set_title(title, loc="left", fontsize=11)
         axes.legend()
-        return save(figure, rows, path)
-
-
-def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
-    """Draw accuracy against the cost of finding the ticket, a point per label.
-
-    Args:
-        rows: `label`, `accuracy`, `spread` (0 to 1), `cost_share` (of the training), and `name`
-            where the figure is not to say the label.
-        path: the PNG to write; the data go to the CSV beside it.
-        title: what was trained on what.
-    """
-    with panels((8, 4.8)) as (figure, grid):
-        axes, items = grid[0, 0], []
-        for row in rows:
-            height = 100 * row["accuracy"]
-            if row["label"] == "dense":
-                axes.axhline(height, color=COLOURS["dense"], linestyle="--")
-                axes.annotate("dense", (0.02, height), xycoords=("axes fraction", "data"),
-                              xytext=(0, 4), textcoords="offset points")  # fmt: skip
-                continue
-            cost = max(100 * row["cost_share"], 100 * FEWEST)
-            criterion = criterion_of(row["label"])
-            colour = COLOURS.get(criterion, "#000000")
-            axes.errorbar(
-                cost, height, yerr=100 * row["spread"], linestyle="none", color=colour,
-                marker=MARKERS.get(criterion, "o"), markersize=8, capsize=3,
-            )  # fmt: skip
-            items.append((cost, height, f"{row.get('name', row['label'])}: {height:.1f}", colour))
-        axes.set_xscale("log")
-        axes.set_xlabel(f"cost of the ticket, % of its training ({100 * FEWEST:g}: none)")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(title, loc="left", fontsize=11)
-        labels_beside(axes, items)
         return save(figure, rows, path)

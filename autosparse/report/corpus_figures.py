@@ -1,4 +1,4 @@
-"""Pictures of a corpus: accuracy over the levels, which weights survive, where layers thin out."""
+"""Figures of a corpus: accuracy over levels, which weights survive, and densities of layers."""
 
 from __future__ import annotations
 
@@ -37,49 +37,24 @@ def level_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path
     runs: dict[str, list[dict[str, Any]]] = {row["run_id"]: [] for row in rows}
     for row in sorted(rows, key=lambda row: row["level"]):
         runs[row["run_id"]].append(row)
-    groups = _by_label(list(runs.values()))
     named = len(runs) <= MOST_RUNS
-    most = max(len(group) for group in groups.values())
-    size = (4 * len(groups) + 4, max(4.2, 1.2 + 0.21 * most) if named else 4.2)
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    with panels(size, columns=len(groups), sharey=True) as (figure, grid):
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        for axes, (label, group) in zip(grid[0], groups.items(), strict=True):
-            _draw_named(axes, group, models) if named else _draw_many(axes, group)
-            if len(groups) > 1:
-                axes.set_title(f"labels by {label}", fontsize=10)
-            axes.set_xscale("log")
-            axes.set_xticks(**density_ticks(min(row["density"] for row in rows)))
-            axes.minorticks_off()
-            axes.invert_xaxis()
-            axes.set(xlabel="density (share of prunable weights left)")
-        grid[0, 0].set(ylabel="validation accuracy, %")
-        _legend(figure, grid[0])
-        return save(figure, rows, path)
-
-
-def _by_label(runs: list[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
-    """Group runs by label criterion, where there are two or three of them; a panel for each."""
-    labels = sorted({run[0]["label"] for run in runs})
-    if len(labels) not in (2, 3):
-        return {"": runs}
-    return {label: [run for run in runs if run[0]["label"] == label] for label in labels}
-
-
-def _legend(figure: Any, row: Sequence[Any]) -> None:
-    """Draw one legend, at the right, in which nothing is twice."""
-    found = {}
-    for axes in row:
+    size = (8, max(4.2, 1.2 + 0.21 * len(runs)) if named else 4.2)
+    with panels(size) as (figure, grid):
+        axes = grid[0, 0]
+        (_draw_named if named else _draw_many)(axes, list(runs.values()))
+        axes.set_xscale("log")
+        axes.set_xticks(**density_ticks(min(row["density"] for row in rows)))
+        axes.minorticks_off()
+        axes.invert_xaxis()
+        axes.set(xlabel="density (share of prunable weights left)", ylabel="validation accuracy, %")
+        axes.set_title(title, loc="left", fontsize=11)
         handles, names = axes.get_legend_handles_labels()
-        found |= {
-            name: each for name, each in zip(names, handles, strict=True) if name not in found
-        }
-    figure.legend(
-        [found[name] for name in sorted(found)],
-        sorted(found),
-        loc="outside right center",
-        fontsize=9,
-    )
+        order = sorted(range(len(names)), key=lambda place: names[place])
+        figure.legend(
+            [handles[place] for place in order], [names[place] for place in order],
+            loc="outside right center", fontsize=9,
+        )  # fmt: skip
+        return save(figure, rows, path)
 
 
 def survival_map(runs: Iterable[tuple[IRPRun, dict[str, Tensor]]], path: Path, title: str) -> Path:
@@ -158,7 +133,7 @@ def layer_densities(run: IRPRun, path: Path, title: str) -> Path:
 
 @contextmanager
 def _canvas(size: tuple[float, float], title: str) -> Iterator[tuple[Any, Any]]:
-    """Give a figure of one map: no lines across it, nothing blurred."""
+    """Give a figure with one panel for a heat map, without grid lines."""
     with panels(size) as (figure, grid):
         axes = grid[0, 0]
         axes.grid(False)
@@ -166,12 +141,10 @@ def _canvas(size: tuple[float, float], title: str) -> Iterator[tuple[Any, Any]]:
         yield figure, axes
 
 
-def _draw_named(
-    axes: Any, runs: list[list[dict[str, Any]]], models: Sequence[str] | None = None
-) -> None:
+def _draw_named(axes: Any, runs: list[list[dict[str, Any]]]) -> None:
     """Colour and line style tell models apart, markers also the runs of one model."""
     heads = [run[0] for run in runs]
-    models = list(models or dict.fromkeys(head["model"] for head in heads))
+    models = list(dict.fromkeys(head["model"] for head in heads))
     for number, run in enumerate(runs):
         model = models.index(run[0]["model"])
         twin = sum(head["model"] == run[0]["model"] for head in heads[:number])
@@ -212,10 +185,10 @@ def _draw_many(axes: Any, runs: list[list[dict[str, Any]]]) -> None:
 
 def _bins(run: IRPRun, tensors: dict[str, Tensor], name: str) -> Tensor:
     """Return the bin of each value's rank by size, 0 to BINS - 1; equal ones share a mean rank."""
-    found = tensors.get(name)
-    if found is None or found.shape != run.survival[name].shape or not masks.is_finite(found):
+    values = tensors.get(name)
+    if values is None or values.shape != run.survival[name].shape or not masks.is_finite(values):
         raise UsageError(f"run {run.card['run_id']}: {name} has no finite gradient of its shape")
     _, place, count = (
-        found.detach().cpu().flatten().abs().unique(return_inverse=True, return_counts=True)
+        values.detach().cpu().flatten().abs().unique(return_inverse=True, return_counts=True)
     )
-    return ((2 * count.cumsum(0) - count) * BINS // (2 * found.numel()))[place]
+    return ((2 * count.cumsum(0) - count) * BINS // (2 * values.numel()))[place]

@@ -26,17 +26,14 @@ LABELS = {
     "accuracy": "Test accuracy against density: mean, and a band of one standard deviation.",
     "twins": "Every ticket with its twins. Where the shuffled twin is as good, only the layer "
     "densities were worth something.",
-    "comparison": "Every ticket with its twins. Where the shuffled twin is as good, only the "
-    "layer densities were worth something.",
     "cost": "What density buys: bytes of a trained ticket, and time of a training step "
     "(validation included).",
     "flops": "What accuracy costs: FLOPs of a whole training, each layer by its own density.",
     "layers": "How much each layer keeps, from input to output.",
     "levels": "Validation accuracy of every IRP run, level by level.",
     "survival": "Mean survival over the ranks of initial weight and gradient in the layer.",
-    "surface": "What AutoS has learned: predicted survival over weight and gradient.",
-    "calibration": "Predicted against true survival, on runs that AutoS has not seen.",
 }
+LABELS["comparison"] = LABELS["twins"]
 """Caption of a figure, by the end of its file's name."""
 MEANING = {
     "selection matters": "surely above its shuffled twin: which weights it keeps matters",
@@ -51,7 +48,7 @@ MEANING = {
 
 @dataclass
 class Page:
-    """What is put on the page, in this order."""
+    """The contents of a page, from top to bottom."""
 
     title: str
     summary: list[str]
@@ -81,11 +78,11 @@ def write(path: str | Path) -> Path:
 
 
 def _study(folder: Path, figures: list[Path]) -> Page:
-    found = drawing.report_of(folder)
-    rows, config = found["rows"], found["config"]
-    stopped = [f"{each['cell']}: after {each['epochs']} epochs" for each in found["stopped"]]
-    failed = [f"{cell}: {error}" for cell, error in found["failed"].items()]
-    counts = f"{len(found['results'])} cells finished"
+    report = drawing.report_of(folder)
+    rows, config = report["rows"], report["config"]
+    stopped = [f"{each['cell']}: after {each['epochs']} epochs" for each in report["stopped"]]
+    failed = [f"{cell}: {error}" for cell, error in report["failed"].items()]
+    counts = f"{len(report['results'])} cells finished"
     counts += f", {len(stopped)} stopped early" if stopped else ""
     counts += f", {len(failed)} failed" if failed else ""
     kind = "Comparison" if (folder / StudyConfig.report).is_file() else "Sweep"
@@ -97,7 +94,7 @@ def _study(folder: Path, figures: list[Path]) -> Page:
         [("Verdicts of the controls", _verdict_lines(rows)),
          ("Stopped early", stopped), ("Failed", failed)],
         [("Settings", config)],
-        _environment(found.get("versions", {})),
+        _environment(report.get("versions", {})),
     )  # fmt: skip
 
 
@@ -124,10 +121,15 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Return a line per sparsity: the best criterion by validation accuracy, or dense."""
     lines = []
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    contests: dict[str, set[str]] = {}
     for row in rows:
-        groups.setdefault((row.get("model", ""), row["sparsity"]), []).append(row)
-    for (model, sparsity), mine in groups.items():
+        groups.setdefault((row["contest"], row["sparsity"]), []).append(row)
+        contests.setdefault(row["model"], set()).add(row["contest"])
+    for (_, sparsity), mine in groups.items():
         best = max(mine, key=lambda row: row["validation_accuracy"])
+        model = best["model"] or ""
+        if len(contests[best["model"]]) > 1 and best["training"]:
+            model += f" ({best['training']})"
         what = f"{best['label']} is best" if best["label"] != "dense" else "dense"
         reached = f"{100 * best['accuracy']:.1f} ± {100 * best['spread']:.1f} % on the test split"
         name = f"{model} at " if model else "At "
@@ -137,19 +139,19 @@ def _best_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return a line per verdict: its meaning, and the criteria and sparsities it holds for."""
-    found: dict[str, dict[str, list[str]]] = {}
+    places_of: dict[str, dict[str, list[str]]] = {}
     several = len({row.get("model") for row in rows}) > 1
     for row in rows:
         if row["verdict"]:
             extra = [row["model"]] if several else []
             extra += [row["training"]] if row.get("training") else []
             name = row["label"] + (f" ({', '.join(extra)})" if extra else "")
-            mine = found.setdefault(row["verdict"], {}).setdefault(name, [])
+            mine = places_of.setdefault(row["verdict"], {}).setdefault(name, [])
             mine.append(f"{100 * row['sparsity']:g}")
     return [
         f"{verdict} ({MEANING[verdict]}): "
         + "; ".join(f"{name} at {', '.join(places)} %" for name, places in mine.items())
-        for verdict, mine in found.items()
+        for verdict, mine in places_of.items()
     ]
 
 

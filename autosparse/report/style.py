@@ -1,4 +1,4 @@
-"""The one style of all pictures: legible at column width, colour-blind safe, data as CSV beside."""
+"""The style of all figures: legible at column width, safe for the colour-blind, with their CSV."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from autosparse.core.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DENSE = "dense"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLOURS = {
     "autos": "#D55E00",
@@ -57,81 +58,23 @@ COLUMN = (5.6, 3.9)
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return colour, marker and line style of every name; known ones always look the same."""
-    found: dict[str, dict[str, Any]] = {}
+    look_of: dict[str, dict[str, Any]] = {}
     used = {COLOURS[name] for name in names if name in COLOURS}
     free = [colour for colour in OKABE_ITO if colour not in used] or list(OKABE_ITO)
     others = 0
     for name in names:
         if name in COLOURS:
             line = ":" if name in ("random", "uniform", "erk") else "-"
-            found[name] = {"color": COLOURS[name], "marker": MARKERS.get(name), "linestyle": line}
+            look_of[name] = {"color": COLOURS[name], "marker": MARKERS.get(name), "linestyle": line}
         else:
             line = "-" if others < len(free) else "--"
-            found[name] = {
+            look_of[name] = {
                 "color": free[others % len(free)],
                 "marker": OTHER_MARKERS[others % len(OTHER_MARKERS)],
                 "linestyle": line,
             }
             others += 1
-    return found
-
-
-def criterion_of(label: str) -> str:
-    """Return the criterion that a row's label is a variant of: autos_irp_100 -> autos_irp."""
-    known = sorted((each for each in COLOURS if label.startswith(each)), key=len)
-    return known[-1] if known else "short_irp" if label.startswith("short_") else label
-
-
-def spread(places: Sequence[float], apart: float) -> list[float]:
-    """Return the places moved as little as it takes for neighbours to be `apart`, in their order.
-
-    For labels beside the ends of lines: what is near each other is moved away from its middle.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(places)), key=lambda each: places[each]):
-        groups.append([index])
-        while len(groups) > 1 and _low(groups[-1], places, apart) < apart + _high(
-            groups[-2], places, apart
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    found = [0.0] * len(places)
-    for group in groups:
-        for rank, index in enumerate(group):
-            found[index] = _low(group, places, apart) + rank * apart
-    return found
-
-
-def _low(group: Sequence[int], places: Sequence[float], apart: float) -> float:
-    """Return where the lowest label of a group goes, so that its middle stays."""
-    return sum(places[index] for index in group) / len(group) - (len(group) - 1) * apart / 2
-
-
-def _high(group: Sequence[int], places: Sequence[float], apart: float) -> float:
-    return _low(group, places, apart) + (len(group) - 1) * apart
-
-
-def labels_beside(
-    axes: Any, items: Sequence[tuple[float, float, str, str]], apart: float = 0.05
-) -> None:
-    """Write labels right of the axes, each joined to its point by a thin line.
-
-    Args:
-        axes: with their limits set already.
-        items: (x, y, text, colour) of each point.
-        apart: least distance of labels, as a share of the axes' height.
-    """
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    height, log = top - bottom, axes.get_xscale() == "log"
-    outside = right * (right / left) ** 0.04 if log else right + 0.04 * (right - left)
-    for (x, y, text, colour), place in zip(
-        items, spread([y for _, y, _, _ in items], apart * height), strict=True
-    ):
-        axes.annotate(
-            text, (x, y), (outside, place), color=colour, fontsize=10, va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 5,
-                        "alpha": 0.6, "relpos": (0, 0.5)},
-        )  # fmt: skip
+    return look_of
 
 
 def order_of(name: str) -> tuple[int, str]:
@@ -164,6 +107,26 @@ def density_ticks(lowest: float) -> dict[str, list]:
         ticks = [tick for tick in ticks if tick in powers]
     ticks = ticks if len(ticks) > 2 else [lowest, (lowest + 1) / 2, 1.0]
     return {"ticks": ticks, "labels": [f"{100 * tick:.3g} %" for tick in ticks]}
+
+
+def dense_line(
+    axes: Any, rows: Sequence[dict[str, Any]], key: str, scale: float, spread: str | None = None
+) -> None:
+    """Draw what the dense model of a table reached as a line across, with a band of its spread.
+
+    Args:
+        axes: of one panel.
+        rows: a table's; nothing is drawn where none is dense.
+        key: what is drawn, times `scale`.
+        spread: its standard deviation's key.
+    """
+    for row in rows:
+        if row["label"] == DENSE:
+            middle, reach = scale * row[key], scale * row[spread] if spread else 0.0
+            axes.axhline(middle, color=COLOURS[DENSE], linestyle="--", linewidth=1.2, label=DENSE)
+            axes.axhspan(
+                middle - reach, middle + reach, color=COLOURS[DENSE], alpha=0.12, linewidth=0
+            )
 
 
 def density_axis(axes: Any, densities: Sequence[float]) -> None:

@@ -1,20 +1,30 @@
-"""Pictures of a sweep or comparison: accuracy, bytes and time against density; where layers thin.
+"""Figures of a sweep or comparison: accuracy, bytes and time, and densities of layers.
 
-A row says what a criterion reached at a sparsity, seeds taken together, with the keys label,
+A row holds means over seeds for a criterion at a sparsity, with the keys label,
 sparsity, seeds, accuracy, spread, checkpoint_bytes and step_seconds.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from autosparse.core.errors import UsageError
-from autosparse.report.style import COLUMN, LABELS, density_axis, looks, order_of, panels, save
+from autosparse.report.style import (
+    COLUMN,
+    DENSE,
+    LABELS,
+    dense_line,
+    density_axis,
+    looks,
+    order_of,
+    panels,
+    save,
+)
 
-DENSE, IRP = "dense", "irp"
+IRP = "irp"
 Row = dict[str, Any]
 KEYS = ("label", "sparsity", "seeds", "accuracy", "spread", "checkpoint_bytes", "step_seconds")
 
@@ -27,21 +37,10 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    sparse = _sparse(rows)
     with panels(COLUMN) as (figure, grid):
-        axes = grid[0, 0]
-        _dense_line(axes, rows, lambda row: (100 * row["accuracy"], 100 * row["spread"]))
-        for label, look, mine in _by_label(sparse):
-            density = [1 - row["sparsity"] for row in mine]
-            middle = [100 * row["accuracy"] for row in mine]
-            low = [100 * (row["accuracy"] - row["spread"]) for row in mine]
-            high = [100 * (row["accuracy"] + row["spread"]) for row in mine]
-            axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            width = 2.4 if label == IRP else 1.6
-            axes.plot(density, middle, **look, markersize=6, linewidth=width, label=_name(label))
-        density_axis(axes, [1 - row["sparsity"] for row in sparse])
-        axes.set_ylabel("test accuracy, %")
-        _legend_and_title(figure, axes, rows, title, "mean ± standard deviation")
+        _draw_labels(grid[0, 0], rows, "accuracy", 100, "spread")
+        grid[0, 0].set_ylabel("test accuracy, %")
+        _legend_and_title(figure, grid[0, 0], rows, title, "mean ± standard deviation")
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -53,19 +52,13 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    sparse = _sparse(rows)
     measures = (
         ("checkpoint_bytes", 1e-3, "checkpoint, kB"),
         ("step_seconds", 1e3, "training step, ms"),
     )
     with panels((7.2, 3.7), columns=2) as (figure, grid):
         for axes, (key, scale, name) in zip(grid[0], measures, strict=True):
-            _dense_line(axes, rows, lambda row, k=key, s=scale: (s * row[k], 0.0))
-            for label, look, mine in _by_label(sparse):
-                density = [1 - row["sparsity"] for row in mine]
-                values = [scale * row[key] for row in mine]
-                axes.plot(density, values, **look, markersize=5, linewidth=1.4, label=_name(label))
-            density_axis(axes, [1 - row["sparsity"] for row in sparse])
+            _draw_labels(axes, rows, key, scale)
             axes.set_ylim(bottom=0)
             axes.set_ylabel(name)
         _legend_and_title(figure, grid[0, 0], rows, title)
@@ -105,6 +98,33 @@ def accuracy_against_flops(rows: Sequence[Row], path: Path, title: str) -> Path:
         _legend_and_title(figure, axes, known, title, "mean ± standard deviation")
         keys = ("training", *KEYS, "training_flops")
         return save(figure, [{key: row[key] for key in keys} for row in known], path)
+
+
+def _draw_labels(
+    axes: Any, rows: Sequence[Row], key: str, scale: float, spread: str | None = None
+) -> None:
+    """Draw a line per label against density: a row's `key` times `scale`, in a band of `spread`."""
+    sparse = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
+    if not sparse:
+        raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
+    dense_line(axes, rows, key, scale, spread)
+    for label, look, mine in _by_label(sparse):
+        density = [1 - row["sparsity"] for row in mine]
+        if spread:
+            low, high = ([scale * (row[key] + sign * row[spread]) for row in mine]
+                         for sign in (-1, 1))  # fmt: skip
+            axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.plot(density, [scale * row[key] for row in mine], **look, markersize=5,
+                  linewidth=2.4 if label == IRP else 1.5, label=_name(label))  # fmt: skip
+    density_axis(axes, [1 - row["sparsity"] for row in sparse])
+
+
+def _by_label(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, Any], list[Row]]]:
+    """Yield (label, look, rows from dense to sparse) per label."""
+    labels = sorted({row["label"] for row in rows}, key=order_of)
+    for label, look in looks(labels).items():
+        mine = (row for row in rows if row["label"] == label)
+        yield label, look, sorted(mine, key=lambda row: row["sparsity"])
 
 
 def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
@@ -156,33 +176,6 @@ def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
         return save(figure, rows, path)
 
 
-def _sparse(rows: Sequence[Row]) -> list[Row]:
-    found = [row for row in rows if row["label"] != DENSE and row["sparsity"] > 0]
-    if not found:
-        raise UsageError("nothing sparse to draw: no cell of a criterion is finished")
-    return found
-
-
-def _by_label(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
-    """Return (label, look, rows from dense to sparse) per label."""
-    labels = sorted({row["label"] for row in rows}, key=order_of)
-    found = looks(labels)
-    return [
-        (label, found[label],
-         sorted((r for r in rows if r["label"] == label), key=lambda r: r["sparsity"]))
-        for label in labels
-    ]  # fmt: skip
-
-
-def _dense_line(axes: Any, rows: Sequence[Row], value: Any) -> None:
-    dense = next((row for row in rows if row["label"] == DENSE), None)
-    if dense is None:
-        return
-    middle, spread = value(dense)
-    axes.axhline(middle, color="#444444", linestyle="--", linewidth=1.2, label="dense")
-    axes.axhspan(middle - spread, middle + spread, color="#444444", alpha=0.12, linewidth=0)
-
-
 def _legend_and_title(
     figure: Any, axes: Any, rows: Sequence[Row], title: str, what: str = "mean"
 ) -> None:
@@ -206,12 +199,12 @@ def _shades(count: int) -> list[Any]:
 
 
 def _mean_densities(tickets: Iterable[Row]) -> list[Row]:
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    layers_of: dict[tuple[str, float], list[dict[str, float]]] = {}
     for ticket in tickets:
-        found.setdefault((ticket["label"], ticket["sparsity"]), []).append(ticket["layers"])
+        layers_of.setdefault((ticket["label"], ticket["sparsity"]), []).append(ticket["layers"])
     return [
         {"label": label, "sparsity": sparsity, "layer_number": number + 1, "layer": layer,
          "density": statistics.fmean(each[layer] for each in mine), "seeds": len(mine)}
-        for (label, sparsity), mine in sorted(found.items())
+        for (label, sparsity), mine in sorted(layers_of.items())
         for number, layer in enumerate(mine[0])
     ]  # fmt: skip

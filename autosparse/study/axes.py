@@ -1,6 +1,6 @@
 """Axes: dotted configuration keys, each with the values that a study tries.
 
-A point says a value for some keys, e.g. {"training.learning_rate": 0.01}. A key without a dot is
+A point gives some keys a value, e.g. {"training.learning_rate": 0.01}. A key without a dot is
 one of `training`. Criteria, sparsities, seeds, twins and models are axes with lists of their own.
 """
 
@@ -19,7 +19,7 @@ from autosparse.training.config import TrainingConfig
 Point = dict[str, Any]
 ROOTS = ("model", "data", "training", "scoring", "options", "scope", "allocation",
          "allocation_options", "guard", "units")  # fmt: skip
-"""Settings that make a cell what it is, so that its folder's name has them in it."""
+"""Settings that a cell's result depends on: they are part of its folder's hash."""
 TRAINING = [spec.name for spec in fields(TrainingConfig) if spec.metadata.get("identity", True)]
 
 

@@ -1,7 +1,7 @@
-"""Which trainings a config names: a cell for every ticket, for what is pruned now, or a dense one.
+"""The trainings that a config asks for: of tickets, of what it prunes itself, or dense.
 
 A cell is one ticket (or the dense model) with one training config. Its folder is named by the
-ticket's file and a hash of all that made it; `result.json` is written last.
+ticket's file and a hash of all that the result depends on; `result.json` is written last.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from autosparse.sparsity.ticket import Ticket
 from autosparse.study.config import SparseTrainConfig
 from autosparse.training.checks import check_whole
 from autosparse.training.steppers import Ranks, set_up
+from autosparse.training.topology.gradual import SCHEDULES
 from autosparse.training.topology.moving import METHODS
 
 RESULT = "result.json"
 SHAPE = ("num_classes", "in_chans", "image_size")
-"""What model and data must agree on."""
-NOTHING = (
+"""Settings in which a model and its data must agree."""
+NOTHING_TO_TRAIN = (
     "give tickets, or what to prune (--prune.criterion …), or a model to train dense "
     "(--model.name …)"
 )
@@ -106,6 +107,11 @@ def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
     check_whole(config.training, world_size)
     check_folder(config.out)
     config = settled(config)
+    if config.training.topology in SCHEDULES and (config.tickets or config.prune):
+        raise UsageError(
+            f"training.topology {config.training.topology} begins with the dense model; leave out "
+            "tickets and prune, and name the model"
+        )
     if config.tickets:
         if config.data is not None:
             sets.check_config(config.data)
@@ -122,7 +128,7 @@ def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
             )
         data, model = config.data or DataConfig(), config.model
     else:
-        raise UsageError(NOTHING)
+        raise UsageError(NOTHING_TO_TRAIN)
     built = pruning.check_model(model, data)
     if config.training.grad_checkpointing:
         set_up(built, config.training)
@@ -130,9 +136,9 @@ def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
 
 def _check_shapes(wanted: Any, data: DataConfig, what: str) -> None:
     """Raise UsageError if data do not fit a model, as far as their settings tell."""
-    found = sets.shape(data)
+    offered = sets.shape(data)
     for key in SHAPE:
-        mine, theirs = getattr(wanted, key, None), getattr(found, key)
+        mine, theirs = getattr(wanted, key, None), getattr(offered, key)
         if mine is not None and theirs is not None and mine != theirs:
             raise UsageError(
                 f"{what} has {key} {mine}, the data {data_name(plain(data))} {theirs}; set "
@@ -196,7 +202,7 @@ def _saved(
 
 def _dense_cell(config: SparseTrainConfig) -> Cell:
     if config.model is None:
-        raise UsageError(NOTHING)
+        raise UsageError(NOTHING_TO_TRAIN)
     data, seed = config.data or DataConfig(), config.seed or 0
     source = sets.load(data)
     model = zoo.create_for(source, config.model, seed)
@@ -219,10 +225,10 @@ def _cell(
 def _expand(patterns: list[str]) -> list[Path]:
     paths = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
-        if not found:
+        files = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
+        if not files:
             raise UsageError(f"no ticket matches {pattern}")
-        paths += [Path(each) for each in found]
+        paths += [Path(each) for each in files]
     return paths
 
 

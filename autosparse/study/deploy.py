@@ -17,9 +17,9 @@ def program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     """Return `model` as a program for batches of any size, of images like `images` [2, C, H, W]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.export.export(model, (images,), dynamic_shapes=({0: _batch()},))
-    found.example_inputs = None  # They would be pickled into the file.
-    return found
+        exported = torch.export.export(model, (images,), dynamic_shapes=({0: _batch()},))
+    exported.example_inputs = None  # They would be pickled into the file.
+    return exported
 
 
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
@@ -33,7 +33,7 @@ def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write ONNX from `images` [batch, C, H, W] to `logits`; the batch is free."""
     try:
-        found = torch.onnx.export(
+        exported = torch.onnx.export(
             model,
             (images,),
             input_names=["images"],
@@ -47,8 +47,8 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
             f"ONNX needs more packages: pip install onnx onnxscript ({error})"
         ) from None
     with replacing(path) as temporary:
-        if found is not None:
-            found.save(str(temporary))
+        if exported is not None:
+            exported.save(str(temporary))
 
 
 def _batch() -> torch.export.Dim:

@@ -1,4 +1,4 @@
-"""Out of autosparse: a trained ticket as a state dict (2:4, too), ONNX, smaller, or a ticket."""
+"""Writes a trained ticket as a state dict (2:4, too), ONNX, a smaller network, or a ticket."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def dense_model(ticket: Ticket) -> nn.Module:
     return densify(compact(zoo.from_recipe(ticket.card["model"]), ticket)).eval()
 
 
-def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> dict[str, Any]:
-    """Write a ticket in a format of `FORMATS`; return what is worth telling.
+def write(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> dict[str, Any]:
+    """Write a ticket in a format of `FORMATS`; return its size, and what it holds.
 
     dense: safetensors that `timm.create_model(…).load_state_dict` takes, and with which it gives
         the trained logits (UsageError where that cannot be); the card in its header.
@@ -72,7 +72,7 @@ def export(ticket: Ticket, kind: str, path: Path, *, slimmed: bool = False) -> d
 
 
 def _write(ticket: Ticket, kind: str, path: Path, slimmed: bool) -> dict[str, Any]:
-    """Write the file; return what is worth telling of how it was made."""
+    """Write the file; return `parameters` (before, after) where the network was slimmed."""
     told: dict[str, Any] = {}
     if kind == "ticket":
         ticket.save(path)
@@ -124,7 +124,7 @@ def _semi_structured(
 
 
 def _check_plain(model: nn.Module, name: str) -> None:
-    """Raise UsageError where timm's own model would not say what this one says.
+    """Raise UsageError where timm's own model would not give this one's logits.
 
     Networks that standardise their kernels (NFNet, BiT) take every filter's mean away, which turns
     pruned zeros into other numbers; here the kernel is masked again (see standardised.py). No
@@ -139,11 +139,11 @@ def _check_plain(model: nn.Module, name: str) -> None:
 
 
 def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give tied weights memory of their own, as safetensors asks for."""
+    """Give tied weights memory of their own: safetensors refuses tensors that share it."""
     seen: set[int] = set()
-    found = {}
+    untied = {}
     for name, tensor in state.items():
         address = tensor.data_ptr()
-        found[name] = tensor.clone() if address in seen else tensor
+        untied[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
-    return found
+    return untied

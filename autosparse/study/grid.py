@@ -1,4 +1,4 @@
-"""The cells of a study: one for every training, known again by its folder.
+"""The cells of a study: one for every training, each with a folder of its own.
 
 A cell is a dense network, a ticket or a twin of one, at a point of the study's axes. Its folder is
 named by a hash of all that makes it, so a study that was killed goes on with the same command, and
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from autosparse import criteria
-from autosparse.core.config import identity, run_id
+from autosparse.core.config import identity, plain, run_id
 from autosparse.core.files import read_json, write_json
 from autosparse.criteria import scoring
 from autosparse.criteria.pruning import DENSE
+from autosparse.data.config import DataConfig
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity import twins as controls
 from autosparse.study import axes
@@ -62,10 +63,28 @@ class StudyCell:
         return Path(self.config.out) / "cells" / self.key
 
     @property
+    def training(self) -> str:
+        """A hash of all that a training of the dense model depends on: nothing that prunes."""
+        config = self.config
+        return run_id(config.model, run_id(config.data), run_id(config.training), str(self.seed))
+
+    @property
     def ticket_key(self) -> str:
         """The name of the ticket, with a hash of all that makes it; twins share their ticket's."""
         own = replace(self, twin=TICKET)
         return f"{own.name}-{_hash(own, trained=False)}"
+
+    @property
+    def contest(self) -> str:
+        """A hash of the model and of the images that accuracies are measured on.
+
+        Cells of two contests are never held against each other.
+        """
+        data = self.config.data
+        measured = DataConfig(
+            data.name, data.root, data.image_size, validation_fraction=data.validation_fraction
+        )
+        return run_id(self.config.model, run_id(measured))
 
     @property
     def group(self) -> tuple[str, str, float, int]:
@@ -89,11 +108,20 @@ class StudyCell:
 
     def result(self) -> dict[str, Any]:
         """Return the result of a finished cell, with its place in the study."""
-        place = {
+        return {**read_json(self.folder / RESULT), **self.place}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What tells the cell from the others of the study, in words."""
+        config, settings = self.config, axes.shown(self.point)
+        if [each.name for each in config.models].count(config.model.name) > 1:
+            others = {key: each for key, each in plain(config.model).items() if key != "name"}
+            own = ", ".join(f"{key} {each}" for key, each in others.items() if each)
+            settings = ", ".join(each for each in (own, settings) if each)
+        return {
             "label": self.label, "twin": self.twin, "sparsity": self.sparsity, "cell": self.key,
-            "model": self.config.model.name, "training": axes.shown(self.point),
+            "model": config.model.name, "training": settings, "contest": self.contest,
         }  # fmt: skip
-        return {**read_json(self.folder / RESULT), **place}
 
     def history(self) -> list[dict[str, Any]]:
         """Return the epochs of a finished or stopped cell."""
@@ -110,10 +138,17 @@ class StudyCell:
 
 
 def cells(config: StudyConfig) -> Iterator[StudyCell]:
-    """Yield the cells of a grid: at every point all that the lists of criteria and twins say."""
+    """Yield the cells of a grid: at every point all that the lists of criteria and twins say.
+
+    A dense training comes once, at the first of the points that only prune otherwise.
+    """
+    dense = set()
     for model in range(len(models(config))):
         for point in axes.points(config):
-            yield from _cells_at(settled(config, model, point), point)
+            for cell in _cells_at(settled(config, model, point), point):
+                if cell.label != DENSE or cell.training not in dense:
+                    yield cell
+                dense.add(cell.training)
 
 
 def _cells_at(config: StudyConfig, point: Point) -> Iterator[StudyCell]:
@@ -138,7 +173,7 @@ def settled(config: StudyConfig, model: int, point: Point) -> StudyConfig:
     """Return the study with one of its models and the values of a point in place."""
     if config.executor == RAY:
         config = replace(config, device="cuda" if config.gpus_per_trial else "cpu")
-    return axes.at(replace(config, model=models(config)[model], models=[]), point)
+    return axes.at(replace(config, model=models(config)[model]), point)
 
 
 def _hash(cell: StudyCell, *, trained: bool) -> str:
@@ -165,14 +200,14 @@ def _hash(cell: StudyCell, *, trained: bool) -> str:
 
 
 def _beyond(config: StudyConfig, name: str, given: dict[str, Any]) -> list[str]:
-    """Return what else a ticket hangs on that is not as in the first version; [] if all is."""
-    found = {}
+    """Return what a ticket depends on beyond what the first version hashed; [] if nothing."""
+    beyond = {}
     if name == IRP:
         known = (*asked.irp_settled(config, 0.5, 0), *given)
         changed = identity(asked.irp_config(config, given, 0.5, 0))
-        found = {key: each for key, each in changed.items() if key not in known}
+        beyond = {key: each for key, each in changed.items() if key not in known}
     if config.units and name != DENSE:
-        found["units"] = config.units
+        beyond["units"] = config.units
     if config.allocation not in (None, scoring.UNIFORM):
-        found |= criteria.get(config.allocation).beyond(config.allocation_options)
-    return [str(sorted(found.items()))] if found else []
+        beyond |= criteria.get(config.allocation).beyond(config.allocation_options)
+    return [str(sorted(beyond.items()))] if beyond else []

@@ -1,4 +1,4 @@
-"""What the lists of a study say: criteria by their labels, sparsities, seeds, and how to select."""
+"""The lists of a study's settings: labels of criteria, sparsities, seeds; how masks are chosen."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def irp_config(
     for key in options:
         if key in settled:
             raise UsageError(f"options.irp.{key}: compare settles it itself")
-    found = from_plain(IRPConfig, {**settled, **options})
-    irp.check(found)
-    return found
+    run = from_plain(IRPConfig, {**settled, **options})
+    irp.check(run)
+    return run
 
 
 def irp_settled(config: StudyConfig, sparsity: float, seed: int) -> dict[str, Any]:
-    """Return what the study says about an IRP run, which options may not."""
+    """Return the settings of an IRP run that come from the study, and that options may not set."""
     return {
         "model": config.model,
         "data": config.data,

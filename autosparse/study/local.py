@@ -31,7 +31,7 @@ class Tracker(Protocol):
 def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None = None) -> None:
     """Train every cell that is not over; one that fails is written down, and the others go on.
 
-    So does one that cannot be: a criterion whose scores are not finite must not hold up the rest.
+    The same holds for a cell whose ticket cannot be made, e.g. of scores that are not finite.
     """
     todo = [cell for cell in planned if not cell.over]
     with Progress() as progress:

@@ -22,8 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autosparse.study.deploy import write_onnx
 
-ADDING = ("conv1d", "conv2d", "conv3d", "linear")
+WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
+"""Functions whose second argument is a weight that sparsity saves products with."""
 WARM_UPS = 2
+"""Calls before latencies count: the first ones allocate memory and choose kernels."""
 
 
 def costs(model: nn.Module, images: Tensor) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def layers(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
 
 
 class _Layers(TorchFunctionMode):
-    """Watches calls of layers, whatever calls them: modules, functions or a traced graph."""
+    """Counts the FLOPs of each weight, whoever calls its layer: a module, a function, a graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -79,16 +81,16 @@ class _Layers(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = function(*args, **(kwargs or {}))
+        output = function(*args, **(kwargs or {}))
         name = getattr(function, "_schema", None)
         name = name.name.rpartition("::")[2] if name else getattr(function, "__name__", "")
-        if name in ADDING and len(args) > 1 and isinstance(found, Tensor):
-            self._note(args[1], found)
-        return found
+        if name in WEIGHTED and len(args) > 1 and isinstance(output, Tensor):
+            self._note(args[1], output)
+        return output
 
-    def _note(self, weight: Tensor, found: Tensor) -> None:
+    def _note(self, weight: Tensor, output: Tensor) -> None:
         key = self.names.get(id(weight), f"computed weight {len(self.rows)}")
-        flops = 2 * found.numel() * weight[0].numel()
+        flops = 2 * output.numel() * weight[0].numel()
         kept = int(weight.count_nonzero())
         row = {"layer": key, "weights": weight.numel(), "nonzero": kept, "flops": 0}
         row = self.rows.setdefault(key, {**row, "flops_sparse": 0})
@@ -127,11 +129,11 @@ class _Live(TorchDispatchMode):
             for each in tree_leaves((args, kwargs or {}))
             if isinstance(each, Tensor)
         }
-        found = function(*args, **(kwargs or {}))
-        for each in tree_leaves(found):
+        outputs = function(*args, **(kwargs or {}))
+        for each in tree_leaves(outputs):
             if isinstance(each, Tensor) and each.untyped_storage()._cdata not in places:
                 self.watch(each)
-        return found
+        return outputs
 
 
 def file_bytes(model: nn.Module) -> dict[str, int]:
@@ -176,8 +178,8 @@ def latencies(
 ) -> dict[str, list[float]]:
     """Return milliseconds per call, by name; measured in turn (A B A B …) after two warm-ups.
 
-    What the processor spent on it (all threads together): what else the machine does changes that
-    little, and with one thread it is the latency of an idle machine.
+    Processor time of all threads together is taken, which other work on the machine changes
+    little; with one thread it is the latency of an idle machine.
     """
     taken: dict[str, list[float]] = {name: [] for name in runners}
     with torch.inference_mode():
@@ -209,9 +211,9 @@ def measured(
     rows = {name: {**costs(model, images), **file_bytes(model)} for name, model in models.items()}
     engines = {"torch": dict(models)}
     for name, model in models.items():
-        found = onnx_runner(model, images[:2])
-        if found is not None:
-            engines.setdefault("onnxruntime", {})[name], rows[name]["onnx_bytes"] = found  # type: ignore
+        onnx = onnx_runner(model, images[:2])
+        if onnx is not None:
+            engines.setdefault("onnxruntime", {})[name], rows[name]["onnx_bytes"] = onnx  # type: ignore
     for engine, runners in engines.items():
         for batch in batches:
             taken = latencies(runners, images[:batch], runs)
@@ -231,9 +233,9 @@ def _spread(times: list[float], first: list[float]) -> dict[str, Any]:
     return {"ms": middle, "quartiles": [low, high], "of_first": ratio}
 
 
-def table(found: dict[str, Any]) -> list[dict[str, Any]]:
+def table(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what `measured` found as a table: a row per figure, a column per network."""
-    rows = found["rows"]
+    rows = figures["rows"]
     keys = [key for key in next(iter(rows.values())) if key != "latency"]
     shown = [{"figure": key, **{n: row.get(key, "") for n, row in rows.items()}} for key in keys]
     for key in next(iter(rows.values()))["latency"]:

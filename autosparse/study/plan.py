@@ -1,4 +1,4 @@
-"""A study before it runs: which cells it has, what cannot be, and about what it costs."""
+"""A study before it runs: its cells, what is wrong with its settings, and its cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from autosparse.criteria import scoring
 from autosparse.criteria.pruning import DENSE, check_model
 from autosparse.data import sets
 from autosparse.irp import plan
+from autosparse.irp.config import IRPConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.study import axes, grid, labels, search
@@ -28,12 +29,12 @@ GRID, OPTUNA = SEARCHES = ("grid", "optuna")
 def cells(config: StudyConfig) -> list[StudyCell]:
     """Return the cells of a grid; of an Optuna search the dense ones and those it has begun."""
     check(config)
-    found = list(grid.cells(config))
+    planned = list(grid.cells(config))
     if config.search == OPTUNA:
-        found = [cell for cell in found if cell.label == DENSE]
-        found += [cell for part in search.parts(config) for cell in search.begun(config, *part)]
+        planned = [cell for cell in planned if cell.label == DENSE]
+        planned += [cell for part in search.parts(config) for cell in search.begun(config, *part)]
     unique: dict[str, StudyCell] = {}
-    for cell in found:
+    for cell in planned:
         unique.setdefault(cell.key, cell)
     return list(unique.values())
 
@@ -49,7 +50,7 @@ def left(config: StudyConfig, planned: list[StudyCell]) -> int:
 
 
 def check(config: StudyConfig) -> None:
-    """Raise UsageError for what cannot be, before anything is trained."""
+    """Raise UsageError for settings that are wrong, before anything is trained."""
     if config.executor not in EXECUTORS:
         raise unknown("executor", config.executor, EXECUTORS)
     if config.search not in SEARCHES:
@@ -88,11 +89,13 @@ def _check_asha(config: StudyConfig) -> None:
 
 
 def _settled(config: StudyConfig) -> list[StudyConfig]:
-    """Return the study at every point of its axes, for each of its models."""
+    """Return the study at every point that it may have, for each of its models.
+
+    Of a search, these are the points that differ from the study in one setting only.
+    """
+    points = search.offered(config) if config.search == OPTUNA else axes.points(config)
     return [
-        settled(config, model, point)
-        for model in range(len(models(config)))
-        for point in axes.points(config)
+        settled(config, model, point) for model in range(len(models(config))) for point in points
     ]
 
 
@@ -167,6 +170,6 @@ class _Cost:
                 dense, source, config.training, config.device, config.cpus_per_trial
             )
         name, options = labels.criterion_of(config, cell.label)
-        trainings = 1 + (options.get("levels", 6) + 1 if name == labels.IRP else 0)
+        trainings = 1 + (options.get("levels", IRPConfig.levels) + 1 if name == labels.IRP else 0)
         images = training_images(source.train, config.training)
         return images * trainings * self.per_image[key]

@@ -1,7 +1,7 @@
 """Cells that Optuna chooses: each begins with a file that says what was suggested.
 
-A search has a part for every model and sparsity; parts share nothing. What was begun is found in
-the folders of its cells, so a search that was killed goes on.
+Every model and sparsity is searched by itself (a part). Which suggestions were begun is read from
+the folders of their cells, so a search that was killed goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POINT = "point.json"
 
 
 def check(config: StudyConfig) -> None:
-    """Raise UsageError for a search that cannot be."""
+    """Raise UsageError for settings of a search that are wrong."""
     if config.twins:
         raise UsageError("search optuna takes no twins: controls are for the cells of a grid")
     if config.variations != [{}] or config.axes:
@@ -41,6 +41,15 @@ def check(config: StudyConfig) -> None:
             )
 
 
+def offered(config: StudyConfig) -> list[axes.Point]:
+    """Return a point for every choice of the space, and both ends of every range, one at a time."""
+    single: list[axes.Point] = [{}]
+    for key, values in config.space.items():
+        ends = values if isinstance(values, list) else [values["low"], values["high"]]
+        single += [{key: value} for value in ends]
+    return single
+
+
 def parts(config: StudyConfig) -> list[tuple[int, float]]:
     """Return (place of the model, sparsity) of every part."""
     return [
@@ -53,27 +62,27 @@ def parts(config: StudyConfig) -> list[tuple[int, float]]:
 def suggested(config: StudyConfig, model: int, sparsity: float, point: dict[str, Any]) -> StudyCell:
     """Return the cell of a suggestion: a label and values of settings.
 
-    The seed follows from the suggestion: the search must not pick lucky ones.
+    A hash of the suggestion chooses its seed, so that the search cannot select lucky seeds.
     """
     values = {key: value for key, value in point.items() if key != "label"}
-    found = settled(config, model, values)
-    seeds = labels.seeds(found)
+    whole = settled(config, model, values)
+    seeds = labels.seeds(whole)
     digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).digest()
     seed = seeds[digest[0] % len(seeds)]
-    return StudyCell(found, point["label"], labels.TICKET, sparsity, seed, values)
+    return StudyCell(whole, point["label"], labels.TICKET, sparsity, seed, values)
 
 
 def points(config: StudyConfig, model: int, sparsity: float) -> list[dict[str, Any]]:
     """Return the suggestions of a part that were begun, from their folders."""
     part = _part(config, model, sparsity)
-    found = []
+    written = []
     for path in sorted((Path(config.out) / "cells").glob(f"*/{POINT}")):
         record = read_json(path)
         if record["study"] == part:
             cell = suggested(config, model, sparsity, record["point"])
             if cell.folder == path.parent:
-                found.append(record["point"])
-    return found
+                written.append(record["point"])
+    return written
 
 
 def begun(config: StudyConfig, model: int, sparsity: float) -> list[StudyCell]:

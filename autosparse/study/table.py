@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ TITLE = "per cent; passes: of one image; cost: of one training"
 
 
 def placed(result: Result, batch_size: int | None = None) -> Result:
-    """Return the result of a ticket that no study planned, with a place in the table."""
-    place = {"label": result["criterion"], "twin": TICKET, "training": ""}
+    """Return the result of a ticket outside of any study with the keys that the table needs."""
+    place = {"label": result["criterion"], "twin": TICKET, "training": "", "contest": None}
     return {**place, "batch_size": batch_size, **result}
 
 
-def table(found: Iterable[StudyCell]) -> list[Row]:
+def table(cells: Iterable[StudyCell]) -> list[Row]:
     """Return the rows of a study's finished cells."""
-    finished = [cell for cell in found if cell.state == "finished"]
+    finished = [cell for cell in cells if cell.state == "finished"]
     groups: dict[tuple[str, str], list[StudyCell]] = {}
     for cell in finished:
         groups.setdefault((run_id(cell.config.model), str(cell.point)), []).append(cell)
@@ -51,21 +51,22 @@ def table(found: Iterable[StudyCell]) -> list[Row]:
     for (model, _), mine in groups.items():
         config = mine[0].config
         results = [
-            {**cell.result(), "batch_size": config.training.batch_size}
-            for cell in [*mine, *_also(mine, shared)]
+            {**each, "batch_size": config.training.batch_size}
+            for each in [*(cell.result() for cell in mine), *_also(mine, shared)]
         ]
         order = [DENSE, *labels(config), *BASELINES]
         made += [(names.index(model), row) for row in rows(results, order, config.twins)]
     return [row for _, row in sorted(made, key=lambda each: (each[0], each[1]["sparsity"]))]
 
 
-def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[StudyCell]:
-    """Yield the controls that are a group's too: trained once, as an axis does not concern them."""
-    known, place = {cell.key for cell in mine}, mine[0]
+def _also(mine: list[StudyCell], shared: list[StudyCell]) -> Iterator[Result]:
+    """Yield results of other groups' controls that are the same training in this group."""
+    known, first = {cell.key for cell in mine}, mine[0]
     for cell in shared:
-        moved = replace(cell, config=place.config, point=place.point)
-        if cell.key not in known and moved.key == cell.key:
-            yield moved
+        moved = replace(cell, config=first.config, point=first.point)
+        same = moved.training == cell.training if cell.label == DENSE else moved.key == cell.key
+        if cell.key not in known and same:
+            yield {**cell.result(), "training": moved.place["training"]}
 
 
 def rows(results: Sequence[Result], order: Sequence[str] = (), twins: Sequence[str] = ()) -> list:
@@ -96,12 +97,12 @@ def rows(results: Sequence[Result], order: Sequence[str] = (), twins: Sequence[s
 
 
 def _row(mine: list[Result]) -> Row:
-    """Return what one group of tickets reached."""
+    """Return the means of one group of tickets."""
     effective = [each["effective_density"] for each in mine
                  if each.get("effective_density") is not None]  # fmt: skip
     first = mine[0]
     return {
-        **{key: first[key] for key in ("model", "training", "label", "sparsity")},
+        **{key: first[key] for key in ("model", "training", "contest", "label", "sparsity")},
         "seeds": len(mine),
         "dead": dead(mine),
         **_accuracy([each["test_accuracy"] for each in mine]),
@@ -119,20 +120,20 @@ def _row(mine: list[Result]) -> Row:
 
 
 def _against(groups: dict[tuple, list[Result]], key: tuple, twins: Sequence[str]) -> Row:
-    """Return what the twins of a ticket say of it."""
+    """Return how a ticket compares with its twins, and the verdict."""
     *place, label, _, sparsity = key
     if label == DENSE or label in BASELINES:
         return {"twins": {}, "verdict": None}
 
     def of(label: str, twin: str) -> BySeed | None:
-        found = groups.get((*place, label, twin, sparsity))
-        return _by_seed(found) if found else None
+        theirs = groups.get((*place, label, twin, sparsity))
+        return _by_seed(theirs) if theirs else None
 
-    own, found = _by_seed(groups[key]), {}
+    own, twins_of = _by_seed(groups[key]), {}
     for twin in twins:
         theirs = of(label, twin) if twin in controls.TWINS else of(twin, TICKET)
         if theirs:
-            found[twin] = {
+            twins_of[twin] = {
                 **_accuracy(list(theirs.values())),
                 "ticket_minus_twin": paired(own, theirs),
             }
@@ -140,7 +141,7 @@ def _against(groups: dict[tuple, list[Result]], key: tuple, twins: Sequence[str]
     moved = "topology" in groups[key][0]
     others = {name: of(name, TICKET) for name in BASELINES} if moved else {}
     return {
-        "twins": found,
+        "twins": twins_of,
         "verdict": said,
         **({"beginning": beginning(own, others)} if moved else {}),
     }
@@ -150,9 +151,9 @@ def _by_seed(results: list[Result]) -> BySeed:
     return {each["seed"]: each["test_accuracy"] for each in results}
 
 
-def _accuracy(found: list[float]) -> dict[str, float]:
-    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-    return {"accuracy": statistics.fmean(found), "spread": spread}
+def _accuracy(accuracies: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return {"accuracy": statistics.fmean(accuracies), "spread": spread}
 
 
 def _mean(results: list[Result], key: str) -> float:
@@ -181,15 +182,15 @@ def mark(row: Row) -> str:
 # What is shown
 
 
-def show(found: Sequence[Row]) -> None:
+def show(made: Sequence[Row]) -> None:
     """Print the table."""
-    print_table(list(shown(found)), TITLE)
+    print_table(list(shown(made)), TITLE)
 
 
-def shown(found: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Yield the rows as they are printed; columns that say nothing are left out."""
-    lines = [_line(row) for row in found]
-    same = {key for key in ("model", "training") if len({row.get(key) for row in found}) < 2}
+def shown(made: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Yield the rows as they are printed, without columns in which all rows say the same."""
+    lines = [_line(row) for row in made]
+    same = {key for key in ("model", "training") if len({row.get(key) for row in made}) < 2}
     empty = {key for key in (lines[0] if lines else {})
              if all(line[key] in ("", "no twins") for line in lines)}  # fmt: skip
     for line in lines:
@@ -219,51 +220,50 @@ def _line(row: Row) -> dict[str, str]:
 
 def show_trainings(results: Iterable[Result]) -> None:
     """Print the table of tickets that were trained, with their sizes."""
-    found = rows([placed(each) for each in results])
+    made = rows([placed(each) for each in results])
     sizes = [
         {"parameters": f"{row['parameters']:,}", "kB": f"{row['checkpoint_bytes'] / 1e3:,.0f}",
          "seconds": f"{row['seconds']:.1f}"}
-        for row in found
+        for row in made
     ]  # fmt: skip
-    lines = [line | size for line, size in zip(shown(found), sizes, strict=True)]
+    lines = [line | size for line, size in zip(shown(made), sizes, strict=True)]
     print_table(lines, f"{TITLE}; seconds: of one training")
 
 
 # What is best, and what is written
 
 
-def best(found: Sequence[Row]) -> list[Row]:
-    """Return of each model, label and sparsity the row with the best validation accuracy."""
+def best(made: Sequence[Row]) -> list[Row]:
+    """Return the row with the best validation accuracy of each contest, label and sparsity."""
+    return _best(made, lambda row: (row["contest"], row["label"], row["sparsity"]))
+
+
+def best_results(results: Iterable[Result]) -> list[Result]:
+    """Return the best ticket's result of each contest and sparsity, by validation accuracy.
+
+    They are sorted by model and sparsity. Dense networks and twins do not compete.
+    """
+    tickets = [each for each in results if each["twin"] == TICKET and each["label"] != DENSE]
+    chosen = _best(tickets, lambda each: (each["contest"], each["sparsity"]))
+    return sorted(chosen, key=lambda each: (each["model"], each["sparsity"]))
+
+
+def _best(candidates: Iterable[Row], of: Callable[[Row], tuple]) -> list[Row]:
+    """Return the first row with the best validation accuracy of those that share `of`."""
     chosen: dict[tuple, Row] = {}
-    for row in found:
-        key = (row["model"], row["label"], row["sparsity"])
-        if key not in chosen or row["validation_accuracy"] > chosen[key]["validation_accuracy"]:
-            chosen[key] = row
+    for row in candidates:
+        before = chosen.setdefault(of(row), row)
+        if row["validation_accuracy"] > before["validation_accuracy"]:
+            chosen[of(row)] = row
     return list(chosen.values())
 
 
-def best_results(results: Iterable[Result]) -> dict[tuple[str, float], Result]:
-    """Return (model, sparsity) -> the best ticket's result, by validation accuracy.
-
-    Dense networks and twins do not compete.
-    """
-    chosen: dict[tuple[str, float], Result] = {}
-    for result in results:
-        key = (result["model"], result["sparsity"])
-        if result["twin"] == TICKET and result["label"] != DENSE and (
-            key not in chosen
-            or result["validation_accuracy"] > chosen[key]["validation_accuracy"]
-        ):  # fmt: skip
-            chosen[key] = result
-    return dict(sorted(chosen.items()))
-
-
-def write_report(config: StudyConfig, made: Sequence[Row], found: Sequence[StudyCell]) -> Path:
+def write_report(config: StudyConfig, made: Sequence[Row], cells: Sequence[StudyCell]) -> Path:
     """Write settings, table, every result without its history, and what is missing, as JSON."""
     path = Path(config.out) / config.report
     results = [
         {key: value for key, value in cell.result().items() if key != "history"}
-        for cell in found if cell.state == "finished"
+        for cell in cells if cell.state == "finished"
     ]  # fmt: skip
     write_json(path, {
         "config": plain(replace(config, out="")),
@@ -271,9 +271,9 @@ def write_report(config: StudyConfig, made: Sequence[Row], found: Sequence[Study
         "results": results,
         "stopped": [
             {"cell": cell.key, "epochs": len(cell.history())}
-            for cell in found if cell.state == "stopped"
+            for cell in cells if cell.state == "stopped"
         ],
-        "failed": {cell.key: cell.error() for cell in found if cell.state == "failed"},
+        "failed": {cell.key: cell.error() for cell in cells if cell.state == "failed"},
         "versions": library_versions(),
     })  # fmt: skip
     return path

@@ -69,7 +69,7 @@ def _make(cell: StudyCell, source: DataSource) -> tuple[Ticket, Ticket]:
     )
     ticket = pruning.choose(model, scored, card)
     scores = scored.scores
-    if scored.masks is not None:  # A choice ranks nothing: draw from what it left out.
+    if scored.masks is not None:  # No scores: the inverted twin is drawn from what was pruned.
         chosen = {name: mask.cpu() for name, mask in scored.masks.items()}
         scores = controls.survival_scores(chosen, cell.seed)
     return ticket, controls.inverted_twin(ticket, model, scores)
@@ -79,7 +79,7 @@ def _make_by_irp(
     cell: StudyCell, options: dict[str, Any], source: DataSource
 ) -> tuple[Ticket, Ticket]:
     settings = irp_config(cell.config, options, cell.sparsity, cell.seed)
-    run = read_run(irp.run_irp(settings, wait=True))  # Other cells may need it as well.
+    run = read_run(irp.run_irp(settings, wait=True))  # Another cell may be making the same run.
     ticket = run.ticket(run.levels)
     model = _start(cell, ticket, source)
     shape = (source.in_chans, source.image_size, source.image_size)

@@ -1,6 +1,6 @@
-"""Train cells: each into its folder, finished ones found and not trained again.
+"""Train cells, each into its own folder; a cell whose result is there is not trained again.
 
-One process at a time is at a cell. Where there are several ranks, rank 0 looks on disk and tells.
+A claim keeps other processes out of a cell. Of several ranks, only rank 0 reads and writes files.
 """
 
 from __future__ import annotations
@@ -39,23 +39,22 @@ from autosparse.training.loop import (
     training_images,
 )
 from autosparse.training.steppers import Epoch, Ranks, Stepper
-from autosparse.training.topology.base import STATIC
 
 TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"
 SETTINGS = "settings.json"
-"""What a training was told, and where it ran, at its last start."""
+"""The settings of a training and the machine it ran on, of its last start."""
 MakeStepper = Callable[[nn.Module, int], Stepper]
 """(compact model on its device, steps per epoch) -> Stepper."""
 
 
 def unsent(cell: Cell) -> bool:
-    """Whether the observer has metrics or files that it could not send yet."""
+    """Whether metrics or files of a cell wait to be sent to MLflow."""
     return (cell.folder / UNSENT).is_file()
 
 
 class Observer(Protocol):
-    """Is told how trainings go; see integrations/mlflow.py."""
+    """What logs trainings; see integrations/mlflow.py."""
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None: ...
 
@@ -174,6 +173,7 @@ class _Training:
             if on_epoch:
                 on_epoch(epoch)
 
+        # 131 is above the number of ranks that is usual, so that cells and ranks differ in seed.
         with seeded(cell.seed * 131 + ranks.rank), _told(self.observer, cell):
             history = fit(
                 stepper,
@@ -296,7 +296,7 @@ def _result(
 
 
 def _after_moving(ticket: Ticket) -> Ticket:
-    """Return the ticket with a card that speaks of its last masks, not of those it began with."""
+    """Return a ticket whose masks have moved with a card that describes its last masks."""
     recipe, card = ticket.card["model"], dict(ticket.card)
     for key in ("live", "effective_density", "dead", "paths"):
         card.pop(key, None)
@@ -311,8 +311,9 @@ def _finish(
 ) -> None:
     path = cell.folder / TRAINED
     trained = {key: value for key, value in result.items() if key != "history"}
-    ticket = Ticket.from_compact(model, cell.ticket, cell.ticket.card, state)
-    if config.training.topology != STATIC and "topology" in ticket.card:  # Dense: nothing moved.
+    card = {key: value for key, value in cell.ticket.card.items() if key != "topology"}
+    ticket = Ticket.from_compact(model, cell.ticket, card, state)
+    if "topology" in ticket.card:
         ticket = _after_moving(ticket)
         changed = {
             "sparsity": round(ticket.card["sparsity"], 6),

@@ -13,8 +13,8 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.autos_figures import frontier
-from autosparse.report.style import COLOURS, LABELS, labels_beside, looks, panels, save
+from autosparse.report.style import COLOURS, LABELS, looks, panels, save
+from benchmarks.frontier import frontier, labels_beside
 from docs.generate.results import RESNET, read
 
 DOCS = Path(__file__).parents[1]

@@ -36,13 +36,13 @@ def test_a_command_says_one_line_each_and_leaves_others_warnings_alone() -> None
 
 
 def test_torchs_word_on_deepspeeds_calls_is_left_out_and_nothing_else() -> None:
-    from autosparse.integrations import deepspeed
+    from autosparse.integrations import deepspeed_ranks
 
     module = "torch.distributed.c10d_logger"
     theirs = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another instead."
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        deepspeed._silence()
+        deepspeed_ranks.silence()
         for text, category, where in (
             (theirs, FutureWarning, module),
             (

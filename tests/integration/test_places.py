@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from autosparse.integrations import deepspeed
+from autosparse.integrations import deepspeed, deepspeed_ranks
 from autosparse.study.config import DeepSpeedConfig, SparseTrainConfig
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import Ranks
@@ -25,7 +25,7 @@ def test_a_rank_takes_one_of_the_gpus_that_it_sees(
     monkeypatch.delenv(OPENMPI, raising=False)
     if openmpi:
         monkeypatch.setenv(OPENMPI, local)
-    assert deepspeed.own_gpu(visible) == f"cuda:{expected}"
+    assert deepspeed_ranks.own_gpu(visible) == f"cuda:{expected}"
     assert os.environ["LOCAL_RANK"] == expected
     assert os.environ.get(OPENMPI) == (expected if openmpi else None)
 
@@ -35,7 +35,7 @@ def test_a_rank_takes_one_of_the_gpus_that_it_sees(
 def test_gradients_are_sent_meanwhile_on_several_gpus(
     monkeypatch: pytest.MonkeyPatch, asked: bool, gpu: bool, ranks: int
 ) -> None:
-    monkeypatch.setattr(deepspeed, "_on_gpu", lambda: gpu)
+    monkeypatch.setattr(deepspeed, "on_gpu", lambda: gpu)
     config = SparseTrainConfig(
         training=TrainingConfig(batch_size=8), deepspeed=DeepSpeedConfig(2, overlap_comm=asked)
     )

@@ -177,15 +177,15 @@ def test_only_a_better_version_of_the_same_kind_is_promoted(added: list[dict], f
         promotion.promote(NAME, elsewhere)
     with pytest.raises(UsageError, match="has no speed"):
         promotion.promote(NAME, worse, metric="speed")
-    assert registry.alias_of(NAME, "champion") == 2
+    assert promotion.alias_of(NAME, "champion") == 2
     better = challenger(folder, "0.99")
-    registry.set_alias(NAME, "challenger", better)
+    promotion.set_alias(NAME, "challenger", better)
     assert "0.99 against" in promotion.promote(NAME, better)
-    assert registry.alias_of(NAME, "champion") == better
-    assert registry.alias_of(NAME, "challenger") is None
-    assert registry.alias_of(NAME, "former-champion") == 2
+    assert promotion.alias_of(NAME, "champion") == better
+    assert promotion.alias_of(NAME, "challenger") is None
+    assert promotion.alias_of(NAME, "former-champion") == 2
     assert "forced" in promotion.promote(NAME, worse, force=True)
-    assert registry.alias_of(NAME, "champion") == worse
+    assert promotion.alias_of(NAME, "champion") == worse
     promotion.promote(NAME, 2, force=True)
 
 

@@ -9,7 +9,7 @@ import pytest
 from autosparse.core.errors import RunFailed
 from autosparse.core.files import read_json
 from autosparse.integrations import registry, studies
-from autosparse.integrations.mlflow import RUN_FILE, client, found_or_made
+from autosparse.integrations.mlflow import client
 from autosparse.study import plan, table
 from autosparse.study.trainings import RESULT
 from tests.study.small import comparison
@@ -46,30 +46,6 @@ def test_a_comparison_goes_on_after_a_failure_and_its_best_is_registered(
     assert [(row["model"], row["aliases"]) for row in rows] == [
         ("test_byobnet-sparse", "champion, sparsity-50")
     ]
-
-
-def test_runs_that_an_earlier_version_made_are_the_cells(tmp_path: Path, database: Path):
-    """A comparison's cells had runs that their folders name, without a tag of the cell."""
-    settings = comparison(
-        tmp_path / "out", criteria=["magnitude"], seeds=[0], twins=[], tracking=False
-    )
-    done = studies.run(settings)
-    found, experiment = client(done.folder)
-    parent, _ = found_or_made(found, experiment, done.folder, "compare", {})
-    for cell in done.cells:
-        tags = {"mlflow.parentRunId": parent}
-        run, _ = found_or_made(found, experiment, cell.folder, cell.name, tags)
-        found.set_terminated(run)
-    before = len(found.search_runs([experiment]))
-    again = studies.run(comparison(
-        tmp_path / "out", criteria=["magnitude"], seeds=[0], twins=[], tracking=True
-    ))  # fmt: skip
-    assert len(again.found) == 2
-    runs = found.search_runs([experiment])
-    assert len(runs) == before == 3
-    for cell in again.cells:
-        run = found.get_run(read_json(cell.folder / RUN_FILE)["run_id"])
-        assert run.data.tags["cell"] == cell.key
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""AutoS's pictures: the surface of a network made by hand, and a calibration worked out by hand."""
+"""AutoS's figures: the surface of a network made by hand, and a calibration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from autosparse.autos.network import AutoS
-from autosparse.core.errors import UsageError
-from autosparse.corpus.store import Corpus, write_run
 from autosparse.report import autos_figures
-from tests.conftest import tiny_run
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -53,39 +50,11 @@ def test_the_surface_of_papers_features_goes_around_their_mean(tmp_path: Path):
     assert float(rows[0]["predicted_survival"]) == pytest.approx((0.5 - 2.0) / 0.5)
 
 
-def test_calibration_takes_weights_in_order_of_prediction(tmp_path: Path):
-    guess = torch.arange(40.0).flip(0)
-    truth = (guess >= 20).float()
-    path = autos_figures.calibration([("m", guess, truth)], tmp_path / "c.png", "t")
-    rows = rows_of(path)
-    assert len(rows) == autos_figures.GROUPS
-    assert [float(row["predicted"]) for row in rows] == [2 * n + 0.5 for n in range(20)]
-    assert [float(row["true"]) for row in rows] == [0.0] * 10 + [1.0] * 10
-
-
-def test_another_corpus_is_refused(tmp_path: Path):
-    write_run(tmp_path / "run1", tiny_run("run1"))
-    network = linear("paper", {})
-    network.card = {"held_out": ["run7"], "config": {"rows_per_run": 10}}
-    with pytest.raises(UsageError, match="run7 is not there"):
-        autos_figures.predictions(network, Corpus(tmp_path))
-
-
-def test_odds_calibration(tmp_path: Path) -> None:
+def test_calibration(tmp_path: Path) -> None:
     rows = [
         {"predicted": 0.0, "alive": 0.01, "weights": 5},
         {"predicted": 0.5, "alive": 0.4, "weights": 7},
         {"predicted": 1.0, "alive": 1.0, "weights": 2},
     ]
-    found = rows_of(autos_figures.odds_calibration(rows, tmp_path / "c.png", "made up"))
+    found = rows_of(autos_figures.calibration(rows, tmp_path / "c.png", "made up"))
     assert [row["weights"] for row in found] == ["5", "7", "2"]
-
-
-def test_frontier(tmp_path: Path) -> None:
-    rows = [
-        {"label": "dense", "accuracy": 0.6, "spread": 0.0, "cost_share": 0.0},
-        {"label": "erk", "accuracy": 0.5, "spread": 0.01, "cost_share": 0.0},
-        {"label": "autos_irp", "accuracy": 0.55, "spread": 0.02, "cost_share": 0.05},
-    ]
-    found = rows_of(autos_figures.frontier(rows, tmp_path / "f.png", "made up"))
-    assert [row["label"] for row in found] == ["dense", "erk", "autos_irp"]

@@ -12,19 +12,15 @@ from autosparse.cli import verbs
 from autosparse.cli.arguments import guarded
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
-from autosparse.criteria.pruning import prune
 from autosparse.data.sets import DataSource
 from autosparse.irp.run import run_irp
 from autosparse.models.config import ModelConfig
 from autosparse.report import drawing
 from autosparse.report import page as report
 from autosparse.study import local, plan, table
-from autosparse.study.cells import cells
-from autosparse.study.config import SparseTrainConfig, SweepConfig
-from autosparse.study.trainings import train_cell
-from autosparse.training.steppers import PlainStepper
-from tests.conftest import QUICK, SMALL_DIGITS, make_model, quick_irp
-from tests.study.small import comparison
+from autosparse.study.config import SweepConfig
+from tests.conftest import QUICK, SMALL_DIGITS, quick_irp
+from tests.study.small import comparison, result, sweep
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +95,27 @@ def test_a_comparison_has_its_page_too(tmp_path: Path, digits: DataSource):
     assert (tmp_path / "comparison.png").is_file()
 
 
+def test_models_of_one_name_have_figures_and_lines_of_their_own(tmp_path: Path):
+    models = [ModelConfig("test_byobnet"), ModelConfig("test_byobnet", exclude=["head"])]
+    config = sweep(tmp_path, models=models, criteria=["magnitude"], sparsities=[0.5], seeds=[0])
+    planned = plan.cells(config)
+    for number, cell in enumerate(planned):
+        result(cell, 0.5 + number / 10)
+    table.write_report(config, table.table(planned), planned)
+    names = [path.name for path in drawing.draw(tmp_path)]
+    first, second = planned[0].contest, planned[2].contest
+    assert names == [
+        f"test_byobnet-{contest}-{kind}.png"
+        for contest in (first, second) for kind in ("accuracy", "cost")
+    ]  # fmt: skip
+    lines = report._best_lines(drawing.report_of(tmp_path)["rows"])
+    assert [line.partition(":")[0] for line in lines] == [
+        "test_byobnet at 0 % sparsity", "test_byobnet at 50 % sparsity",
+        "test_byobnet (exclude ['head']) at 0 % sparsity",
+        "test_byobnet (exclude ['head']) at 50 % sparsity",
+    ]  # fmt: skip
+
+
 def test_a_corpus_has_its_page_too(tmp_path: Path):
     run_irp(quick_irp(str(tmp_path)))
     page = Page(report.write(tmp_path).read_text())
@@ -106,21 +123,16 @@ def test_a_corpus_has_its_page_too(tmp_path: Path):
     assert "1 finished IRP runs" in page.text and "test_byobnet" in page.text
 
 
-def test_figures_of_a_quickstart_are_drawn_from_what_it_trained(tmp_path: Path, digits: DataSource):
-    for criterion, sparsity in (("dense", 0.0), ("random", 0.8)):
-        ticket = prune(make_model(), digits, criterion, sparsity)
-        ticket.save(tmp_path / "tickets" / f"{criterion}.safetensors")
-    settings = SparseTrainConfig(
-        str(tmp_path / "tickets" / "*"), training=QUICK, out=str(tmp_path / "trained")
-    )
-    for cell in cells(settings):
-        train_cell(
-            cell, settings, digits, lambda model, steps: PlainStepper(model, QUICK, steps),
-            device="cpu",
-        )  # fmt: skip
+def test_figures_of_a_quickstart_are_drawn_from_its_study(tmp_path: Path, digits: DataSource):
+    config = comparison(tmp_path / "study", criteria=["magnitude"], seeds=[0], twins=[])
+    planned = plan.cells(config)
+    for cell in planned:
+        local.run_cell(cell, digits)
+    table.write_report(config, table.table(planned), planned)
     names = [str(path.relative_to(tmp_path)) for path in drawing.draw(tmp_path)]
     assert names == [
-        "accuracy.png", "figures/accuracy.png", "figures/cost.png", "figures/layers.png",
+        "accuracy.png", "study/figures/accuracy.png", "study/figures/cost.png",
+        "study/figures/layers.png",
     ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def expected(ticket, images) -> np.ndarray:
 
 
 def test_dense_loads_into_timm(ticket, images, expected, tmp_path):
-    exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+    exporting.write(ticket, "dense", tmp_path / "x.safetensors")
     model = timm.create_model("test_byobnet", num_classes=10, in_chans=1)
     model.load_state_dict(load_file(tmp_path / "x.safetensors"))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_dense_loads_into_timm(ticket, images, expected, tmp_path):
 
 def test_onnx_gives_the_same_for_any_batch(ticket, images, expected, tmp_path):
     reference = pytest.importorskip("onnx.reference")
-    exporting.export(ticket, "onnx", tmp_path / "x.onnx")
+    exporting.write(ticket, "onnx", tmp_path / "x.onnx")
     found = reference.ReferenceEvaluator(str(tmp_path / "x.onnx"))
     for count in (1, 3):
         (logits,) = found.run(None, {"images": images[:count].numpy()})
@@ -61,7 +61,7 @@ def test_onnx_gives_the_same_for_any_batch(ticket, images, expected, tmp_path):
 
 
 def test_a_ticket_stays_the_same(ticket, tmp_path):
-    exporting.export(ticket, "ticket", tmp_path / "x.safetensors")
+    exporting.write(ticket, "ticket", tmp_path / "x.safetensors")
     assert Ticket.load(tmp_path / "x.safetensors").content_hash == ticket.content_hash
 
 
@@ -75,9 +75,9 @@ def test_the_verb_writes_beside_the_ticket(ticket, tmp_path, capsys):
 def test_two_do_not_write_one_file(ticket, tmp_path):
     with holder(tmp_path, "x.safetensors.claim") as process:
         with pytest.raises(UsageError, match=rf"x\.safetensors is being .* process {process.pid} "):
-            exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+            exporting.write(ticket, "dense", tmp_path / "x.safetensors")
         assert not (tmp_path / "x.safetensors").exists()
-    exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+    exporting.write(ticket, "dense", tmp_path / "x.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -98,14 +98,14 @@ def standardised(digits) -> Ticket:
 
 def test_what_timms_own_model_cannot_say_is_refused(standardised, tmp_path):
     with pytest.raises(UsageError, match=r"test_nfnet standardises .* \(first at \S+\); use --fo"):
-        exporting.export(standardised, "dense", tmp_path / "x.safetensors")
+        exporting.write(standardised, "dense", tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_where_whole_filters_are_kept_timms_own_model_says_it(standardised, images, tmp_path):
     masks = {name: torch.ones_like(mask) for name, mask in standardised.masks.items()}
     ticket = Ticket.from_model(make_model("test_nfnet"), masks, standardised.card)
-    exporting.export(ticket, "dense", tmp_path / "x.safetensors")
+    exporting.write(ticket, "dense", tmp_path / "x.safetensors")
     plain = make_model("test_nfnet", seed=3)
     plain.load_state_dict(load_file(tmp_path / "x.safetensors"))
     with torch.no_grad():

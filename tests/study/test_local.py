@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from autosparse.cli import studies
 from autosparse.cli.arguments import guarded, parse
-from autosparse.cli.verbs import compare_tickets
 from autosparse.core import locks
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json
@@ -30,7 +30,7 @@ from tests.study.small import comparison
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     settings = comparison(tmp_path_factory.mktemp("comparison") / "out")
-    compare_tickets(settings)
+    studies.run(settings)
     return settings
 
 
@@ -59,7 +59,7 @@ def test_finished_cells_are_not_trained_again(done: StudyConfig, monkeypatch):
 
     monkeypatch.setattr(local, "train_cell", fail)
     monkeypatch.setattr(scoring, "score", fail)
-    compare_tickets(done)
+    studies.run(done)
 
 
 def test_a_cell_that_is_gone_is_the_only_one_that_is_trained(done: StudyConfig, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_cell_that_is_gone_is_the_only_one_that_is_trained(done: StudyConfig, 
         "train_cell",
         lambda cell, *a, **k: trained.append(cell.name) or real(cell, *a, **k),
     )
-    compare_tickets(done)
+    studies.run(done)
     assert trained == [cell.name]
     assert read_json(path)["test_accuracy"] == before["test_accuracy"]
 
@@ -91,7 +91,7 @@ def test_twins_have_the_tickets_budget_and_seed(done: StudyConfig):
 
 
 def test_the_table_fits_a_terminal(done: StudyConfig, capsys):
-    compare_tickets(done)
+    studies.run(done)
     table = capsys.readouterr().out
     assert max(len(line) for line in table.splitlines() if "│" in line) <= 120
     assert "…" not in table
@@ -105,7 +105,7 @@ def test_irp_is_the_reference(tmp_path: Path, digits: DataSource):
             "late": {"criterion": "irp", "levels": 1, "rewind_steps": 2},
         },
     )  # fmt: skip
-    compare_tickets(settings)
+    studies.run(settings)
     report = json.loads((tmp_path / "comparison.json").read_text())
     rows = {row["label"]: row for row in report["rows"]}
     # Level 0 is trained once: 3 steps of 100 images.
@@ -143,7 +143,7 @@ def test_the_dense_cells_of_a_study_have_no_topology_to_move(tmp_path: Path):
     settings = comparison(
         tmp_path / "out", criteria=["snip"], seeds=[0], twins=[], training=training
     )
-    compare_tickets(settings)
+    studies.run(settings)
     found = {each["label"]: each for each in read_json(tmp_path / "out/comparison.json")["results"]}
     assert "topology" not in found["dense"]
     assert [each["step"] for each in found["snip"]["topology"]["updates"]] == [1, 2], "of 3"
@@ -160,7 +160,7 @@ def test_a_cell_that_cannot_be_does_not_hold_up_the_others(tmp_path: Path, monke
 
     monkeypatch.setattr(tickets.scoring, "score", refuse)
     with pytest.raises(RunFailed, match="1 of 3 cells failed: snip-50"):
-        compare_tickets(settings)
+        studies.run(settings)
     report = read_json(tmp_path / "out/comparison.json")
     assert [each["label"] for each in report["results"]] == ["dense", "magnitude"]
     assert list(report["failed"].values()) == ["snip: the scores of stem are not finite"]
@@ -203,7 +203,7 @@ def test_cells_that_need_one_ticket_make_it_once(tmp_path: Path, digits, monkeyp
 def test_a_second_comparison_in_the_folder_is_told_of_the_first(tmp_path: Path):
     with holder(tmp_path / "out") as process:
         with pytest.raises(UsageError, match=f"being worked on by process {process.pid} "):
-            compare_tickets(comparison(tmp_path / "out"))
+            studies.run(comparison(tmp_path / "out"))
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["claim.lock"]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from autosparse.core.files import read_json, write_json
-from autosparse.report import figures
+from autosparse.models.config import ModelConfig
 from autosparse.study import grid, plan, table
 from tests.study.small import result, sweep
 
@@ -48,18 +46,6 @@ def test_the_table_shows_mean_and_spread(capsys: pytest.CaptureFixture) -> None:
     assert re.search("│ +90 │", shown)
 
 
-def test_the_figure_has_its_data_beside_it(tmp_path: Path) -> None:
-    rows = table.rows([table.placed(each) for each in RESULTS])
-    path = figures.accuracy_against_sparsity(rows, tmp_path / "a.png", "title")
-    with Image.open(path) as image:
-        assert min(image.size) > 400
-        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
-    with (tmp_path / "a.csv").open() as file:
-        written = list(csv.DictReader(file))
-    assert [row["label"] for row in written] == ["dense", "snip", "erk"]
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "a.png"]
-
-
 def test_table_and_best_take_variations_apart(tmp_path: Path):
     settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5],
                       variations=[{}, {"learning_rate": 0.01}])  # fmt: skip
@@ -83,6 +69,48 @@ def test_table_and_best_take_variations_apart(tmp_path: Path):
     ]  # fmt: skip
     shown = list(table.shown(rows))
     assert "training" in shown[0] and "model" not in shown[0] and "verdict" not in shown[0]
+
+
+def test_models_of_one_name_and_other_data_are_no_rivals(tmp_path: Path):
+    models = [ModelConfig("test_byobnet"), ModelConfig("test_byobnet", exclude=["head"])]
+    settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0], models=models,
+                     axes={"data.name": ["digits", "mnist"]})  # fmt: skip
+    found = plan.cells(settings)
+    assert len(found) == 2 * 2 * 2
+    for cell in found:
+        result(cell, 0.6 + 0.2 * (cell.config.model == models[1]))
+    rows = table.table(found)
+    assert len({row["contest"] for row in rows}) == 4
+    snip = [row for row in table.best(rows) if row["label"] == "snip"]
+    assert [(row["accuracy"], row["training"]) for row in snip] == [
+        (0.6, "data.name digits"), (0.6, "data.name mnist"),
+        (0.8, "exclude ['head'], data.name digits"), (0.8, "exclude ['head'], data.name mnist"),
+    ]  # fmt: skip
+    best = table.best_results([cell.result() for cell in found])
+    assert sorted(each["test_accuracy"] for each in best) == [0.6, 0.6, 0.8, 0.8]
+
+
+def test_ways_to_augment_one_data_set_are_rivals(tmp_path: Path):
+    settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0],
+                     axes={"data.augment": ["none", "shift"]})  # fmt: skip
+    found = plan.cells(settings)
+    for cell in found:
+        result(cell, 0.6 if cell.config.data.augment == "none" else 0.7)
+    (best,) = table.best_results([cell.result() for cell in found])
+    assert best["training"] == "data.augment shift"
+
+
+def test_a_dense_training_is_in_every_group_that_only_prunes_otherwise(tmp_path: Path):
+    settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0],
+                     axes={"scope": ["global", "layer"], "scoring.batches": [1, 2]})  # fmt: skip
+    found = plan.cells(settings)
+    assert [cell.label for cell in found] == ["dense"] + ["snip"] * 4
+    for cell in found:
+        result(cell, 0.9 if cell.label == "dense" else 0.6)
+    rows = table.table(found)
+    dense = [row["training"] for row in rows if row["label"] == "dense"]
+    assert dense == [row["training"] for row in rows if row["label"] == "snip"]
+    assert len(set(dense)) == 4
 
 
 def test_values_that_look_alike_when_rounded_are_rows_of_their_own(tmp_path: Path):

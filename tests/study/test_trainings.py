@@ -120,6 +120,21 @@ def test_the_dense_model_has_no_ticket_that_a_topology_could_move() -> None:
     check_config(replace(asked, training=replace(training, topology="gmp")))
 
 
+def test_tickets_and_a_topology_that_begins_dense_do_not_go_together(config) -> None:
+    with pytest.raises(UsageError, match="topology ac_dc begins with the dense model"):
+        check_config(replace(config, training=replace(QUICK, topology="ac_dc")))
+
+
+def test_a_static_training_does_not_keep_what_an_earlier_one_moved(
+    config, digits: DataSource
+) -> None:
+    (cell,) = cells(config)
+    moved = replace(cell, ticket=cell.ticket.with_card(topology={"method": "rigl"}))
+    result = _train(moved, config, digits)
+    assert "topology" not in Ticket.load(cell.folder / TRAINED).card
+    assert "topology" not in result and "trained_fingerprint" not in result
+
+
 def test_a_ticket_that_empties_a_layer_is_named(config, tmp_path: Path) -> None:
     (cell,) = cells(config)
     name = next(iter(cell.ticket.masks))
@@ -397,6 +412,7 @@ def test_two_models_cannot_be_meant(pruning) -> None:
         (["--training.optimizer", "adamv"], "unknown optimizer"),
         (["--training.optimizer_options", "{momentun: 0.9}"], "optimizer adamw: "),
         (["--training.schedule", "cosin"], "unknown schedule"),
+        (["--training.topology", "gmp"], "topology gmp begins with the dense model; leave out"),
         (["--training.precision", "fp16"], "under DeepSpeed only"),
         (["--training.mixup", "0.1", "--training.batch_size", "25"], "even number"),
         (["--training.teacher", "nobody"], "no such file: nobody"),

@@ -14,7 +14,7 @@ from autosparse.core.files import is_local, place
 from autosparse.core.progress import Progress, print_table
 from autosparse.criteria.config import PruneConfig
 from autosparse.irp.config import IRPConfig
-from autosparse.study.config import ExportConfig, SparseTrainConfig, StudyConfig
+from autosparse.study.config import ExportConfig, SparseTrainConfig
 
 
 def run_irp(config: IRPConfig) -> None:
@@ -89,13 +89,6 @@ def prune_model(config: PruneConfig) -> None:
               f"{card['seconds']:.2f} s")  # fmt: skip
 
 
-def compare_tickets(config: StudyConfig) -> None:
-    """Train tickets and twins, print the table with verdicts, and draw it."""
-    from autosparse.cli import studies
-
-    studies.run(config)
-
-
 def train_tickets(config: SparseTrainConfig) -> None:
     """Train tickets one after another in this process."""
     from autosparse.data import sets
@@ -139,7 +132,7 @@ def export_ticket(config: ExportConfig) -> None:
         raise unknown("format", config.format, export.FORMATS)
     beside = source / "trained" if source.is_dir() else source.with_suffix("")
     out = Path(config.out or f"{beside}{export.ENDINGS[config.format]}")
-    written = export.export(ticket, config.format, out, slimmed=config.slim)
+    written = export.write(ticket, config.format, out, slimmed=config.slim)
     print(f"{out}: {written['bytes']:,} bytes, {ticket.kept:,} weights kept")
     if "parameters" in written:
         before, after = written["parameters"]
@@ -166,13 +159,9 @@ def draw_figures(paths: list[str]) -> None:
     """Draw every figure that applies to what folders or files hold."""
     from autosparse.report import drawing
 
-    if len(paths) == 2 and drawing.kind_of(paths[0]) == drawing.AUTOS:
-        file = place(paths[0])
-        drawn = drawing.draw_autos(file, place(paths[1]), file.parent / drawing.FIGURES)
-    else:
-        drawn = [figure for path in paths for figure in drawing.draw(path)]
-    for figure in drawn:
-        print(figure)
+    for path in paths:
+        for figure in drawing.draw(path):
+            print(figure)
 
 
 def write_reports(paths: list[str]) -> None:

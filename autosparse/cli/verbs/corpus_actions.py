@@ -47,7 +47,7 @@ def merge(sources: list[str], target: str) -> None:
     print(f"{len(copied)} runs copied to {target}, {len(there)} were there already")
 
 
-def report(path: str) -> None:
+def draw(path: str) -> None:
     """Draw what is in a corpus."""
     from autosparse.corpus.store import Corpus
     from autosparse.report.corpus import write_report

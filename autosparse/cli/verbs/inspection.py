@@ -10,7 +10,7 @@ from autosparse.core.files import place, read_card
 from autosparse.core.progress import print_table
 
 
-def inspect(paths: list[str]) -> None:
+def print_cards(paths: list[str]) -> None:
     """Print what a file or folder is, its card, and a row per layer or run."""
     for path in paths:
         if place(path).is_dir():

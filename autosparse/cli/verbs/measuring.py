@@ -11,7 +11,7 @@ from autosparse.core.progress import print_table
 from autosparse.study.config import MeasureConfig
 
 
-def measure(source: str, config: MeasureConfig) -> None:
+def print_costs(source: str, config: MeasureConfig) -> None:
     """Print the table of a ticket (dense, pruned, slimmed) or of a timm model; write the JSON."""
     from autosparse.study import measure as measuring
 
@@ -20,18 +20,18 @@ def measure(source: str, config: MeasureConfig) -> None:
     if config.json is not None:
         check_file(config.json)
     models, shape = _networks(source, config)
-    found = measuring.measured(models, shape, config.batches, config.runs)
+    figures = measuring.measured(models, shape, config.batches, config.runs)
     title = f"{source}, images of {'x'.join(map(str, shape))}; ± half the quartiles' distance"
-    print_table(measuring.table(found), title=title)
-    if not any("onnx_bytes" in row for row in found["rows"].values()):
+    print_table(measuring.table(figures), title=title)
+    if not any("onnx_bytes" in row for row in figures["rows"].values()):
         print("ONNX was not measured: pip install 'autosparse[onnx]'")
     if config.json is not None:
-        write_json(config.json, {"source": source, "shape": list(shape), **found})
+        write_json(config.json, {"source": source, "shape": list(shape), **figures})
         print(f"all figures, and those of each layer: {config.json}")
     if config.tracking:
         from autosparse.integrations.measured import log_measured
 
-        print(f"logged to MLflow run {log_measured(source, found)}")
+        print(f"logged to MLflow run {log_measured(source, figures)}")
 
 
 def _networks(source: str, config: MeasureConfig) -> tuple[dict[str, Any], tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Criteria and twins beside each other at each sparsity: the pictures of quickstart and compare."""
+"""The figure of a comparison: a ticket and its twins beside each other at each sparsity."""
 
 from __future__ import annotations
 
@@ -6,35 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import COLOURS, LABELS, MARKERS, order_of, panels, save
-
-
-def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
-    """Draw mean test accuracy per criterion at each sparsity, bars for the spread over seeds.
-
-    Args:
-        rows: from `table.rows`; the dense row becomes the reference line.
-        path: the PNG to write; the data go to the CSV beside it.
-        title: what was trained on what.
-    """
-    with panels((7, 4.2)) as (figure, grid):
-        axes = grid[0, 0]
-        sparse = [row for row in rows if row["label"] != "dense"]
-        places = sorted({row["sparsity"] for row in sparse})
-        criteria = sorted({row["label"] for row in sparse}, key=order_of)
-        for number, criterion in enumerate(criteria):
-            _draw_criterion(axes, sparse, places, criterion, (number, len(criteria)))
-        for row in rows:
-            if row["label"] == "dense":
-                _draw_dense(axes, row)
-        axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
-        axes.set_xlim(-0.5, len(places) - 0.5)
-        axes.set_xlabel("sparsity (share of prunable weights removed)")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return save(figure, rows, path)
-
+from autosparse.report.style import LABELS, dense_line, panels, save
 
 TWIN_STYLE = {
     "ticket": ("#D55E00", "o", "-"),
@@ -71,9 +43,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         for axes, label in zip(grid.flat, labels, strict=False):
             mine = [row for row in rows if row["label"] == label]
             _draw_panel(axes, mine, places)
-            for row in rows:
-                if row["label"] == "dense":
-                    _draw_dense(axes, row)
+            dense_line(axes, rows, "accuracy", 100, "spread")
             axes.set_title(LABELS.get(label, label), fontsize=11)
         for axes in list(grid.flat)[len(labels) :]:
             axes.set_axis_off()
@@ -96,8 +66,8 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> N
     rows = sorted(rows, key=lambda row: row["sparsity"])
     kinds = ["ticket", *(name for name in TWIN_STYLE if any(name in row["twins"] for row in rows))]
     for number, kind in enumerate(kinds):
-        found = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
-        points = [(sparsity, each) for sparsity, each in found if each is not None]
+        reached = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
+        points = [(sparsity, each) for sparsity, each in reached if each is not None]
         colour, marker, line = TWIN_STYLE[kind]
         offset = (number - (len(kinds) - 1) / 2) * 0.08
         axes.errorbar(
@@ -119,28 +89,3 @@ def _flat_twins(row: dict[str, Any]) -> dict[str, Any]:
         for name in TWIN_LABELS
         for key in ("accuracy", "spread")
     }
-
-
-def _draw_criterion(
-    axes: Any, rows: list, places: list[float], criterion: str, lane: tuple[int, int]
-) -> None:
-    """Points of one criterion, side by side with the others at the same sparsity."""
-    number, total = lane
-    mine = sorted((r for r in rows if r["label"] == criterion), key=lambda r: r["sparsity"])
-    offset = (number - (total - 1) / 2) * 0.6 / max(total - 1, 1)
-    axes.errorbar(
-        [places.index(row["sparsity"]) + offset for row in mine],
-        [100 * row["accuracy"] for row in mine],
-        yerr=[100 * row["spread"] for row in mine],
-        fmt=MARKERS.get(criterion, "o"),
-        color=COLOURS.get(criterion, "#000000"),
-        markersize=8,
-        capsize=3,
-        label=LABELS.get(criterion, criterion),
-    )
-
-
-def _draw_dense(axes: Any, row: dict[str, Any]) -> None:
-    mean, spread = 100 * row["accuracy"], 100 * row["spread"]
-    axes.axhline(mean, color="#444444", linestyle="--", linewidth=1.2, label="dense")
-    axes.axhspan(mean - spread, mean + spread, color="#444444", alpha=0.12, linewidth=0)
