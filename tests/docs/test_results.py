@@ -81,6 +81,23 @@ def test_no_line_of_prose_is_too_long(path: Path) -> None:
     assert prose.too_long(path) == []
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in prose.files() if p != prose.AS_IT_WAS], ids=lambda path: path.name
+)
+def test_no_table_has_over_six_columns(path: Path) -> None:
+    assert prose.too_wide(path) == []
+
+
+@pytest.mark.parametrize(("columns", "found"), [(6, []), (7, ["a.md:4"])])
+def test_a_wide_table_is_found(
+    columns: int, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prose, "ROOT", tmp_path)
+    page = tmp_path / "a.md"
+    page.write_text(f"a - b\n\n|{'a|' * columns}\n|{' :-- |' * columns}\n|{'1|' * columns}\n")
+    assert prose.too_wide(page) == found
+
+
 @pytest.mark.parametrize("line", ["word " * 21, "- " + "word " * 21, "[a](b) " + "word " * 20])
 def test_a_long_line_is_found(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prose, "ROOT", tmp_path)
