@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from docs.generate import figures, prose, results
 
-FACTS = ("question", "command", "seeds", "data_fingerprint", "commit", "machine", "limits")
+FACTS = ("question", "command", "seeds", "data_fingerprint", "commit", "machine", "limits", "choices")
 
 
 @pytest.mark.parametrize("path", list(results.pages()), ids=lambda path: path.name)
@@ -42,6 +43,7 @@ def test_claims_are_whole() -> None:
 def test_experiments_say_how_they_were_run(experiment: dict) -> None:
     for fact in FACTS:
         assert experiment[fact], fact
+    assert re.search(r"\b[0-9a-f]{7}\b", experiment["first_recorded_in"])
     for net in experiment.get("nets", {}).values():
         assert net["seen"] in ("development net", "held out")
 
