@@ -39,6 +39,8 @@ from autosparse.study.trainings import RESULT, TRAINED
 AUTOS = "autos"
 CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
 CHAMPION, CHALLENGER, FORMER = "champion", "challenger", "former-champion"
+SPARE = ("data", "sparsity", "criterion")
+"""Columns of `listing` that a narrow terminal goes without."""
 
 
 # Registering

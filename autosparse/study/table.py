@@ -32,6 +32,8 @@ SHORT = {
 MEANS = ("validation_accuracy", "seconds", "prune_seconds", "image_passes")
 COUNTS = ("parameters", "checkpoint_bytes")
 TITLE = "per cent; passes: of one image; cost: of one training"
+SPARE = ("parameters", "kB", "passes", "seconds", "live")
+"""Columns that a narrow terminal goes without."""
 
 
 def placed(result: Result, batch_size: int | None = None) -> Result:
@@ -176,7 +178,7 @@ def mark(row: Row) -> str:
 
 def show(found: Sequence[Row]) -> None:
     """Print the table."""
-    print_table(list(shown(found)), TITLE)
+    print_table(list(shown(found)), TITLE, SPARE)
 
 
 def shown(found: Sequence[Row]) -> Iterator[dict[str, str]]:
@@ -218,7 +220,7 @@ def show_trainings(results: Iterable[Result]) -> None:
         for row in found
     ]  # fmt: skip
     lines = [line | size for line, size in zip(shown(found), sizes, strict=True)]
-    print_table(lines, f"{TITLE}; seconds: of one training")
+    print_table(lines, f"{TITLE}; seconds: of one training", SPARE)
 
 
 # What is best, and what is written
