@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import COLOURS, LABELS, MARKERS, order_of, panels, save
+from autosparse.report.style import (
+    COLOURS,
+    LABELS,
+    MARKERS,
+    criterion_of,
+    labels_beside,
+    order_of,
+    panels,
+    save,
+)
 
 
 def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
@@ -22,28 +31,33 @@ def accuracy_against_sparsity(rows: Sequence[dict[str, Any]], path: Path, title:
         sparse = [row for row in rows if row["label"] != "dense"]
         places = sorted({row["sparsity"] for row in sparse})
         criteria = sorted({row["label"] for row in sparse}, key=order_of)
+        ends = []
         for number, criterion in enumerate(criteria):
-            _draw_criterion(axes, sparse, places, criterion, (number, len(criteria)))
+            ends += _draw_criterion(axes, sparse, places, criterion, (number, len(criteria)))
         for row in rows:
             if row["label"] == "dense":
                 _draw_dense(axes, row)
+                height = 100 * row["accuracy"]
+                ends.append((len(places) - 0.5, height, f"dense: {height:.1f}", COLOURS["dense"]))
         axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.set_xlabel("sparsity (share of prunable weights removed)")
         axes.set_ylabel("test accuracy, %")
         axes.set_title(title, loc="left", fontsize=11)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_ylim(*axes.get_ylim())
+        labels_beside(axes, ends, 0.07)
         return save(figure, rows, path)
 
 
 TWIN_STYLE = {
-    "ticket": ("#D55E00", "o", "-"),
-    "shuffled": ("#0072B2", "s", "--"),
-    "reinitialised": ("#009E73", "^", "--"),
-    "inverted": ("#CC79A7", "v", "--"),
-    "erk": ("#E69F00", "D", ":"),
-    "uniform": ("#56B4E9", "X", ":"),
+    "ticket": ("", "o", "-"),
+    "shuffled": ("#555555", "s", "--"),
+    "reinitialised": ("#888888", "^", "--"),
+    "inverted": ("#AAAAAA", "P", "--"),
+    "erk": (COLOURS["erk"], MARKERS["erk"], ":"),
+    "uniform": (COLOURS["uniform"], MARKERS["uniform"], ":"),
 }
+"""Twin -> colour, marker, line. A ticket has its criterion's colour, its own twins are grey."""
 TWIN_LABELS = {
     "shuffled": "shuffled in layers",
     "reinitialised": "weights drawn anew",
@@ -99,6 +113,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> N
         found = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
         points = [(sparsity, each) for sparsity, each in found if each is not None]
         colour, marker, line = TWIN_STYLE[kind]
+        colour = colour or COLOURS.get(criterion_of(rows[0]["label"]), "#000000")
         offset = (number - (len(kinds) - 1) / 2) * 0.08
         axes.errorbar(
             [places.index(sparsity) + offset for sparsity, _ in points],
@@ -106,7 +121,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> N
             yerr=[100 * each["spread"] for _, each in points],
             color=colour, marker=marker, linestyle=line, markersize=6, capsize=2,
             linewidth=1.4 if kind == "ticket" else 1.0,
-            label="the ticket" if kind == "ticket" else TWIN_LABELS[kind],
+            label="the ticket (in its colour)" if kind == "ticket" else TWIN_LABELS[kind],
         )  # fmt: skip
     axes.set_xticks(range(len(places)), [f"{100 * place:g} %" for place in places])
     axes.set_xlim(-0.5, len(places) - 0.5)
@@ -123,21 +138,22 @@ def _flat_twins(row: dict[str, Any]) -> dict[str, Any]:
 
 def _draw_criterion(
     axes: Any, rows: list, places: list[float], criterion: str, lane: tuple[int, int]
-) -> None:
-    """Points of one criterion, side by side with the others at the same sparsity."""
+) -> list[tuple[float, float, str, str]]:
+    """Draw the points of one criterion, side by side with the others at the same sparsity.
+
+    Returns the label of the last one, for `labels_beside`.
+    """
     number, total = lane
     mine = sorted((r for r in rows if r["label"] == criterion), key=lambda r: r["sparsity"])
     offset = (number - (total - 1) / 2) * 0.6 / max(total - 1, 1)
+    x = [places.index(row["sparsity"]) + offset for row in mine]
+    y = [100 * row["accuracy"] for row in mine]
+    colour = COLOURS.get(criterion, "#000000")
     axes.errorbar(
-        [places.index(row["sparsity"]) + offset for row in mine],
-        [100 * row["accuracy"] for row in mine],
-        yerr=[100 * row["spread"] for row in mine],
-        fmt=MARKERS.get(criterion, "o"),
-        color=COLOURS.get(criterion, "#000000"),
-        markersize=8,
-        capsize=3,
-        label=LABELS.get(criterion, criterion),
-    )
+        x, y, yerr=[100 * row["spread"] for row in mine], fmt=MARKERS.get(criterion, "o"),
+        color=colour, markersize=8, capsize=3,
+    )  # fmt: skip
+    return [(x[-1], y[-1], f"{LABELS.get(criterion, criterion)}: {y[-1]:.1f}", colour)]
 
 
 def _draw_dense(axes: Any, row: dict[str, Any]) -> None:

@@ -120,14 +120,16 @@ def labels_beside(
         items: (x, y, text, colour) of each point.
         apart: least distance of labels, as a share of the axes' height.
     """
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    height, log = top - bottom, axes.get_xscale() == "log"
+    (left, right), log = axes.get_xlim(), axes.get_xscale() == "log"
     outside = right * (right / left) ** 0.04 if log else right + 0.04 * (right - left)
-    for (x, y, text, colour), place in zip(
-        items, spread([y for _, y, _, _ in items], apart * height), strict=True
-    ):
+    logarithmic = axes.get_yscale() == "log"
+    height = math.log if logarithmic else float
+    bottom, top = map(height, axes.get_ylim())
+    places = spread([height(y) for _, y, _, _ in items], apart * (top - bottom))
+    for (x, y, text, colour), place in zip(items, places, strict=True):
         axes.annotate(
-            text, (x, y), (outside, place), color=colour, fontsize=10, va="center",
+            text, (x, y), (outside, math.exp(place) if logarithmic else place),
+            color=colour, fontsize=10, va="center",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 5,
                         "alpha": 0.6, "relpos": (0, 0.5)},

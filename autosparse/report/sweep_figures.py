@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.core.errors import UsageError
-from autosparse.report.style import COLUMN, LABELS, density_axis, looks, order_of, panels, save
+from autosparse.report.style import (
+    COLOURS,
+    COLUMN,
+    LABELS,
+    density_axis,
+    labels_beside,
+    looks,
+    order_of,
+    panels,
+    save,
+)
 
 DENSE, IRP = "dense", "irp"
 Row = dict[str, Any]
@@ -28,9 +38,15 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
         title: what was trained on what.
     """
     sparse = _sparse(rows)
-    with panels(COLUMN) as (figure, grid):
+    ends = []
+    with panels((COLUMN[0] + 0.9, COLUMN[1])) as (figure, grid):
         axes = grid[0, 0]
         _dense_line(axes, rows, lambda row: (100 * row["accuracy"], 100 * row["spread"]))
+        for row in rows:
+            if row["label"] == DENSE:
+                height = 100 * row["accuracy"]
+                lowest = 1 - max(each["sparsity"] for each in sparse)
+                ends.append((lowest, height, f"dense: {height:.1f}", COLOURS[DENSE]))
         for label, look, mine in _by_label(sparse):
             density = [1 - row["sparsity"] for row in mine]
             middle = [100 * row["accuracy"] for row in mine]
@@ -38,10 +54,14 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
             high = [100 * (row["accuracy"] + row["spread"]) for row in mine]
             axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
             width = 2.4 if label == IRP else 1.6
-            axes.plot(density, middle, **look, markersize=6, linewidth=width, label=_name(label))
+            axes.plot(density, middle, **look, markersize=6, linewidth=width)
+            text = f"{_name(label)}: {middle[-1]:.1f}"
+            ends.append((density[-1], middle[-1], text, look["color"]))
         density_axis(axes, [1 - row["sparsity"] for row in sparse])
         axes.set_ylabel("test accuracy, %")
-        _legend_and_title(figure, axes, rows, title, "mean ± standard deviation")
+        axes.set_ylim(*axes.get_ylim())
+        labels_beside(axes, ends, 0.07)
+        _title(figure, rows, title, "mean ± standard deviation")
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -68,7 +88,8 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
             density_axis(axes, [1 - row["sparsity"] for row in sparse])
             axes.set_ylim(bottom=0)
             axes.set_ylabel(name)
-        _legend_and_title(figure, grid[0, 0], rows, title)
+        _legend(figure, grid[0, 0])
+        _title(figure, rows, title)
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -148,12 +169,13 @@ def _dense_line(axes: Any, rows: Sequence[Row], value: Any) -> None:
     axes.axhspan(middle - spread, middle + spread, color="#444444", alpha=0.12, linewidth=0)
 
 
-def _legend_and_title(
-    figure: Any, axes: Any, rows: Sequence[Row], title: str, what: str = "mean"
-) -> None:
+def _legend(figure: Any, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     columns = -(-len(names) // -(-len(names) // 4))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=10)
+
+
+def _title(figure: Any, rows: Sequence[Row], title: str, what: str = "mean") -> None:
     seeds = max(row["seeds"] for row in rows)
     spread = f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
     figure.suptitle(f"{title}\n{spread}", fontsize=11)

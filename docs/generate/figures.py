@@ -1,9 +1,9 @@
-"""Draws the figures of README.md and docs/autos.md from the figures that are kept.
+"""Draws the figures of README.md, docs/autos.md and docs/scale.md from the figures that are kept.
 
     python -m docs.generate.figures
 
-accuracy_over_sparsity.png comes from results/long_trainings.json, autos_frontier.png and
-autos_long.png from the CSV files beside them.
+accuracy_over_sparsity.png comes from results/long_trainings.json, those of AutoS from the CSV files
+beside them, those of docs/scale.md from the cost model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.autos_figures import frontier
+from autosparse.report.autos_figures import frontier, odds_calibration
 from autosparse.report.style import COLOURS, LABELS, labels_beside, looks, panels, save
+from benchmarks import scale_figures
 from docs.generate.results import RESNET, read
 
 DOCS = Path(__file__).parents[1]
@@ -95,6 +96,11 @@ def main() -> None:
     for name, level, steps in (("autos_frontier", 95, "468"), ("autos_long", 98, "8,820")):
         title = f"{RESNET}, CIFAR-10 at 16 px, {level} % pruned, {steps} steps"
         frontier(rows_of(DOCS / f"{name}.csv"), DOCS / f"{name}.png", title)
+    odds_calibration(
+        rows_of(DOCS / "autos_calibration.csv"), DOCS / "autos_calibration.png",
+        "Seven architectures, each left out of the fit",
+    )  # fmt: skip
+    scale_figures.draw(DOCS)
 
 
 if __name__ == "__main__":
