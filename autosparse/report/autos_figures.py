@@ -186,11 +186,12 @@ def odds_calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> 
     """
     with panels((5.4, 4.6)) as (figure, grid):
         axes = grid[0, 0]
-        axes.plot([1e-4, 1 - 1e-4], [1e-4, 1 - 1e-4], color="#444444", linestyle="--")
+        ends = [1e-4, 1 - 1e-4]
+        axes.plot(ends, ends, color="#444444", linestyle="--", label="exact")
         x, y = (
             [min(max(row[key], 1e-4), 1 - 1e-4) for row in rows] for key in ("predicted", "alive")
         )
-        axes.plot(x, y, color=COLOURS["autos"], marker="o")
+        axes.plot(x, y, color=COLOURS["autos"], marker="o", label="AutoS")
         axes.set_xscale("logit")
         axes.set_yscale("logit")
         axes.minorticks_off()

@@ -151,7 +151,7 @@ def _draw_criterion(
     colour = COLOURS.get(criterion, "#000000")
     axes.errorbar(
         x, y, yerr=[100 * row["spread"] for row in mine], fmt=MARKERS.get(criterion, "o"),
-        color=colour, markersize=8, capsize=3,
+        color=colour, markersize=8, capsize=3, label=LABELS.get(criterion, criterion),
     )  # fmt: skip
     return [(x[-1], y[-1], f"{LABELS.get(criterion, criterion)}: {y[-1]:.1f}", colour)]
 

@@ -175,12 +175,12 @@ def density_axis(axes: Any, densities: Sequence[float]) -> None:
         ticks = density_ticks(places[0])
     else:
         ticks = {"ticks": places, "labels": [f"{100 * place:.3g}" for place in places]}
+    low, high = min(places), max(places)
+    margin = (high / low) ** 0.06 if high > low else 1.5
+    axes.set_xlim(high * margin, low / margin)  # first: a single place has no width of its own
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(**ticks)
-    low, high = min(places), max(places)
-    margin = (high / low) ** 0.06 if high > low else 1.5
-    axes.set_xlim(high * margin, low / margin)
     axes.set_xlabel("density: prunable weights kept, %")
 
 

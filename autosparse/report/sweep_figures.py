@@ -54,7 +54,7 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
             high = [100 * (row["accuracy"] + row["spread"]) for row in mine]
             axes.fill_between(density, low, high, color=look["color"], alpha=0.15, linewidth=0)
             width = 2.4 if label == IRP else 1.6
-            axes.plot(density, middle, **look, markersize=6, linewidth=width)
+            axes.plot(density, middle, **look, markersize=6, linewidth=width, label=_name(label))
             text = f"{_name(label)}: {middle[-1]:.1f}"
             ends.append((density[-1], middle[-1], text, look["color"]))
         density_axis(axes, [1 - row["sparsity"] for row in sparse])

@@ -41,7 +41,7 @@ def _inspect_file(path: str) -> None:
         print(f"ticket {path}, fingerprint {ticket.fingerprint}, sparsity {ticket.sparsity:.4%}")
         live = ticket.card.pop("live", {})
         _print_card(ticket.card)
-        print_table([
+        rows = [
             {
                 **row,
                 "shape": "x".join(map(str, row["shape"])),
@@ -49,7 +49,8 @@ def _inspect_file(path: str) -> None:
                 "units": _units(ticket.masks[row["layer"]]),
             }
             for row in ticket.table()
-        ])  # fmt: skip
+        ]
+        print_table(rows, spare=("units", "density"))
     elif kind == "autos":
         print(f"AutoS {path}, fingerprint {header['fingerprint']}, features {header['features']}")
         history = header["card"].pop("history", [])
