@@ -235,9 +235,10 @@ def readme_table() -> str:
 
 def blocks() -> dict[str, str]:
     """Return what stands between the marks of README.md and docs/autos.md."""
-    long = read("long_trainings")
+    long, left_out = read("long_trainings"), read("left_out")
     return {
         "readme": readme_table(),
+        "left out": table(left_out["columns"], left_out["rows"]),
         "short": short_95(),
         "means": short_means(),
         "long resnet10t": net_table(long, RESNET),
