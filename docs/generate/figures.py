@@ -44,7 +44,7 @@ def accuracy_over_sparsity(path: Path) -> Path:
     rows = points()
     places = sorted({row["sparsity"] for row in rows} - {0})
     order = {level: place for place, level in enumerate(places)}
-    with panels((7.2, 4.4)) as (figure, grid):
+    with panels((6.0, 4.6)) as (figure, grid):
         axes, items = grid[0, 0], []
         axes.set_xlim(-0.15, len(places) - 0.85)
         axes.set_ylim(43, 69.5)
@@ -62,9 +62,7 @@ def accuracy_over_sparsity(path: Path) -> Path:
                 axes.plot(x, y, linewidth=2, markersize=7, **found[name])
             else:
                 axes.plot(x, y, linewidth=1, color=COLOURS[name], linestyle="--")
-            label = {"irp": "full IRP, five trainings", "dense": "dense"}.get(
-                name, LABELS.get(name)
-            )
+            label = {"irp": "full IRP", "dense": "dense"}.get(name, LABELS.get(name))
             last = [(a, b) for a, b in zip(x, y, strict=True) if b > 43][-1]
             text = f"{label}: {y[-1]:.1f}" + (" at 99 %" if name == "snip" else "")
             items.append((*last, text, COLOURS[name]))
@@ -72,7 +70,9 @@ def accuracy_over_sparsity(path: Path) -> Path:
         axes.set_xlabel("sparsity: prunable weights removed before training")
         axes.set_ylabel("test accuracy, %")
         axes.set_title(
-            f"{RESNET}, CIFAR-10 at 16 px, 8,820 steps, 3 seeds", loc="left", fontsize=11
+            f"{RESNET}, CIFAR-10 at 16 px\n8,820 steps, 3 seeds; full IRP costs five trainings",
+            loc="left",
+            fontsize=11,
         )
         labels_beside(axes, items, 0.06)
         return save(figure, rows, path)
