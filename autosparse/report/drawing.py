@@ -14,6 +14,7 @@ from autosparse.corpus.store import Corpus, is_finished
 from autosparse.report import corpus as corpus_report
 from autosparse.report.autos_figures import calibration, odds_calibration, predictions, surface
 from autosparse.report.figures import accuracy_against_sparsity, comparison
+from autosparse.report.style import of_seeds
 from autosparse.report.sweep_figures import (
     accuracy_against_density,
     cost_against_density,
@@ -153,7 +154,7 @@ def quickstart_figure(folder: Path) -> Path:
     """Draw what a quickstart's study reached."""
     rows = report_of(folder / STUDY)["rows"]
     seeds = max(row["seeds"] for row in rows)
-    title = f"{rows[0]['model']} on digits, mean ± standard deviation of {seeds} seeds"
+    title = f"{rows[0]['model']} on digits, {of_seeds(seeds)}"
     return accuracy_against_sparsity(rows, folder / "accuracy.png", title)
 
 

@@ -12,6 +12,7 @@ from autosparse.report.style import (
     MARKERS,
     criterion_of,
     labels_beside,
+    of_seeds,
     order_of,
     panels,
     save,
@@ -99,7 +100,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
             axes.set_xlabel("sparsity", fontsize=11)
         figure.supylabel("test accuracy, %", fontsize=11)
         seeds = max(row["seeds"] for row in rows)
-        figure.suptitle(f"{title}, mean ± standard deviation of {seeds} seeds", fontsize=11)
+        figure.suptitle(f"{title}, {of_seeds(seeds)}", fontsize=11)
         flat = [
             {**{k: v for k, v in row.items() if k != "twins"}, **_flat_twins(row)} for row in rows
         ]

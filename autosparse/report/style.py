@@ -136,6 +136,11 @@ def labels_beside(
         )  # fmt: skip
 
 
+def of_seeds(seeds: int, what: str = "mean ± standard deviation") -> str:
+    """Return what a title says of how many seeds a figure shows."""
+    return f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
+
+
 def order_of(name: str) -> tuple[int, str]:
     """Return where a criterion comes in legends: AutoS first, then as in COLOURS."""
     known = list(COLOURS)

@@ -19,6 +19,7 @@ from autosparse.report.style import (
     density_axis,
     labels_beside,
     looks,
+    of_seeds,
     order_of,
     panels,
     save,
@@ -177,8 +178,7 @@ def _legend(figure: Any, axes: Any) -> None:
 
 def _title(figure: Any, rows: Sequence[Row], title: str, what: str = "mean") -> None:
     seeds = max(row["seeds"] for row in rows)
-    spread = f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
-    figure.suptitle(f"{title}\n{spread}", fontsize=11)
+    figure.suptitle(f"{title}\n{of_seeds(seeds, what)}", fontsize=11)
 
 
 def _name(label: str) -> str:
