@@ -156,7 +156,8 @@ def _run(verb: Verb, program: str, arguments: list[str]) -> None:
     settings = [] if kind is None else [config_of(kind, parser, values)]
     module, _, function = verb.function.rpartition(".")
     getattr(import_module(f"autosparse.cli.{module}"), function)(*paths.values(), *settings)
-    if line := next_step(program.removeprefix("autosparse "), *(settings or [None]), paths):
+    command, config = program.removeprefix("autosparse "), settings[0] if settings else None
+    if line := next_step(command, config, paths):
         print(line)
 
 
