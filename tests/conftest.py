@@ -12,8 +12,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import secrets
 import subprocess
 import sys
-from collections.abc import Container, Generator, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("same")
 
 MOST_WORKERS = 8
-DEAR = ("local_ray", "group")
-"""Session fixtures that take long to start: what uses one runs in one process, and first."""
+DEAR = {"local_ray": "local_ray", "group: Group": "ranks"}
+"""Words of files that use a session fixture that takes long to start, and the name of their group:
+they run in one process, and first."""
+APART = ("test_timm_families.py", "test_slim_families.py")
+"""Files of long tests that share nothing: each goes where there is time."""
+
+
+@cache
+def _group(path: Path) -> str:
+    text = path.read_text() if path.parent.name == "integration" else ""
+    return next((name for words, name in DEAR.items() if words in text), str(path))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -58,20 +68,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores if whole and asked.markexpr == "not slow" and cores > 1 else 0
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one process, so that its fixtures are made once.
 
-    A wrapper, as xdist reads the groups before any hook that is none.
+    By the paths of tests: marks of groups are lost where pytest 9.2 meets xdist 3.8.
     """
-    groups: dict[Path, str] = {}
-    for item in items:
-        used = [name for name in DEAR if name in getattr(item, "fixturenames", ())]
-        groups[item.path] = used[0] if used else groups.get(item.path, str(item.path))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
-    items.sort(key=lambda item: groups[item.path] not in DEAR)
-    return (yield)
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByGroup(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = config.rootpath / super()._split_scope(nodeid)
+            return nodeid if path.name in APART else _group(path)
+
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _group(item.path) not in DEAR.values())
 
 
 @pytest.hookimpl(tryfirst=True)

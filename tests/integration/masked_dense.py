@@ -87,7 +87,7 @@ def reference(
     masks = prune(model, source, "erk", case.sparsity).masks
     model.to(dtype)
     if moved is not None:
-        _move(model, moved)
+        one_ulp_beside(model, moved)
     _mask(model, masks)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     plain = {n for n, p in model.named_parameters() if p.ndim <= 1 or n in exempt}
@@ -136,7 +136,8 @@ def rounding(
 
 
 @torch.no_grad()
-def _move(model: nn.Module, seed: int) -> None:
+def one_ulp_beside(model: nn.Module, seed: int) -> None:
+    """Move every weight to the float32 number above or below it."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         up = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.dtype)

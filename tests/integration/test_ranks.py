@@ -12,6 +12,7 @@ from autosparse import criteria
 from autosparse.autos.network import AutoS
 from autosparse.core.files import write_json
 from autosparse.study.cells import RESULT, cells
+from tests.criteria.test_prune import close_to_rounding
 from tests.integration.cells_on_ranks import configs, told
 from tests.integration.prune_on_ranks import CASES, failure, scores_of, tickets
 from tests.integration.ranks import Group
@@ -52,8 +53,7 @@ def test_scores_are_those_of_one_process(scores: dict, criterion: str, scoring: 
     assert list(first) == list(expected)
     for name, score in expected.items():
         assert torch.equal(first[name], second[name])
-        tolerance = 1e-4 * float(score.abs().max())
-        torch.testing.assert_close(first[name], score, rtol=1e-3, atol=tolerance)
+        close_to_rounding(first[name], score)
 
 
 @pytest.mark.parametrize(

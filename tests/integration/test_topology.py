@@ -16,7 +16,8 @@ from autosparse.data import sets
 from autosparse.integrations.deepspeed import engine_config
 from autosparse.training.steppers import Ranks
 from tests.conftest import SMALL_DIGITS
-from tests.integration.masked_dense import CASES
+from tests.criteria.test_prune import close_to_rounding
+from tests.integration.masked_dense import CASES, one_ulp_beside
 from tests.integration.ranks import Group
 from tests.integration.topologies_on_ranks import (
     EVERY,
@@ -45,24 +46,50 @@ SGD = {"optimizer": "momentum", "learning_rate": 0.02, "optimizer_options": {}, 
 
 @cache
 def reference(
-    name: str,
+    name: str, dtype: torch.dtype = torch.float64
 ) -> tuple[list[list[float]], list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Return the losses [steps][ranks], the masks after every update, and the last weights."""
+    """Return the losses [steps][ranks], the masks after every update, and the last weights.
+
+    In float32 every weight starts one ULP beside its value.
+    """
     case, source = CASES[name], sets.load(SMALL_DIGITS)
     model = model_of(name)
     chosen = prune(model, source, "erk", case.sparsity).masks
-    model.double().train()
+    model.to(dtype).train()
+    if dtype == torch.float32:
+        one_ulp_beside(model, seed=0)
     parts = RANKS * case.accumulation
     data = [
-        list(zip(images.double().chunk(parts), labels.chunk(parts), strict=True))
+        list(zip(images.to(dtype).chunk(parts), labels.chunk(parts), strict=True))
         for images, labels in first_batches(source)
     ]
-    floats = {layer: mask.double() for layer, mask in chosen.items()}
+    floats = {layer: mask.to(dtype) for layer, mask in chosen.items()}
     losses, masks = masked_rigl(model, floats, data, settings(name).training, STEPS)
     by_rank = [
         torch.tensor(each).view(RANKS, case.accumulation).mean(1).tolist() for each in losses
     ]
     return by_rank, masks, dict(model.named_parameters())
+
+
+@cache
+def rounding(name: str) -> tuple[float, float]:
+    """Return how far float32 may lead from the reference, measured: losses, last weights.
+
+    Ten times the distance of a float32 run, as DeepSpeed sums in another order.
+    """
+    losses, masks, weights = reference(name)
+    near, found, moved = reference(name, torch.float32)
+    same_masks(found[-1], masks[-1])
+    apart = max(float((moved[n] - weights[n]).detach().abs().max()) for n in masks[-1])
+    bounds = 10 * float((torch.tensor(near) - torch.tensor(losses)).abs().max()), 10 * apart
+    assert max(bounds) < 1e-4, "too wide to tell anything"
+    return bounds
+
+
+def same_masks(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert len(found) > 5
+    for layer, mask in found.items():
+        assert torch.equal(mask, expected[layer]), layer
 
 
 @pytest.mark.parametrize(
@@ -95,19 +122,18 @@ def losses_of(found: list[dict[str, Any]]) -> list[list[float]]:
 def test_it_does_what_masked_dense_rigl_does(
     group: Group, name: str, stage: int, changes: dict
 ) -> None:
-    """The engine computes in float32, the reference in float64."""
+    """The engine computes in float32, the reference in float64; the tolerance is measured."""
     losses, masks, weights = reference(name)
+    loss_bound, weight_bound = rounding(name)
     found = on_ranks(group, name, stage, changes)
     for mine, expected in zip(losses_of(found), losses, strict=True):
-        assert mine == pytest.approx(expected, abs=1e-5)
+        assert mine == pytest.approx(expected, abs=loss_bound)
     for one in found:
         for update, now in enumerate(one["masks"]):
-            assert len(now) > 5
-            for layer, mask in now.items():
-                assert torch.equal(mask, masks[update][layer]), (update, layer)
+            same_masks(now, masks[update])
         for layer, (values, *moments) in one["kept"].items():
             expected = weights[layer].detach()[masks[-1][layer]]
-            torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(values.double(), expected, rtol=0, atol=weight_bound)
             assert len(moments) == 2
 
 
@@ -121,7 +147,7 @@ def test_moments_follow_wherever_they_are_kept(group: Group, name: str) -> None:
         for found in on_ranks(group, name, stage, {}):
             for layer, tensors in expected.items():
                 for mine, other in zip(found["kept"][layer], tensors, strict=True):
-                    torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
+                    close_to_rounding(mine, other)
 
 
 @pytest.mark.slow
@@ -162,4 +188,4 @@ def test_an_optimizer_wrapper_does_the_same_at_every_stage(group: Group, wrapper
     for stage in (1, 2, 3):
         found = losses_of(on_ranks(group, "test_vit", stage, changes))
         for mine, other in zip(found, expected, strict=True):
-            assert mine == pytest.approx(other, abs=1e-5), stage
+            assert mine == pytest.approx(other, abs=rounding("test_vit")[0]), stage

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ADAM = TrainingConfig(batch_size=8, sparse_products=False, warmup_epochs=0.0)
 SGD = replace(ADAM, optimizer="momentum", learning_rate=0.05, weight_decay=0.01)
 STEPS = 4
+RULE = replace(QUICK, optimizer="momentum", learning_rate=0.05)
 CONFIGS = {
     "adamw": ADAM,
     "sgd": SGD,
@@ -172,6 +173,8 @@ def test_irp_with_masks_finds_the_masks_of_irp_with_compact_weights(
     tmp_path: Path, changes: dict
 ) -> None:
     found = {}
+    # Adam would divide by the size of gradients that are nothing but rounding.
+    changes = {**changes, "training": RULE}
     for way in (MASKED, COMPACT):
         config = quick_irp(str(tmp_path / way), **changes)
         assert irp.run_folder(config).name == irp.run_folder(quick_irp("", **changes)).name
@@ -180,11 +183,12 @@ def test_irp_with_masks_finds_the_masks_of_irp_with_compact_weights(
         assert {level["device"] for level in found[way].card["levels"]} == {"cpu"}
     ours, theirs = found[MASKED], found[COMPACT]
     for name, survival in theirs.survival.items():
-        share = (ours.survival[name] == survival).float().mean()
-        assert share > 0.999, name  # Weights whose magnitudes differ in the last bits may change.
+        differ = int((ours.survival[name] != survival).sum())
+        # Of two weights at the threshold that differ by less than rounding, the other may go.
+        assert differ <= 2, name
     for one, other in zip(ours.card["levels"], theirs.card["levels"], strict=True):
         assert one["kept"] == other["kept"]
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)  # See below.
     for key, tensor in theirs.rewound.items():
         same(ours.rewound[key], tensor, key)
 
@@ -243,9 +247,7 @@ def test_a_ticket_trained_with_masks_is_the_one_trained_compact(
 ) -> None:
     run = store.read_run(irp.run_irp(quick_irp(str(tmp_path / "corpus"))))
     ticket = run.ticket(2)
-    # Adam would divide by the size of gradients that are nothing but rounding.
-    rule = replace(QUICK, epochs=2, optimizer="momentum", learning_rate=0.05)
-    config = SparseTrainConfig(training=rule)
+    config = SparseTrainConfig(training=replace(RULE, epochs=2))
     shared = MaskedStepper(make_model(), config.training, 3, list(ticket.masks))
     makers = {
         "masked": lambda model, steps: shared.begin(ticket),

@@ -237,10 +237,10 @@ def test_sparse_products_follow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_networks_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
-    expected, _ = stepper_of("test_vit", RIGL)
-    found, _ = stepper_of("test_vit", replace(RIGL, compile=True))
-    data = images_of(STEPS)
-    assert losses(found, data) == pytest.approx(losses(expected, data), abs=1e-5)
+    expected, _ = stepper_of("test_vit", RIGL, torch.float64)
+    found, _ = stepper_of("test_vit", replace(RIGL, compile=True), torch.float64)
+    data = images_of(STEPS, torch.float64)
+    assert losses(found, data) == pytest.approx(losses(expected, data), abs=1e-9)
     assert [each["exchanged"] for each in found.topology.history] == [
         each["exchanged"] for each in expected.topology.history
     ]
