@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def checked(name: str, hint: Any, value: str) -> str:
     elif get_origin(hint) is list and not value.lstrip().startswith("["):
         if _settings_class(*get_args(hint)) is not None:
             raise UsageError(f"--{name} is a list of groups: write '[{{name: {value}}}]'")
+        if get_args(hint) == (str,):  # Patterns such as *.conv mean something else to YAML.
+            return json.dumps([part.strip() for part in value.split(",")])
         return f"[{value}]"
     return value
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autosparse.cli import main
-from autosparse.cli.arguments import spelt_out
+from autosparse.cli.arguments import parse, spelt_out
 from autosparse.criteria.config import PruneConfig
 from autosparse.irp.config import CorpusConfig
 from autosparse.study.config import ExportConfig
@@ -121,12 +121,17 @@ def test_a_file_named_like_a_setting_is_no_setting() -> None:
         (["--seeds", "0"], ["--seeds", "[0]"]),
         (["--seeds=0,1"], ["--seeds=[0,1]"]),
         (["--seeds", "[2]"], ["--seeds", "[2]"]),
-        (["--labels", "lamp,snip"], ["--labels", "[lamp,snip]"]),
+        (["--labels", "lamp, snip"], ["--labels", '["lamp", "snip"]']),
         (["--tracking", "--levels", "3"], ["--tracking", "true", "--levels", "3"]),
     ],
 )
 def test_a_list_may_be_written_without_brackets(given: list[str], understood: list[str]) -> None:
     assert spelt_out(CorpusConfig, given) == understood
+
+
+def test_patterns_are_no_yaml() -> None:
+    config = parse(PruneConfig, ["--model.exclude", "*.conv,head"], "prune", None)
+    assert config.model.exclude == ["*.conv", "head"]
 
 
 def test_a_group_may_be_a_file_or_a_mapping(folder: Path) -> None:
