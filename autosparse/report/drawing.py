@@ -17,6 +17,7 @@ from autosparse.report.figures import accuracy_against_sparsity, comparison
 from autosparse.report.style import of_seeds
 from autosparse.report.sweep_figures import (
     accuracy_against_density,
+    accuracy_against_flops,
     cost_against_density,
     layer_densities,
 )
@@ -89,6 +90,10 @@ def _study(folder: Path) -> list[Path]:
                 twins = folder / f"{prefix}comparison.png"
             figures.append(comparison(rows, twins, f"{model} on {data}"))
         figures += _of_cells(folder / "cells", rows, found, out, prefix, f"{model} on {data}")
+        every = [row for row in report["rows"] if row["model"] == model]
+        if len({row["training"] for row in every if row.get("training_flops")}) > 1:
+            path = out / f"{prefix}flops.png"
+            figures.append(accuracy_against_flops(every, path, f"{model} on {data}"))
     return figures + _of_options(report["config"], out)
 
 

@@ -30,6 +30,7 @@ LABELS = {
     "layer densities were worth something.",
     "cost": "What density buys: bytes of a trained ticket, and time of a training step "
     "(validation included).",
+    "flops": "What accuracy costs: FLOPs of a whole training, each layer by its own density.",
     "layers": "How much each layer keeps, from input to output.",
     "levels": "Validation accuracy of every IRP run, level by level.",
     "survival": "Mean survival over the ranks of initial weight and gradient in the layer.",

@@ -94,6 +94,40 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
+def accuracy_against_flops(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Draw test accuracy against the FLOPs of the whole training, a point per row.
+
+    Points of a label, of all sparsities, topologies and lengths of training, have one look; the
+    most accurate at their cost or less are joined.
+
+    Args:
+        rows: see above, with training_flops and training.
+        path: the PNG to write; the data go to the CSV beside it.
+        title: what was trained on what.
+    """
+    known = [row for row in rows if row.get("training_flops")]
+    with panels(COLUMN) as (figure, grid):
+        axes = grid[0, 0]
+        for label, look, mine in _by_label(known):
+            best, frontier = 0.0, []
+            for row in sorted(mine, key=lambda row: (row["training_flops"], -row["accuracy"])):
+                if row["accuracy"] > best:
+                    best = row["accuracy"]
+                    frontier.append((row["training_flops"], 100 * best))
+            axes.errorbar(
+                [row["training_flops"] for row in mine], [100 * row["accuracy"] for row in mine],
+                yerr=[100 * row["spread"] for row in mine], color=look["color"],
+                marker=look["marker"] or "o", linestyle="", markersize=6, capsize=2, label=_name(label),
+            )  # fmt: skip
+            axes.plot(*zip(*frontier, strict=True), color=look["color"], linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set_xlabel("FLOPs of the training, layers counted by their density")
+        axes.set_ylabel("test accuracy, %")
+        _legend_and_title(figure, axes, known, title, "mean ± standard deviation")
+        keys = ("training", *KEYS, "training_flops")
+        return save(figure, [{key: row[key] for key in keys} for row in known], path)
+
+
 def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
     """Draw the density of every layer, layers in order, a panel per label, a line per sparsity.
 

@@ -17,7 +17,7 @@ from autosparse.sparsity import twins as controls
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
 from autosparse.study.labels import BASELINES, TICKET, labels
-from autosparse.study.verdicts import paired, verdict
+from autosparse.study.verdicts import beginning, paired, verdict
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -113,6 +113,7 @@ def _row(mine: list[Result]) -> Row:
         **{key: round(_mean(mine, key)) for key in COUNTS},
         "step_seconds": statistics.fmean(_step_seconds(each) for each in mine),
         "effective_density": statistics.fmean(effective) if effective else None,
+        "training_flops": _mean(mine, "training_flops") or None,
         "cost_share": statistics.fmean(
             each.get("image_passes", 0.0) / max(each.get("training_passes", 0), 1) for each in mine
         ),
@@ -138,7 +139,13 @@ def _against(groups: dict[tuple, list[Result]], key: tuple, twins: Sequence[str]
                 "ticket_minus_twin": paired(own, theirs),
             }
     said = verdict(own, of(label, controls.SHUFFLED), of("uniform", TICKET))
-    return {"twins": found, "verdict": said}
+    moved = "topology" in groups[key][0]
+    others = {name: of(name, TICKET) for name in BASELINES} if moved else {}
+    return {
+        "twins": found,
+        "verdict": said,
+        **({"beginning": beginning(own, others)} if moved else {}),
+    }
 
 
 def _by_seed(results: list[Result]) -> BySeed:
@@ -205,6 +212,7 @@ def _line(row: Row) -> dict[str, str]:
         "accuracy": f"{row['accuracy'] * 100:.1f}±{row['spread'] * 100:.1f}",
         **twins,
         "verdict": row["verdict"] or "",
+        "beginning": row.get("beginning", ""),
         "live": "" if effective is None else f"{effective * 100:.2f}",
         "passes": f"{row['image_passes']:,.0f}",
         "cost": f"{row['cost_share'] * 100:.1f}",

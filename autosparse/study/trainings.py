@@ -27,6 +27,7 @@ from autosparse.models import zoo
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
 from autosparse.study.config import SparseTrainConfig
+from autosparse.study.flops import of_ticket
 from autosparse.training.loop import (
     Span,
     Watch,
@@ -322,6 +323,7 @@ def _finish(
         trained |= changed
     ticket.with_card(trained=trained, training=plain(config.training)).save(path)
     result["checkpoint_bytes"] = path.stat().st_size
+    result |= of_ticket(ticket, config.training, result["training_passes"])
     write_json(cell.folder / RESULT, result)
     for checkpoint in ("checkpoint.pt", CHECKPOINTS):
         target = cell.folder / checkpoint

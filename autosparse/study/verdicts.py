@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from scipy import stats
 
+BySeed = Mapping[int, float]
+"""Test accuracy by seed."""
 CONFIDENCE = 0.95
 
 
-def paired(first: dict[int, float], second: dict[int, float]) -> dict[str, Any]:
+def paired(first: BySeed, second: BySeed) -> dict[str, Any]:
     """Return mean and interval of first - second, over the seeds that both have.
 
     The interval is Student's t for paired samples at 95 %; None with fewer than two seeds.
@@ -26,9 +29,7 @@ def paired(first: dict[int, float], second: dict[int, float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": count}
 
 
-def verdict(
-    ticket: dict[int, float], shuffled: dict[int, float] | None, uniform: dict[int, float] | None
-) -> str:
+def verdict(ticket: BySeed, shuffled: BySeed | None, uniform: BySeed | None) -> str:
     """Say in a word what a ticket's accuracy (per seed) rests on.
 
     `worse`: surely below its shuffled twin, or below uniform random pruning. Else `selection
@@ -48,3 +49,21 @@ def verdict(
     if allocated["low"] > 0:
         return "only allocation"
     return "neither"
+
+
+def beginning(ticket: BySeed, others: Mapping[str, BySeed | None]) -> str:
+    """Say whether a topology that moves ends better where it began with this ticket.
+
+    `matters`: surely more accurate than from every other beginning, by label in `others`; `worse
+    than LABEL`: surely less than from that one; else `no sure difference`. `one seed` or `no other
+    beginning` where there is nothing to hold it against.
+    """
+    found = {label: paired(ticket, each) for label, each in others.items() if each}
+    if not found:
+        return "no other beginning"
+    if any(each["low"] is None for each in found.values()):
+        return "one seed"
+    worse = [label for label, each in found.items() if each["high"] < 0]
+    if worse:
+        return f"worse than {', '.join(worse)}"
+    return "matters" if all(each["low"] > 0 for each in found.values()) else "no sure difference"

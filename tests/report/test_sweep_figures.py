@@ -140,3 +140,17 @@ def test_nothing_sparse_is_said(tmp_path: Path):
         sweep_figures.accuracy_against_density([ROWS[0]], tmp_path / "a.png", "t")
     with pytest.raises(UsageError, match="no tickets"):
         sweep_figures.layer_densities([], tmp_path / "l.png", "t")
+
+
+def test_accuracy_over_flops_joins_the_best_at_their_cost(tmp_path: Path, drawn):
+    def cost(flops: float, accuracy: float) -> dict:
+        return {**row("snip", 0.9, accuracy), "training": "rigl", "training_flops": flops}
+
+    rows = [cost(1e9, 0.6), cost(3e9, 0.5), cost(2e9, 0.7), {**ROWS[0], "training_flops": None}]
+    path = sweep_figures.accuracy_against_flops(rows, tmp_path / "f.png", "t")
+    assert [float(each["training_flops"]) for each in written(path)] == [1e9, 3e9, 2e9]
+    axes = drawn[-1].axes[0]
+    assert axes.get_xscale() == "log"
+    frontier = axes.lines[-1]
+    assert list(frontier.get_xdata()) == [1e9, 2e9]
+    assert list(frontier.get_ydata()) == [60, 70]

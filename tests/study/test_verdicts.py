@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autosparse.study.verdicts import paired, verdict
+from autosparse.study.verdicts import beginning, paired, verdict
 
 
 def by_seed(*values: float) -> dict[int, float]:
@@ -46,3 +46,15 @@ def test_verdicts(ticket, shuffled, uniform, expected):
 
 def test_without_twins_there_is_no_verdict():
     assert verdict(by_seed(0.8, 0.9), None, by_seed(0.5, 0.5)) == "no twins"
+
+
+def test_whether_a_beginning_matters() -> None:
+    """Differences of 0.1 ± 0.01 over three seeds are sure, of 0.01 ± 0.1 are not."""
+    own = {0: 0.60, 1: 0.61, 2: 0.62}
+    low = {0: 0.50, 1: 0.52, 2: 0.51}
+    near = {0: 0.70, 1: 0.50, 2: 0.60}
+    assert beginning(own, {"erk": low, "uniform": low}) == "matters"
+    assert beginning(own, {"erk": near, "uniform": low}) == "no sure difference"
+    assert beginning(low, {"erk": near, "uniform": own}) == "worse than uniform"
+    assert beginning(own, {"erk": None, "uniform": None}) == "no other beginning"
+    assert beginning({0: 0.6}, {"erk": {0: 0.5}}) == "one seed"

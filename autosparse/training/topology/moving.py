@@ -307,6 +307,7 @@ class Topology:
                 "fraction": self.config.topology_fraction,
                 "until": self.config.topology_until,
                 "grow_from": self.grows_from,
+                "dense_gradients": self.listens,
                 "on_paths": self.structure is not None,
                 "updates": self.history,
             }
