@@ -117,13 +117,15 @@ def accuracy_against_flops(rows: Sequence[Row], path: Path, title: str) -> Path:
             axes.errorbar(
                 [row["training_flops"] for row in mine], [100 * row["accuracy"] for row in mine],
                 yerr=[100 * row["spread"] for row in mine], color=look["color"],
-                marker=look["marker"] or "o", linestyle="", markersize=6, capsize=2, label=_name(label),
+                marker=look["marker"] or "o", linestyle="", markersize=6, capsize=2,
+                label=_name(label),
             )  # fmt: skip
             axes.plot(*zip(*frontier, strict=True), color=look["color"], linewidth=1.2)
         axes.set_xscale("log")
         axes.set_xlabel("FLOPs of the training, layers counted by their density")
         axes.set_ylabel("test accuracy, %")
-        _legend_and_title(figure, axes, known, title, "mean ± standard deviation")
+        _legend(figure, axes)
+        _title(figure, known, title, "mean ± standard deviation")
         keys = ("training", *KEYS, "training_flops")
         return save(figure, [{key: row[key] for key in keys} for row in known], path)
 

@@ -10,7 +10,9 @@ import pytest
 
 from docs.generate import figures, prose, results
 
-FACTS = ("question", "command", "seeds", "data_fingerprint", "commit", "machine", "limits", "choices")
+FACTS = (
+    "question", "command", "seeds", "data_fingerprint", "commit", "machine", "limits", "choices",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", list(results.pages()), ids=lambda path: path.name)
