@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from autosparse import criteria
     from autosparse.autos.network import AutoS
     from autosparse.corpus.store import Corpus
-    from autosparse.criteria.prune import prune
+    from autosparse.criteria.pruning import prune
     from autosparse.sparsity.compact import densify
     from autosparse.sparsity.slim import slim
     from autosparse.sparsity.ticket import Ticket, compact
@@ -25,7 +25,7 @@ _HOMES = {
     "compact": "sparsity.ticket",
     "densify": "sparsity.compact",
     "parameter_groups": "training.optimizers",
-    "prune": "criteria.prune",
+    "prune": "criteria.pruning",
     "slim": "sparsity.slim",
 }
 __all__ = [

@@ -16,7 +16,7 @@ import warnings
 import torch
 from torch import nn
 
-from autosparse.criteria.prune import prune
+from autosparse.criteria.pruning import prune
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity.slim import slim

@@ -36,8 +36,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from autosparse.corpus import store
+from autosparse.data.config import DataConfig
+from autosparse.data.memory import MemorySplit, in_memory
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit, in_memory
 from autosparse.irp.config import CorpusConfig
 from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
@@ -73,10 +74,9 @@ def random_images(count: int = IMAGES) -> DataSource:
         "random",
         whole,
         few,
+        DataConfig(),
         validation=few,
         num_classes=CLASSES,
-        validation_fraction=0.0,
-        train_limit=None,
         augment="shift+flip",
     )
 

@@ -34,7 +34,7 @@ from autosparse.core.progress import print_table
 from autosparse.core.versions import environment
 from autosparse.corpus import store
 from autosparse.criteria.config import PruneConfig
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria.pruning import DENSE
 from autosparse.data import sets as data
 from autosparse.data.config import DataConfig
 from autosparse.data.identity import looked_at_once

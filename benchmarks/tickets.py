@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria.pruning import DENSE
 from autosparse.data.config import DataConfig
 from autosparse.models.config import ModelConfig
 from autosparse.report.autos_figures import frontier

@@ -43,9 +43,10 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Kind -> names of its inputs. A scorer's card holds them, so that a change is noticed."""
 
 VARYING = 7
-"""How many `context` features, the first ones, differ from weight to weight."""
+"""The first so many `context` features differ from weight to weight; the others are constants of
+the layer."""
 CHUNK = 1 << 16
-"""Weights whose features are computed in one go: what lies between stays in a core's cache."""
+"""Weights whose features are computed at a time, so that they stay in a core's cache."""
 TINY = 1e-12
 """Keeps quotients and logarithms of zeros finite."""
 
@@ -56,7 +57,7 @@ LOG_SIZE, LOG_SHARE, LOG_FAN_IN, LOG_FAN_OUT = 4, -1, 2, 1.5
 Set by hand, about a middle layer of a small network; the fit standardises its inputs again.
 """
 LIMIT = 3.0
-"""Inputs that are logarithms of ratios to the layer or network are cut here, either way."""
+"""Largest size of inputs that are logarithms of ratios: e^3 is twenty times. Set by hand."""
 
 
 @dataclass(frozen=True)

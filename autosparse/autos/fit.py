@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from autosparse.autos import features
 from autosparse.autos.config import FitConfig
@@ -80,17 +81,31 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     history = _optimise(network, train, held_out, config, on_epoch)
     best = min(history, key=lambda epoch: epoch.validation_mse)
     network.card = {
+        **card_of(config, corpus, train_ids, held_out_ids, history, best),
+        "rows": {"train": len(train), "validation": len(held_out)},
+        "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
+    }
+    return network.eval()
+
+
+def card_of(
+    config: FitConfig,
+    corpus: Corpus,
+    train_ids: list[str],
+    held_out_ids: list[str],
+    history: list[FitEpoch],
+    best: FitEpoch,
+) -> dict[str, Any]:
+    """Return what the card of every fitted AutoS says."""
+    return {
         "config": {**plain(config), "corpus": "", "out": ""},
         "corpus": corpus_of(corpus, [*train_ids, *held_out_ids]),
         "trained_on": train_ids,
         "held_out": held_out_ids,
-        "rows": {"train": len(train), "validation": len(held_out)},
         "history": [vars(epoch) for epoch in history],
         "best": vars(best),
-        "baseline_mse": float((held_out.targets - train.targets.mean()).square().mean()),
         "versions": library_versions(),
     }
-    return network.eval()
 
 
 def corpus_of(corpus: Corpus, used: list[str]) -> str:
@@ -134,12 +149,12 @@ def split_runs(corpus: Corpus, config: FitConfig) -> tuple[list[str], list[str]]
     return sorted(ids[place] for place in order[count:]), sorted(ids[p] for p in order[:count])
 
 
-def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
+def sample_rows(run: IRPRun, config: FitConfig, run_id: str) -> Rows:
     """Sample `config.rows_per_run` weights of one run, all with the same chance."""
     gradients = initial_gradients(run)
     contexts = features.contexts(run.initial, gradients)
     total = sum(weight.numel() for weight in run.initial.values())
-    generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
+    generator = generator_for(config, run_id)
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.randperm(total, generator=generator)[: config.rows_per_run]] = True
     inputs, targets, start = [], [], 0
@@ -153,6 +168,11 @@ def sample_rows(run: IRPRun, config: FitConfig, salt: str) -> Rows:
             start += piece.shape[1]
         targets.append(survival[chosen[start - len(survival) : start]])
     return Rows(torch.cat(inputs), torch.cat(targets).float() / run.levels)
+
+
+def generator_for(config: FitConfig, run_id: str) -> torch.Generator:
+    """Return what the weights of a run are sampled with; every run has draws of its own."""
+    return torch.Generator().manual_seed(config.seed * 7919 + int(run_id, 16) % (1 << 31))
 
 
 @lru_cache(maxsize=1)
@@ -221,12 +241,17 @@ def _fit_epoch(network, train, batch_size, optimizer, schedule, generator) -> fl
     order = torch.randperm(len(train), generator=generator)
     for places in order.split(batch_size):
         loss = nn.functional.mse_loss(network(train.inputs[places]), train.targets[places])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        update(loss, optimizer, schedule)
         total += loss.detach() * len(places)
     return float(total) / len(train)
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+    """Make one step of the optimizer and of its schedule."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
 
 
 @torch.no_grad()
@@ -234,9 +259,14 @@ def validate(network: AutoS, rows: Rows) -> tuple[float, float]:
     """Return mean squared error and Spearman's rank correlation on `rows`."""
     network.eval()
     predicted = torch.cat([network(part) for part in rows.inputs.split(1 << 16)])
-    error = float((predicted - rows.targets).square().mean())
-    pair = torch.stack([ranks(predicted), ranks(rows.targets)])
-    return error, float(torch.nan_to_num(torch.corrcoef(pair)[0, 1]))
+    return errors(predicted, rows.targets)
+
+
+def errors(predicted: Tensor, true: Tensor) -> tuple[float, float]:
+    """Return mean squared error and Spearman's rank correlation (0 where it is not defined)."""
+    pair = torch.stack([ranks(predicted), ranks(true)])
+    correlation = float(torch.nan_to_num(torch.corrcoef(pair)[0, 1]))
+    return float((predicted - true).square().mean()), correlation
 
 
 def ranks(values: Tensor) -> Tensor:

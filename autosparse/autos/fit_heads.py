@@ -2,7 +2,7 @@
 
 Both minimise binary cross-entropy at every level of every run, each level weighed by the inverse of
 its density. The selection head is given the layers' true densities, so that it learns comparisons
-inside layers only. The allocation head is fitted on layers, weighed by the square root of their
+inside layers only. The allocation head is fitted on layers, each weighed by the square root of its
 size; every run counts the same.
 """
 
@@ -17,24 +17,30 @@ from torch import Tensor, nn
 
 from autosparse.autos import features
 from autosparse.autos.config import FitConfig
-from autosparse.autos.fit import FitEpoch, corpus_of, initial_gradients, ranks, split_runs
+from autosparse.autos.fit import (
+    FitEpoch,
+    card_of,
+    errors,
+    generator_for,
+    initial_gradients,
+    split_runs,
+    update,
+)
 from autosparse.autos.heads import CONSTANTS, Heads, erk_log_odds, interpolation
 from autosparse.autos.network import AutoS
-from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed
-from autosparse.core.versions import library_versions
 from autosparse.corpus.store import Corpus, IRPRun
 
 BINS = 20
-"""Of the calibration curve, even in log-odds."""
+"""Bins of the calibration curve, of equal width in log-odds."""
 SPAN = 7.0
 """The curve covers log-odds from -7 to 7, probabilities from 0.1 to 99.9 %."""
 CLOSE = 1e-4
-"""Probabilities nearer to 0 or 1 than this are cut before their log-odds are taken."""
+"""Probabilities nearer to 0 or 1 are moved to this distance before their log-odds are taken."""
 DECAY = 0.01
 """Weight decay of the allocation head: keeps it near ERK, as it sees some hundred layers only."""
 ALLOCATION_STEPS = 400
-"""On all layers at once; the packaged AutoS was fitted with that many. Set by hand, not tuned."""
+"""Steps of its fit, each on all layers: those of the packaged AutoS; set by hand, not tuned."""
 
 
 @dataclass(frozen=True)
@@ -85,31 +91,25 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
     target = torch.cat([_fraction(part) for part in train]).mean()
     checked = held_out or train
     network.card = {
-        "config": {**plain(config), "corpus": "", "out": ""},
-        "corpus": corpus_of(corpus, [*train_ids, *held_out_ids]),
-        "trained_on": train_ids,
-        "held_out": held_out_ids,
+        **card_of(config, corpus, train_ids, held_out_ids, history, history[-1]),
         "rows": {"train": len(whole), "validation": sum(len(w.layer) for _, w in held_out)},
-        "history": [vars(epoch) for epoch in history],
-        "best": vars(history[-1]),
         "baseline_mse": float(
             torch.cat([(_fraction(part) - target).square() for part in checked]).mean()
         ),
         "calibration": calibration(network.heads, checked),
         "allocation_error": allocation_error(network.heads, [layers for layers, _ in checked]),
-        "versions": library_versions(),
     }
     return network.eval()
 
 
-def sample(run: IRPRun, config: FitConfig, salt: str, heads: Heads) -> Part:
+def sample(run: IRPRun, config: FitConfig, run_id: str, heads: Heads) -> Part:
     """Return a run's layers and a sample of its weights: `rows_per_run` in all.
 
     Each layer gives weights in proportion to the square root of its size.
     """
     gradients = initial_gradients(run)
     contexts = features.contexts(run.initial, gradients)
-    generator = torch.Generator().manual_seed(config.seed * 7919 + int(salt, 16) % (1 << 31))
+    generator = generator_for(config, run_id)
     roots = {name: math.sqrt(weight.numel()) for name, weight in run.initial.items()}
     share = config.rows_per_run / sum(roots.values())
     inputs, survival, layer = [], [], []
@@ -151,11 +151,16 @@ def fit_allocation(heads: Heads, runs: list[Layers], config: FitConfig) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ALLOCATION_STEPS)
     for _ in range(ALLOCATION_STEPS):
         losses = [_allocation_loss(heads, each) for each in runs]
-        _step(sum(losses, torch.zeros(())) / len(losses), optimizer, schedule)
+        update(sum(losses, torch.zeros(())) / len(losses), optimizer, schedule)
+
+
+def allocation_odds(heads: Heads, layers: Layers) -> Tensor:
+    """Return the log-odds of a run's layers at each of its levels: [L, levels]."""
+    return heads.layers_say(layers.constants) @ layers.mixes.T + layers.erk
 
 
 def _allocation_loss(heads: Heads, layers: Layers) -> Tensor:
-    odds = heads.layers_say(layers.constants) @ layers.mixes.T + layers.erk
+    odds = allocation_odds(heads, layers)
     each = nn.functional.binary_cross_entropy_with_logits(odds, layers.truth, reduction="none")
     share = layers.sizes.sqrt() / layers.sizes.sqrt().sum()
     return ((each / layers.densities).mean(1) * share).sum()
@@ -179,7 +184,7 @@ def _fit_selection(
             loss = _selection_loss(heads, part, piece)
             if not torch.isfinite(loss):
                 raise RunFailed(f"the loss of AutoS is not finite in epoch {epoch + 1}")
-            _step(loss, optimizer, schedule)
+            update(loss, optimizer, schedule)
         error = measure(heads, train)[0]
         history.append(FitEpoch(epoch + 1, error, *measure(heads, held_out or train)))
         if on_epoch:
@@ -212,18 +217,11 @@ def _fraction(part: Part) -> Tensor:
     return part[1].survival.float() / len(part[0].densities)
 
 
-def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    schedule.step()
-
-
 @torch.no_grad()
 def predicted(heads: Heads, part: Part) -> Tensor:
     """Return P(alive) of a run's sampled weights at each of its levels: [N, levels]."""
     layers, weights = part
-    odds = heads.layers_say(layers.constants) @ layers.mixes.T + layers.erk
+    odds = allocation_odds(heads, layers)
     return torch.sigmoid(odds[weights.layer] + heads.weights_say(weights.inputs) @ layers.mixes.T)
 
 
@@ -231,9 +229,7 @@ def measure(heads: Heads, parts: list[Part]) -> tuple[float, float]:
     """Return squared error and rank correlation of expected survival, as a fraction of levels."""
     guess = torch.cat([predicted(heads, part).mean(1) for part in parts])
     target = torch.cat([_fraction(part) for part in parts])
-    pair = torch.stack([ranks(guess), ranks(target)])
-    error = float((guess - target).square().mean())
-    return error, float(torch.nan_to_num(torch.corrcoef(pair)[0, 1]))
+    return errors(guess, target)
 
 
 def calibration(heads: Heads, parts: list[Part]) -> list[dict[str, float]]:
@@ -261,7 +257,7 @@ def allocation_error(heads: Heads, runs: list[Layers]) -> dict[str, float]:
     """Return the mean |log2(predicted / true density)| of layers, for our head and for ERK."""
     ours, erk = [], []
     for layers in runs:
-        odds = heads.layers_say(layers.constants) @ layers.mixes.T + layers.erk
+        odds = allocation_odds(heads, layers)
         truth = layers.truth.clamp(min=1e-4).log2()
         ours.append((torch.sigmoid(odds).log2() - truth).abs().mean())
         erk.append((torch.sigmoid(layers.erk).log2() - truth).abs().mean())

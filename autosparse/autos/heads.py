@@ -1,10 +1,10 @@
 """AutoS (ours): a distribution over survival, with one head for layers and one for weights.
 
 P(weight is alive at density d) = sigmoid(allocation(layer, d) + selection(weight, d)). The
-allocation head says how dense iterative pruning leaves a layer, starting from the densities of ERK
-(Mocanu et al. 2018; Evci et al. 2020): where it knows nothing, it says ERK. The selection head says
-how a weight compares with the others of its layer. Both speak at a few densities; between two of
-them their log-odds are interpolated over log density, and beyond them the nearest counts.
+allocation head predicts how dense iterative pruning leaves a layer, as a correction to the density
+of ERK (Mocanu et al. 2018; Evci et al. 2020); with nothing learned, it predicts ERK. The selection
+head compares a weight with the others of its layer. Both have outputs for a few densities; between
+two of these log-odds are interpolated over log density, and beyond them the nearest counts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ LIMIT = 3.0
 MOST = 1 - 1e-3
 """ERK densities are cut here, where their log-odds would be infinite."""
 DENSITIES = (0.6, 0.37, 0.23, 0.14, 0.087, 0.053, 0.033, 0.02)
-"""Where the heads speak: about 0.02 ** (k / 8), the levels of the packaged AutoS's corpus."""
-
-
+"""Those that the heads have outputs for: about 0.02 ** (k / 8), k = 1 to 8, the levels of the
+packaged AutoS's corpus."""
 SHIFT, BISECTIONS = 40.0, 80
 """Log-odds of 40 are 0 or 1 in float64, and 80 halvings of that interval leave one number."""
 
@@ -60,11 +59,19 @@ def erk_log_odds(shapes: Mapping[str, torch.Size], density: float) -> dict[str, 
     return {name: math.log(each / (1 - each)) for name, each in cut.items()}
 
 
-def _mlp(widths: Sequence[int]) -> nn.Sequential:
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """Return linear layers from the first width to the last, with ReLUs in between."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def apply_mlp(matrices: Sequence[Tensor], biases: Sequence[Tensor], piece: Tensor) -> Tensor:
+    """Return an MLP's first output [n] for inputs [F, n]; matrices [out, in], biases [out, 1]."""
+    for matrix, bias in zip(matrices[:-1], biases[:-1], strict=True):
+        piece = torch.addmm(bias, matrix, piece).relu_()
+    return torch.addmm(biases[-1], matrices[-1], piece)[0]
 
 
 class Heads(nn.Module):
@@ -72,7 +79,7 @@ class Heads(nn.Module):
 
     Args:
         hidden: widths of the hidden layers of the selection head.
-        densities: where both heads speak, falling.
+        densities: those that both heads have outputs for, falling.
         allocation_hidden: width of the allocation head's hidden layer.
     """
 
@@ -90,8 +97,8 @@ class Heads(nn.Module):
         inputs = len(features.KINDS["context"])
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.ones(inputs))
-        self.selection = _mlp([inputs, *hidden, len(self.densities)])
-        self.allocation = _mlp([CONSTANTS, allocation_hidden, len(self.densities)])
+        self.selection = mlp([inputs, *hidden, len(self.densities)])
+        self.allocation = mlp([CONSTANTS, allocation_hidden, len(self.densities)])
         nn.init.zeros_(self.allocation[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.allocation[-1].bias)  # type: ignore[arg-type]
 
@@ -146,16 +153,13 @@ class Heads(nn.Module):
         constants = torch.tensor(context.constants, **like)
         scaled = (constants - self.mean[-CONSTANTS:]) / self.std[-CONSTANTS:]
         fixed = matrices[0][:, -CONSTANTS:] @ scaled.clamp(-LIMIT, LIMIT)
-        first, biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
+        matrices[0], biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
         mean, std = self.mean[:-CONSTANTS, None], self.std[:-CONSTANTS, None]
         parts = []
         for piece in features.layer_features("context", weight, gradient, None):
-            part = piece.sub_(mean).div_(std).clamp_(-LIMIT, LIMIT)
-            for number, bias in enumerate(biases):
-                matrix = first if number == 0 else matrices[number]
-                part = torch.addmm(bias, matrix, part)
-                part = part.relu_() if number + 1 < len(biases) else part
-            parts.append(part[0])
+            parts.append(
+                apply_mlp(matrices, biases, piece.sub_(mean).div_(std).clamp_(-LIMIT, LIMIT))
+            )
         return torch.cat(parts).view(weight.shape)
 
 

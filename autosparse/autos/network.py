@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.autos import features
-from autosparse.autos.heads import DENSITIES, Heads
-from autosparse.autos.table import Table
+from autosparse.autos.heads import DENSITIES, Heads, apply_mlp, mlp
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import read_tensors, require, write_tensors
 
 FORMAT = 1
 HEADS = ("mean", "survival")
-TABLE_ONLY = "resnet18"
-"""`backbone` in the header of files whose network is not there, only its table."""
 
 
 def check(kind: str, head: str) -> None:
@@ -61,20 +59,13 @@ class AutoS(nn.Module):
         self.kind, self.hidden, self.head = kind, tuple(hidden), head
         self.densities = tuple(densities) if head == "survival" else ()
         self.card: dict[str, Any] = {}
-        self.table: Table | None = None
-        """Instead of the layers, in files of earlier versions with features paper."""
-        self.layers: nn.Sequential | None = None
         if head == "survival":
             self.heads = Heads(self.hidden, self.densities)
             return
         inputs = len(features.names_of(kind))
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.ones(inputs))
-        layers: list[nn.Module] = []
-        for width in self.hidden:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
-            inputs = width
-        self.layers = nn.Sequential(*layers, nn.Linear(inputs, 1))
+        self.layers = mlp([inputs, *self.hidden, 1])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return predicted survival [N] for features [N, F].
@@ -83,9 +74,6 @@ class AutoS(nn.Module):
         """
         if self.head == "survival":
             return self.heads.weights_say(inputs)
-        if self.table is not None:
-            return self.table(inputs[:, 0], inputs[:, 1])
-        assert self.layers is not None
         return self.layers((inputs - self.mean) / self.std).squeeze(1)
 
     @torch.no_grad()
@@ -94,8 +82,6 @@ class AutoS(nn.Module):
     ) -> dict[str, Tensor]:
         """Return predicted survival per weight of a whole model (mean head)."""
         weights = {name: weight.detach() for name, weight in weights.items()}
-        if self.table is not None:
-            return {name: self.table(weight, gradients[name]) for name, weight in weights.items()}
         contexts = features.contexts(weights, gradients)
         fused = self._fused()
         scores = {}
@@ -132,18 +118,11 @@ class AutoS(nn.Module):
 
     def _fused(self) -> Callable[[Tensor], Tensor]:
         """Return the MLP as a function of pieces [F, n], the normalisation in its first layer."""
-        assert self.layers is not None
-        linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-        first = linears[0].weight / self.std
-        biases = [linears[0].bias - first @ self.mean, *(layer.bias for layer in linears[1:])]
-        matrices = [first, *(layer.weight for layer in linears[1:])]
-
-        def run(piece: Tensor) -> Tensor:
-            for matrix, bias in zip(matrices[:-1], biases[:-1], strict=True):
-                piece = torch.addmm(bias[:, None], matrix, piece).relu_()
-            return torch.addmm(biases[-1][:, None], matrices[-1], piece)[0]
-
-        return run
+        first, *others = (layer for layer in self.layers if isinstance(layer, nn.Linear))
+        matrix = first.weight / self.std
+        biases = [first.bias - matrix @ self.mean, *(layer.bias for layer in others)]
+        matrices = [matrix, *(layer.weight for layer in others)]
+        return partial(apply_mlp, matrices, [bias[:, None] for bias in biases])
 
     @property
     def fingerprint(self) -> str:
@@ -162,9 +141,7 @@ class AutoS(nn.Module):
             "inputs": list(features.names_of(self.kind)),
             "hidden": list(self.hidden),
             "head": self.head,
-            "backbone": TABLE_ONLY if self.table and self.layers is None else "mlp",
             "densities": list(self.densities),
-            "tabulated": self.table is not None,
             "fingerprint": self.fingerprint,
             "card": self.card,
         }
@@ -186,15 +163,17 @@ class AutoS(nn.Module):
                 f"{path} was fitted on other features than this version computes "
                 f"({header['features']}: {odd[0]}); fit it again"
             )
+        if header.get("tabulated"):
+            raise UsageError(
+                f"{path} holds a table instead of a network, as earlier versions wrote it; "
+                "fit it again"
+            )
         shape = {key: header[key] for key in ("head", "densities") if key in header}
         try:
             with torch.random.fork_rng(devices=[]):
                 scorer = cls(header["features"], header["hidden"], **shape)
         except UsageError as error:
             raise UsageError(f"{path} does not fit its own card: {error}") from None
-        scorer.table = Table() if header.get("tabulated") else None
-        if header.get("backbone") == TABLE_ONLY:
-            scorer.layers = None
         scorer.float()  # As in the file, whatever torch's default dtype is now.
         try:
             scorer.load_state_dict(tensors)

@@ -1,1 +1,1 @@
-"""What has no opinion: errors, files, locks, progress, versions, settings."""
+"""What every package uses: settings, errors, files, locks, progress, versions."""

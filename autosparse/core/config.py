@@ -1,4 +1,4 @@
-"""What all settings share: ids made of what differs from the first defaults, and plain data.
+"""Ids of settings, made of what differs from the first defaults, and settings as plain data.
 
 Nothing here imports torch, so that `autosparse --help` stays quick.
 """
@@ -16,14 +16,14 @@ from autosparse.core.errors import unknown
 FIRST_DEFAULTS: dict[str, Any] = {}
 """Where a default has changed: "TrainingConfig.epochs" -> its first value.
 
-A run's id leaves out what equals the first default, not what equals today's: earlier runs keep
-their ids, and none is taken for a run with the new default. A new field whose default changes what
-is computed has an entry too: the value that stands for how it was computed before.
+A run's id leaves out every value that equals the first default, even if today's differs. So
+earlier runs keep their ids, and none is mistaken for a run with the new default. A new field whose
+default changes results has an entry too: the value that stands for the computation before.
 """
 
 
 def local(default: Any) -> Any:
-    """Declare a field that says where or how fast, not what: left out of run_id."""
+    """Declare a field that does not change results (a place, a speed): it is left out of run_id."""
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"identity": False})
     return field(default=default, metadata={"identity": False})

@@ -215,8 +215,8 @@ def read_card(path: str | Path) -> dict[str, Any]:
 def _reading(path: str | Path) -> Iterator[None]:
     """Raise UsageError that names the file when it is missing, damaged or cannot be read.
 
-    Files of a run that is just being finished go away while they are read, at any moment; torch,
-    which maps them, tells of it by a RuntimeError.
+    Files of a run that is finishing may be removed while they are read; torch, which maps files
+    into memory, raises a RuntimeError then.
     """
     from safetensors import SafetensorError
 
@@ -233,7 +233,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def _remote_metadata(path: Path) -> dict[str, str]:
-    """Read a safetensors header only: its length in 8 bytes, then JSON."""
+    """Read a safetensors header only: its length in 8 bytes, then JSON (at most 100 MB)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, 1 << 27)))

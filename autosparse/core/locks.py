@@ -33,7 +33,9 @@ BEAT, EXPIRY = 10.0, 60.0
 POLL = 1.0
 """Seconds between two looks at a claim that another has."""
 SETTLE = 1.0
-"""At a URL: seconds after which the last writer has won."""
+"""At a URL: seconds after which whoever wrote last has the claim."""
+_NAMESPACE = "?pidns-"
+"""What filelock puts after a container's host name, before the inode of its process namespace."""
 
 
 class Claim:
@@ -49,21 +51,20 @@ class Claim:
     def take(self) -> bool:
         """Try to take the claim; return whether it is ours. From then on it is renewed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_empty()
+        if self._is_stale() and not self._lease.owner:
+            self._lease.force_break()  # A power cut left a file without an owner.
         try:
             self._lease.acquire(blocking=False)
         except (Timeout, FileNotFoundError):  # The folder was removed just now, as it was empty.
             return False
         return True
 
-    def _remove_empty(self) -> None:
-        """Remove a file without an owner, as a power cut leaves it; filelock would wait for it."""
+    def _is_stale(self) -> bool:
+        """Whether a claim is there that was not renewed for EXPIRY seconds by our own clock."""
         now = self.state()
         if now != self._seen[0]:
             self._seen = now, time.monotonic()
-        if now is None or time.monotonic() - self._seen[1] <= EXPIRY or self._lease.owner:
-            return
-        self._lease.force_break()
+        return now is not None and time.monotonic() - self._seen[1] > EXPIRY
 
     def release(self) -> None:
         """Stop renewing, and remove the claim if it is ours."""
@@ -80,14 +81,14 @@ class Claim:
             raise RunFailed(f"{self.path.parent} was taken over by another process; stopped here")
 
     def owner(self) -> str:
-        """Say who has the claim."""
+        """Return who has the claim, in words."""
         owner = self._lease.owner
         if owner is None:
             return "another process"
         return f"process {owner.pid} on {owner.hostname.partition(_NAMESPACE)[0]}"
 
     def state(self) -> object:
-        """Return what changes with every heartbeat of the owner; None where there is no claim."""
+        """Return a value that changes with every heartbeat; None if there is no claim."""
         try:
             status = self.path.stat()
         except FileNotFoundError:
@@ -106,15 +107,11 @@ class Claim:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether a process has ended, but its parent has not asked how; filelock has it alive."""
+    """Whether a process has ended and its parent has not waited for it; filelock calls it alive."""
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     except OSError:  # Not Linux, or gone by now.
         return False
-
-
-_NAMESPACE = "?pidns-"
-"""What filelock puts after a container's host name, before the inode of its process namespace."""
 
 
 class RemoteClaim(Claim):
@@ -128,12 +125,8 @@ class RemoteClaim(Claim):
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def take(self) -> bool:
-        now = self._read()
-        if now is not None:
-            if now != self._seen[0]:
-                self._seen = now, time.monotonic()
-            if time.monotonic() - self._seen[1] <= EXPIRY:
-                return False
+        if self.state() is not None and not self._is_stale():
+            return False
         self._write(0)
         time.sleep(SETTLE)
         if not self._is_ours():
@@ -154,16 +147,13 @@ class RemoteClaim(Claim):
 
     def owner(self) -> str:
         try:
-            claim = json.loads(self._read() or "{}")
+            claim = json.loads(self.state() or "{}")
             return f"process {claim['pid']} on {claim['host']}"
         except (ValueError, KeyError, TypeError):
             return "another process"
 
-    def state(self) -> object:
-        return self._read()
-
     def owner_is_here(self) -> bool:
-        return False  # Not known: its heartbeat, or that there is none, tells.
+        return False  # Unknown; only its heartbeat shows that it lives.
 
     def _renew(self) -> None:
         beats = 0
@@ -172,21 +162,21 @@ class RemoteClaim(Claim):
                 self._lost = True
                 return
             beats += 1
-            with suppress(RunFailed, OSError):  # A full store: who writes results next says so.
+            with suppress(RunFailed, OSError):  # A full store; whoever writes next reports it.
                 self._write(beats)
 
     def _write(self, beats: int) -> None:
         owner = {"host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.path, {"token": self.token, **owner, "beats": beats})
 
-    def _read(self) -> str | None:
+    def state(self) -> str | None:
         try:
             return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
     def _is_ours(self) -> bool:
-        return f'"{self.token}"' in (self._read() or "")
+        return f'"{self.token}"' in (self.state() or "")
 
 
 @contextmanager
@@ -200,11 +190,11 @@ def claimed(
     """Hold the claim on a folder while the body runs.
 
     Args:
-        folder: what to claim; made if need be.
+        folder: to claim; it is made if it is not there.
         wait: wait for the owner to finish or die; otherwise raise UsageError if it lives. That
             takes up to EXPIRY seconds to find out when it ran on another machine.
-        finished: asked while waiting; once it says yes, None is yielded: there is nothing to do.
-        name: of the claim's file, where what is claimed is not the whole folder.
+        finished: asked while waiting; once it is True, None is yielded: there is nothing to do.
+        name: of the claim's file, if not the whole folder is claimed.
 
     Yields the claim; call its `check` before results are written.
     """
@@ -228,14 +218,14 @@ def claimed(
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Return a local folder and those above it, as far as they are not there yet."""
+    """Return those of a local folder and its parents that are not there yet."""
     if not is_local(folder):
         return []
     return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _taken(claim: Claim, wait: bool, finished: Callable[[], bool]) -> bool:
-    """Take the claim; return False where `finished` says that there is nothing to do."""
+    """Take the claim; return False if `finished` returns True, so that there is nothing to do."""
     before = None
     while not claim.take():
         if finished():

@@ -20,8 +20,8 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
-        said = _one_line(f"{record.levelname.lower()}: {record.getMessage()}")
-        print(said, file=sys.stderr, flush=True)
+        line = _one_line(f"{record.levelname.lower()}: {record.getMessage()}")
+        print(line, file=sys.stderr, flush=True)
 
 
 def to_stderr() -> None:

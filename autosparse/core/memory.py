@@ -8,8 +8,8 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names (malloc.h)."""
-NEVER = 1 << 30
-"""Bytes; blocks below that are kept."""
+KEPT_BELOW = 1 << 30
+"""Bytes, more than any tensor of a step on a CPU is expected to have: smaller blocks are kept."""
 
 
 @cache
@@ -24,5 +24,5 @@ def keep_freed_blocks() -> None:
     told = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     if mallopt is None or any(name in os.environ for name in told):
         return
-    mallopt(M_MMAP_THRESHOLD, NEVER)
-    mallopt(M_TRIM_THRESHOLD, NEVER)
+    mallopt(M_MMAP_THRESHOLD, KEPT_BELOW)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BELOW)

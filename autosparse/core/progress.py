@@ -14,8 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 LOG_SECONDS = 10.0
-
-
+"""Seconds between two lines where the output is no terminal."""
 UNKNOWN_WIDTH = 120
 """Columns of a table that is not printed to a terminal."""
 FIGURES_WIDTH = 61
@@ -128,8 +127,9 @@ class Bar:
 def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence[str] = ()) -> None:
     """Print rows of the same keys as a table; numbers to the right.
 
-    No word of a head is cut, and no cell: what is too long for the terminal is folded. Where even
-    that is too wide, lines go beyond its edge. Long paths in the title lose their middle.
+    Nothing in the table is cut: what is too long for the terminal is folded between words of a
+    heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long path in
+    the title loses its middle.
 
     Args:
         rows: the lines.

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 MAIN = ("autosparse", "torch", "timm")
-AROUND = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
+"""Every result depends on these."""
+ALSO = ("torchvision", "deepspeed", "ray", "webdataset", "mlflow")
+"""Libraries that a training may use as well."""
 
 
 def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
@@ -23,7 +25,7 @@ def library_versions(names: tuple[str, ...] = MAIN) -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a training runs on: machine, GPUs, Python, and the versions of libraries."""
+    """Return a training's environment: machine, GPUs, Python, and the versions of libraries."""
     import torch
 
     gpus = range(torch.cuda.device_count())
@@ -33,5 +35,5 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
         "python": platform.python_version(),
-        "versions": library_versions((*MAIN, *AROUND)),
+        "versions": library_versions((*MAIN, *ALSO)),
     }

@@ -40,7 +40,7 @@ FORMAT = 1
 RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
 REPORT = "report"
 NO_RUNS = (INDEX, REPORT, "mlflow.json", "mlflow.db", "mlartifacts")
-"""Names in a corpus folder that are no runs."""
+"""Names in a corpus folder that are not runs."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row per finished run, from `index.parquet` as far as that has them."""
+        """Return a row per finished run, from `index.parquet`, or from the run itself."""
         known = {row["run_id"]: row for row in self._indexed()}
         children = sorted(child for child in self.path.iterdir() if child.name not in NO_RUNS)
         rows = []
@@ -246,7 +246,7 @@ SPARE = ("weights", "seconds", "levels", "seed", "data")
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Shorten a row of the index to what fits a terminal."""
+    """Shorten a row of the index so that it fits a terminal."""
     return {
         "run": row["run_id"],
         "model": row["model"],

@@ -36,15 +36,19 @@ class Problem:
 
 
 def verify(path: str | Path) -> Iterator[tuple[str, list[Problem]]]:
-    """Yield every run's id with what is wrong with it, finished or not; [] if all is well."""
+    """Yield every run's id, finished or not, with its problems; [] if it has none."""
     folder = Corpus(path).path
     for child in sorted(folder.iterdir()):
         if child.name not in NO_RUNS and child.is_dir():
-            yield child.name, list(_problems(child))
+            yield child.name, _problems(child)
 
 
-def _problems(folder: Path) -> Iterator[Problem]:
-    name = folder.name
+def _problems(folder: Path) -> list[Problem]:
+    return [Problem(folder.name, file, what) for file, what in _differences(folder)]
+
+
+def _differences(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield files of a run that are not as they were written, and what is wrong."""
     if store.is_finished(folder):
         yield from _of_finished(folder)
         return
@@ -55,72 +59,65 @@ def _problems(folder: Path) -> Iterator[Problem]:
         try:
             read(path)
         except UserError as error:
-            yield Problem(name, path.name, str(error))
+            yield path.name, str(error)
 
 
-def _of_finished(folder: Path) -> Iterator[Problem]:
-    name = folder.name
+def _of_finished(folder: Path) -> Iterator[tuple[str, str]]:
+    file = FINISHED
     try:
         marker = store.marker_of(folder)
-    except UsageError as error:
-        yield Problem(name, FINISHED, str(error))
-        return
-    if not (folder / RUN).is_file():
-        yield Problem(name, RUN, "is missing")
-        return
-    whole = sha256_of_file(folder / RUN) == marker["sha256"]
-    try:
+        file = RUN
         tensors, card = read_tensors(folder / RUN)
     except UsageError as error:
-        yield Problem(name, RUN, str(error))
+        yield file, str(error)
         return
     digests_now = {key: store.sha256_of_tensor(tensor) for key, tensor in tensors.items()}
-    if whole:
-        yield from _of_marker(name, marker, digests_now, store.row_of(card))
+    if sha256_of_file(folder / RUN) == marker["sha256"]:
+        yield from _of_marker(marker, digests_now, store.row_of(card))
         yield from _of_first_card(folder / CARD, card)
         return
     digests = marker.get("tensors", {})
     wrong = [key for key, digest in digests.items() if digests_now.get(key) != digest]
     for key in wrong:
         group, _, parameter = key.partition("/")
-        yield Problem(name, RUN, f"parameter {parameter} ({group}) is not what was written")
+        yield RUN, f"parameter {parameter} ({group}) is not what was written"
     if not wrong:
         what = f"its header (or the SHA-256 in {FINISHED})" if digests else "it"
-        yield Problem(name, RUN, f"{what} is not what was written (the SHA-256 differs)")
+        yield RUN, f"{what} is not what was written (the SHA-256 differs)"
 
 
-def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
+def _of_first_card(path: Path, card: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Compare the card that the run began with, if it is there, with that of the whole run."""
     if not path.is_file():
         return
     try:
         first = read_json(path)
     except UsageError as error:
-        yield Problem(path.parent.name, CARD, str(error))
+        yield CARD, str(error)
         return
     if not isinstance(first, dict):
-        yield Problem(path.parent.name, CARD, "is no card")
+        yield CARD, "is no card"
         return
     for key, value in first.items():
         # A later version that took the run up may know more settings.
         if key not in ("config", "versions") and card.get(key) != value:
-            yield Problem(path.parent.name, CARD, f"its entry {key!r} is not that of {RUN}")
+            yield CARD, f"its entry {key!r} is not that of {RUN}"
 
 
 def _of_marker(
-    name: str, marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
-) -> Iterator[Problem]:
+    marker: dict[str, Any], digests: dict[str, str], row: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     """Compare the marker's other entries with the run, whose file is whole."""
     expected: dict[str, Any] = {"sha256": marker["sha256"], "tensors": digests}
     # A later version's row may have more columns.
     expected["row"] = {key: row.get(key) for key in marker.get("row", {})}
     for key, value in marker.items():
         if expected.get(key) != value:
-            yield Problem(name, FINISHED, f"its entry {key!r} is not what was written")
+            yield FINISHED, f"its entry {key!r} is not what was written"
 
 
 def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], list[str]]:
-    """Copy finished runs into another corpus; return (copied, found there already).
+    """Copy finished runs into another corpus; return the ids of (copied, already there).
 
     Each is checked on the way, and its commit marker comes last. Raises RunFailed after all that
     can be copied is, if a run is damaged, is there with another content, or is being worked on.
@@ -129,7 +126,7 @@ def merge(sources: Iterable[str | Path], into: str | Path) -> tuple[list[str], l
     copied, there, problems = [], [], []
     for folder in [folder for source in sources for folder in Corpus(source).folders()]:
         goal = target / folder.name
-        wrong = list(_problems(folder))
+        wrong = _problems(folder)
         if wrong:
             problems += [str(problem) for problem in wrong]
             continue

@@ -6,8 +6,8 @@ survival that iterative rewind pruning would give it; the lowest scores are prun
 
 Departures: with `features: context` the network sees more than those two (see features.py), and
 it is a small MLP. With `head: survival` (see heads.py) it predicts how many weights each layer
-keeps at the sparsity asked for. Which ones is drawn, by default on paths from input to output (see
-reach.py), since its own ranking inside layers was no better than chance.
+keeps at a given sparsity. Which ones is drawn at random, by default on paths from input to output
+(see reach.py), as its own ranking inside layers was no better than chance.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def autos(
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
-    lift = lifted(model, parameters, batches, reuse)
+    lift = use_lift(model, parameters, batches, reuse)
     densities = network.to(device).layer_densities(parameters, gradients, 1 - sparsity, lift)
     kept = counts(densities, parameters, sparsity)
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def autos(
     return reach.best_on_paths(model, noise, kept, shape, tilt=TILT)
 
 
-def lifted(model, parameters, batches, reuse: float) -> dict[str, float] | None:
+def use_lift(model, parameters, batches, reuse: float) -> dict[str, float] | None:
     """Return what `reuse` adds to the log-odds of each layer; None if that is nothing."""
     if not reuse:
         return None

@@ -3,9 +3,9 @@
 As in short_irp.py, every level trains the subnetwork from its initial weights for `steps_per_level`
 steps and keeps the largest weights. Two things differ. How many weights a layer keeps comes from
 AutoS's allocation head (see heads.py), which was fitted on iterative pruning with levels of full
-length. And AutoS alone prunes before any training, where a few steps tell no more than the initial
-weights do: to a quarter of the weights by its odds; where only few levels follow, further down,
-drawn on paths. This is no paper's method; what was measured is in docs/results/log.md.
+length. And AutoS alone prunes before any training, as at high density a few steps tell no more
+than initial weights do: to a quarter of the weights, by its odds; if the levels that follow would
+be too steep, further, drawn on paths. No paper has this method; docs/results/log.md has figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from autosparse.sparsity.counts import keep_density
 from autosparse.training.config import TrainingConfig
 
 ROUNDS = 4
-"""Rounds in which a level removes weights: what loses its paths in one goes first in the next."""
+"""Rounds in which a level removes weights; those that lose their paths in one go first in the next.
+What was measured with four: docs/results/log.md."""
 BATCHES = 2
 """Training batches that the initial gradient, an input of AutoS, is taken on."""
 
@@ -68,8 +69,8 @@ def autos_irp(
         levels: how often the network is pruned after that; the density falls exponentially.
         steps_per_level: of training, from the initial weights.
         start: density that AutoS prunes to before any step, by its odds; 1: not at all.
-        fall: the most that a level prunes by. Where it would be more, the network is thinned first
-            as `autos` does, to fall ** levels times the final density.
+        fall: the largest factor that a level prunes by. If it would be more, the network is thinned
+            first as `autos` does, to fall ** levels times the final density.
         movement: how much of a weight's movement counts: |initial weight + movement * change|.
         live: at every level weights go first that lie on no path from input to output.
         reuse: as of `autos`: how much layers are favoured whose weights are used at many places.
@@ -88,7 +89,7 @@ def autos_irp(
         parameters,
         mean_gradients(model, parameters, first, loss_fn),
         _followed(model, first, live),
-        autos.lifted(model, parameters, first, reuse),
+        autos.use_lift(model, parameters, first, reuse),
     )
     training = TrainingConfig(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, schedule="none"
@@ -171,20 +172,13 @@ class _Layers:
             densities,
             {name: mask.numel() for name, mask in alive.items()},
             count,
-            most={name: int(mask.count_nonzero()) for name, mask in alive.items()},
+            most=masks.counts(alive),
         )
         return self.choose(scores, kept, alive, rounds, tilt)
 
-    def everything(self) -> Masks:
-        """Return masks that keep all."""
-        return {
-            name: torch.ones(weight.shape, dtype=torch.bool)
-            for name, weight in self.parameters.items()
-        }
-
     def first(self, density: float) -> Masks:
         """Return the masks that AutoS's odds alone prune to, before any step."""
-        alive = self.everything()
+        alive = masks.dense(self.parameters, "cpu")
         if density == 1:
             return alive
         odds = self.network.odds(self.parameters, self.gradients, density)
@@ -193,7 +187,7 @@ class _Layers:
 
     def drawn(self, density: float, seed: int) -> Masks:
         """Return masks as `autos` draws them, on paths."""
-        alive = self.everything()
+        alive = masks.dense(self.parameters, "cpu")
         generator = torch.Generator().manual_seed(seed)
         scores = {n: autos.noise_for("live", mask, generator) for n, mask in alive.items()}
         count = keep_density(self.total, density)

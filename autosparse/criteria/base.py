@@ -48,7 +48,9 @@ Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEF
 """
 EMPTY = inspect.Parameter.empty
 _REGISTRY: dict[str, Criterion] = {}
-NO_CRITERION = ("base", "config", "prune", "rounds", "scoring", "selection")
+NO_CRITERION = (
+    "base", "card", "config", "own_models", "pruning", "rounds", "scoring", "selection",
+)  # fmt: skip
 """Files of this package that hold no criterion."""
 
 

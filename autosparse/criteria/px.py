@@ -76,7 +76,7 @@ def px(
 def open_paths(model, network, parameters, squares, batches, gates, rescaling, ones) -> Tensor:
     """Return z1, its mean over all samples, [1, classes], up to a common factor.
 
-    The squares are other powers for a while: the memory of no further set of weights is needed.
+    Meanwhile the squares hold other powers of the weights, so that no further copy is needed.
     """
     _raise_to(0, squares, parameters)
     reference = _scaled(rescaling, network, ones)[1]
@@ -100,7 +100,7 @@ def open_paths(model, network, parameters, squares, batches, gates, rescaling, o
 
 @torch.no_grad()
 def _raise_to(power: int, squares: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Set what is not zero to that power of its parameter, in place."""
+    """Set every entry that is not zero to that power of its parameter, in place."""
     for name, each in squares.items():
         each.copy_(each != 0)
         for _ in range(power):

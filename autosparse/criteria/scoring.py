@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from autosparse import criteria
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
-from autosparse.core.versions import library_versions
+from autosparse.core.ranges import check_ranges
+from autosparse.criteria import own_models
 from autosparse.criteria.base import as_on_rank_0
+from autosparse.criteria.card import begin_card
 from autosparse.criteria.config import ScoringConfig
 from autosparse.criteria.selection import UNIFORM, Scored, Selection
 from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.models import roles, zoo
-from autosparse.models.contract import Checked, gradients_on, of_the_machine, remedy
+from autosparse.models.contract import Checked, gradients_on, of_the_machine
 from autosparse.models.gradients import LossFn, Shared, counting, note
-from autosparse.models.restore import untouched
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.counts import check_sparsity, keep_count
@@ -77,36 +78,24 @@ def score(
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
     if not main.needs_data:
-        check_runs(model, source)
+        own_models.check_runs(model, source)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
     with counting() as cost:
         scored = context.scored(main, asked, sparsity, selection)
-    card = {
-        **describe(model, source),
+    changed = main.changed_defaults(asked)
+    begun = begin_card(
+        model, source, criterion=criterion, options=asked, sparsity=sparsity, seed=seed,
+        exclude=exclude, image_passes=cost.image_passes, seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    return scored, {
+        **begun,
         "device": zoo.device_name(zoo.device_of(model)),
-        **_entries_on(main, asked),
-        "sparsity": sparsity,
+        **({"changed_defaults": changed} if changed else {}),
         "selection": plain(selection),
         "scoring": plain(scoring),
-        "seed": seed,
-        "exclude": list(exclude),
         **(main.provenance(**asked) if main.provenance else {}),
         **cost.notes,
-        "image_passes": round(cost.image_passes, 3),
-        "seconds": round(time.perf_counter() - started, 3),
-        "versions": library_versions(),
-    }
-    return scored, card
-
-
-def _entries_on(criterion: criteria.Criterion, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the card's entries on a criterion and its options."""
-    changed = criterion.changed_defaults(asked)
-    return {
-        "criterion": criterion.name,
-        "options": asked,
-        **({"changed_defaults": changed} if changed else {}),
     }
 
 
@@ -114,9 +103,9 @@ def check_scoring(scoring: ScoringConfig) -> None:
     """Raise UsageError for settings that cannot be."""
     if scoring.mode not in MODES:
         raise unknown("mode", scoring.mode, MODES)
-    for name in ("samples_per_class", "batches", "batch_size"):
-        if getattr(scoring, name) < 1:
-            raise UsageError(f"{name} must be at least 1, got {getattr(scoring, name)}")
+    check_ranges(
+        scoring, dict.fromkeys(("samples_per_class", "batches", "batch_size"), "at least 1")
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,7 @@ class _Context:
         """Return scores or masks; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
         usual = {key: value for key, value in known.items() if key in criterion.options}
-        with seeded(self.seed), self._revealed(criterion), self._told(criterion):
+        with seeded(self.seed), self._revealed(criterion), self._explained(criterion):
             scores = criterion(
                 self.model,
                 self._batches(criterion, usual | options),
@@ -176,7 +165,7 @@ class _Context:
         if shape is None or hasattr(self.model, "autosparse_recipe"):
             yield
             return
-        image = _ones(self.model, shape)
+        image = own_models.ones(self.model, shape)
         limit = 0.0 if criterion.learned else roles.FAINT
         try:
             with torch.random.fork_rng(devices=[]):
@@ -185,16 +174,16 @@ class _Context:
             if of_the_machine(error) or isinstance(error, UserError):
                 raise
             if criterion.needs_data:
-                raise UsageError(own_failure(self.model, shape, error)) from error
-            values = {}  # The criterion does not call it; whatever does reports the error.
+                raise UsageError(own_models.own_failure(self.model, shape, error)) from error
+            values = {}  # The criterion does not call the model; what does reports the error.
         if values:
             note("revealed", sorted(values))
         with roles.replaced(self.model, values):
             yield
 
     @contextmanager
-    def _told(self, criterion: criteria.Criterion) -> Iterator[None]:
-        """Turn CannotFollow into one line: the criterion needs paths, and finds none here."""
+    def _explained(self, criterion: criteria.Criterion) -> Iterator[None]:
+        """Turn CannotFollow into one line: the criterion needs paths that cannot be followed."""
         try:
             yield
         except CannotFollow as error:
@@ -209,7 +198,7 @@ class _Context:
         """Raise UsageError if the model itself fails on an image in eval mode."""
         shape = self.shape()
         if shape is not None:
-            _run(self.model, _ones(self.model, shape))
+            own_models.run(self.model, own_models.ones(self.model, shape))
 
     def allocated(
         self, selection: Selection, scores: Mapping[str, Tensor], sparsity: float
@@ -217,22 +206,19 @@ class _Context:
         """Return how many weights each layer keeps, if another criterion allocates."""
         if selection.allocation is None:
             return None
-        least = masks.least_of(
-            scores, 0 if selection.guard == "none" else 1, selection.guard == "channel"
-        )
+        guard = {
+            "min_per_layer": 0 if selection.guard == "none" else 1,
+            "per_channel": selection.guard == "channel",
+        }
         sizes = {name: each.numel() for name, each in scores.items()}
         total = keep_count(sum(sizes.values()), sparsity)
         if selection.allocation == UNIFORM:
+            least = masks.least_of(scores, **guard)
             return masks.allocate(dict.fromkeys(sizes, 1.0), sizes, total, least)
-        other = criteria.get(selection.allocation)
-        theirs = self.run(other, sparsity, selection.allocation_options)
-        chosen = theirs
-        if not other.makes_choice(selection.allocation_options):
-            chosen = masks.keep(
-                theirs, total, min_per_layer=0 if selection.guard == "none" else 1,
-                per_channel=selection.guard == "channel",
-            )  # fmt: skip
-        return {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
+        other, options = criteria.get(selection.allocation), selection.allocation_options
+        theirs = self.run(other, sparsity, options)
+        chosen = theirs if other.makes_choice(options) else masks.keep(theirs, total, **guard)
+        return masks.counts(chosen)
 
     def shape(self) -> tuple[int, ...] | None:
         """Return an image's [C, H, W], where data or model tell."""
@@ -273,7 +259,7 @@ class _Context:
 
 
 def _held(data: Any, used: list[criteria.Criterion], classes: int | None) -> Any:
-    """Return batches that can be read repeatedly, no more of them than the criteria need."""
+    """Return batches that can be read repeatedly, and no more than the criteria need."""
     checked = Checked(data, classes)
     if any(criterion.trains for criterion in used):
         return list(checked) if isinstance(data, Iterator) else checked
@@ -291,7 +277,7 @@ def _classes(model: nn.Module, loss_fn: LossFn) -> int | None:
 def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity: float) -> None:
     """Warn of layers whose weights all have the same score, and note them on the card.
 
-    Layers that fell as a whole in a round of pruning, whose scores are below zero, do not count.
+    Layers that were pruned whole in one round, with scores below zero, do not count.
     """
     level = [
         name
@@ -308,67 +294,9 @@ def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity
         )
 
 
-def check_runs(model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raise UsageError if a model of the user's own fails on the data that are given.
-
-    So that no ticket is made of it by criteria that never run it either; without data it may fail.
-    """
-    if not isinstance(data, DataSource):
-        first = next(iter(data), None)
-        image = None if first is None else first[0][:1].to(device_of(model))
-    elif hasattr(model, "autosparse_recipe"):  # It was made for the data.
-        return
-    else:
-        image = _ones(model, (data.in_chans, data.image_size, data.image_size))
-    if image is not None:
-        _run(model, image)
-
-
-def _run(model: nn.Module, image: Tensor) -> None:
-    """Run a model on an image [1, ...], in eval mode; raise UsageError if it fails."""
-    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.eval()
-        try:
-            model(image)
-        except Exception as error:
-            if of_the_machine(error) or isinstance(error, UserError):
-                raise
-            raise UsageError(own_failure(model, image.shape[1:], error)) from error
-
-
-def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """Return an image of ones, of the model's dtype and device."""
-    weight = next(model.parameters())
-    return torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
-
-
-def own_failure(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
-    """Return the error of a model that raised when it was called, in one line."""
-    message = " ".join(str(error).split()) or "no message"
-    kind = type(error).__name__
-    name = type(model).__name__
-    where = f"in its own forward, on an image {list(shape)}"
-    return f"{name} raised {kind} {where}: {message}{remedy(error)}"
-
-
 def excluded(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
     """Return the patterns of weights to leave dense: as given, or as the model's recipe says."""
     return tuple(exclude) or tuple(getattr(model, "autosparse_recipe", {}).get("exclude", ()))
-
-
-def describe(
-    model: nn.Module, data: DataSource | Iterable[tuple[Tensor, Tensor]]
-) -> dict[str, Any]:
-    """Return the card's entries on model and data."""
-    recipe = getattr(model, "autosparse_recipe", {"class": type(model).__name__})
-    if isinstance(data, DataSource):
-        return {
-            "model": recipe,
-            "data": plain(data.config),
-            "data_fingerprint": data.fingerprint,
-            "normalisation": data.normalisation(),
-        }
-    return {"model": recipe, "data": {"name": "batches"}}
 
 
 def same_everywhere(mine: str, what: str, ranks: Ranks) -> None:

@@ -3,8 +3,8 @@
 Lottery-ticket rewinding (J. Frankle & M. Carbin, ICLR 2019, arXiv 1803.03635; see irp/run.py) with
 short trainings: every level trains the subnetwork from its initial weights for `steps_per_level`
 steps at a constant learning rate, ranks what is left by magnitude (or LAMP, which compares layers
-better), prunes, and rewinds weights, optimizer and the order of batches. This is no paper's method;
-what was measured is in docs/results/log.md.
+better), prunes, and rewinds weights, optimizer and the order of batches. No paper has this method;
+docs/results/log.md has figures.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def short_irp(
         return masks.keep(scores, count, within=alive)
 
     horizon = Horizon(sparsity, levels, steps_per_level, config, seed)
-    alive = {name: torch.ones(each.shape, dtype=torch.bool) for name, each in parameters.items()}
-    return short_levels(model, batches, loss_fn, horizon, best, alive)
+    return short_levels(model, batches, loss_fn, horizon, best, masks.dense(parameters, "cpu"))
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn)
 
 
 def _endless(batches: Batches) -> Iterator[Batch]:
-    """Yield the batches over and over; a stream may be endless by itself."""
+    """Yield the batches again and again; `batches` may be an endless stream."""
     while True:
         empty = True
         for batch in batches:

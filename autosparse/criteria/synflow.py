@@ -12,10 +12,10 @@ norm, GELU) stay as they are, since the paper covers piecewise linear networks o
 pruned in an earlier round rank below all others.
 
 Outside of the paper's networks, or in few rounds, a round can empty a layer; then nothing flows
-any more, and all scores would be zero. So every layer keeps its best weight in every round, where
-there are as many weights as layers (guard `none` cannot remove it later); a layer that has no flow
-any more goes by its last one, below all layers that have some; and if nothing flows at all, the
-last flow decides. Where no layer is emptied, and no part cut off, this changes nothing.
+any more, and all scores would be zero. So every layer keeps its best weight in every round, if as
+many weights are kept as there are layers (guard `none` cannot remove it later). A layer without
+flow is ranked by its last flow, below all layers that have some; if nothing flows at all, the last
+flow decides. Where no layer is emptied, and no part cut off, this changes nothing.
 
 Deep networks overflow in float32. Where the copy turns out to be linear from block to block, the
 signal is divided by a power of two after every block: all paths run through those points, so
@@ -227,7 +227,7 @@ def _is_unit(norm: nn.BatchNorm2d) -> bool:
 
 
 def _channels_last(linear: nn.Module) -> None:
-    """Lay kernels out as CPUs (and tensor cores) like them."""
+    """Lay out kernels with channels last, which is quicker on CPUs and tensor cores."""
     for parameter in linear.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The values of `data.augment`, random crops while decoding, and timm's RandAugment.
+"""`data.augment`: shifts and flips of whole batches, random crops while decoding, RandAugment.
 
 A RandAugment such as `rand-m9-mstd0.5-inc1` may follow after a plus: magnitude 9, with noise of
 standard deviation 0.5, and operations that get stronger with the magnitude. Source: Cubuk et al.,
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from autosparse.core.errors import UsageError
 
-IN_MEMORY = ("none", "shift", "shift+flip", "shift+altflip")
-AUGMENTS = (*IN_MEMORY, "crop+flip")
+AUGMENTS = ("none", "shift", "shift+flip", "shift+altflip", "crop+flip")
 """Each but none may be followed by +rand-…; crop+flip is for streamed sets."""
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 """Share of the image's area, and width / height, of a random resized crop: timm's defaults."""
@@ -29,13 +28,13 @@ CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `data.augment` asks for."""
+    """The parts of a value of `data.augment`."""
 
     shift: bool = False
     crop: bool = False
     flip: bool = False
     alternating: bool = False
-    """Mirror every image in every other epoch; see `source.mirrored`."""
+    """Mirror every image in every other epoch; see `memory.mirrored`."""
     rand: str | None = None
 
 
@@ -60,7 +59,10 @@ def parse(text: str) -> Augmentation:
 
 
 def choose(asked: str, suitable: str, *, streamed: bool = False) -> str:
-    """Resolve `data.augment`: auto is `suitable`; raise UsageError for what cannot be done here."""
+    """Resolve `data.augment`: auto is `suitable`.
+
+    Raises UsageError for what only streamed images can have, or only images in memory.
+    """
     if asked == "auto":
         return suitable
     if parse(asked).alternating and streamed:
@@ -76,9 +78,59 @@ def choose(asked: str, suitable: str, *, streamed: bool = False) -> str:
     return asked
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; the copy to a GPU does not block."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def augmented(images: Tensor, wanted: Augmentation, generator: torch.Generator) -> Tensor:
+    """Return a batch of uint8 images [B, C, H, W], shifted, flipped, and after RandAugment.
+
+    A shift is of up to 1/8 of the side, edges repeated; a flip mirrors half of the images. All that
+    is random comes from a CPU generator.
+    """
+    if not wanted.shift:
+        return images
+    offsets, mirror, seeds = draws(len(images), images.shape[-2], wanted, generator)
+    images = _shifted(images, offsets, mirror & wanted.flip)
+    return rand_augmented_batch(images, wanted.rand, seeds) if wanted.rand else images
+
+
+def draws(
+    count: int, side: int, wanted: Augmentation, generator: torch.Generator
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Draw offsets [2, count, 1], whether to mirror [count, 1], and RandAugment's seeds."""
+    if not wanted.shift:
+        return torch.empty(0), torch.empty(0), []
+    reach = max(1, side // 8)
+    offsets = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    mirror = torch.randint(0, 2, (count, 1), generator=generator).bool()
+    seeds = torch.randint(2**31, (count,), generator=generator).tolist() if wanted.rand else []
+    return offsets, mirror, seeds
+
+
+def _shifted(images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+    """Shift and mirror a batch, by one gather on its device."""
+    count, channels, height, width = images.shape
+    device = images.device
+    down, right, mirror = sent(torch.stack([*offsets, mirror]), device)
+    rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + right).clamp(0, width - 1)
+    columns = torch.where(mirror.bool(), columns.flip(1), columns)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1)
+    index = flat.expand(count, channels, height * width)
+    return images.flatten(2).gather(2, index).view_as(images)
+
+
 @lru_cache
 def rand_augment(text: str, size: int) -> Callable[[Any], Any]:
-    """Return timm's RandAugment for PIL images of side `size`; gaps are filled with grey."""
+    """Return timm's RandAugment for PIL images of side `size`.
+
+    As in timm's own transforms, it moves images by up to 0.45 of the side, and fills gaps with
+    ImageNet's mean.
+    """
     from timm.data.auto_augment import rand_augment_transform
 
     try:
@@ -119,11 +171,6 @@ def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
     return top, left, tall, wide
 
 
-def coin() -> bool:
-    """Return True with probability 1/2, from Python's RNG."""
-    return random.random() < 0.5
-
-
 def rand_augmented(image: Tensor, text: str) -> Tensor:
     """Return a uint8 image [C, H, W] of 1 or 3 channels after RandAugment, from Python's RNG."""
     from PIL import Image
@@ -143,7 +190,4 @@ def rand_augmented_batch(images: Tensor, text: str, seeds: list[int]) -> Tensor:
         for image, number in zip(images.cpu(), seeds, strict=True):
             seed(number)
             augmented.append(rand_augmented(image, text))
-    changed = torch.stack(augmented)
-    if images.is_cuda:
-        changed = changed.pin_memory()
-    return changed.to(images.device, non_blocking=True)
+    return sent(torch.stack(augmented), images.device)

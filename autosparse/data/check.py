@@ -1,10 +1,9 @@
-"""Upkeep of a folder of shards: verifying every byte, and adopting tars that others wrote."""
+"""Folders of shards: check every byte, and index tars that others wrote."""
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -17,22 +16,20 @@ from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import sha256_of_file, write_json
 from autosparse.data.class_folders import SPLIT_WORDS
 from autosparse.data.config import IndexConfig
-from autosparse.data.remote import expanded
-from autosparse.data.samples import Reading, scan
-from autosparse.data.tars import (
+from autosparse.data.manifest import (
     FORMAT,
-    INDEX,
     MANIFEST,
     SPLITS,
     Manifest,
+    Reading,
     Shard,
     check_content,
-    check_members,
-    key_of,
-    read_index,
     read_manifest,
-    write_index,
 )
+from autosparse.data.remote import expanded
+from autosparse.data.samples import scan
+from autosparse.data.splitting import warn_of_empty
+from autosparse.data.tars import INDEX, check_members, key_of, read_index, write_index
 
 THREADS = 4
 """Shards that are hashed at a time."""
@@ -43,7 +40,7 @@ COMPRESSED = re.compile(r"(.*)\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)", re.IGNORE
 
 
 def verify(root: str | Path) -> Iterator[tuple[Shard, str | None]]:
-    """Yield every shard of the manifest, and what is wrong with it, if anything."""
+    """Yield every shard of the manifest with its problem, or None."""
     root = Path(root)
     manifest = read_manifest(root / MANIFEST)
     index = read_index(root / INDEX, manifest.shards)
@@ -74,9 +71,9 @@ def adopt(
 ) -> list[Shard]:
     """Write manifest and index for tars in a folder, or for those of a pattern in braces.
 
-    Their split is the word train, val or test in their name, or in that of a folder they lie in.
-    Where there is no test shard, the validation shards are it; where there is then no validation
-    shard, some of the training shards are.
+    A tar's split is the word train, val or test in its name, or in the name of its folder. Without
+    test tars, the validation tars become the test split; without validation tars, some of the
+    training tars become the validation split.
     """
     config = config or IndexConfig()
     names, listed = _classes(config), tars(root)
@@ -94,7 +91,7 @@ def adopt(
     names = names or _counted(members, folder)
     for shard in shards:
         check_members(members[shard.name], folder / shard.name, shard, len(names))
-    _name_empty(members, names, folder)
+    warn_of_empty(_labels(members), names, str(folder))
     shards = _with_all_splits(shards, config.validation_fraction)
     content = {"format": FORMAT, "classes": names, "shards": [asdict(shard) for shard in shards]}
     if reading != replace(Reading(), names=reading.names):
@@ -122,10 +119,10 @@ def tars(root: str | Path) -> tuple[Path, list[str]]:
     return folder, names
 
 
-def _split(name: str, folder: Path, other: str | None) -> str:
+def _split(name: str, folder: Path, default: str | None) -> str:
     """Return the split named by a tar's name, or else by the innermost folder that names one."""
-    if other is not None and other not in SPLITS:
-        raise unknown("split", other, SPLITS)
+    if default is not None and default not in SPLITS:
+        raise unknown("split", default, SPLITS)
     for part in reversed(PurePosixPath(name).parts):
         words = re.findall("[a-z]+", part.lower())
         splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
@@ -133,12 +130,12 @@ def _split(name: str, folder: Path, other: str | None) -> str:
             raise UsageError(f"shard {folder / name}: its name says {' and '.join(sorted(splits))}")
         if splits:
             return splits.pop()
-    if other is None:
+    if default is None:
         raise UsageError(
             f"shard {folder / name}: its name says neither train, val nor test as a word; --split "
             "says which it is"
         )
-    return other
+    return default
 
 
 def _described(folder: Path, name: str, split: str, count: int) -> Shard:
@@ -162,9 +159,13 @@ def _classes(config: IndexConfig) -> list[str] | None:
     return [line.strip() for line in lines if line.strip()]
 
 
+def _labels(members: dict[str, Tensor]) -> Tensor:
+    return torch.cat([rows[:, 2] for rows in members.values()])
+
+
 def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
     """Return the classes 0 to the largest label; raise UsageError if too many have no image."""
-    labels = torch.cat([rows[:, 2] for rows in members.values()])
+    labels = _labels(members)
     count, present = int(labels.max()) + 1, len(labels.unique())
     if count - present > max(1, MOST_GAP * count):
         where = next(name for name, rows in members.items() if int(rows[:, 2].max()) == count - 1)
@@ -178,32 +179,13 @@ def _counted(members: dict[str, Tensor], folder: Path) -> list[str]:
     return [str(label) for label in range(count)]
 
 
-def _name_empty(members: dict[str, Tensor], classes: list[str], folder: Path) -> None:
-    labels = torch.cat([rows[:, 2] for rows in members.values()])
-    counts = torch.bincount(labels, minlength=len(classes))
-    empty = [classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
-    if empty:
-        some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
-        hint = "; are labels counted from 1?" if counts[0] == 0 and len(empty) == 1 else ""
-        warnings.warn(
-            f"{folder}: {len(empty)} of {len(classes)} classes have no image: {some}{hint}",
-            stacklevel=3,
-        )
-
-
 def _with_all_splits(shards: list[Shard], fraction: float) -> list[Shard]:
-    splits = {shard.split for shard in shards}
-    if "test" not in splits:
-        shards = [
-            replace(shard, split="test") if shard.split == "validation" else shard
-            for shard in shards
-        ]
-    if "validation" not in {shard.split for shard in shards}:
-        train = [shard for shard in shards if shard.split == "train"]
-        held = {shard.name for shard in train[-math.ceil(fraction * len(train)) :]}
-        if len(held) < len(train):
-            shards = [
-                replace(shard, split="validation") if shard.name in held else shard
-                for shard in shards
-            ]
-    return shards
+    """Make test shards of validation's, then validation shards of train's, where there are none."""
+    if not any(shard.split == "test" for shard in shards):
+        shards = [replace(each, split="test") if each.split == "validation" else each
+                  for each in shards]  # fmt: skip
+    train = [shard for shard in shards if shard.split == "train"]
+    held = set(train[-math.ceil(fraction * len(train)) :])
+    if any(shard.split == "validation" for shard in shards) or len(held) == len(train):
+        return shards
+    return [replace(shard, split="validation") if shard in held else shard for shard in shards]

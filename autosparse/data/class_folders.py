@@ -16,7 +16,7 @@ SPLIT_WORDS = {
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""Names of folders and shards -> the split they hold; upper and lower case alike."""
+"""Names of folders and shards -> the split they hold; case does not matter."""
 
 
 def parts_of_folder(root: Path) -> dict[str, Path]:

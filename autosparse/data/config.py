@@ -15,9 +15,10 @@ def _root_identity(config: DataConfig) -> str | None:
 
 
 def _normalisation_identity(config: DataConfig) -> str | list[Any]:
-    """Named sets keep the ids from when nothing else could be asked for; own data says what it is.
+    """Return what stands for auto in ids, so that earlier results of named sets keep theirs.
 
-    (What auto meant for own data once depended on whether it fitted into memory.)
+    Named sets were always measured. Own data once were measured or not by whether they fitted into
+    memory: for them an id says which.
     """
     auto, other = ("imagenet", None) if config.name in data_identity.OWN else ("auto", "measured")
     return auto if config.normalisation in ("auto", other) else config.normalisation
@@ -35,7 +36,7 @@ class DataConfig:
     For shards also one of the folder's tars, or a pattern such as DIR/train-{0000..0099}.tar.
     """
     image_size: int | None = None
-    """Side of the square images in pixels; by default what suits the data set."""
+    """Side of the square images in pixels; by default the usual one of the data set."""
     augment: str = "auto"
     """none, shift, shift+flip, shift+altflip (every other epoch each image is mirrored, in memory
     only), crop+flip (random resized crops, of streamed images), or auto.
@@ -58,16 +59,16 @@ class DataConfig:
     memory_limit_gb: float = local(4.0)
     """Sets whose decoded images take less than this are held in memory as uint8 tensors.
 
-    So are the images that streamed sets are scored on. What is computed is the same either way.
+    So are the images that streamed sets are scored on. It does not change any result.
     """
     lanes: int = 16
-    """Streamed shards are shuffled in so many lanes, best a multiple of the number of ranks."""
+    """Lanes in which streamed shards are shuffled, best a multiple of the number of ranks."""
     max_bad_images: int = local(0)
     """Images that may be damaged: a neighbour stands in for each in training; one more: stop."""
     allow_remote: bool = local(False)
     """Let data.root be a URL (http, https, gs, s3) that shards are fetched from."""
     cache: str = local("~/.cache/autosparse")
-    """Folder for fetched shards, and for indexes of shards that came without one."""
+    """Folder for fetched shards, and for the hashes of the files of image folders."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PackConfig:
     """How images are packed into shards."""
 
     resize: int | None = None
-    """Make images smaller until their shorter side has so many pixels; none by default."""
+    """Shrink larger images to this many pixels on their shorter side; by default, keep them."""
     quality: int | None = None
     """Encode all as JPEG of this quality; by default bytes are copied; resized: 90."""
     per_shard: int = 1000
@@ -87,7 +88,7 @@ class PackConfig:
     max_bad_images: int = local(0)
     """Images that may be damaged or missing, and are left out; one more: stop."""
     workers: int = local(2)
-    """Processes that pack."""
+    """Processes that pack; with 1 it is this process."""
     root: str | None = local(None)
     """Folder of a torchvision set; by default AUTOSPARSE_DATA or data."""
 
@@ -101,7 +102,7 @@ class IndexConfig:
     dotted: bool = False
     """Keys hold dots: extensions begin at a name's last dot, not at its first as in WebDataset."""
     split: str | None = None
-    """train, validation or test: the split of tars whose names do not say it."""
+    """train, validation or test: the split of tars whose names hold none of these words."""
     classes: str | None = None
     """Number of classes, or a file with a class a line; by default the largest label + 1."""
     validation_fraction: float = 0.15

@@ -7,6 +7,7 @@ docs/shards.md), everything else through PIL; both give the same pixels.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ try:
 except ImportError:
     simplejpeg: Any = None
 
+logger = logging.getLogger(__name__)
 Box = tuple[int, int, int, int]
 """Top, left, height, width."""
 SIZES = (0xC0, 0xC1, 0xC2)
@@ -36,8 +38,20 @@ class BadImage(UsageError):
     """One image is damaged, cut, empty or not there; `max_bad_images` may allow for it."""
 
 
+def too_many(problem: str, setting: str, limit: int) -> UsageError:
+    """Return the error for one bad image more than a setting allows."""
+    return UsageError(f"{problem}; {setting} allows {limit} bad images")
+
+
+def count_bad(problem: str, setting: str, count: int, limit: int) -> None:
+    """Log the bad image that makes `count`; raise UsageError if that is more than is allowed."""
+    if count > limit:
+        raise too_many(problem, setting, limit)
+    logger.warning("%s; bad image %d of at most %d (%s)", problem, count, limit, setting)
+
+
 _resize = torch.ops.aten._upsample_bilinear2d_aa.out
-"""What interpolate(mode="bilinear", antialias=True) calls; that has no argument `out`."""
+"""The operator behind interpolate(mode="bilinear", antialias=True), which takes no `out`."""
 
 
 def centred(height: int, width: int) -> Box:
@@ -171,7 +185,7 @@ def _size(header: bytes) -> tuple[int, int] | None:
 
 
 def _turned(segment: bytes) -> bool:
-    """Whether a metadata segment says, or may say, that the image must be rotated."""
+    """Whether by this metadata segment the image must, or may have to, be rotated."""
     if segment.startswith(b"Exif\0"):
         exif = Image.Exif()
         exif.load(segment)

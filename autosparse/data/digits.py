@@ -9,15 +9,12 @@ import torch
 
 from autosparse.data.augment import choose
 from autosparse.data.config import DataConfig
-from autosparse.data.source import (
-    DataSource,
-    MemorySplit,
-    in_memory,
-    resized,
-    stratified,
-)
+from autosparse.data.memory import MemorySplit, in_memory, resized
+from autosparse.data.source import DataSource
+from autosparse.data.splitting import stratified
 
 TEST_FRACTION = 0.2
+"""Of 1,797 images: 359, so that 1 % of accuracy is 3 to 4 images."""
 
 
 def load_digits(config: DataConfig) -> DataSource:
@@ -27,14 +24,13 @@ def load_digits(config: DataConfig) -> DataSource:
     bunch = sklearn_digits()
     pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
     images = resized(pixels.round().byte(), config.image_size or 16)
-    labels = torch.from_numpy(bunch.target).long()
-    rest, held_out = stratified(labels, TEST_FRACTION, salt=2)
+    whole = MemorySplit(images, torch.from_numpy(bunch.target).long())
+    rest, held_out = stratified(whole.labels, TEST_FRACTION, salt=2)
     return in_memory(
         "digits",
-        MemorySplit(images[rest], labels[rest]),
-        MemorySplit(images[held_out], labels[held_out]),
+        whole.part(rest),
+        whole.part(held_out),
+        config,
         num_classes=10,
-        validation_fraction=config.validation_fraction,
-        train_limit=config.train_limit,
         augment=choose(config.augment, "shift"),
     )

@@ -1,4 +1,4 @@
-"""Images for shards: a file's own bytes, if they can be decoded, or encoded anew."""
+"""Images for shards: a file's own bytes, if they can be decoded, or a new JPEG or PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autosparse.data.decode import BadImage, decode, eight_bit, read_image
 Picture = Path | np.ndarray | bytes
 """An image file, pixels [H, W] or [H, W, 3], or an encoded image."""
 DEFAULT_QUALITY = 90
-"""Of JPEGs made smaller; what `PackConfig.quality` says."""
+"""JPEG quality of images that are shrunk, as documented at `PackConfig.quality`."""
 MAGIC = (
     (0, b"\xff\xd8\xff", "jpg"), (0, b"\x89PNG\r\n\x1a\n", "png"), (8, b"WEBP", "webp"),
     (0, b"BM", "bmp"), (0, b"P5", "pgm"), (0, b"P6", "ppm"), (0, b"II*\0", "tif"),

@@ -10,59 +10,38 @@ import torch
 from torch import Tensor
 
 from autosparse.core.errors import UsageError
-from autosparse.data.augment import choose
 from autosparse.data.class_folders import Sample, listed, parts_of_folder
 from autosparse.data.config import DataConfig
 from autosparse.data.decode import read_image
-from autosparse.data.normalisation import IMAGENET
-from autosparse.data.source import (
-    DataSource,
-    epoch_order,
-    in_memory,
-    limited_places,
-    stratified,
-)
-from autosparse.data.stream import streamed_source, streams
+from autosparse.data.identity import folder_root
+from autosparse.data.source import DataSource
+from autosparse.data.splitting import epoch_order, limited_places, stratified
+from autosparse.data.stream import own_data
 
-DEFAULT_SIZE = 224
 TEST_FRACTION = 0.15
+"""Share of images that becomes the test split where there is none, as by default for validation."""
 
 
 def load_folder(config: DataConfig) -> DataSource:
     """Return the folder's images, held in memory if they fit, otherwise decoded as they come."""
-    root = Path(config.root or "").expanduser()
-    size = config.image_size or DEFAULT_SIZE
+    root = folder_root(config)
     parts, classes = parts_of(root, config.validation_fraction)
     if config.train_limit is not None:
         labels = torch.tensor([label for _, label in parts["train"]])
         places = limited_places(labels, config.train_limit).tolist()
         parts["train"] = [parts["train"][place] for place in places]
-    needed = 3 * size * size * sum(len(part) for part in parts.values())
-    streamed = needed > config.memory_limit_gb * 1e9
-    augment = choose(config.augment, "shift+flip", streamed=streamed)
-    splits = streams(
-        {name: FolderSamples(part) for name, part in parts.items()}, size, config, augment
-    )
+
+    def fingerprint() -> str:
+        listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    samples = {split: FolderSamples(part) for split, part in parts.items()}
     name = root.name or root.resolve().name
-    if not streamed:
-        return in_memory(
-            name,
-            splits["train"].in_memory(replaced=True),
-            splits["test"].in_memory(),
-            validation=splits["validation"].in_memory(),
-            num_classes=len(classes),
-            validation_fraction=config.validation_fraction,
-            train_limit=None,
-            augment=augment,
-            normalisation=IMAGENET,
-        )
-    listing = "\n".join(f"{path.relative_to(root)} {label}" for path, label in parts["train"])
-    fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
-    return streamed_source(name, splits, len(classes), fingerprint)
+    return own_data(name, samples, len(classes), config, fingerprint)
 
 
 def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:
-    """Split the files into train, validation and test; what has no folder is cut from train."""
+    """Split the files in three; validation and test without a folder are cut from train."""
     if not root.is_dir():
         raise UsageError(f"data.root {root} is not a folder")
     folders = parts_of_folder(root)

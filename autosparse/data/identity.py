@@ -1,4 +1,4 @@
-"""The fingerprint of own data: of their content in all splits, not of where they lie.
+"""The fingerprint of own data (a folder or shards): of their content, not of where they lie.
 
 Shards are known by the hashes in their manifest; a folder by the name and SHA-256 of every file
 below its class folders. A file is read once: its hash is kept in `data.cache`, by path, size and
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OWN = ("folder", "shards")
-MANIFEST = "manifest.json"
-MUCH = 1e9
-"""Bytes: before more than that is read, a line says so."""
+"""Data sets of the user's own, known by their content; all others are known by their name."""
+LARGE = 1e9
+"""Bytes; a warning comes before more than that is read."""
 SETTLED = 2.0
 """Seconds: a file that changed less than this before it was read may change again within the
 resolution of its time stamp (2 s on FAT), so its hash is not kept."""
@@ -67,11 +67,11 @@ def looked_at_once() -> Iterator[None]:
 
 
 def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
-    """Log one line if earlier work lies where data were known by their folder's name only.
+    """Warn if there is work of an earlier version, which knew data by the name of their folder.
 
     Args:
-        folder: returns the folder that the work goes to.
-        finished: the file in it that is written last; "" where `folder` is a file itself.
+        folder: returns the folder of the work; it is called again with the former ids.
+        finished: the file in it that is written last; "" if `folder` returns a file.
     """
     global _by_name
     now = folder()
@@ -87,74 +87,25 @@ def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
         )  # fmt: skip
 
 
-def check_root(config: DataConfig) -> None:
-    """Raise UsageError unless the folder of own data is there, or is a URL that may be read."""
-    root = str(config.root)
-    if config.name == "shards":
-        root, _ = expanded(root)
-    if "://" not in root:
-        if not Path(root).expanduser().is_dir():
-            raise UsageError(f"data.root {root} is not a folder")
-    elif not config.allow_remote:
-        raise UsageError(
-            f"data.root {root} is a URL: set data.allow_remote to true to fetch shards from there"
-        )
-
-
-def expanded(root: str) -> tuple[str, list[str] | None]:
-    """Split a tar, or a brace pattern of tars, into its folder and the names in it.
-
-    For a folder the names are None: all shards in its manifest are meant.
-    """
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    local = "://" not in root
-    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
-        return root, None
-    try:
-        tars = list(braceexpand(root))
-    except (UnbalancedBracesError, ValueError) as error:
-        raise UsageError(f"{root} is no pattern of shards: {error}") from None
-    head, slash, _ = root.partition("{")[0].rpartition("/")
-    return head or slash or ".", [tar.removeprefix(head + slash) for tar in tars]
+def folder_root(config: DataConfig) -> Path:
+    """Return the folder of images; raise UsageError unless it is there."""
+    root = Path(str(config.root)).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"data.root {config.root} is not a folder")
+    return root
 
 
 def _of_shards(config: DataConfig) -> str:
-    check_root(config)
-    root, names = expanded(str(config.root).rstrip("/"))
-    if "://" in root:
-        manifest = _fetched(f"{root}/{MANIFEST}")
-    else:
-        manifest = _manifest(Path(root).expanduser() / MANIFEST)
-    try:
-        meant = [each for each in manifest["shards"] if names is None or each["name"] in names]
-        parts = [[each["split"], each["count"], each["sha256"]] for each in meant]
-        return _digest(
-            [manifest["classes"], parts, *([manifest["reading"]] if "reading" in manifest else [])]
-        )
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{root}/{MANIFEST} is not a manifest of shards ({error})") from None
+    from autosparse.data.remote import shards_of  # Here: `autosparse --help` stays quick.
 
-
-def _manifest(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"{path} is not there: `autosparse shards index {path.parent}` writes it")
-    return read_json(path)
-
-
-def _fetched(url: str) -> Any:
-    import fsspec
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            return json.loads(file.read())  # type: ignore[attr-defined]
-    except Exception as error:  # Each file system of fsspec raises errors of its own.
-        raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
+    manifest = shards_of(config)[1]
+    parts = [[each.split, each.count, each.sha256] for each in manifest.shards]
+    reading = [manifest.content["reading"]] if "reading" in manifest.content else []
+    return _digest([manifest.classes, parts, *reading])
 
 
 def _of_folder(config: DataConfig) -> str:
-    check_root(config)
-    root = Path(str(config.root)).expanduser().absolute()
+    root = folder_root(config).absolute()
     name = hashlib.sha256(str(root).encode()).hexdigest()[:16]
     cached = Path(config.cache).expanduser() / "content" / f"{name}.json"
     before = _read(cached)
@@ -165,7 +116,7 @@ def _of_folder(config: DataConfig) -> str:
     known = {name: before[name][-1] for name in facts if _same(before.get(name), facts[name])}
     new = [name for name in facts if name not in known]
     size = sum(facts[name][0] for name in new)
-    if size > MUCH:
+    if size > LARGE:
         logger.warning(
             "%s: reading %d files once, %.1f GB, to know them by content",
             root, len(new), size / 1e9,
@@ -205,7 +156,7 @@ def _files(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[tuple[s
 def _facts(entry: os.DirEntry[str]) -> list[int]:
     try:
         status = entry.stat()
-    except OSError:  # A dangling link: whoever reads the images says so.
+    except OSError:  # A dangling link; reading the images reports it.
         return [0, 0, 0]
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

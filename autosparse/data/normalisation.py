@@ -7,10 +7,13 @@ normalised like the whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from autosparse.core.errors import UsageError
 from autosparse.data import identity
@@ -30,7 +33,7 @@ PART = 64
 
 
 def check(wanted: Any) -> None:
-    """Raise UsageError unless `data.normalisation` may say this."""
+    """Raise UsageError unless this is a valid `data.normalisation`."""
     if isinstance(wanted, str) and wanted in ("auto", "imagenet", "measured"):
         return
     pair = wanted if isinstance(wanted, list | tuple) and len(wanted) == 2 else None
@@ -50,9 +53,9 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 
 def normalised(source: DataSource, config: DataConfig) -> DataSource:
-    """Return the source with what `data.normalisation` asks for.
+    """Return the source normalised as `data.normalisation` asks.
 
-    It comes measured if it is a named set, and with ImageNet's constants if it is own data.
+    Loaders return named sets measured, and own data with ImageNet's constants.
     """
     wanted, own = config.normalisation, config.name in identity.OWN
     if wanted in ("auto", "imagenet" if own else "measured"):
@@ -84,18 +87,38 @@ def _of_channels(value: Any, channels: int) -> tuple[float, ...]:
 
 
 def measured(train: Split, channels: int) -> Constants:
-    """Measure `MEASURED` evenly spaced training images (all, if there are no more): exact sums."""
+    """Measure `MEASURED` evenly spaced training images (all, if there are no more)."""
     count = min(len(train), MEASURED)
     numbers = [place * len(train) // count for place in range(count)]
-    histogram = torch.zeros(channels, 256, dtype=torch.int64)
     parts = [numbers[start : start + PART] for start in range(0, count, PART)]
-    for images, _ in train.plain().chosen(parts):
+    return statistics((images for images, _ in train.plain().chosen(parts)), channels)
+
+
+def statistics(batches: Iterable[Tensor], channels: int) -> Constants:
+    """Return mean and standard deviation per channel of uint8 images [B, C, H, W], in 0..1.
+
+    They come from exact counts of the values, so they do not depend on how images are batched.
+    """
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    for images in batches:
         for channel in range(channels):
-            seen = torch.bincount(images[:, channel].flatten().cpu(), minlength=256)
-            histogram[channel] += seen
+            counts[channel] += torch.bincount(images[:, channel].flatten().cpu(), minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255
-    total = histogram.sum(1).double()
-    mean = histogram.double() @ values / total
-    squares = (histogram.double() * (values - mean[:, None]) ** 2).sum(1)
+    total = counts.sum(1).double()
+    mean = counts.double() @ values / total
+    squares = (counts.double() * (values - mean[:, None]) ** 2).sum(1)
     std = (squares / (total - 1)).sqrt().clamp(min=1e-3)
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Scale uint8 images [B, C, H, W] to 0..1 and normalise each channel."""
+    dtype = torch.get_default_dtype()
+    shift, scale = (_per_channel(each, images.device, dtype) for each in (mean, std))
+    return (images - shift) / scale
+
+
+@lru_cache(maxsize=64)
+def _per_channel(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers [C] times 255 as [C, 1, 1], cached: a copy each step would hold up a GPU."""
+    return torch.tensor(numbers, dtype=dtype).view(-1, 1, 1).mul(255).to(device)

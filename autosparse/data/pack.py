@@ -1,7 +1,7 @@
 """Packing images into shards: `autosparse shards pack SRC DST`.
 
 Where an image goes depends only on the list of images, the options and the seed. A finished shard
-has a record of what it was made of under DST/.packing, and is kept when packing is started again.
+has a record of its sources under DST/.packing, and is kept when packing is started again.
 The manifest is written last, with an index of the samples and timm's `_info.json`.
 """
 
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,24 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_json, remove_tree, replacing, sha256_of_file, write_json
 from autosparse.core.locks import claimed
 from autosparse.data.config import DataConfig, PackConfig
-from autosparse.data.decode import BadImage
+from autosparse.data.decode import BadImage, count_bad, too_many
 from autosparse.data.encode import Picture, encoded
-from autosparse.data.source import MemorySplit
-from autosparse.data.tars import (
-    BLOCK,
+from autosparse.data.manifest import (
     FORMAT,
-    INDEX,
     MANIFEST,
     SPLITS,
     Shard,
     check_content,
     check_size,
     read_manifest,
-    write_index,
 )
+from autosparse.data.memory import MemorySplit
+from autosparse.data.tars import BLOCK, INDEX, write_index
 
-logger = logging.getLogger(__name__)
 Sample = tuple[Picture, int]
 RECORDS, INFO = ".packing", "_info.json"
+BAD_IMAGES = "max_bad_images"
+"""The setting that says how many images may be left out."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,13 @@ def pack(
         folder: where the shards go.
         config: how; bytes are copied unchanged unless `resize` or `quality` is set.
         on_start: called with the number of images.
-        on_shard: called with every shard, as it is finished or found finished.
+        on_shard: called with every shard, when it is written, or was there already.
     """
     config = config or PackConfig()
     _check(config)
     parts, classes = _listed(source, config)
     tasks = _plan(parts, config)
     return write(tasks, classes, Path(folder), config, on_start=on_start, on_shard=on_shard)
-
-
-def write_shards(
-    samples: Iterable[tuple[str, bytes, int]],
-    root: str | Path,
-    classes: Sequence[str],
-    *,
-    per_shard: int = 1000,
-) -> None:
-    """Write (split, encoded image, label) samples as shards, in the order they come in."""
-    config = PackConfig(per_shard=per_shard)
-    parts: dict[str, list[Sample]] = {split: [] for split in SPLITS}
-    for split, image, label in samples:
-        parts[split].append((image, label))
-    write(_cut(parts, config), list(classes), Path(root), config, workers=0)
 
 
 def _check(config: PackConfig) -> None:
@@ -170,7 +152,6 @@ def write(
     root: Path,
     config: PackConfig,
     *,
-    workers: int | None = None,
     on_start: Callable[[int], None] | None = None,
     on_shard: Callable[[Shard], None] | None = None,
 ) -> list[Shard]:
@@ -182,12 +163,10 @@ def write(
     if (root / MANIFEST).exists():
         return _finished(root, plan)
     with claimed(root) as claim:
-        if (root / MANIFEST).exists():  # By now.
+        if (root / MANIFEST).exists():  # Another process has just finished.
             return _finished(root, plan)
         _tidy(root, tasks)
-        workers = config.workers if workers is None else workers
-        begun = partial(on_start, sum(len(task.samples) for task in tasks)) if on_start else None
-        records, bad = _records(_written(tasks, root, config, workers, begun), config, on_shard)
+        records, bad = _records(_written(tasks, root, config, on_start), config, on_shard)
         if claim is not None:
             claim.check()
         shards = [
@@ -218,26 +197,12 @@ def _records(
     bad: list[str] = []
     for record in written:
         records[record["shard"]["name"]] = record
-        _count(bad, record["bad"], config.max_bad_images)
+        for problem in record["bad"]:
+            bad.append(problem)
+            count_bad(problem, BAD_IMAGES, len(bad), config.max_bad_images)
         if on_shard:
             on_shard(Shard(**record["shard"]))
     return records, bad
-
-
-def _count(bad: list[str], more: list[str], limit: int) -> None:
-    """Count images that are left out, and log them; raise UsageError if there are too many."""
-    for problem in more:
-        if len(bad) >= limit:
-            raise too_many(problem, limit)
-        bad.append(problem)
-        logger.warning(
-            "%s; left out, bad image %d of at most %d (max_bad_images)", problem, len(bad), limit
-        )
-
-
-def too_many(problem: str, limit: int) -> UsageError:
-    """Return the error for one bad image more than is allowed."""
-    return UsageError(f"{problem}; max_bad_images allows {limit} bad images")
 
 
 def _finished(root: Path, plan: str) -> list[Shard]:
@@ -259,20 +224,19 @@ def _tidy(root: Path, tasks: list[Task]) -> None:
 
 
 def _written(
-    tasks: list[Task],
-    root: Path,
-    config: PackConfig,
-    workers: int,
-    on_start: Callable[[], Any] | None,
+    tasks: list[Task], root: Path, config: PackConfig, on_start: Callable[[int], None] | None
 ) -> Iterable[dict[str, Any]]:
     """Yield every shard's record, as they are finished."""
-    if not workers:
+    images = sum(len(task.samples) for task in tasks)
+    if config.workers == 1:
+        if on_start:
+            on_start(images)
         yield from (write_shard(task, root, config) for task in tasks)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(config.workers) as pool:
         waiting = [pool.submit(write_shard, task, root, config) for task in tasks]
-        if on_start:
-            on_start()
+        if on_start:  # After the processes are forked: a progress bar has a thread.
+            on_start(images)
         try:
             for future in as_completed(waiting):
                 yield future.result()
@@ -305,7 +269,7 @@ def write_shard(task: Task, root: Path, config: PackConfig) -> dict[str, Any]:
             except BadImage as error:
                 bad.append(str(error))
                 if len(bad) > config.max_bad_images:
-                    raise too_many(bad[-1], config.max_bad_images) from None
+                    raise too_many(bad[-1], BAD_IMAGES, config.max_bad_images) from None
                 continue
             key = f"{task.name.removesuffix('.tar').replace('-', '')}_{place:06d}"
             members.append((tar.tarstream.offset + BLOCK, len(content), label))

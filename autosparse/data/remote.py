@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from filelock import FileLock
 
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import check_writable, replacing
-from autosparse.data.config import DataConfig
-from autosparse.data.identity import expanded
-from autosparse.data.tars import (
+from autosparse.data.manifest import (
     MANIFEST,
     Manifest,
     Shard,
@@ -23,14 +20,17 @@ from autosparse.data.tars import (
     read_manifest,
 )
 
+if TYPE_CHECKING:
+    from autosparse.data.config import DataConfig
+
 SCHEMES = ("http", "https", "gs", "s3")
 
 
 class Folder:
     """A local folder of shards."""
 
-    def __init__(self, root: Path, cache: Path) -> None:
-        self.root, self.cache, self.name = str(root), cache, root.name or root.resolve().name
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = str(root), root.name or root.resolve().name
 
     def file(self, name: str, *, needed: bool = True) -> Path:
         """Return where a small file is; one that is not needed may not be there."""
@@ -121,24 +121,48 @@ def _locked(path: Path) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"))
 
 
+def expanded(root: str) -> tuple[str, list[str] | None]:
+    """Split a tar, or a brace pattern of tars, into its folder and the names in it.
+
+    For a folder the names are None, which stands for all shards in its manifest.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    local = "://" not in root
+    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
+        return root, None
+    try:
+        tars = list(braceexpand(root))
+    except (UnbalancedBracesError, ValueError) as error:
+        raise UsageError(f"{root} is no pattern of shards: {error}") from None
+    head, slash, _ = root.partition("{")[0].rpartition("/")
+    return head or slash or ".", [tar.removeprefix(head + slash) for tar in tars]
+
+
 def shards_of(config: DataConfig) -> tuple[Folder, Manifest]:
-    """Return the folder of `data.root`, and the manifest of the shards that are meant."""
-    root, names = expanded(config.root or "")
-    folder = folder_of(replace(config, root=root))
+    """Return the folder of `data.root`, and the manifest of the shards that it names."""
+    folder = folder_of(config)
     path = folder.file(MANIFEST)
-    if not (path.is_file() or "://" in root):
-        raise UsageError(f"{path} is not there: `autosparse shards index {root}` writes it")
+    if not path.is_file():
+        raise UsageError(f"{path} is not there: `autosparse shards index {folder.root}` writes it")
     manifest = read_manifest(path)
+    names = expanded(str(config.root))[1]
     return folder, manifest if names is None else manifest.only(names, f"data.root {config.root}")
 
 
 def folder_of(config: DataConfig) -> Folder:
-    """Return the folder that `data.root` names; raise UsageError for a URL unless it is allowed."""
-    root, cache = config.root or "", Path(config.cache).expanduser()
-    if root.startswith("pipe:"):
-        raise UsageError(f"data.root {root}: commands are not run")
+    """Return the folder that `data.root` names.
+
+    Raises UsageError where a local one is not there, and for a URL unless it may be read.
+    """
+    if str(config.root).startswith("pipe:"):
+        raise UsageError(f"data.root {config.root}: commands are not run")
+    root = expanded(str(config.root))[0]
     if "://" not in root:
-        return Folder(Path(root).expanduser(), cache)
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"data.root {root} is not a folder")
+        return Folder(folder)
     scheme = root.partition("://")[0]
     if scheme not in SCHEMES:
         raise UsageError(f"data.root {root}: only {', '.join(SCHEMES)} and local folders are read")
@@ -147,4 +171,4 @@ def folder_of(config: DataConfig) -> Folder:
             f"data.root {root} is a URL: set data.allow_remote to true to fetch shards from there"
             f" ({MANIFEST} says which)"
         )
-    return RemoteFolder(root, cache)
+    return RemoteFolder(root, Path(config.cache).expanduser())

@@ -8,11 +8,8 @@ need not be adjacent, and a key with the same extension twice is an error.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +17,17 @@ import torch
 from torch import Tensor
 
 from autosparse.core.errors import UsageError
+from autosparse.data.manifest import META, Reading
 
 IMAGES = (
     "jpg", "jpeg", "png", "webp", "jpe", "jfif", "bmp", "ppm", "pgm", "pnm", "tif", "tiff", "gif",
 )  # fmt: skip
 """Extensions of images; of several in a sample the first of these is taken."""
-META = re.compile(r"__[^/]*__($|/)")
-"""Members that WebDataset skips."""
-NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-DOTTED_NAME = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
 PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"(\xb5/\xfd", "zstd"))
 MOST_LABEL = 1 << 31
-"""A larger number is no label: an id, or a time."""
+"""A larger number is an id or a time, not a label."""
 Parts = dict[str, tuple[int, tarfile.TarInfo]]
 """Extension -> the member's number in the tar, and the member."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How samples are read.
-
-    Attributes:
-        label: extension of the label, or json:KEY.
-        dotted: whether extensions begin at a name's last dot.
-        names: classes, for labels that are names.
-    """
-
-    label: str = "cls"
-    dotted: bool = False
-    names: tuple[str, ...] = ()
-
-    def digest(self) -> str:
-        """Return 8 hex digits that tell ways of reading apart."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
-
-    def key(self, name: str) -> tuple[str, str] | None:
-        """Return a member's key and extension; None for what is no part of a sample."""
-        matched = (DOTTED_NAME if self.dotted else NAME).fullmatch(name)
-        if matched is None or META.match(name):
-            return None
-        return matched[1], matched[2].lower()
 
 
 def scan(path: Path, reading: Reading | None = None) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from autosparse.core.errors import UsageError
+from autosparse.data.splitting import warn_of_empty
 
 if TYPE_CHECKING:
     from autosparse.data.source import Batch, DataSource
@@ -28,14 +27,15 @@ def choose(labels: Tensor, order: Tensor, classes: int, each: int, batches: int)
         each: samples of a class in a batch.
         batches: how many.
     """
-    met = labels[order]
-    counts = torch.bincount(met, minlength=classes)
-    by_class = met.argsort(stable=True)
-    begins = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    turn = torch.empty_like(by_class)
-    turn[by_class] = torch.arange(len(met)) - begins
-    place = turn // each
-    return [order[place == batch].tolist() for batch in range(batches)]
+    in_order = labels[order]
+    counts = torch.bincount(in_order, minlength=classes)
+    by_class = in_order.argsort(stable=True)
+    class_starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    earlier = torch.empty_like(by_class)
+    """Of each sample: how many of its class come before it."""
+    earlier[by_class] = torch.arange(len(in_order)) - class_starts
+    batch_of = earlier // each
+    return [order[batch_of == batch].tolist() for batch in range(batches)]
 
 
 class ScoreBatches(Sequence["Batch"]):
@@ -70,41 +70,11 @@ class ScoreBatches(Sequence["Batch"]):
         return next(iter(ScoreBatches(self.source, [chosen])))
 
 
-def score_batches(
-    source: DataSource,
-    samples_per_class: int,
-    *,
-    seed: int = 0,
-    batches: int = 1,
-    batch_size: int = 128,
-    rank: int = 0,
-    world_size: int = 1,
-) -> ScoreBatches:
-    """Return balanced training batches; see `DataSource.score_batches`."""
-    for name, value in (("samples_per_class", samples_per_class), ("batches", batches),
-                        ("batch_size", batch_size)):  # fmt: skip
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
+def balanced(
+    source: DataSource, samples_per_class: int, seed: int, batches: int
+) -> list[list[int]]:
+    """Return the numbers of the training images of every balanced batch; see `score_batches`."""
     labels = source.train.labels.cpu()
-    _name_empty(labels, source)
+    warn_of_empty(labels, map(str, range(source.num_classes)), f"{source.name}, training images")
     order = source.train.order(seed, 0)
-    chosen = choose(labels, order, source.num_classes, samples_per_class, batches)
-    parts = [
-        numbers[start : start + batch_size]
-        for numbers in chosen
-        for start in range(0, len(numbers), batch_size)
-    ]
-    return ScoreBatches(source, parts[rank::world_size])
-
-
-def _name_empty(labels: Tensor, source: DataSource) -> None:
-    """Warn if classes have no training image."""
-    counts = torch.bincount(labels, minlength=source.num_classes)
-    empty = (counts == 0).nonzero().flatten().tolist()
-    if empty:
-        some = ", ".join(map(str, empty[:5])) + (" …" if len(empty) > 5 else "")
-        warnings.warn(
-            f"{source.name} has no training image of {len(empty)} of its {source.num_classes} "
-            f"classes: number {some}",
-            stacklevel=4,
-        )
+    return choose(labels, order, source.num_classes, samples_per_class, batches)

@@ -13,9 +13,10 @@ from importlib import import_module
 from pathlib import Path
 
 from autosparse.core.errors import UsageError, unknown
-from autosparse.data import identity, normalisation
+from autosparse.data import identity, normalisation, remote
 from autosparse.data.config import DataConfig
-from autosparse.data.source import DataSource, Split, prepare
+from autosparse.data.normalisation import prepare
+from autosparse.data.source import DataSource, Split
 
 __all__ = [
     "DataSource", "Shape", "Split", "check_config", "check_found", "if_there", "load", "names",
@@ -23,14 +24,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-_TORCHVISION = "torchvision.load_torchvision"
-_LOADERS = {
-    "digits": "digits.load_digits",
-    **dict.fromkeys(("cifar10", "cifar100", "mnist", "fashion_mnist"), _TORCHVISION),
-    "folder": "folder.load_folder",
-    "shards": "shards.load_shards",
-}
-"""Name -> module and function that loads it, imported when it is asked for."""
 _REMEMBERED: dict[str, DataSource] | None = None
 """Keyed by the config's repr: a config holds lists, so it cannot be a key itself."""
 
@@ -48,39 +41,40 @@ def remembered() -> Iterator[None]:
 
 def names() -> list[str]:
     """Return the names of the known data sets."""
-    return sorted(_LOADERS)
+    return sorted(_SETS)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model must know of its data; None where only the data themselves tell."""
+    """What a model must know of its data; None if it takes a look at the data to know."""
 
     num_classes: int | None
     in_chans: int
     image_size: int
 
 
-_SHAPES = {
-    "digits": Shape(10, 1, 16),
-    "cifar10": Shape(10, 3, 32),
-    "cifar100": Shape(100, 3, 32),
-    "mnist": Shape(10, 1, 28),
-    "fashion_mnist": Shape(10, 1, 28),
-    "folder": Shape(None, 3, 224),
-    "shards": Shape(None, 3, 224),
+_SETS = {
+    "digits": ("digits", Shape(10, 1, 16)),
+    "cifar10": ("torchvision", Shape(10, 3, 32)),
+    "cifar100": ("torchvision", Shape(100, 3, 32)),
+    "mnist": ("torchvision", Shape(10, 1, 28)),
+    "fashion_mnist": ("torchvision", Shape(10, 1, 28)),
+    "folder": ("folder", Shape(None, 3, 224)),
+    "shards": ("shards", Shape(None, 3, 224)),
 }
+"""Name -> the module MODULE whose load_MODULE loads it, imported when asked for; its shape."""
 
 
 def shape(config: DataConfig) -> Shape:
-    """Return what the settings alone say of the images, without a look at them."""
+    """Return what is known from the settings alone, without a look at the images."""
     check_config(config)
-    usual = _SHAPES[config.name]
+    usual = _SETS[config.name][1]
     return replace(usual, image_size=config.image_size or usual.image_size)
 
 
 def check_config(config: DataConfig) -> None:
     """Raise UsageError for settings that cannot be, and where own data are not there."""
-    if config.name not in _LOADERS:
+    if config.name not in _SETS:
         raise unknown("data set", config.name, names())
     if config.name in identity.OWN and not config.root:
         raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
@@ -89,9 +83,10 @@ def check_config(config: DataConfig) -> None:
             f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
         )
     normalisation.check(config.normalisation)
-    root = str(config.root)
-    if config.name in identity.OWN and "://" not in root and not root.startswith("pipe:"):
-        identity.check_root(config)
+    if config.name == "shards":
+        remote.folder_of(config)
+    elif config.name == "folder":
+        identity.folder_root(config)
 
 
 def load(config: DataConfig | str) -> DataSource:
@@ -101,8 +96,8 @@ def load(config: DataConfig | str) -> DataSource:
     if _REMEMBERED is not None and repr(config) in _REMEMBERED:
         return _REMEMBERED[repr(config)]
     check_config(config)
-    module, _, function = _LOADERS[config.name].partition(".")
-    loader = getattr(import_module(f"autosparse.data.{module}"), function)
+    module = _SETS[config.name][0]
+    loader = getattr(import_module(f"autosparse.data.{module}"), f"load_{module}")
     source = replace(loader(config), config=config)
     source = normalisation.normalised(source, config)
     if _REMEMBERED is not None:
@@ -112,7 +107,7 @@ def load(config: DataConfig | str) -> DataSource:
 
 def if_there(config: DataConfig) -> DataSource | None:
     """Load a set that is known by its name, unless it would have to be downloaded; else None."""
-    if config.name not in _SHAPES or _LOADERS[config.name] != _TORCHVISION:
+    if config.name not in _SETS or _SETS[config.name][0] != "torchvision":
         return None
     from autosparse.data.torchvision import is_there
 
@@ -120,12 +115,12 @@ def if_there(config: DataConfig) -> DataSource | None:
 
 
 def check_found(recorded: str | None, source: DataSource | None, where: Path) -> None:
-    """Raise UsageError if what was found finished is of other data, of the same name.
+    """Raise UsageError if finished work was made on other images than the set has now.
 
     Args:
-        recorded: the fingerprint that was written down; nothing is checked where there is none.
-        source: the data that are there now; None where they are not, or known by content.
-        where: what was found.
+        recorded: the data's fingerprint in the finished work; None if it holds none.
+        source: the data set as it is now; None if it is not there, or is known by its content.
+        where: the finished work, for the message.
     """
     if source is not None and recorded not in (None, source.fingerprint):
         place = source.config.root or "where it is looked for"

@@ -13,7 +13,6 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,18 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from autosparse.core.errors import UsageError
-from autosparse.data import augment
 from autosparse.data.config import DataConfig
-from autosparse.data.folder import DEFAULT_SIZE
-from autosparse.data.normalisation import IMAGENET
+from autosparse.data.manifest import MANIFEST, SPLITS, Reading, Shard
 from autosparse.data.remote import Folder, shards_of
-from autosparse.data.samples import Reading
-from autosparse.data.source import DataSource, in_memory
-from autosparse.data.stream import Stream, streamed_source, streams
-from autosparse.data.tars import (
-    INDEX,
-    MANIFEST,
-    SPLITS,
-    Files,
-    Shard,
-    check_members,
-    key_of,
-    members_of,
-    read_index,
-)
+from autosparse.data.samples import scan
+from autosparse.data.source import DataSource
+from autosparse.data.splitting import epoch_seed
+from autosparse.data.stream import own_data
+from autosparse.data.tars import INDEX, Files, check_members, key_of, read_index
 
 BLOCK = 4096
-"""Samples of a lane that are shuffled together: of a few shards that lie one after another."""
+"""Samples of a lane that are shuffled together: those of about four shards of 1,000, so that a lane
+has few shards open at a time."""
 
 
 def load_shards(config: DataConfig) -> DataSource:
@@ -53,7 +42,6 @@ def load_shards(config: DataConfig) -> DataSource:
     for shard in manifest.shards:
         folder.check(shard)
     folder.file(INDEX, needed=False)
-    size = config.image_size or DEFAULT_SIZE
     if config.lanes < 1:
         raise UsageError(f"data.lanes must be at least 1: {config.lanes}")
     classes = len(manifest.classes)
@@ -67,40 +55,15 @@ def load_shards(config: DataConfig) -> DataSource:
         )
         for split in SPLITS
     }
-    wanted = augment.choose(config.augment, "shift+flip", streamed=True)
-    splits = streams(samples, size, config, wanted)
     for split in ("train", "test"):
-        if not len(splits[split]):
+        if not len(samples[split]):
             raise UsageError(f"{folder.root}/{MANIFEST} lists no {split} shard")
-    if 3 * size * size * sum(map(len, splits.values())) <= config.memory_limit_gb * 1e9:
-        return _whole(config, folder.name, splits, classes)
-    if not len(splits["validation"]):
-        raise UsageError(f"{folder.root} is too large for memory and has no validation shards")
-    if config.train_limit:
-        raise UsageError(f"data.train_limit works in memory only; {folder.root} is streamed")
-    text = json.dumps(manifest.content, sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return streamed_source(folder.name, splits, classes, fingerprint)
 
+    def fingerprint() -> str:
+        text = json.dumps(manifest.content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-def _whole(config: DataConfig, name: str, splits: dict[str, Stream], classes: int) -> DataSource:
-    wanted = augment.choose(config.augment, "shift+flip")
-    whole = {
-        split: stream.in_memory(replaced=split == "train")
-        for split, stream in splits.items() if len(stream)
-    }  # fmt: skip
-    samples = splits["train"].samples
-    return in_memory(
-        name,
-        replace(whole["train"], lanes=samples.order),
-        whole["test"],
-        validation=whole.get("validation"),
-        num_classes=classes,
-        validation_fraction=config.validation_fraction,
-        train_limit=config.train_limit,
-        augment=wanted,
-        normalisation=IMAGENET,
-    )
+    return own_data(folder.name, samples, classes, config, fingerprint)
 
 
 class ShardSamples:
@@ -115,7 +78,7 @@ class ShardSamples:
         counts = torch.tensor([0, *(shard.count for shard in shards)])
         self.starts: list[int] = counts.cumsum(0).tolist()
         self.checked = torch.zeros(len(self.shards), dtype=torch.uint8).share_memory_()
-        """1 for a shard that some process of this run has found whole."""
+        """1 for a shard that a process of this run has checked."""
         self._ends = torch.tensor(self.starts[1:])
         self._members: dict[int, np.ndarray] = {}
         self._paths: dict[int, Path] = {}
@@ -131,7 +94,7 @@ class ShardSamples:
         Shuffled shards are laid end to end and cut into lanes, a lane is shuffled block by block,
         and the lanes are interleaved: wherever a batch begins, it takes as many of each lane.
         """
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         shards = torch.randperm(len(self.shards), generator=generator).tolist()
         whole = torch.cat([torch.arange(*self.starts[s : s + 2]) for s in shards])
         lanes = min(self.lanes, len(whole))
@@ -164,7 +127,7 @@ class ShardSamples:
             self.checked[number] = 1
 
     def labels(self) -> Tensor:
-        """Return every sample's label [N], from the index as far as it goes."""
+        """Return every sample's label [N], from the index, or from the tars that it lacks."""
         for number in range(len(self.shards)):
             self._open(number)
         return torch.from_numpy(np.concatenate(
@@ -182,7 +145,7 @@ class ShardSamples:
         members = self._index.get(shard.name)
         if members is None:
             self._fetch(number)
-            members = members_of(path, shard, self.folder.cache, self.reading)
+            members = scan(path, self.reading)
         check_members(members, path, shard, self.classes)
         self._members[number] = members.numpy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ import torch
 from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
 from autosparse.data.config import DataConfig
-from autosparse.data.source import DataSource, MemorySplit, in_memory, resized
+from autosparse.data.memory import MemorySplit, in_memory, resized
+from autosparse.data.source import DataSource
 
 SETS = {
     "cifar10": ("CIFAR10", 10, "shift+flip"),
@@ -26,56 +28,54 @@ def _root(config: DataConfig) -> Path:
     return Path(config.root or os.environ.get("AUTOSPARSE_DATA", "data")).expanduser()
 
 
-def class_names(config: DataConfig) -> list[str]:
-    """Return the classes of a set that has been loaded before."""
+def _dataset(config: DataConfig, *, train: bool, download: bool = False) -> Any:
     from torchvision import datasets
 
-    dataset = getattr(datasets, SETS[config.name][0])(_root(config), train=False, download=False)
-    return [str(name) for name in dataset.classes]
+    kind = getattr(datasets, SETS[config.name][0])
+    return kind(_root(config), train=train, download=download)
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """Return the classes of a set that has been loaded before."""
+    return [str(name) for name in _dataset(config, train=False).classes]
 
 
 def is_there(config: DataConfig) -> bool:
     """Return whether a set's files are there, so that nothing would be downloaded."""
-    from torchvision import datasets
-
     try:
-        getattr(datasets, SETS[config.name][0])(_root(config), train=True, download=False)
+        _dataset(config, train=True)
     except RuntimeError:
         return False
-    except (ValueError, AssertionError, EOFError):  # Damaged: `load_torchvision` says so.
+    except (ValueError, AssertionError, EOFError):  # Damaged; `load_torchvision` reports it.
         return True
     return True
 
 
 def load_torchvision(config: DataConfig) -> DataSource:
     """Return a torchvision set at its own size unless `image_size` is set."""
-    kind, num_classes, suitable = SETS[config.name]
-    root = _root(config)
-    train, test = (_split(kind, root, train, config.image_size) for train in (True, False))
+    _, num_classes, suitable = SETS[config.name]
+    train, test = (_split(config, train) for train in (True, False))
     return in_memory(
         config.name,
         train,
         test,
+        config,
         num_classes=num_classes,
-        validation_fraction=config.validation_fraction,
-        train_limit=config.train_limit,
         augment=choose(config.augment, suitable),
     )
 
 
-def _split(kind: str, root: Path, train: bool, image_size: int | None) -> MemorySplit:
-    from torchvision import datasets
-
-    make = getattr(datasets, kind)
+def _split(config: DataConfig, train: bool) -> MemorySplit:
+    kind, root = SETS[config.name][0], _root(config)
     try:
-        dataset = make(root, train=train, download=False)
+        dataset = _dataset(config, train=train)
     except (ValueError, AssertionError, EOFError) as error:
         raise UsageError(
             f"{kind} in {root} is damaged ({error}); remove it and start again"
         ) from error
     except RuntimeError:
         try:
-            dataset = make(root, train=train, download=True)
+            dataset = _dataset(config, train=train, download=True)
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"{kind} is not in {root} and could not be downloaded ({error}); "
@@ -88,4 +88,4 @@ def _split(kind: str, root: Path, train: bool, image_size: int | None) -> Memory
     pixels = torch.as_tensor(np.asarray(dataset.data))
     images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
     labels = torch.as_tensor(dataset.targets).long()
-    return MemorySplit(resized(images.contiguous(), image_size or images.shape[-1]), labels)
+    return MemorySplit(resized(images.contiguous(), config.image_size or images.shape[-1]), labels)

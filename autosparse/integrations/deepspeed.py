@@ -34,12 +34,14 @@ from autosparse.sparsity.compact import rescattering
 from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import CHECKPOINTS, Observer, finished, train_cell
+from autosparse.training.checks import check
 from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, make_ema, seed_step, step_seed
-from autosparse.training.steppers import History, Ranks, check, set_up
+from autosparse.training.steppers import History, Ranks, set_up
+from autosparse.training.topology.base import STATIC
+from autosparse.training.topology.chosen import topology_of
 from autosparse.training.topology.gradual import SCHEDULES
-from autosparse.training.topology.moving import STATIC, Topology
 from autosparse.training.watching import StepWatch
 from autosparse.training.wrappers import NONE
 
@@ -89,7 +91,7 @@ class DeepSpeedStepper:
         set_up(model, training, sharded=config.deepspeed.zero_stage == 3)
         self.optimizer, self.scheduler = optimizer_and_schedule(model, training, steps_per_epoch)
         self.recipe, self.ema = Recipe(training, model), make_ema(model, training)
-        self.topology = Topology(
+        self.topology = topology_of(
             model, training, training.epochs * steps_per_epoch, ranks.world_size
         )
         self.engine, *_ = deepspeed.initialize(

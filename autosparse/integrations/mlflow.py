@@ -28,7 +28,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from autosparse.core.config import plain
 from autosparse.core.files import is_local, read_json, write_json
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria.pruning import DENSE
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.irp.config import IRPConfig

@@ -29,7 +29,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from autosparse.core.errors import UsageError
 from autosparse.core.files import write_json
 from autosparse.core.progress import Bar, Progress
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria.pruning import DENSE
 from autosparse.data import identity
 from autosparse.integrations import ray as cluster
 from autosparse.study import grid, labels, local, plan, search

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,17 +15,11 @@ from autosparse.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
-class IRPConfig:
-    """One run of iterative rewind pruning: `levels` + 1 trainings, level 0 dense."""
+class LevelsConfig:
+    """What an IRP run does at its levels; all runs of a corpus share it."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How each level is trained."""
-    label: str = "magnitude"
-    """Criterion that ranks the trained weights of a level: magnitude, snip or lamp."""
     levels: int = 6
     """N: how often the network is pruned."""
     final_density: float = 0.02
@@ -42,6 +36,18 @@ class IRPConfig:
     """Short horizon: steps per level at a constant learning rate, instead of training.epochs."""
     live: bool = False
     """At every level, weights that lie on no path from input to output go first in their layer."""
+
+
+@dataclass(frozen=True)
+class IRPConfig(LevelsConfig):
+    """One run of iterative rewind pruning: `levels` + 1 trainings, level 0 dense."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    label: str = "magnitude"
+    """Criterion that ranks the trained weights of a level: magnitude, snip or lamp."""
     seed: int = 0
     """Fixes the initial weights and the order of batches."""
     device: str = local("auto")
@@ -54,15 +60,12 @@ class IRPConfig:
     """Store the initial weights (5 bytes per weight); false: made again from the seed (1 byte)."""
 
 
-SCHEDULE_KEYS = (
-    "levels", "final_density", "schedule", "scope", "rewind_steps", "steps_per_level",
-    "samples_per_class", "live",
-)  # fmt: skip
-"""What an entry of `schedules` may set: fields of IRPConfig."""
+SCHEDULE_KEYS = tuple(each.name for each in fields(LevelsConfig) if each.name != "training")
+"""What an entry of `schedules` may set."""
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(LevelsConfig):
     """A corpus to grow: one IRP run for every (model, data, seed, label, schedule)."""
 
     models: list[ModelConfig] = field(default_factory=lambda: [ModelConfig()])
@@ -81,24 +84,6 @@ class CorpusConfig:
     """How many of the plan's runs to do, drawn at random; by default all."""
     sample_seed: int = 0
     """Fixes which are drawn."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How each level is trained."""
-    levels: int = 6
-    """N: how often each network is pruned."""
-    final_density: float = 0.02
-    """Fraction of prunable weights left at the last level."""
-    schedule: str = "exponential"
-    """exponential or linear."""
-    scope: str = "global"
-    """global or layer."""
-    samples_per_class: int = 10
-    """Images per class that gradients are taken on."""
-    rewind_steps: int = 0
-    """k: rewind to the state after step k of the dense training; 0: to init."""
-    steps_per_level: int | None = None
-    """Short horizon: steps per level at a constant learning rate, instead of training.epochs."""
-    live: bool = False
-    """At every level, weights that lie on no path from input to output go first in their layer."""
     cpus_per_run: float = 1.0
     """Ray CPUs of one run; also its number of threads."""
     gpus_per_run: float = 0.0

@@ -39,7 +39,8 @@ from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import Epoch, PlainStepper
 
 ROUNDS = 4
-"""Rounds in which `live` removes weights: what loses its paths in one goes first in the next."""
+"""Rounds in which `live` removes weights; those that lose their paths in one go first in the next.
+As in criteria/autos_irp.py."""
 REWIND, MASK = "rewind/", "mask/"
 MASKED, COMPACT = "masked", "compact"
 """The two ways to train a level: dense weights under masks, or compact weights."""
@@ -62,8 +63,8 @@ def level_file(folder: Path, level: int) -> Path:
     return folder / "levels" / f"{level:02d}" / "level.safetensors"
 
 
-def way_on(device: torch.device, config: TrainingConfig) -> str:
-    """Return how levels are trained on a device: `masked` on a GPU, if the optimizer allows it."""
+def way_for(device: torch.device, config: TrainingConfig) -> str:
+    """Return how levels are trained on a device: MASKED on a GPU, if the settings allow it."""
     return MASKED if device.type == "cuda" and can_train(config) else COMPACT
 
 
@@ -170,7 +171,7 @@ def all_levels(
 
 
 def _do_level(run: LevelRun, level: int, current: dict[str, Tensor], following: int | None) -> None:
-    """Train one level from the state it starts in and write its file: the next masks, if any."""
+    """Train one level from its starting state and write its file, with the next masks, if any."""
     config, on_epoch, training = run.config, run.on_epoch, run.training()
     started = time.perf_counter()
     stepper = run.stepper(level, current)
@@ -237,7 +238,7 @@ def _next_masks(
     best = masks.keep(scores, count, scope=config.scope, within=current)
     if not config.live:
         return best
-    kept = {name: int(mask.count_nonzero()) for name, mask in best.items()}
+    kept = masks.counts(best)
     shape = (source.in_chans, source.image_size, source.image_size)
     return reach.best_on_paths(trained, scores, kept, shape, within=current, rounds=ROUNDS)
 

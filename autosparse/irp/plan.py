@@ -30,8 +30,9 @@ from autosparse.training.loop import steps_per_epoch
 from autosparse.training.steppers import PlainStepper
 
 PROBED_STEPS = 3
+"""Training steps that are timed, for an estimate; set by hand."""
 USUAL_IMAGES = 10_000
-"""Per epoch, to order runs by, where the settings do not say how many there are."""
+"""Images per epoch where the settings do not say; only the order of runs hangs on it."""
 BYTES_STORED, BYTES_REMADE = 5, 1
 """Per prunable weight: fp32 initial value and uint8 survival, or survival alone."""
 
@@ -66,8 +67,8 @@ def largest_first(todo: dict[str, IRPConfig]) -> list[str]:
 
 
 def _arithmetic(run: IRPConfig) -> float:
-    """Return about how many operations a run takes; only the order of runs rests on it."""
-    shape = Shape(1000, 3, run.data.image_size or 32)  # Classes hardly count.
+    """Estimate the operations of a run; only the order of runs hangs on it."""
+    shape = Shape(1000, 3, run.data.image_size or 32)  # The number of classes hardly matters.
     images = run.data.train_limit or USUAL_IMAGES
     per_level = images * run.training.epochs
     if run.steps_per_level is not None:
@@ -187,7 +188,7 @@ def probed(
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Shorten a row of `table` to what fits a terminal."""
+    """Return a row of `table` in the units that a terminal shows."""
     left = {"minutes left": f"{row['seconds'] / 60:.1f}", "MB": f"{row['bytes'] / 1e6:.2f}"}
     return {k: v for k, v in row.items() if k not in ("seconds", "bytes")} | left
 

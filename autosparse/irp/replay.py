@@ -1,4 +1,4 @@
-"""Make the weights of a finished run again, after any step of any level."""
+"""Train a level of a finished run again, to have its weights after any step."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from autosparse.core.config import plain, run_id
@@ -32,24 +31,30 @@ from autosparse.core.files import (
     write_json,
 )
 from autosparse.core.locks import CLAIM, claimed
+from autosparse.core.ranges import check_ranges
 from autosparse.core.versions import library_versions
 from autosparse.corpus import store
-from autosparse.criteria.prune import check_model
+from autosparse.criteria.pruning import check_model
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
 from autosparse.irp.config import IRPConfig
-from autosparse.irp.levels import LevelRun, OnEpoch, OnLevel, all_levels, way_on
+from autosparse.irp.levels import LevelRun, OnEpoch, OnLevel, all_levels, way_for
 from autosparse.models import zoo
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training.checks import check as check_training
+from autosparse.training.checks import check_plain
 from autosparse.training.loop import steps_per_epoch
-from autosparse.training.steppers import check as check_training
-from autosparse.training.steppers import check_plain
-from autosparse.training.topology.moving import STATIC
+from autosparse.training.topology.base import STATIC
 
 LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
-MAX_LEVELS = 255
+RANGES = {
+    "final_density": "above 0 and below 1",
+    "levels": "at least 1 and at most 255",  # Survival is stored as a byte.
+    "rewind_steps": "at least 0",
+    "steps_per_level": "at least 1",
+}
 
 
 def check(config: IRPConfig) -> None:
@@ -62,18 +67,10 @@ def check(config: IRPConfig) -> None:
         )
     if config.label not in LABELS:
         raise unknown("label criterion", config.label, LABELS)
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    if config.scope not in masks.SCOPES:
-        raise unknown("scope", config.scope, masks.SCOPES)
-    if not 0 < config.final_density < 1:
-        raise UsageError(f"final_density must be above 0 and below 1, got {config.final_density}")
-    if not 1 <= config.levels <= MAX_LEVELS:
-        raise UsageError(f"levels must be 1 to {MAX_LEVELS}, got {config.levels}")
-    if config.rewind_steps < 0:
-        raise UsageError(f"rewind_steps must be at least 0, got {config.rewind_steps}")
-    if config.steps_per_level is not None and config.steps_per_level < 1:
-        raise UsageError(f"steps_per_level must be at least 1, got {config.steps_per_level}")
+    for name, known in {"schedule": SCHEDULES, "scope": masks.SCOPES}.items():
+        if getattr(config, name) not in known:
+            raise unknown(name, getattr(config, name), known)
+    check_ranges(config, RANGES)
 
 
 def check_whole(config: IRPConfig) -> None:
@@ -143,7 +140,7 @@ def check_found(folder: Path, there: DataSource | None) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what is left where a run was killed after it wrote its commit marker."""
+    """Remove what a run left behind that was killed after it wrote its commit marker."""
     with suppress(OSError):  # A corpus that may only be read stays as it is.
         if (folder / "levels").exists():
             remove_tree(folder / "levels")
@@ -158,15 +155,14 @@ def _prepared(
     source = sets.load(config.data).to(device)
     initial = zoo.create_for(source, config.model, config.seed)
     weights = zoo.prunable(initial, config.model.exclude)
-    everything = {n: torch.ones_like(weight, dtype=torch.bool) for n, weight in weights.items()}
-    dense = Ticket.from_model(initial, everything, {})
+    dense = Ticket.from_model(initial, masks.dense(weights), {})
     per_epoch = steps_per_epoch(source.train, config.training)
     steps = config.steps_per_level or per_epoch * config.training.epochs
     if config.rewind_steps >= steps:
         raise UsageError(f"rewind_steps {config.rewind_steps}: a level has {steps} steps only")
     card = _card(config, initial, source, dense)
     card["batches"]["steps_per_epoch"] = per_epoch
-    way = way or way_on(device, config.training)
+    way = way or way_for(device, config.training)
     return LevelRun(config, initial, source, folder, steps, on_epoch, way), card, dense
 
 
@@ -191,7 +187,7 @@ def _card(config: IRPConfig, initial: nn.Module, source: DataSource, start: Tick
 
 
 def _begin(folder: Path, card: dict[str, Any]) -> None:
-    """Write the card of a new run; of one that was begun, check that it is the same run."""
+    """Write the card of a new run, or check that a run begun before is the same one."""
     path = folder / "card.json"
     if not path.exists():
         write_json(path, card)

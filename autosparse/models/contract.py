@@ -1,4 +1,4 @@
-"""What a user's own model, loss and batches must be; an error in one line where they are not.
+"""The contract for a user's own model, loss and batches; one line says what breaks it.
 
 Criteria call a model and a loss only through this module: whatever these raise reaches the user
 with its own message. Outputs may be tensors, or tuples, lists and dicts of tensors.
@@ -62,7 +62,7 @@ def _words(error: Exception) -> str:
 
 
 def remedy(error: Exception) -> str:
-    """Return what to do about a model's error, to be added to its message."""
+    """Return advice about a model's error, to be added to its message."""
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return "; batch norm needs larger batches, or scoring in eval mode"
     if isinstance(error, TypeError) and "required positional argument" in str(error):
@@ -71,7 +71,7 @@ def remedy(error: Exception) -> str:
 
 
 def checked_loss(loss_fn: LossFn, model: nn.Module) -> LossFn:
-    """Return `loss_fn` with a UsageError for whatever it raises, and for what is no loss."""
+    """Return `loss_fn` with a UsageError for what it raises, and for a result that is no loss."""
     without_classes = getattr(model, "num_classes", None) == 0
 
     def loss(outputs: Any, labels: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def each_float(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
 
 
 def in_single(outputs: Any) -> Any:
-    """Return the outputs with what is in half precision as float32."""
+    """Return the outputs with tensors of half precision as float32."""
     halves = (torch.bfloat16, torch.float16)
     return each_float(lambda part: part.float() if part.dtype in halves else part, outputs)
 

@@ -22,6 +22,8 @@ from autosparse.models.contract import outputs_of
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]
 Network = Callable[[Tensor], Any]
+Take = Callable[[int, Tensor], None]
+"""(place among the tensors that are differentiated by, gradient, which may be overwritten)."""
 
 
 class Shared(Sequence[Batch]):
@@ -50,7 +52,7 @@ class Cost:
 
     image_passes: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
-    """Entries for the ticket's card, mostly of what was done otherwise than asked for."""
+    """Entries for the ticket's card, mostly about deviations from what was asked for."""
 
 
 _COST: ContextVar[Cost | None] = ContextVar("cost", default=None)
@@ -109,7 +111,7 @@ def mean_of(
         like: tensors of the same shapes, dtypes and device, by name.
         passes: forward-backward passes over its images that one call of `part` takes.
 
-    Raises UsageError if there is no sample.
+    Raises UsageError if there are no samples.
     """
     mean = _Mean(like)
     for images, labels in batches:
@@ -152,7 +154,7 @@ class _Mean:
 def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) -> int:
     """Add up over the ranks if `shared`, in place; return the samples and count their passes.
 
-    Raises UsageError if there is no sample.
+    Raises UsageError if there are no samples.
     """
     if shared:
         count = torch.tensor([samples], device=sums[0].device)
@@ -198,7 +200,7 @@ def mean_over_gradients(
     loss_fn: LossFn,
     parts: Callable[[Tensor], Sequence[Tensor]],
 ) -> dict[str, Tensor]:
-    """Return means over all samples of what `parts` makes of each batch's gradients.
+    """Return what `parts` makes of each batch's gradients, added up and divided by the samples.
 
     Gradients are added up as they come, so no more than one of them exists beside the means.
 
@@ -207,26 +209,24 @@ def mean_over_gradients(
         parameters: leaf tensors to differentiate by, by name.
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
-        parts: gradient (may be overwritten) -> the tensors to average, each of its shape.
+        parts: a gradient, summed over the samples of a batch (it may be overwritten) -> the tensors
+            to add up, each of its shape.
 
     Returns the k-th parts under the names, the first (k = 0) as they are, others with " k" added.
     """
-    tensors, size = list(parameters.values()), len(parameters)
-    kinds = len(parts(torch.zeros(())))
+    size = len(parameters)
     like = {
         f"{name} {kind}" if kind else name: tensor
-        for kind in range(kinds)
+        for kind in range(len(parts(torch.zeros(()))))
         for name, tensor in parameters.items()
     }
     mean = _Mean(like)
-    for images, labels in batches:
 
-        def take(place: int, gradient: Tensor, samples: int = len(labels)) -> None:
-            for kind, each in enumerate(parts(gradient)):
-                mean.add(kind * size + place, each.mul_(samples))
+    def take(place: int, gradient: Tensor) -> None:
+        for kind, each in enumerate(parts(gradient)):
+            mean.add(kind * size + place, each)
 
-        backward_one_by_one(loss_fn(outputs_of(model, images), labels), tensors, take)
-        mean.samples += len(labels)
+    mean.samples = sum_gradients(model, parameters, batches, loss_fn, take)
     return mean.finished(isinstance(batches, Shared), 1.0)
 
 
@@ -243,19 +243,15 @@ def mean_hessian_times(
         vectors: v, a tensor per parameter.
         model: as for `mean_gradients`, and the rest too.
     """
-    mean, tensors = _Mean(parameters), list(parameters.values())
-    for images, labels in batches:
 
-        def take(place: int, product: Tensor, count: int = len(labels)) -> None:
-            mean.add(place, product.mul_(count))
-
-        loss = loss_fn(outputs_of(model, images), labels)
+    def product(loss: Tensor, tensors: Sequence[Tensor], take: Take) -> None:
         gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
-        del loss
         edges = with_edges(gradients, vectors)
-        del gradients
+        del loss, gradients
         differentiate_again(edges, tensors, take)
-        mean.samples += len(labels)
+
+    mean = _Mean(parameters)
+    mean.samples = sum_gradients(model, parameters, batches, loss_fn, mean.add, product)
     return mean.finished(isinstance(batches, Shared), 2.0)
 
 
@@ -264,12 +260,14 @@ def sum_gradients(
     parameters: Mapping[str, Tensor],
     batches: Batches,
     loss_fn: LossFn,
-    take: Callable[[int, Tensor], None],
+    take: Take,
+    differentiate: Callable[[Tensor, Sequence[Tensor], Take], None] | None = None,
 ) -> int:
     """Give `take` each gradient dL/dθ, summed over a batch's samples; count the samples.
 
     `take` is called for every batch and parameter, with the place in `parameters` and a gradient
-    that it may overwrite.
+    that it may overwrite. Another `differentiate` than `backward_one_by_one` takes the same
+    arguments, and gives something else of a parameter's shape.
     """
     samples, tensors = 0, list(parameters.values())
     for images, labels in batches:
@@ -277,14 +275,14 @@ def sum_gradients(
         def take_sum(place: int, gradient: Tensor, count: int = len(labels)) -> None:
             take(place, gradient.mul_(count))
 
-        backward_one_by_one(loss_fn(outputs_of(model, images), labels), tensors, take_sum)
+        loss = loss_fn(outputs_of(model, images), labels)
+        (differentiate or backward_one_by_one)(loss, tensors, take_sum)
+        del loss
         samples += len(labels)
     return samples
 
 
-def backward_one_by_one(
-    total: Tensor, tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]
-) -> None:
+def backward_one_by_one(total: Tensor, tensors: Sequence[Tensor], take: Take) -> None:
     """Give `take` the gradient of each of the leaf `tensors` once it is computed, and free it.
 
     So they are never held all at once. `take` gets the place in `tensors` and the gradient.
@@ -298,7 +296,7 @@ def with_edges(
 ) -> list[tuple[GradientEdge, Tensor]]:
     """Pair gradients, which have a graph, with vectors, without holding the gradients' values.
 
-    None, and what depends on nothing, is left out.
+    None is left out, and gradients that depend on nothing.
     """
     return [
         (get_gradient_edge(gradient), vector)
@@ -310,7 +308,7 @@ def with_edges(
 def differentiate_again(
     products: Sequence[tuple[GradientEdge, Tensor]],
     tensors: Sequence[Tensor],
-    take: Callable[[int, Tensor], None],
+    take: Take,
 ) -> None:
     """Give `take` d/dθ of the sum of gradients * vectors, as `backward_one_by_one` does.
 
@@ -326,7 +324,7 @@ def differentiate_again(
 
 
 @contextmanager
-def _handed_over(tensors: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def _handed_over(tensors: Sequence[Tensor], take: Take) -> Iterator[None]:
     """Inside, `take` gets the gradients of the leaf `tensors`, which are then freed."""
 
     def hand_over(place: int, tensor: Tensor) -> None:

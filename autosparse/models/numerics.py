@@ -13,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autosparse.core.errors import UsageError
 
 ONLY_ONCE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")
-"""What torch says of an operation that has a first derivative only."""
+"""Torch's message for an operation that has a first derivative only."""
 
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Compute float32 in full precision, the same way every time: for what is compared bit by bit.
+    """Compute float32 in full precision and deterministically, for comparisons bit by bit.
 
     GPUs may round the factors of products to TF32 (10 bits), in which two signals that differ are
     equal; autocast rounds more. All settings are put back afterwards.

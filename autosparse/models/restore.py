@@ -1,4 +1,4 @@
-"""Leave a model as it was: what scoring changes on the way is put back afterwards."""
+"""Leave a model as it was: whatever scoring changes is put back afterwards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put everything back afterwards: gradients, buffers, modes, what else modules hold or cache.
+    """Put everything back afterwards, also after an error.
 
-    `requires_grad` and the CPU and GPU RNGs too.
+    That is gradients, `requires_grad`, buffers, modes, all other attributes and caches of modules,
+    and the random number generators of CPU and GPUs.
     """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -56,7 +57,7 @@ def _attributes(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]
 
 
 def _put_back(attributes: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> None:
-    """Undo what was set, and forget what was cached, since `_attributes`."""
+    """Undo all changes to modules' attributes since `_attributes`."""
     for module, before in attributes.items():
         for key in [key for key in vars(module) if not key.startswith("_") and key not in before]:
             delattr(module, key)

@@ -1,4 +1,4 @@
-"""What a parameter does in a network, seen from one pass of an image, whatever it is called.
+"""The role of each parameter in a network, seen in one pass of an image; names play no part.
 
 A gain is multiplied onto the signal (a norm's weight, LayerScale, ReZero, a gate); a shift is
 added to it, or put beside it (biases, positions, tokens). The signal is what depends on the image.
@@ -20,13 +20,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from autosparse.models.restore import untouched
 
 FAINT = 0.01
-"""A gain that is nowhere larger hides what lies behind it: gradients there are a hundredth."""
+"""A gain whose largest entry is no larger hides the layers behind it: their gradients shrink to a
+hundredth."""
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 MULTIPLIES = ("mul", "mul_", "addcmul", "addcmul_")
 ADDS = ("add", "add_", "sub", "sub_", "cat", "stack", "where", "copy_", "index_put", "index_put_")
 BESIDE = ("cat", "stack", "where", "copy_", "index_put", "index_put_")
-"""What puts a token next to the signal, where nothing is added to it."""
+"""Operators that put a token beside the signal, and add nothing to it."""
 SHIFTING = ("bias", "attn_mask")
 """Endings of the names that operators have for arguments that are added."""
 MATRIX_PRODUCTS = ("addmm", "baddbmm", "addmv", "addbmm")
@@ -35,7 +36,7 @@ MATRIX_PRODUCTS = ("addmm", "baddbmm", "addmv", "addbmm")
 
 @dataclass
 class Roles:
-    """What the parameters of a model were seen to do. All keys are parameters' names."""
+    """The roles of a model's parameters. All keys are their names."""
 
     gains: dict[str, float] = field(default_factory=dict)
     """Multiplied onto the signal -> the largest size of what was multiplied."""
@@ -49,7 +50,7 @@ class Roles:
 
 @torch.no_grad()
 def of(model: nn.Module, image: Tensor) -> Roles:
-    """Return what the parameters do, seen in one pass in eval mode, which is not counted as cost.
+    """Return the parameters' roles, seen in one pass in eval mode, which is not counted as cost.
 
     Args:
         model: its modes and buffers are left as they were.
@@ -63,10 +64,10 @@ def of(model: nn.Module, image: Tensor) -> Roles:
 
 
 def faint(model: nn.Module, image: Tensor, limit: float = FAINT) -> list[str]:
-    """Return the gains that are nowhere larger than `limit`, and so hide what lies behind them.
+    """Return the gains that are nowhere larger than `limit`, and so hide the layers behind them.
 
     Args:
-        model: weights of its Conv and Linear layers are no gains.
+        model: weights of its Conv and Linear layers do not count as gains.
         image: see `of`.
         limit: 0 for those only that are zero.
     """
@@ -213,7 +214,7 @@ class _Trace(TorchDispatchMode):
                 self.made[tensor] = made
 
     def roles(self) -> Roles:
-        """Return what was found."""
+        """Return the roles seen so far."""
         shifts = {name for name, kinds in self.met.items() if kinds <= {"shift", "token"}}
         tokens = {name for name in shifts if "token" in self.met[name]}
         return Roles(self.gains, shifts, tokens, self.elsewhere)

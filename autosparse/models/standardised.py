@@ -1,4 +1,4 @@
-"""Convolutions that standardise their weight (NFNet, BiT): a mask must act on what is applied.
+"""Convolutions that standardise their weight (NFNet, BiT): a mask must act on the kernel.
 
 timm's StdConv2d and ScaledStdConv2d subtract every filter's mean before they convolve, which
 turns pruned zeros into other numbers. Here the kernel is standardised with the zeros counted in
@@ -25,8 +25,8 @@ MASK = "kernel_mask"
 class _Masked(nn.Module):
     """Masks the kernel.
 
-    What is masked: where the weight is compact, all but its survivors; after `keep_mask`, what
-    that says; else every weight that is exactly zero.
+    The mask is that of the compact weight, or the one given to `keep_mask`; otherwise every weight
+    that is exactly zero is masked.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -40,45 +40,18 @@ class _Plain(nn.Module):
         return _convolve(self, images, self.weight)  # type: ignore[arg-type]
 
 
-class MaskedStdConv2d(_Masked, StdConv2d):
-    """StdConv2d with a masked kernel."""
-
-
-class MaskedStdConv2dSame(_Masked, StdConv2dSame):
-    """StdConv2dSame with a masked kernel."""
-
-
-class MaskedScaledStdConv2d(_Masked, ScaledStdConv2d):
-    """ScaledStdConv2d with a masked kernel."""
-
-
-class MaskedScaledStdConv2dSame(_Masked, ScaledStdConv2dSame):
-    """ScaledStdConv2dSame with a masked kernel."""
-
-
-class PlainStdConv2d(_Plain, StdConv2d):
-    """StdConv2d that does not standardise."""
-
-
-class PlainStdConv2dSame(_Plain, StdConv2dSame):
-    """StdConv2dSame that does not standardise."""
-
-
-class PlainScaledStdConv2d(_Plain, ScaledStdConv2d):
-    """ScaledStdConv2d that does not standardise."""
-
-
-class PlainScaledStdConv2dSame(_Plain, ScaledStdConv2dSame):
-    """ScaledStdConv2dSame that does not standardise."""
+def _with(behaviour: type, timms: type) -> type:
+    """Return timm's class with another forward, such as MaskedStdConv2d."""
+    name = behaviour.__name__.strip("_") + timms.__name__
+    return type(name, (behaviour, timms), {"__module__": __name__})
 
 
 KINDS: dict[type, tuple[type, type]] = {
-    StdConv2d: (MaskedStdConv2d, PlainStdConv2d),
-    StdConv2dSame: (MaskedStdConv2dSame, PlainStdConv2dSame),
-    ScaledStdConv2d: (MaskedScaledStdConv2d, PlainScaledStdConv2d),
-    ScaledStdConv2dSame: (MaskedScaledStdConv2dSame, PlainScaledStdConv2dSame),
+    timms: (_with(_Masked, timms), _with(_Plain, timms))
+    for timms in (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 }
 """timm's class -> ours that masks the kernel, and ours that applies the weight as it is."""
+globals().update({ours.__name__: ours for both in KINDS.values() for ours in both})  # For pickle.
 STANDARDISED = tuple(KINDS)
 BASE = {ours: timms for timms, both in KINDS.items() for ours in both}
 
@@ -96,7 +69,7 @@ def keep_mask(module: nn.Module, mask: Tensor) -> None:
 
 
 def unmask(model: nn.Module) -> None:
-    """Make all convolutions what they were before any mask; in place."""
+    """Turn all convolutions back into timm's, without a mask; in place."""
     for module in model.modules():
         if type(module) in BASE:
             module.__class__ = BASE[type(module)]

@@ -26,7 +26,7 @@ COMPUTED = {
     "_g": ("weight norm", "remove_weight_norm"),
     "_u": ("spectral norm", "remove_spectral_norm"),
 }
-"""Ending of a tensor beside a weight that torch computes -> the method, and what removes it."""
+"""Ending of a tensor beside a weight that torch computes -> the method, and how it is removed."""
 CONV_OR_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -84,7 +84,7 @@ def _options(
 def check(config: ModelConfig, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
     """Return the model without values, on the meta device; raise UsageError where it cannot be.
 
-    Its name, its options, and what it excludes are looked at; nothing is computed.
+    Name, options and excluded layers are checked; nothing is computed.
     """
     with torch.device("meta"):
         model = _build(config.name, _options(config, num_classes, in_chans, image_size))
@@ -177,18 +177,13 @@ def _build(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def from_recipe(recipe: dict[str, Any]) -> nn.Module:
-    """Build the model that a card's `model` entry describes (what `create` was given)."""
+    """Build the model that a card's `model` entry describes (the arguments of `create`)."""
     if "name" not in recipe or "num_classes" not in recipe:
         raise UsageError(
             "the card does not say how its model was built; make it with models.create"
         )
-    config = ModelConfig(
-        recipe["name"],
-        recipe["options"],
-        recipe["exclude"],
-        zero_init=recipe.get("zero_init", False),
-        small_stem=recipe.get("small_stem", False),
-    )
+    known = [spec.name for spec in dataclasses.fields(ModelConfig)]
+    config = ModelConfig(**{name: recipe[name] for name in known if name in recipe})
     shape = {key: recipe[key] for key in ("num_classes", "in_chans", "image_size", "seed")}
     return create(config, **shape)
 
@@ -200,8 +195,8 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
     `nn.MultiheadAttention`. `exclude` leaves some of them out: `head` and `stem` mean the
     classifier and first layer that timm records for the model; anything else is a shell pattern
     for the parameter's name or for one of the modules it lies in. A compiled or parallel model is
-    looked into. Raises UsageError for a pattern without a match, and for a weight that is no
-    parameter of its own: under weight or spectral norm, `torch.nn.utils.prune`, or compact.
+    looked into. Raises UsageError for a pattern without a match, and for a weight that is
+    computed from others: under weight or spectral norm, `torch.nn.utils.prune`, or compact.
     """
     model = unwrapped(model)
     weights: dict[str, nn.Parameter] = {}
@@ -269,18 +264,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def check_values(model: nn.Module) -> None:
     """Raise UsageError that names the first tensor without values that autograd can work with."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        problem = None
         if nn.parameter.is_lazy(tensor):
-            raise UsageError(
-                f"{name} is lazy and has no shape yet: call the model on a batch first"
-            )
-        if tensor.is_meta:
-            raise UsageError(
-                f"{name} is on the meta device and has no values: make the model on a real one"
-            )
-        if tensor.is_inference():
-            raise UsageError(
-                f"{name} was made under torch.inference_mode: make the model outside of it"
-            )
+            problem = "is lazy and has no shape yet: call the model on a batch first"
+        elif tensor.is_meta:
+            problem = "is on the meta device and has no values: make the model on a real one"
+        elif tensor.is_inference():
+            problem = "was made under torch.inference_mode: make the model outside of it"
+        if problem:
+            raise UsageError(f"{name} {problem}")
 
 
 def _prunable_attributes(module: nn.Module) -> Iterator[str]:
@@ -310,10 +302,10 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def expected_shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return [C, H, W] of the images that a model was built for, as far as it tells.
+    """Return [C, H, W] of the images that a model was built for, or None if it does not show.
 
-    The model itself is believed first (what it was made of here, its first convolution, the image
-    size of its patch embedding), then what timm has registered under its name.
+    The model itself comes first (its recipe, its first convolution, the image size of its patch
+    embedding), then timm's configuration registered under its name.
     """
     recipe: Any = getattr(model, "autosparse_recipe", None)
     if recipe is not None:
@@ -334,7 +326,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return `cpu`, or what a GPU is called."""
+    """Return `cpu`, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -22,11 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 BLOCK = 1 << 18
-"""How many numbers of patches are laid out at a time: 1 MB stays near the processor."""
+"""Numbers of patches that are laid out at a time: 1 MB in float32, which fits a core's cache."""
 DENSE_PER_SPARSE, LAID_OUT_AS = 8, 6
-"""A sparse multiply-add takes as long as 8 dense ones, and laying out a number as 6 sparse ones."""
+"""A sparse multiply-add takes about as long as 8 dense ones, and laying out a number as 6 sparse
+ones. Set by hand; only which way is taken hangs on them."""
 LANES = 16
-"""torch's sampled product takes so many numbers at a time, the rest one by one."""
+"""torch's sampled product works on so many numbers at once, and on the rest one by one."""
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -67,13 +68,13 @@ def _ends(places: Tensor, count: int) -> Tensor:
 
 
 def _csr(ends: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    _warned_of_beta()
+    _silence_beta_warning()
     return torch.sparse_csr_tensor(ends, column, values, shape, check_invariants=False)
 
 
 @cache
-def _warned_of_beta() -> None:
-    """Have torch say once, to nobody, that sparse matrices are in beta."""
+def _silence_beta_warning() -> None:
+    """Cause torch's warning that sparse matrices are in beta, which comes once, and suppress it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.eye(1).to_sparse_csr()
@@ -93,8 +94,8 @@ def available(device: torch.device) -> bool:
 class SparseWeight(Tensor):
     """Stands for a weight of which only the surviving values exist; made by `sparse_weight`.
 
-    `conv2d` and `linear` multiply with these alone. Whatever else is done with it is done with
-    the dense weight, made for the occasion.
+    `conv2d` and `linear` multiply with these alone. Any other operation makes the dense weight and
+    uses that.
     """
 
     survivors: Tensor
@@ -111,9 +112,9 @@ class SparseWeight(Tensor):
                 return func(*args, **kwargs)
         own = _PRODUCTS.get(func)
         if own is not None and not torch.is_autocast_enabled("cpu"):
-            found = own(*args, **kwargs)
-            if found is not None:
-                return found
+            product = own(*args, **kwargs)
+            if product is not None:
+                return product
         return func(*map(_dense, args), **{name: _dense(each) for name, each in kwargs.items()})
 
     @classmethod
@@ -124,7 +125,7 @@ class SparseWeight(Tensor):
 
 
 class _StandIn(torch.autograd.Function):
-    """Values [kept] -> SparseWeight; the gradient, for who does not multiply, is the gather."""
+    """Values [kept] -> SparseWeight; the gradient of its other uses is gathered."""
 
     @staticmethod
     def forward(ctx, values: Tensor, pattern: Pattern) -> Tensor:
@@ -139,16 +140,16 @@ class _StandIn(torch.autograd.Function):
 
 
 def sparse_weight(values: Tensor, pattern: Pattern, dense: Callable[[], Tensor]) -> SparseWeight:
-    """Return what stands for a weight.
+    """Return a stand-in for a weight.
 
     Args:
         values: the survivors, shape [kept].
         pattern: where they lie.
         dense: makes the dense weight of them.
     """
-    found: SparseWeight = _StandIn.apply(values, pattern)  # type: ignore[assignment]
-    found.survivors, found.pattern, found.dense = values, pattern, dense
-    return found
+    weight: SparseWeight = _StandIn.apply(values, pattern)  # type: ignore[assignment]
+    weight.survivors, weight.pattern, weight.dense = values, pattern, dense
+    return weight
 
 
 _DESCRIBING = {
@@ -225,13 +226,13 @@ class _Linear(torch.autograd.Function):
         values, inputs = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
         rows = gradient.reshape(-1, pattern.rows).t().contiguous()
-        found = by_input = None
+        by_value = by_input = None
         if ctx.needs_input_grad[0]:
             columns = inputs.reshape(-1, pattern.columns).t().contiguous()
-            found = _at_survivors(pattern, torch.zeros_like(values), rows, columns)
+            by_value = _at_survivors(pattern, torch.zeros_like(values), rows, columns)
         if ctx.needs_input_grad[1]:
             by_input = (pattern.transposed(values) @ rows).t().reshape(inputs.shape)
-        return found, by_input, None
+        return by_value, by_input, None
 
 
 def _at_survivors(pattern: Pattern, before: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -257,20 +258,20 @@ class _Patches:
         down, right = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in across]
         return down, right
 
-    def room(self, images: Tensor) -> Tensor:
-        """Return zeros [in, height, width, images] for the images with their padding."""
+    def padded(self, images: Tensor) -> Tensor:
+        """Return zeros [in, height, width, images] of the size of the padded images."""
         count, channels, height, width = images.shape
         down, right = self.padding
         return images.new_zeros(channels, height + 2 * down, width + 2 * right, count)
 
-    def inner(self, room: Tensor) -> Tensor:
-        """Return the images in a room, without their padding, [images, in, height, width]."""
-        (down, right), (_, height, width, _) = self.padding, room.shape
-        return room[:, down : height - down, right : width - right].permute(3, 0, 1, 2)
+    def inner(self, padded: Tensor) -> Tensor:
+        """Return a view of padded images without their padding, [images, in, height, width]."""
+        (down, right), (_, height, width, _) = self.padding, padded.shape
+        return padded[:, down : height - down, right : width - right].permute(3, 0, 1, 2)
 
-    def windows(self, room: Tensor, outputs: tuple[int, int]) -> Tensor:
-        """Return a view [in, *kernel, *outputs, images] of a room: all patches."""
-        channel, down, right, image = room.stride()
+    def windows(self, padded: Tensor, outputs: tuple[int, int]) -> Tensor:
+        """Return a view [in, *kernel, *outputs, images] of padded images: all patches."""
+        channel, down, right, image = padded.stride()
         strides = (
             channel,
             down * self.dilation[0],
@@ -279,7 +280,8 @@ class _Patches:
             right * self.stride[1],
             image,
         )
-        return room.as_strided((len(room), *self.kernel, *outputs, room.shape[-1]), strides)
+        shape = (len(padded), *self.kernel, *outputs, padded.shape[-1])
+        return padded.as_strided(shape, strides)
 
     @property
     def points(self) -> bool:
@@ -291,21 +293,21 @@ class _Patches:
         if self.points:
             seen = images[:, :, :: self.stride[0], :: self.stride[1]]
             return seen.permute(1, 2, 3, 0).reshape(images.shape[1], -1)
-        room = self.room(images)
-        self.inner(room).copy_(images)
-        return self.windows(room, outputs).reshape(-1, math.prod(outputs) * len(images))
+        padded = self.padded(images)
+        self.inner(padded).copy_(images)
+        return self.windows(padded, outputs).reshape(-1, math.prod(outputs) * len(images))
 
     def put_back(self, columns: Tensor, images: Tensor, outputs: tuple[int, int]) -> Tensor:
-        """Add up what belongs to each patch; return it as the images lie, as a view."""
+        """Add columns of patches up into images, the transpose of `columns`; return a view."""
         if self.points and self.stride == (1, 1):
             return columns.view(images.shape[1], *outputs, -1).permute(3, 0, 1, 2)
-        room = self.room(images)
-        windows = self.windows(room, outputs)
+        padded = self.padded(images)
+        windows = self.windows(padded, outputs)
         columns = columns.view(windows.shape)
         for down in range(self.kernel[0]):
             for right in range(self.kernel[1]):
                 windows[:, down, right].add_(columns[:, down, right])
-        return self.inner(room)
+        return self.inner(padded)
 
 
 class _Conv(torch.autograd.Function):
@@ -325,9 +327,9 @@ class _Conv(torch.autograd.Function):
             else torch.contiguous_format,
         )
         matrix, many = pattern.matrix(values), _block(pattern, sides)
-        for some, room in zip(images.split(many), outputs.split(many), strict=True):
+        for some, out in zip(images.split(many), outputs.split(many), strict=True):
             made = matrix @ patches.columns(some, sides)
-            room.copy_(made.view(pattern.rows, *sides, len(some)).permute(3, 0, 1, 2))
+            out.copy_(made.view(pattern.rows, *sides, len(some)).permute(3, 0, 1, 2))
         return outputs
 
     @staticmethod
@@ -339,17 +341,17 @@ class _Conv(torch.autograd.Function):
         by_value, by_image = ctx.needs_input_grad[:2]
         sides = patches.count(images.shape[2:])
         many = _block(pattern, sides)
-        found = torch.zeros_like(values) if by_value else None
+        gathered = torch.zeros_like(values) if by_value else None
         back = torch.empty_like(images) if by_image else None
         transposed = pattern.transposed(values) if by_image else None
         for start in range(0, len(images), many):
             some = images[start : start + many]
             rows = gradient[start : start + many].permute(1, 2, 3, 0).reshape(pattern.rows, -1)
-            if found is not None:
-                found = _at_survivors(pattern, found, rows, patches.columns(some, sides))
+            if gathered is not None:
+                gathered = _at_survivors(pattern, gathered, rows, patches.columns(some, sides))
             if back is not None and transposed is not None:
                 back[start : start + many] = patches.put_back(transposed @ rows, some, sides)
-        return found, back, None, None
+        return gathered, back, None, None
 
 
 def _channels_last(images: Tensor) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,30 +19,15 @@ from autosparse.sparsity.counts import keep_count
 Masks = dict[str, Tensor]
 SCOPES = ("global", "layer")
 MANY_TIES = 0.01
-"""Ties at the threshold that are more than this share of what is kept are worth a warning."""
+"""Warn if more ties than this share of the kept weights lie at the threshold; set by hand."""
 SAMPLE = 1 << 14
-"""How many scores are looked at first to find about where the threshold lies."""
+"""Size of the sample of scores by which the threshold is estimated first; a power of two that costs
+nothing next to millions of weights."""
 
 
-def from_scores(
-    scores: Mapping[str, Tensor],
-    sparsity: float,
-    *,
-    scope: str = "global",
-    min_per_layer: int = 1,
-    per_channel: bool = False,
-    within: Mapping[str, Tensor] | None = None,
-) -> Masks:
-    """Remove the fraction `sparsity` (0 <= sparsity < 1) of all weights: see `keep`."""
-    count = keep_count(total(scores), sparsity)
-    return keep(
-        scores,
-        count,
-        scope=scope,
-        min_per_layer=min_per_layer,
-        per_channel=per_channel,
-        within=within,
-    )
+def from_scores(scores: Mapping[str, Tensor], sparsity: float, **options: Any) -> Masks:
+    """Remove the fraction `sparsity` (0 <= sparsity < 1) of all weights; `options`: see `keep`."""
+    return keep(scores, keep_count(total(scores), sparsity), **options)
 
 
 def keep(
@@ -60,9 +46,9 @@ def keep(
             in the order of the parameters and of the positions inside them.
         count: how many weights to keep, over all layers.
         scope: `global` compares all weights; `layer` keeps the same density in every layer.
-        min_per_layer: every layer keeps its best so many weights; 0 allows layer collapse.
+        min_per_layer: how many weights, its best, every layer keeps; 0 allows layer collapse.
         per_channel: every output channel (first dimension) keeps its best weight.
-        within: masks that the result must lie inside (IRP: what is gone stays gone).
+        within: masks that the result must lie inside (IRP: pruned weights stay pruned).
     """
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
@@ -79,9 +65,22 @@ def keep(
     return _keep_global(scores, count, min_per_layer, per_channel, within)
 
 
+def dense(weights: Mapping[str, Tensor], device: str | None = None) -> Masks:
+    """Return masks that keep all of the weights, by default on the device of each."""
+    return {
+        name: torch.ones(each.shape, dtype=torch.bool, device=device or each.device)
+        for name, each in weights.items()
+    }
+
+
 def total(scores: Mapping[str, Tensor]) -> int:
     """Return how many weights there are."""
     return sum(score.numel() for score in scores.values())
+
+
+def counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many weights of each layer are kept."""
+    return {name: int(mask.count_nonzero()) for name, mask in masks.items()}
 
 
 def least_of(
@@ -90,7 +89,7 @@ def least_of(
     per_channel: bool = False,
     within: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """Return how many weights the guards keep in every layer; what is empty already stays so."""
+    """Return how many weights the guards keep in every layer; what is empty stays empty."""
     least = {}
     for name, score in scores.items():
         most, channels = score.numel(), score.shape[0] if score.ndim else 1
@@ -121,16 +120,23 @@ def keep_counts(
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Keep exactly `counts[name]` of every layer, its highest scores."""
-    masks = {}
-    for name, score in scores.items():
-        flat = score.detach().flatten()
-        if within is not None:
-            flat = flat.masked_fill(~within[name].flatten().to(flat.device), -torch.inf)
-        if per_channel:
-            flat = flat.clone() if flat.data_ptr() == score.data_ptr() else flat
-            _raise_channels(flat.view(score.shape))
-        masks[name] = top(flat, counts[name]).view(score.shape)
-    return masks
+    return {
+        name: top(_eligible(name, score, per_channel, within), counts[name]).view(score.shape)
+        for name, score in scores.items()
+    }
+
+
+def _eligible(
+    name: str, score: Tensor, per_channel: bool, within: Mapping[str, Tensor] | None
+) -> Tensor:
+    """Return a layer's scores, flat: -inf outside of `within`, inf for the best of each channel."""
+    flat = score.detach().flatten()
+    if within is not None:
+        flat = flat.masked_fill(~within[name].flatten().to(flat.device), -torch.inf)
+    if per_channel:
+        flat = flat.clone()
+        _raise_channels(flat.view(score.shape))
+    return flat
 
 
 def _keep_global(
@@ -146,16 +152,8 @@ def _keep_global(
         raise UsageError(
             f"{count} weights are too few for {len(scores)} layers of {least}; lower the sparsity"
         )
-    parts = []
-    for name, score in scores.items():
-        part = score.detach().flatten()
-        if within is not None:
-            part = part.masked_fill(~within[name].flatten().to(part.device), -torch.inf)
-        if per_channel:
-            part = part.clone()
-            _raise_channels(part.view(score.shape))
-        parts.append(part)
-    chosen = top_guarded(parts, count, min_per_layer)
+    layers = [_eligible(name, score, per_channel, within) for name, score in scores.items()]
+    chosen = top_guarded(layers, count, min_per_layer)
     return {name: part.view(scores[name].shape) for name, part in zip(scores, chosen, strict=True)}
 
 
@@ -177,7 +175,7 @@ def top_guarded(layers: Sequence[Tensor], count: int, min_per_layer: int) -> lis
 
 
 def _raise_channels(scores: Tensor) -> None:
-    """Raise the best of every output channel above all, in place; not what is gone already."""
+    """Set the best score of every output channel to infinity, in place, unless it is -infinity."""
     rows = scores.view(len(scores), -1)
     best = rows.max(1, keepdim=True)
     first = (rows == best.values).int().argmax(1, keepdim=True)
@@ -185,12 +183,12 @@ def _raise_channels(scores: Tensor) -> None:
 
 
 def top(flat: Tensor, count: int) -> Tensor:
-    """Return a bool tensor that marks the `count` highest of a 1-D tensor; ties: first ones."""
+    """Return a bool tensor that marks the `count` highest of a 1-D tensor; ties: the first."""
     return top_of([flat], count)[0]
 
 
 def top_of(layers: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the `count` highest of 1-D layers taken together; ties: the first layers' first ones."""
+    """Mark the `count` highest of all 1-D layers together; of equal ones the first."""
     size = sum(len(layer) for layer in layers)
     if count <= 0 or count >= size:
         return [torch.full_like(layer, count > 0, dtype=torch.bool) for layer in layers]
@@ -227,9 +225,9 @@ def _where(flat: Tensor, chosen: Tensor) -> Tensor:
 
 
 def bounds(layers: Sequence[Tensor], count: int) -> tuple[float, float]:
-    """Guess two values between which the `count`-th highest lies, from every n-th value.
+    """Estimate two values between which the `count`-th highest lies, from every n-th value.
 
-    A wrong guess must cost time only. A few values are not worth guessing.
+    Callers must be right even if the estimate is wrong. For few values the bounds are infinite.
     """
     size = sum(len(layer) for layer in layers)
     if size <= 8 * SAMPLE:
@@ -237,8 +235,8 @@ def bounds(layers: Sequence[Tensor], count: int) -> tuple[float, float]:
     sample = torch.cat([layer[:: size // SAMPLE] for layer in layers]).float().cpu().numpy()
     place, margin = len(sample) - 1 - count * len(sample) // size, 4 * int(SAMPLE**0.5)
     first, last = max(place - margin, 0), min(place + margin, len(sample) - 1)
-    found = np.partition(sample, (first, last))
-    return float(found[first]), float(found[last])
+    parted = np.partition(sample, (first, last))
+    return float(parted[first]), float(parted[last])
 
 
 def _select(flat: Tensor, count: int) -> Tensor:
@@ -281,9 +279,9 @@ def allocate(
 ) -> dict[str, int]:
     """Split exactly `kept` weights over layers, layer densities in proportion to `weights`.
 
-    No layer gets more than it has (or than `most` allows); what a full layer leaves goes to the
-    others in proportion. Fractions are settled by largest remainder, ties by order. Every layer
-    gets `least` (one number, or one per layer), if it has so many.
+    No layer gets more than its size (or than `most`); what a full layer cannot take goes to the
+    others in proportion. Fractions are rounded by largest remainder, ties by order. Every layer
+    gets `least` (one number, or one per layer), or all that it has.
     """
     upper = dict(most or sizes)
     wanted = dict.fromkeys(sizes, least) if isinstance(least, int) else least
@@ -323,10 +321,10 @@ def _in_proportion(
 def ties(scores: Mapping[str, Tensor], chosen: Mapping[str, Tensor], *, by_layer: bool) -> int:
     """Return how many weights share a score of which some were kept and some removed, by position.
 
-    That is the highest score among the removed; kept weights that a guard has raised may lie below.
+    That score is the highest of the removed weights; weights kept by a guard may lie below it.
 
     Args:
-        scores: what was chosen by.
+        scores: those that the masks were made by.
         chosen: the masks.
         by_layer: whether every layer had a threshold of its own.
     """

@@ -1,6 +1,6 @@
-"""The network as a sum over paths: without norms, activations and shifts, with weights >= 0.
+"""Making a network a sum over paths: no norms, activations or shifts, and no weight below zero.
 
-Used by criteria that sum over paths, and to tell which weights lie on one (reach.py).
+For criteria that sum over paths, and to find the weights that lie on one (reach.py).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ GATES = (
     "CReLU",
     "MultiheadAttention",
 )
-"""Kept as they are: factors between 0 and 1, and what is no function of single values."""
+"""Activations that stay: factors between 0 and 1, and functions of several values together."""
 POOLS: dict[type, type] = {nn.MaxPool2d: nn.AvgPool2d, MaxPool2dSame: AvgPool2dSame}
 """Pools that take the largest value, and those that take the mean of the same ones."""
 SINGLY = ("batch", "instance", "filterresponse", "evonorm2db")
-"""Norms that scale every channel by itself, by part of their name."""
+"""Parts of the class names of norms that scale every channel by itself."""
 ADDING: dict[str, Callable] = {
     "sub": torch.add,
     "subtract": torch.add,
@@ -47,20 +47,20 @@ ADDING: dict[str, Callable] = {
     "sub_": Tensor.add_,
     "subtract_": Tensor.add_,
 }
-"""What takes one tensor from another, by its name in torch, and what adds them."""
+"""Name in torch of a subtraction -> the addition in its place."""
 DOUBLED = 64
-"""How many blocks are doubled in one test: 2^64 is far from float32's end."""
+"""How many blocks are doubled in one test: 2^64 is far below float32's largest, 2^128."""
 
 
 class CannotFollow(Exception):
-    """The sum over a network's paths cannot be had; says why."""
+    """The sum over a network's paths cannot be computed; the message says why."""
 
 
 @contextmanager
 def followed(network: nn.Module) -> Iterator[None]:
-    """Turn what goes wrong while a stand-in for a network is computed into CannotFollow.
+    """Turn errors in computing a changed copy of a network into CannotFollow.
 
-    What tells of memory or of the device passes through: it says nothing about the network.
+    Errors of memory or of the device pass through: they say nothing about the network.
     """
     try:
         yield
@@ -89,7 +89,7 @@ def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Modu
     """Return a copy with absolute weights and no biases, in eval mode.
 
     Only the parameters named in `trainable` need a gradient. Kernels are not standardised, and
-    activations do not overwrite their input, which may be another's by now.
+    activations are not in place, as their input may be needed elsewhere once norms are gone.
     """
     plain = as_plain(copied(model)).eval()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Modu
 
 
 class Gate(nn.Module):
-    """Stands for an activation: the identity, or the pattern that a real one had."""
+    """In place of an activation: the identity, or a recorded pattern of where it was above zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,12 +166,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class Mixing(nn.Module):
-    """Stands for a norm over channels: each channel hears of those that it is scaled with.
+    """In place of a norm over channels: each channel depends on those that it is scaled with.
 
     Args:
-        groups: of channels that are scaled together; 0: all, but every place by itself.
+        groups: how many groups of channels are scaled together; 0: all channels, at each place.
         dim: of the channels.
-        shifts: the mean is taken away, so that a channel without input hears of the others too.
+        shifts: the norm subtracts a mean, so that even a channel of zeros depends on the others.
     """
 
     def __init__(self, groups: int, dim: int, *, shifts: bool) -> None:
@@ -190,7 +190,7 @@ class Mixing(nn.Module):
 
 
 def _mixing_like(norm: nn.Module) -> nn.Module:
-    """Return what a norm tells channels of each other; nothing where each is scaled by itself."""
+    """Return the Mixing in place of a norm; the identity where each channel is scaled by itself."""
     kind = type(norm).__name__.lower()
     if any(word in kind for word in SINGLY):
         return nn.Identity()
@@ -209,10 +209,10 @@ def _average_like(pool: nn.MaxPool2d) -> nn.Module:
 
 
 class NothingTakenAway(TorchFunctionMode):
-    """Inside, one signal is added to another where it would be taken from it.
+    """Inside, where one signal is subtracted from another they are added.
 
-    Both are paths. With x + gain * (f(x) - x) those through f and those beside it would cancel:
-    for any gain, once signals are rescaled.
+    Both are paths. In x + gain * (f(x) - x) those through f and those around it would cancel, at
+    any gain once signals are rescaled.
     """
 
     def __torch_function__(
@@ -225,7 +225,7 @@ class NothingTakenAway(TorchFunctionMode):
 
 
 def _is_signal(value: Any) -> bool:
-    """Whether it comes from a weight; coordinates and the like do not."""
+    """Whether it depends on a weight; coordinates and the like do not."""
     return isinstance(value, Tensor) and value.requires_grad
 
 
@@ -233,10 +233,10 @@ def activation_patterns(
     model: nn.Module, names: Mapping[str, Any], run: Callable[[], Any]
 ) -> dict[str, list[Tensor]]:
     """Return, by activation, where each of its inputs was above zero while `run` ran."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    patterns: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def record(name: str) -> Callable:
-        return lambda module, inputs: found[name].append(inputs[0].detach() > 0)
+        return lambda module, inputs: patterns[name].append(inputs[0].detach() > 0)
 
     handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
     try:
@@ -244,13 +244,13 @@ def activation_patterns(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return patterns
 
 
 class Rescaling:
-    """Divides the signal by a power of two after every block, and keeps count of it.
+    """Divides the signal by a power of two after every block, and adds up the exponents.
 
-    The count stays on the device until someone asks for it.
+    The sum stays on the device until it is asked for.
     """
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ class Rescaling:
 
     @property
     def log2(self) -> int:
-        """Of what the signal was divided by since this was last set to 0."""
+        """Exponent of all that the signal was divided by since this was last set to 0."""
         return int(self.count)
 
     @log2.setter
@@ -272,11 +272,11 @@ class Rescaling:
 
 
 def rescale_between_blocks(linear: nn.Module, images: Tensor) -> Rescaling | None:
-    """Keep a deep linear network from overflowing, if that can be had for nothing.
+    """Keep a deep linear network from overflowing, if that changes no ratio of paths.
 
-    Scaling the whole signal scales all paths alike, as long as every path runs through that
-    point. That is tested, not assumed: the outputs of n blocks are doubled, and the network's
-    output must be 2^n times as large, to the last bit. Returns None if it is not.
+    Scaling the signal at one point scales all paths alike if every path runs through that point.
+    This is tested: the outputs of n blocks are doubled, and the network's output must be 2^n times
+    as large, to the last bit. Returns None if it is not.
     """
     blocks = list(_blocks(linear))
     if not blocks:
@@ -330,9 +330,9 @@ def _hooked(blocks: list[nn.Module], hook: Any) -> Iterator[None]:
 def _power(output: Tensor) -> tuple[Tensor, Tensor]:
     """Return the power of two at or below the largest value, and its exponent; 1 if none is.
 
-    On the device of the values, which nothing waits for.
+    Both on the device of the values, which is not waited for.
     """
     peak = output.detach().amax()
     mantissa, exponent = torch.frexp(peak)  # The mantissa is 1/2 to 1.
-    there = (peak > 0) & (peak < torch.inf)
-    return torch.where(there, peak / (2 * mantissa), 1), torch.where(there, exponent - 1, 0)
+    usable = (peak > 0) & (peak < torch.inf)
+    return torch.where(usable, peak / (2 * mantissa), 1), torch.where(usable, exponent - 1, 0)

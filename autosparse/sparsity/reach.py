@@ -1,14 +1,13 @@
 """Which weights lie on a path from input to output, and choosing such that do.
 
-A random ticket of a per cent has half of its weights on no path, and where layers are narrow no
-path at all. What lies on none is worth nothing: it can change what the network says by a constant
-at most.
+At a density of one per cent a random ticket has half of its weights on no path, and none on a path
+where layers are narrow. Such a weight is worth nothing: it adds a constant to the output at most.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,27 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.core.memory import keep_freed_blocks
-from autosparse.models import roles
-from autosparse.models.gradients import note, spend
+from autosparse.models.gradients import note
 from autosparse.models.numerics import exactly
-from autosparse.models.zoo import called, device_of
+from autosparse.models.zoo import device_of
+from autosparse.sparsity import masks as masks_module
 from autosparse.sparsity.masks import Masks, keep_counts, top
-from autosparse.sparsity.paths import (
-    CannotFollow,
-    NothingTakenAway,
-    followed,
-    only_paths,
-    without_shifts,
-)
+from autosparse.sparsity.path_network import PathNetwork
+from autosparse.sparsity.paths import CannotFollow
 
 SIDE = 64
-"""Of the images by which networks are thinned, where they take smaller ones: paths through a weight
-are the same at any size, but for kernels that see padding only."""
+"""Pixels of the images that networks are thinned with, if they take images so small: paths are the
+same at any size, except those of kernel positions that see padding only."""
 GAIN = 0.75
-"""Of what is neither weight nor shift, where only being live counts. Not one, for which there would
-be no path beside f: (1 - gain) * x + gain * f(x)."""
+"""The value of gains where only liveness is asked. Any but one, which would cut the path of x in
+(1 - gain) * x + gain * f(x)."""
 ROUNDS = 32
-"""In how many rounds a network is thinned, unless said otherwise."""
+"""Rounds in which a network is thinned by default: AutoS's, chosen in docs/results/log.md."""
 
 
 def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> Masks:
@@ -51,8 +45,8 @@ def live(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) 
         shape: [C, H, W] of an image; a 3x3 kernel on one pixel has eight weights that see padding
             only.
     """
-    found = within_reach(model, masks, shape)
-    return {name: mask & found[name] for name, mask in masks.items()}
+    reach = within_reach(model, masks, shape)
+    return {name: mask & reach[name] for name, mask in masks.items()}
 
 
 def onto_paths(
@@ -60,33 +54,33 @@ def onto_paths(
 ) -> Masks:
     """Return masks whose dead weights are exchanged for live ones of the same layer.
 
-    What is dead (see `live`) makes room for the highest scores among the weights that would lie
-    on a path of living weights; where a layer has too few of them, its best dead ones stay. Every
-    layer keeps as many weights as before. Where nothing is live, no single weight would be, and the
-    whole network is thinned (see `thinned`), unless a layer keeps none: then nothing can be done.
+    Dead weights (see `live`) give way to the highest scores among those that would lie on a path of
+    living weights; where a layer has too few of those, its best dead ones stay. Every layer keeps
+    as many weights as before. If nothing is live, no single exchange helps, and the whole network
+    is thinned (see `thinned`), unless a layer keeps no weight: then there is no path to be had.
     """
     alive = live(model, masks, shape)
-    counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    counts = masks_module.counts(masks)
     if all(counts.values()) and not any(mask.any() for mask in alive.values()):
-        found = thinned(model, scores, counts, shape)
-        return {name: mask.to(masks[name].device) for name, mask in found.items()}
+        chosen = thinned(model, scores, counts, shape)
+        return {name: mask.to(masks[name].device) for name, mask in chosen.items()}
     return _exchanged(masks, alive, within_reach(model, alive, shape), scores)
 
 
 def _exchanged(
     masks: Masks, alive: Masks, reach: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 ) -> Masks:
-    found = {}
+    """Return the masks with dead weights exchanged for the best in reach; see `onto_paths`."""
+    chosen = {}
     for name, mask in masks.items():
-        score, count = {name: scores[name]}, int(mask.count_nonzero())
-        room = count - int(alive[name].count_nonzero())
-        free = reach[name] & ~alive[name]
-        new = min(room, int(free.count_nonzero()))
-        found[name] = alive[name] | keep_counts(score, {name: new}, within={name: free})[name]
-        dead = mask & ~found[name]
-        rest = count - int(found[name].count_nonzero())
-        found[name] |= keep_counts(score, {name: rest}, within={name: dead})[name]
-    return found
+        score, kept = {name: scores[name]}, alive[name]
+        for candidates in (reach[name] & ~alive[name], mask):
+            candidates = candidates & ~kept
+            wanted = int(mask.count_nonzero()) - int(kept.count_nonzero())
+            count = min(wanted, int(candidates.count_nonzero()))
+            kept = kept | keep_counts(score, {name: count}, within={name: candidates})[name]
+        chosen[name] = kept
+    return chosen
 
 
 def within_reach(
@@ -94,15 +88,12 @@ def within_reach(
 ) -> dict[str, Tensor]:
     """Return which weights lie on a path, or would if they were kept too.
 
-    Every kept weight gets a random positive value. Other parameters are `GAIN`, but zero where they
-    are added to the signal (biases, positions; see roles.py), norms and activations are left out,
-    and differences of signals are sums; where a norm computes with several channels, these hear of
-    each other. A weight is in reach if the gradient of the output by it depends on the image.
-    Signals are rescaled after every module, so that no gate saturates.
+    That is told by a PathNetwork, in which every kept weight has a random positive value: a weight
+    is in reach if the gradient of the output by it depends on the image.
 
     Raises CannotFollow where such a network cannot be computed.
     """
-    network = _Network(model, masks, shape, torch.float64, GAIN)
+    network = PathNetwork(model, masks, shape, torch.float64, GAIN)
     network.keep(masks)
     with exactly(network.images.device):
         first, second = network.gradients(), network.gradients(image=1)
@@ -114,12 +105,12 @@ def first_dead(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, 
 
     Args: see `live`.
     """
-    network = _Network(model, masks, shape, torch.float64, GAIN)
+    network = PathNetwork(model, masks, shape, torch.float64, GAIN)
     network.keep(masks)
     with exactly(network.images.device):
-        hears = network.hears_of_the_image()
-    last = max((place for place, hearing in enumerate(hears.values()) if hearing), default=-1)
-    called = list(hears) or list(masks)
+        depends = network.depends_on_the_image()
+    last = max((place for place, each in enumerate(depends.values()) if each), default=-1)
+    called = list(depends) or list(masks)
     return called[min(last + 1, len(called) - 1)]
 
 
@@ -156,7 +147,7 @@ def thinned(
     if device.type == "cpu":
         keep_freed_blocks()
     scores = {name: score.to(device) for name, score in scores.items()}
-    begun = within or {n: torch.ones_like(s, dtype=torch.bool) for n, s in scores.items()}
+    begun = within or masks_module.dense(scores)
     begun = {name: mask.to(device) for name, mask in begun.items()}
     with exactly(device):
         network = _small_network(model, begun, shape)
@@ -185,8 +176,8 @@ def best_on_paths(
 ) -> Masks:
     """Thin a network (see `thinned`, whose `options` these are); if that cannot be, go by scores.
 
-    A network whose paths cannot be followed is told in a warning, and on the ticket's card. What
-    else goes wrong (memory that runs out, say) is raised.
+    A warning and the ticket's card say so if the paths cannot be followed. Any other error, such as
+    memory that runs out, is raised.
     """
     try:
         return thinned(model, scores, counts, shape, **options)
@@ -201,10 +192,10 @@ def best_on_paths(
 
 
 class _Layer:
-    """The weights of a layer that are left; what is done with them costs no more than they are.
+    """The weights of a layer that are left; each round costs in proportion to their number.
 
-    All is done on the device of the scores. How many weights go is known beforehand, so that a GPU
-    is never waited for.
+    All is done on the device of the scores. How many weights go is known beforehand, so that
+    nothing waits for a GPU.
     """
 
     def __init__(self, mask: Tensor, score: Tensor, count: int, tilt: float) -> None:
@@ -225,9 +216,9 @@ class _Layer:
 
     def mask(self) -> Tensor:
         """Return where the weights that are left lie."""
-        found = torch.zeros(self.shape, dtype=torch.bool, device=self.places.device)
-        found.view(-1).index_fill_(0, self.places.long(), True)
-        return found
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.places.device)
+        mask.view(-1).index_fill_(0, self.places.long(), True)
+        return mask
 
 
 def _narrow(places: Tensor, size: int) -> Tensor:
@@ -238,7 +229,7 @@ def _narrow(places: Tensor, size: int) -> Tensor:
 def _parted(rated: Tensor, left: int) -> tuple[Tensor, Tensor]:
     """Return the positions of the `left` highest, ascending, and of the others; ties: first ones.
 
-    On a CPU by a threshold; elsewhere by sorting, which no one has to wait for.
+    On a CPU by a threshold; elsewhere by sorting, which needs no answer from the device.
     """
     if rated.device.type == "cpu":
         stays = top(rated, left).numpy()
@@ -252,9 +243,9 @@ def _parted_by_sorting(rated: Tensor, left: int) -> tuple[Tensor, Tensor]:
 
 
 def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
-    """Return finite scores of which those on no path are the lowest, in their order.
+    """Return score + tilt * log(paths); weights on no path rank below all others, by their score.
 
-    `paths` is used up.
+    `paths` is overwritten.
     """
     on_path = paths > 0
     lifted = paths.clamp_(min=torch.finfo(paths.dtype).tiny).log_().mul_(tilt).add_(score)
@@ -268,149 +259,14 @@ def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
 
 def _small_network(
     model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]
-) -> _Network:
+) -> PathNetwork:
     """Return the network for images of at most `SIDE`, or of `shape` where it takes no other."""
     small = (shape[0], *(min(side, SIDE) for side in shape[1:]))
     if small != tuple(shape):
         try:
-            network = _Network(model, masks, small, torch.float32)
+            network = PathNetwork(model, masks, small, torch.float32)
             network.gradients()
             return network
         except CannotFollow:
             pass  # It takes images of one size only.
-    return _Network(model, masks, shape, torch.float32)
-
-
-class _Network:
-    """A network as a sum over paths, each kept weight with a random positive value."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        masks: Mapping[str, Tensor],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        gain: float = 1.0,
-    ) -> None:
-        plain = without_shifts(model, masks).to(dtype)
-        self.copy = plain.to(memory_format=torch.contiguous_format)
-        generator = torch.Generator().manual_seed(0)
-        self.weights = {name: self.copy.get_parameter(name) for name in masks}
-        others = {n: each for n, each in self.copy.named_parameters() if n not in masks}
-        with torch.no_grad():
-            for name, parameter in self.copy.named_parameters():
-                if name in masks:
-                    drawn = torch.rand(parameter.shape, generator=generator, dtype=dtype)
-                    parameter.copy_(drawn.add_(0.5))
-        device = next(iter(self.weights.values())).device
-        self.images = (torch.rand(2, *shape, generator=generator, dtype=dtype) + 0.5).to(device)
-        with followed(model):
-            found = roles.of(self.copy, self.images[:1])
-        with torch.no_grad():
-            for name, parameter in others.items():
-                parameter.fill_(0 if name in found.shifts else gain)
-        only_paths(self.copy, mixing=True)
-        self.remeasure = _rescale_everywhere(self.copy)
-        self.finite = False
-        self._wake([others[name] for name in found.tokens])
-
-    @torch.no_grad()
-    def _wake(self, tokens: list[Tensor]) -> None:
-        """Let tokens be one where the whole network has dead layers without: class attention."""
-        if tokens and not all(each.any() for each in self.gradients().values()):
-            for token in tokens:
-                token.fill_(1)
-
-    def keep(self, masks: Mapping[str, Tensor]) -> None:
-        """Set what is masked to zero; it stays so."""
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.mul_(masks[name].to(weight.device))
-
-    def gradients(self, image: int = 0) -> dict[str, Tensor]:
-        """Return the gradients of the summed outputs for one image of random positive pixels.
-
-        Signals are scaled as they were for the first image, which is to be asked for first.
-        """
-        if image == 0:
-            self.remeasure()
-        with torch.enable_grad(), followed(self.copy), NothingTakenAway():
-            total = _sum(self.copy(self.images[image : image + 1]))
-            if not self.finite and not torch.isfinite(total):
-                raise CannotFollow(
-                    f"the sum over the paths of {type(self.copy).__name__} is not finite"
-                )
-            found = torch.autograd.grad(total, list(self.weights.values()), materialize_grads=True)
-        self.finite = True  # Asked once: later passes have fewer weights, and the device goes on.
-        spend(1)
-        return dict(zip(self.weights, found, strict=True))
-
-    def paths_through(self) -> dict[str, Tensor]:
-        """Return the sum over the paths through every weight, kept or not; 0: dead."""
-        with exactly(self.images.device):
-            first, second = self.gradients(), self.gradients(image=1)
-        return {
-            name: torch.where(each == second.pop(name), 0, each.abs_())
-            for name, each in first.items()
-        }
-
-    @torch.enable_grad()
-    def hears_of_the_image(self) -> dict[str, bool]:
-        """Return, by layer in the order of calls, whether its output depends on the image."""
-        outputs: dict[str, list[Tensor]] = {}
-
-        def record(name: str) -> Callable:
-            def keep(module: nn.Module, given: Any, output: Any) -> None:
-                outputs.setdefault(name, []).append(_sum(output).detach())
-
-            return keep
-
-        hooks = [called(self.copy, n).register_forward_hook(record(n)) for n in self.weights]
-        self.remeasure()
-        with followed(self.copy), NothingTakenAway():
-            for image in self.images.split(1):
-                self.copy(image)
-        for hook in hooks:
-            hook.remove()
-        halves = {name: len(found) // 2 for name, found in outputs.items()}
-        return {n: found[: halves[n]] != found[halves[n] :] for n, found in outputs.items()}
-
-
-def _sum(output: Any) -> Tensor:
-    """Return the sum over all that a model or module puts out: a tensor, or many in any nest."""
-    if isinstance(output, Tensor):
-        return output.sum()
-    parts = list(output.values()) if isinstance(output, Mapping) else list(output)
-    return torch.stack([_sum(part) for part in parts if part is not None]).sum()
-
-
-def _rescale_everywhere(model: nn.Module) -> Callable[[], None]:
-    """Divide every module's output by the largest value that it had the first time.
-
-    Returns what makes the next time the first one. The values stay on the device.
-    """
-
-    def hook(peaks: list[Tensor]) -> Callable:
-        def rescale(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return output
-            number = calls.setdefault(id(peaks), 0)
-            calls[id(peaks)] = number + 1
-            if number == len(peaks):
-                peak = output.detach().abs().amax() if output.numel() else output.new_zeros(())
-                peaks.append(torch.where(peak > 0, peak, 1))
-            return output / peaks[number]
-
-        return rescale
-
-    def forget() -> None:
-        for peaks in measured:
-            peaks.clear()
-
-    calls: dict[int, int] = {}
-    measured: list[list[Tensor]] = []
-    model.register_forward_pre_hook(lambda *_: calls.clear())
-    for module in model.modules():
-        measured.append([])
-        module.register_forward_hook(hook(measured[-1]))
-    return forget
+    return PathNetwork(model, masks, shape, torch.float32)

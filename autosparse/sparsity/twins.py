@@ -1,4 +1,4 @@
-"""Twins of a ticket: the same budget, and something else about it changed.
+"""Twins of a ticket: as many weights, but another mask or other values, as controls.
 
 Method: J. Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?
 (ICLR 2021), arXiv 2009.08576. If a ticket is no better than its shuffled twin, only its
@@ -25,23 +25,23 @@ TWINS = {
     INVERTED: "as many weights of each layer, those with the lowest scores",
 }
 SALT = 7_368_787
-"""Keeps a twin's draws apart from those of the ticket's own seed."""
+"""Any large number: keeps a twin's draws apart from those of the ticket's own seed."""
 
 
 def shuffled(chosen: Mapping[str, Tensor], seed: int) -> Masks:
     """Permute every mask inside its layer; each keeps as many weights as before."""
     generator = torch.Generator().manual_seed(seed * SALT + 1)
-    found = {}
+    permuted = {}
     for name, mask in chosen.items():
         order = torch.randperm(mask.numel(), generator=generator)
-        found[name] = mask.cpu().flatten()[order].view(mask.shape)
-    return found
+        permuted[name] = mask.cpu().flatten()[order].view(mask.shape)
+    return permuted
 
 
 def inverted(scores: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> Masks:
     """Keep the lowest scores instead of the highest, as many in each layer."""
-    counts = {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
-    return masks.keep_counts({name: -score for name, score in scores.items()}, counts)
+    opposite = {name: -score for name, score in scores.items()}
+    return masks.keep_counts(opposite, masks.counts(chosen))
 
 
 def survival_scores(survival: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def reinitialised_twin(ticket: Ticket) -> Ticket:
 
 
 def _card(ticket: Ticket, twin: str) -> dict:
-    """Return the twin's card: without what belongs to the ticket's own mask."""
+    """Return the ticket's card as the twin's, without the entries on the ticket's own mask."""
     own = ("live", "effective_density")
     kept = {key: value for key, value in ticket.card.items() if key not in own}
     return {**kept, "twin": twin, "twin_of": ticket.fingerprint, "seed": kept.get("seed", 0)}

@@ -20,9 +20,9 @@ from autosparse.core.errors import UsageError
 from autosparse.core.files import check_folder, read_json
 from autosparse.core.locks import claimed
 from autosparse.corpus.store import data_name
-from autosparse.criteria import prune as pruning
+from autosparse.criteria import pruning
 from autosparse.criteria.config import PruneConfig
-from autosparse.criteria.prune import DENSE, prune, prune_as
+from autosparse.criteria.pruning import DENSE, prune, prune_as
 from autosparse.data import identity, sets
 from autosparse.data.config import DataConfig
 from autosparse.models import zoo
@@ -30,7 +30,8 @@ from autosparse.models.config import ModelConfig
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.config import SparseTrainConfig
-from autosparse.training.steppers import Ranks, check_whole, set_up
+from autosparse.training.checks import check_whole
+from autosparse.training.steppers import Ranks, set_up
 from autosparse.training.topology.moving import METHODS
 
 RESULT = "result.json"

@@ -16,7 +16,7 @@ from autosparse import criteria
 from autosparse.core.config import identity, run_id
 from autosparse.core.files import read_json, write_json
 from autosparse.criteria import scoring
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria.pruning import DENSE
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity import twins as controls
 from autosparse.study import axes

@@ -8,7 +8,7 @@ from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import check_folder, is_local
 from autosparse.criteria import scoring
-from autosparse.criteria.prune import DENSE, check_model
+from autosparse.criteria.pruning import DENSE, check_model
 from autosparse.data import sets
 from autosparse.irp import plan
 from autosparse.models import zoo
@@ -16,9 +16,9 @@ from autosparse.models.config import ModelConfig
 from autosparse.study import axes, grid, labels, search
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import DEEPSPEED, LOCAL, RAY, StudyCell, models, settled
+from autosparse.training.checks import check as check_training
+from autosparse.training.checks import check_plain
 from autosparse.training.loop import training_images
-from autosparse.training.steppers import check as check_training
-from autosparse.training.steppers import check_plain
 from autosparse.training.topology.gradual import SCHEDULES
 
 EXECUTORS = (LOCAL, RAY, DEEPSPEED)

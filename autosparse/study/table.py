@@ -12,7 +12,7 @@ from autosparse.core.config import plain, run_id
 from autosparse.core.files import write_json
 from autosparse.core.progress import print_table
 from autosparse.core.versions import library_versions
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria.pruning import DENSE
 from autosparse.sparsity import twins as controls
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell

@@ -10,8 +10,9 @@ from torch import nn
 
 from autosparse.core.locks import claimed
 from autosparse.corpus.store import read_run
-from autosparse.criteria import prune, scoring
-from autosparse.criteria.prune import DENSE
+from autosparse.criteria import pruning, scoring
+from autosparse.criteria.card import finish_card
+from autosparse.criteria.pruning import DENSE
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.models import zoo
@@ -25,7 +26,7 @@ def ticket_of(cell: StudyCell, source: DataSource) -> Ticket:
     """Make or find the ticket of a cell; a twin is made from the ticket itself."""
     if cell.label == DENSE:
         model = zoo.create_for(source, cell.config.model, cell.seed)
-        return prune.prune(model, source, DENSE, seed=cell.seed)
+        return pruning.prune(model, source, DENSE, seed=cell.seed)
     path = Path(cell.config.out) / "tickets" / f"{cell.ticket_key}.safetensors"
     opposite = path.with_name(f"{path.stem}-inverted.safetensors")
 
@@ -66,7 +67,7 @@ def _make(cell: StudyCell, source: DataSource) -> tuple[Ticket, Ticket]:
         seed=cell.seed,
         options=options,
     )
-    ticket = prune.choose(model, scored, card)
+    ticket = pruning.choose(model, scored, card)
     scores = scored.scores
     if scored.masks is not None:  # A choice ranks nothing: draw from what it left out.
         chosen = {name: mask.cpu() for name, mask in scored.masks.items()}
@@ -82,7 +83,7 @@ def _make_by_irp(
     ticket = run.ticket(run.levels)
     model = _start(cell, ticket, source)
     shape = (source.in_chans, source.image_size, source.image_size)
-    ticket = replace(ticket, card=prune.finish_card(model, ticket.masks, shape, ticket.card))
+    ticket = replace(ticket, card=finish_card(model, ticket.masks, shape, ticket.card))
     scores = controls.survival_scores(run.survival, cell.seed)
     return ticket, controls.inverted_twin(ticket, model, scores)
 

@@ -19,10 +19,11 @@ from autosparse.core.errors import Stopped, UsageError, unknown
 from autosparse.core.files import write_json
 from autosparse.core.locks import Claim, claimed
 from autosparse.core.versions import environment
-from autosparse.criteria.prune import DEAD, dead_line, finish_card, refuse_dead
+from autosparse.criteria.card import dead_line, finish_card, refuse_dead
+from autosparse.criteria.pruning import DEAD
 from autosparse.data import identity, sets
+from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit
 from autosparse.models import zoo
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
@@ -38,7 +39,7 @@ from autosparse.training.loop import (
     training_images,
 )
 from autosparse.training.steppers import Epoch, Ranks, Stepper
-from autosparse.training.topology.moving import STATIC
+from autosparse.training.topology.base import STATIC
 
 TRAINED = "trained.safetensors"
 CHECKPOINTS, UNSENT = "deepspeed", "mlflow_unsent.json"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -14,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-"""Survivors of one weight that a program moves."""
+"""Survivors of one weight that one program of the grid moves."""
 COLUMNS = 5
-"""Of a row of the table: weight, first and last survivor of the block, the weight's first one, and
-where the weight starts in memory (or its gradient, among the gathered ones)."""
+"""Of a row of the table: the weight's number, the first survivor of the block and the one after its
+last, the weight's first survivor, and where the weight starts in the group's memory."""
 TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -27,45 +28,32 @@ TYPES = {
 
 
 @triton.jit
-def _scatter(  # noqa: ANN202 - Triton reads what is annotated.
+def _move(  # noqa: ANN202 - Triton reads what is annotated.
     addresses,
     table,
     places,
-    memory,
+    target,
     kind: tl.constexpr,
+    gathers: tl.constexpr,
     columns: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Scatter one block of survivors into the group's memory, or gather one from gradients."""
     row = table + tl.program_id(0) * columns
-    values = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))  # type: ignore[arg-type]
+    source = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))  # type: ignore[arg-type]
     at = tl.load(row + 1) + tl.arange(0, block)
     here = at < tl.load(row + 2)
     place = tl.load(places + at, mask=here, other=0)
-    value = tl.load(values + (at - tl.load(row + 3)), mask=here, other=0.0)
-    tl.store(memory + place, value.to(memory.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _gather(  # noqa: ANN202
-    addresses,
-    table,
-    places,
-    gathered,
-    kind: tl.constexpr,
-    columns: tl.constexpr,
-    block: tl.constexpr,
-):
-    row = table + tl.program_id(0) * columns
-    gradient = tl.load(addresses + tl.load(row)).to(tl.pointer_type(kind))  # type: ignore[arg-type]
-    at = tl.load(row + 1) + tl.arange(0, block)
-    here = at < tl.load(row + 2)
-    place = tl.load(places + at, mask=here, other=0) - tl.load(row + 4)
-    value = tl.load(gradient + place, mask=here, other=0.0)
-    tl.store(gathered + at, value.to(gathered.dtype.element_ty), mask=here)
+    if gathers:
+        value = tl.load(source + (place - tl.load(row + 4)), mask=here, other=0.0)
+        tl.store(target + at, value.to(target.dtype.element_ty), mask=here)
+    else:
+        value = tl.load(source + (at - tl.load(row + 3)), mask=here, other=0.0)
+        tl.store(target + place, value.to(target.dtype.element_ty), mask=here)
 
 
 class Kernels:
-    """The two kernels for one group of weights.
+    """Scatters and gathers one group of weights.
 
     Args:
         counts: survivors of each weight.
@@ -92,7 +80,7 @@ class Kernels:
 
     def scatter(self, values: Sequence[Tensor], memory: Tensor) -> None:
         """Write each weight's values, contiguous, into the group's memory, in its dtype."""
-        self._run(_scatter, self.values.of(values), memory, self.dtype)
+        self._run(self.values.of(values), memory, self.dtype, gathers=False)
 
     def gather(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return each weight's gradient at its survivors.
@@ -102,31 +90,32 @@ class Kernels:
         """
         total = len(self.places)
         gathered = torch.empty(total, dtype=self.dtype, device=self.places.device)
-        self._run(_gather, self.gradients.of(gradients), gathered, gradients[0].dtype)
+        self._run(self.gradients.of(gradients), gathered, gradients[0].dtype, gathers=True)
         return gathered.split(self.counts)
 
-    def _run(self, kernel, addresses: Tensor, target: Tensor, kind: torch.dtype) -> None:
+    def _run(self, addresses: Tensor, target: Tensor, kind: torch.dtype, *, gathers: bool) -> None:
         if self.blocks:
             with torch.cuda.device_of(target):  # Triton launches on the current device.
-                kernel[(self.blocks,)](
-                    addresses, self.table, self.places, target, TYPES[kind], COLUMNS, BLOCK
+                launch: Any = _move[(self.blocks,)]
+                launch(
+                    addresses, self.table, self.places, target, TYPES[kind], gathers, COLUMNS, BLOCK
                 )
 
 
 class Addresses:
-    """Where some tensors lie, on the device, sent anew only when that has changed."""
+    """Addresses of tensors, sent to the device anew only when one has changed."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.known = device, None
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the address of every tensor, int64."""
-        found = [tensor.data_ptr() for tensor in tensors]
-        if found != self.known:
-            sent = torch.tensor(found, dtype=torch.int64)
+        """Return the address of every tensor, int64, on the device."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses != self.known:
+            sent = torch.tensor(addresses, dtype=torch.int64)
             if self.device.type == "cuda":
                 sent = sent.pin_memory()
-            self.known, self.sent = found, sent.to(self.device, non_blocking=True)
+            self.known, self.sent = addresses, sent.to(self.device, non_blocking=True)
         return self.sent
 
 

@@ -1,11 +1,12 @@
 """All compact weights of a model scattered at once, into memory that stays.
 
-Where survivors lie never changes, so the zeros are written once, and a step only writes values:
-cast to the dtype that layers multiply in, then scattered, by one kernel for a whole group of
+The survivors' places stay the same, so zeros are written once, and a step writes values only: one
+kernel casts them to the dtype that layers multiply in and scatters them, for a whole group of
 weights. Backward gathers a group's gradients by one kernel (flat_kernels.py), or weight by weight.
-Numbers are those of scattering each weight by itself, bit for bit.
+Results equal those of scattering each weight by itself, bit for bit.
 
-A group's dense weights stay between steps, and its dense gradients until the last of them is there.
+A group's dense weights stay in memory between steps, its dense gradients until the last of them is
+computed.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ EACH, FLAT, TRITON, AUTO = "each", "flat", "triton", "auto"
 KINDS = (AUTO, EACH, FLAT, TRITON)
 """What `training.scatter` may say."""
 LARGEST = 1 << 24
-"""Entries of the dense weights of a group (a single larger weight is one by itself)."""
+"""Most entries of the dense weights of a group; a larger weight makes a group of its own. Set by
+hand: 64 MB in float32."""
 STAGES = 8
-"""Groups at the least where several ranks train, so that the first gradients can be sent while the
-others are computed."""
+"""Least number of groups where several ranks train, so that the first gradients are sent while
+others are still computed. Set by hand."""
 ALIGNED = 64
-"""Each weight starts at a multiple of so many entries."""
+"""Each weight starts at a multiple of so many entries, for aligned access: 128 bytes in bf16."""
 CASTING = {
     kind.forward
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv2dSame,
                  Linear)
 }  # fmt: skip
-"""Forward passes in which autocast does nothing to a weight but to cast it, whole."""
+"""Forward methods in which autocast casts the whole weight and does nothing else to it."""
 INT32 = 1 << 31
 
 
@@ -76,8 +78,8 @@ class _ScatterAll(torch.autograd.Function):
     def forward(ctx, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.turn = group, group.write(values)
         ctx.set_materialize_grads(False)
-        # No views to autograd, and with version counters of their own: the next step's write of
-        # the same values is no change. `turn` tells where values did change.
+        # As `.data`: no views for autograd, and each with a version counter of its own, so that
+        # writing the same values again is no change. `turn` tells whether values did change.
         return tuple(view.data for view in group.views)
 
     @staticmethod
@@ -131,12 +133,12 @@ class Group:
         self.strides = [view.stride() for view in self.views]
         self.turn, self.versions = 0, ()
         self.awaited = False
-        """Whether there are gradients to come."""
+        """Whether gradients are still to come."""
         counts = [len(weight.index) for weight in self.weights]
         self.kernels = kernels.Kernels(counts, starts, self.places, first) if kernels else None
 
     def write(self, values: Sequence[Tensor]) -> int:
-        """Scatter the values; return how often they were found changed so far."""
+        """Scatter the values; return how often they have changed so far."""
         versions = tuple(each._version for each in values)
         if versions != self.versions:
             self.turn, self.versions = self.turn + 1, versions
@@ -162,8 +164,8 @@ class Group:
             if gradient is None:
                 yield None
             else:
-                found = weight.layout.memory(gradient).index_select(0, weight.places)
-                yield found.to(self.value_dtype)
+                gathered = weight.layout.memory(gradient).index_select(0, weight.places)
+                yield gathered.to(self.value_dtype)
 
     def laid_out(self, gradient: Tensor, view: Tensor, strides: tuple[int, ...]) -> Tensor:
         """Return a gradient that lies in memory as its weight does."""
@@ -239,7 +241,7 @@ class FlatScatter(AbstractContextManager):
 
 def _slots(model: nn.Module) -> list[Slot]:
     """Return where the compact weights are that layers multiply with as dense ones."""
-    found = []
+    slots = []
     for module in model.modules():
         if not is_parametrized(module):
             continue
@@ -247,8 +249,8 @@ def _slots(model: nn.Module) -> list[Slot]:
         for attribute, holder in holders.items():
             if len(holder) == 1 and isinstance(holder[0], CompactWeight):
                 slot = Slot(module, attribute, holder, type(module).forward in CASTING)
-                found += [slot] if slot.weight.pattern is None else []
-    return found
+                slots += [slot] if slot.weight.pattern is None else []
+    return slots
 
 
 def _grouped(
@@ -298,7 +300,7 @@ def scatterer(
     ranks: int = 1,
     sharded: bool = False,
 ) -> Callable[[], AbstractContextManager]:
-    """Return what makes the context of a training's forward passes.
+    """Return a function that makes the context of a training's forward passes.
 
     Where Triton's kernels do not run, one line says so, and torch's own operations are taken.
     """
@@ -321,7 +323,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
         from autosparse.training import flat_kernels
 
         flat_kernels.try_out(device)
-    except Exception as error:  # Whatever hinders a compiler on a strange machine.
+    except Exception as error:  # A compiler may fail in any way on an unusual machine.
         first = (str(error).strip().splitlines() or [""])[0]
         logger.warning(
             "Triton's kernels do not run here (%s: %s); compact weights are gathered one by one",

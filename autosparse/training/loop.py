@@ -1,7 +1,4 @@
-"""Train and evaluate a model, dense or compact.
-
-The loop knows nothing of how a step is made: a `Stepper` does that; see steppers.py.
-"""
+"""Train and evaluate a model, dense or compact; a `Stepper` makes the steps (see steppers.py)."""
 
 from __future__ import annotations
 
@@ -21,22 +18,21 @@ from autosparse.core.memory import keep_freed_blocks
 from autosparse.data.sets import DataSource, Split
 from autosparse.data.source import Batch
 from autosparse.models.zoo import device_of
-from autosparse.training import recipe
+from autosparse.training.checks import check, check_batches
 from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import advance
-from autosparse.training.steppers import Epoch, History, Ranks, Stepper, autocast, check
+from autosparse.training.steppers import Epoch, History, Ranks, Stepper, autocast
 
 EVALUATION_BATCH = 256
 EVALUATION_PIXELS = 1 << 21
-"""A GPU gets as many images at a time as have so many pixels, if those are more."""
+"""On a GPU a batch may be larger: as many images as have so many pixels (32 of 256 x 256). Only
+speed and memory hang on it."""
 
 
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
     """Return the steps of an epoch; raise UsageError if the images do not fill one batch."""
     check(config)
-    if config.batch_size % world_size:
-        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
-    recipe.check_mixing(config, config.batch_size // world_size)
+    check_batches(config, world_size)
     steps = train.steps(config.batch_size // world_size, world_size)
     if not steps:
         raise UsageError(f"batch_size {config.batch_size} is more than the {len(train)} images")
@@ -50,22 +46,22 @@ def training_images(train: Split, config: TrainingConfig, world_size: int = 1) -
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a training: from after step `first` (the order of images goes on from there)."""
+    """Part of a training, in steps of the whole; the order of images is that of the whole too."""
 
     first: int = 0
-    """Steps that are taken to be made already."""
+    """Steps that count as made already."""
     last: int | None = None
-    """Stop after so many steps, evaluated once, at the end; by default after all epochs."""
+    """Stop after so many steps and evaluate once, then; None: after all epochs, each evaluated."""
 
 
 class Watch:
-    """Looks on at every step; see watching.py."""
+    """Called as a training goes on; this one does nothing, see watching.py for one that shows."""
 
     def begin(self, made: int, total: int, images: int) -> None:
-        """Take note of the steps made before, those in all, and the images of a step."""
+        """Begin, with the steps made before, the steps in all, and the images of a step."""
 
     def stepped(self, loss: Tensor, stepper: Stepper, wait_share: float) -> None:
-        """Take note of a step: its loss, on its device, and how long images were waited for."""
+        """Note a step: its loss, on the device, and the share of time spent waiting for images."""
 
 
 def fit(
@@ -83,8 +79,8 @@ def fit(
 ) -> History:
     """Train for `config.epochs`, going on from the checkpoint in `folder` if there is one.
 
-    The order of images and their augmentation come from (seed, epoch), so a run that was cut
-    short goes on with the very images that remain, and ends as the unbroken one does. Raises
+    The order of images and their augmentation come from (seed, epoch), so that a run that was
+    interrupted goes on with the images that remain, and ends as an unbroken one does. Raises
     RunFailed, naming the step, on a NaN loss.
 
     Args:
@@ -96,8 +92,8 @@ def fit(
         on_epoch: called after every epoch, evaluation included.
         span: the steps to make, if not all of them.
         on_step: called after every step with the number of steps made.
-        watch: looks on at every step.
-        stop: asked after every step; if it says so, a checkpoint is written and Stopped raised.
+        watch: called at the start and after every step.
+        stop: asked after every step; if True, a checkpoint is written and Stopped raised.
     """
     if device_of(stepper.model).type == "cpu":
         keep_freed_blocks()
@@ -110,7 +106,7 @@ def fit(
 
 @dataclass
 class _Fit:
-    """What `fit` was called with, and the epoch under way."""
+    """The arguments of `fit`, and the state of the present epoch."""
 
     stepper: Stepper
     source: DataSource
@@ -135,11 +131,11 @@ class _Fit:
                 f"training starts after step {span.first} and has {last} steps; "
                 "train for more epochs"
             )
-        found = stepper.load(self.folder) if self.folder else None
-        if found is None:
+        saved = stepper.load(self.folder) if self.folder else None
+        if saved is None:
             stepper.updates = span.first
             advance(stepper.scheduler, span.first)
-        self.history = found or History()
+        self.history = saved or History()
         self.watch.begin(stepper.updates, last, self.config.batch_size)
         for epoch in range(span.first // self.per_epoch + len(self.history.epochs), epochs):
             self.started = time.perf_counter() - self.history.seconds_before
@@ -186,13 +182,13 @@ class _Fit:
         for images, labels in batches:
             came = time.perf_counter()
             prepared = self.source.prepare(images, generator)
-            # A GPU prepares images in its turn: who asks for it waits for the steps before.
+            # A GPU prepares images after the steps before them; that time is no waiting for data.
             self.waited += (came if images.is_cuda else time.perf_counter()) - asked
             yield prepared, labels
             asked = time.perf_counter()
 
     def pause(self, *, more: bool) -> None:
-        """Write a checkpoint if one is due within the epoch; stop if that is asked for."""
+        """Write a checkpoint if one is due within the epoch; raise Stopped if asked to stop."""
         stop, every = self.stop(), self.config.checkpoint_steps
         if (stop or (every and self.stepper.updates % every == 0)) and (more or stop):
             self.check()
@@ -203,7 +199,7 @@ class _Fit:
             )
 
     def check(self) -> None:
-        """Take the losses off the device; raise RunFailed at the first that is no number."""
+        """Move the losses to the CPU; raise RunFailed at the first that is not finite."""
         if not self.losses:
             return
         values = torch.stack(self.losses).tolist()
@@ -267,8 +263,7 @@ def evaluate(
     """Evaluate on a split, shared out over the ranks; every rank gets the same result.
 
     The precision is that of `config`, as in training; by default the model's own. The model stays
-    in eval mode. There are no collectives before the last batch, so ranks may
-    have different numbers of batches.
+    in eval mode. Ranks talk only after their last batch, so that they may have different numbers.
     """
     ranks = ranks or Ranks()
     model.eval()
@@ -299,9 +294,9 @@ def evaluation_batch(device: torch.device, side: int) -> int:
 
 @contextmanager
 def same_bits(enabled: bool) -> Iterator[None]:
-    """Run with kernels that give the same bits every time, where torch has them.
+    """Run with kernels that give the same bits every time; torch warns where it has none.
 
-    Where it has none, it warns. cuBLAS must be told by the environment before it is first used.
+    cuBLAS reads its setting from the environment when it is first used.
     """
     if not enabled:
         yield

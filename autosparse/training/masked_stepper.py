@@ -1,11 +1,11 @@
 """Training of pruned networks one after the other, with dense weights and masks.
 
-What compact parameters save, a GPU that trains one small network hardly notices; what it does
-notice is a network that is compiled anew for every mask. So here weights are dense, and gradients
-and weights are multiplied by masks at every step. The masks lie in tensors that stay, as the
-network does: whatever was compiled for the first training serves all that follow.
+A GPU that trains one small network gains little from compact parameters, and loses much where the
+network is compiled anew for every mask. So here weights stay dense, and gradients and weights are
+multiplied by masks at every step. Network and masks stay where they are, so that whatever was
+compiled for the first training serves all that follow.
 
-Survivors are trained as compact ones are, but for rounding: what is pruned is zero, has no
+Survivors are trained as compact ones are, except for rounding: a pruned weight is zero, has no
 momentum, does not decay, and does not count when gradients are clipped.
 """
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError
-from autosparse.models.standardised import keep_mask, mask_kernel, unmask
-from autosparse.models.zoo import owner
+from autosparse.models.standardised import unmask
 from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.training.config import TrainingConfig
+from autosparse.training.masked_weights import MaskedWeights
 from autosparse.training.optimizers import ELEMENTWISE, optimizer_and_schedule
 from autosparse.training.recipe import make_ema
 from autosparse.training.steppers import PlainStepper
-from autosparse.training.topology.moving import STATIC
+from autosparse.training.topology.base import STATIC
 
 
 def can_train(config: TrainingConfig) -> bool:
@@ -57,18 +57,13 @@ class MaskedStepper(PlainStepper):
         unmask(model)
         super().__init__(model, config, steps_per_epoch)
         self.steps_per_epoch = steps_per_epoch
-        self.weights = {name: model.get_parameter(name) for name in names}
-        self.masks = {name: torch.ones_like(w).detach() for name, w in self.weights.items()}
-        for name, mask in self.masks.items():
-            module, _ = owner(model, name)
-            mask_kernel(module)
-            keep_mask(module, mask)
+        self.masked = self.topology.masked = MaskedWeights(model, names)
 
     @torch.no_grad()
     def begin(self, ticket: Ticket) -> MaskedStepper:
         """Start a training anew from a ticket of this model; return the stepper itself."""
         load_state(self.model, ticket)
-        for name, mask in self.masks.items():
+        for name, mask in self.masked.masks.items():
             mask.copy_(ticket.masks[name])
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -79,20 +74,10 @@ class MaskedStepper(PlainStepper):
         self.updates = 0
         return self
 
-    @torch.no_grad()
-    def after_backward(self) -> None:
-        pairs = [(w.grad, self.masks[n]) for n, w in self.weights.items() if w.grad is not None]
-        if pairs:
-            torch._foreach_mul_(*(list(each) for each in zip(*pairs, strict=True)))
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        torch._foreach_mul_(list(self.weights.values()), list(self.masks.values()))
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state dict, of every weight that is pruned the surviving values alone."""
+        """Return the state dict; of a pruned weight it holds the surviving values only, 1-D."""
         state = dict(super().state_dict())
-        for name, mask in self.masks.items():
+        for name, mask in self.masked.masks.items():
             kept = mask.bool()
             if not bool(kept.all()):
                 state[name] = state[name][kept]

@@ -22,14 +22,14 @@ ELEMENTWISE = (
     "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "momentumw", "adam", "adamw", "nadam",
     "nadamw", "radam", "adamax", "adadelta", "adagrad", "rmsprop", "rmsproptf", "lion",
 )  # fmt: skip
-"""Optimizers that treat every weight by itself: for the others a weight's shape, or the norm of a
-layer, makes a difference, and compact weights are 1-D."""
+"""Optimizers that treat every weight by itself. For the others a weight's shape or the norm of a
+layer matters, and compact weights are 1-D."""
 STARTS_AT_ONE = "rmsproptf"
-"""Its running mean of squares does; the moments of all other elementwise ones start at zero."""
+"""Its mean of squares starts at one; the states of the other elementwise ones start at zero."""
 
 
 def starts_at_zero(config: TrainingConfig) -> bool:
-    """Return whether all that the optimizer keeps for each weight is known to start at zero."""
+    """Return whether every state that the optimizer keeps of a weight is known to start at zero."""
     given = config.optimizer_options.get("initial_accumulator_value")
     return config.optimizer in ELEMENTWISE and config.optimizer != STARTS_AT_ONE and not given
 
@@ -92,7 +92,7 @@ def last_rate(optimizer: torch.optim.Optimizer, scheduler: Any, updates: int) ->
 def parameter_groups(
     model: nn.Module, weight_decay: float, norm_biases: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return the parameters that need a gradient as an optimizer's groups: what decays, and not.
+    """Return the parameters that need a gradient as groups for an optimizer: decaying, and not.
 
     Weights decay, compact ones too (1-D as they are); biases, norms and what the model's own
     `no_weight_decay()` names do not. Those names (patterns, as timm reads them) may be the dense

@@ -1,7 +1,7 @@
 """How one step of a training is made, and how its state is kept.
 
 `PlainStepper` is plain PyTorch in one process; integrations/deepspeed.py has the one for DeepSpeed.
-The loop around them is in training.py.
+The loop around them is in loop.py.
 """
 
 from __future__ import annotations
@@ -15,58 +15,53 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from autosparse.core.errors import UsageError, UserError, unknown
+from autosparse.core.errors import UsageError, UserError
 from autosparse.core.files import write_bytes
 from autosparse.models.contract import in_single, outputs_of
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import lay_out, multiply_sparse, rescattering
-from autosparse.training import recipe
+from autosparse.training.checks import check_plain
 from autosparse.training.config import TrainingConfig
 from autosparse.training.flat_scatter import scatterer
 from autosparse.training.optimizers import advance, last_rate, optimizer_and_schedule
 from autosparse.training.recipe import Recipe, autocast, make_ema, seed_step, step_seed
-from autosparse.training.topology import chosen
 from autosparse.training.topology.chosen import topology_of
-from autosparse.training.topology.gradual import Gradual
 from autosparse.training.topology.kept import KeptHere
 
 Answer = TypeVar("Answer")
-PRECISIONS = ("fp32", "bf16", "fp16")
-SCHEDULES = ("cosine", "tanh", "poly", "none")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among those that train together."""
+    """This process's rank among those that train together."""
 
     rank: int = 0
     world_size: int = 1
 
     def first_says(self, ask: Callable[[], Answer]) -> Answer:
-        """Return what rank 0 answers, on every rank; a UserError of rank 0 is raised everywhere.
+        """Return rank 0's answer on every rank; a UserError of rank 0 is raised on all.
 
-        For what is looked up on disk: file systems lag, or belong to one node. Called by all ranks.
+        For questions about files, which other nodes may see late or never. Called by all ranks.
         """
         if self.world_size == 1:
             return ask()
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                told[0] = ask()
+                answer[0] = ask()
             except UserError as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
 
 @dataclass
 class Epoch:
-    """What one epoch of training gave."""
+    """Results of one epoch of training."""
 
     epoch: int
     train_loss: float
@@ -80,18 +75,18 @@ class Epoch:
     data_wait_share: float = 0.0
     """Share of the training time that this rank waited for images, 0 to 1."""
     skipped_steps: int = 0
-    """Steps since the start that changed nothing, as gradients had overflown."""
+    """Steps since the start that were skipped because gradients had overflowed."""
 
 
 @dataclass
 class History:
-    """All epochs so far, and how far the epoch under way has come."""
+    """The epochs so far, and the part of the present epoch that is done."""
 
     epochs: list[Epoch] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    """Of the steps that the epoch under way has made (on rank 0)."""
+    """Of the steps made so far in the present epoch (on rank 0)."""
     seconds_before: float = 0.0
-    """What the epoch under way took before it was cut."""
+    """Time spent on the present epoch before it was interrupted."""
 
     @property
     def seconds(self) -> float:
@@ -101,7 +96,7 @@ class History:
         return [vars(epoch) for epoch in self.epochs]
 
     def state(self) -> dict[str, Any]:
-        """Return it as plain data, for a checkpoint."""
+        """Return the history as plain data, for a checkpoint."""
         return {**vars(self), "epochs": self.plain()}
 
     @classmethod
@@ -111,20 +106,20 @@ class History:
 
 
 class Stepper(Protocol):
-    """How one step is made, and how its state is kept."""
+    """What makes the steps of a training, and saves and restores their state."""
 
     ranks: Ranks
     scheduler: Any
     updates: int
     """Steps made so far."""
     seed: int
-    """Of what a step draws, such as mixing."""
+    """Seed of what a step draws: dropout and mixing."""
     settings: dict[str, Any]
-    """What the library underneath was told, beyond the training config."""
+    """Settings that were passed to the library underneath (DeepSpeed), for the record."""
 
     @property
     def model(self) -> nn.Module:
-        """What is trained: images -> outputs."""
+        """The model that is trained: images -> outputs."""
         ...
 
     def evaluated(self) -> nn.Module:
@@ -181,11 +176,11 @@ class PlainStepper:
                 outputs = in_single(outputs_of(self.network, images))
             loss = self.recipe.loss(outputs, images, targets)
             loss.backward()
-        self.after_backward()
+        self.topology.after_backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
-        self.after_update()
+        self.topology.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         advance(self.scheduler, self.updates)
@@ -196,22 +191,12 @@ class PlainStepper:
         return loss.detach()
 
     def exchange(self, images: Tensor) -> None:
-        """Let other weights survive from now on (`training.topology`)."""
+        """Change which weights survive, as `training.topology` says."""
         average = None if self.ema is None else self.ema.module
         kept, shape = KeptHere(self.optimizer), tuple(images.shape[1:])
         self.topology.exchange(self.updates, self.seed, kept, shape, average)
-        self.scattered = nullcontext  # Its memory goes before the new one's is there.
+        self.scattered = nullcontext  # Frees its memory before the new one is made.
         self.scattered = scatterer(self.model, self.config, device_of(self.model))
-
-    def after_backward(self) -> None:
-        """Called when gradients are there, before they are clipped."""
-        if isinstance(self.topology, Gradual):
-            self.topology.after_backward()
-
-    def after_update(self) -> None:
-        """Called when the optimizer has changed the parameters."""
-        if isinstance(self.topology, Gradual):
-            self.topology.after_update()
 
     def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
@@ -239,7 +224,7 @@ class PlainStepper:
         path = folder / "checkpoint.pt"
         if not path.is_file():
             return None
-        # On the CPU: an optimizer's counters of steps that lie on a GPU hold every step up.
+        # On the CPU: an optimizer whose step counters lie on a GPU waits for it at every step.
         state = torch.load(path, map_location="cpu", weights_only=True)
         indices, history = state.get("topology") or ({}, [])
         if indices:
@@ -258,8 +243,8 @@ class PlainStepper:
 def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> None:
     """Lay out and prepare a model for training, in place.
 
-    `sharded`: parameters are only there while their own module is at work (ZeRO 3), so that no
-    layer can multiply with survivors.
+    `sharded`: a parameter is whole only while its own module runs (ZeRO 3), so that sparse products
+    are not possible.
     """
     multiply_sparse(model, config.sparse_products and not config.compile and not sharded)
     if config.channels_last:
@@ -272,46 +257,3 @@ def set_up(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -
                 f"timm's {type(model).__name__} has no activation checkpointing; "
                 "leave out training.grad_checkpointing"
             ) from None
-
-
-def check(config: TrainingConfig) -> None:
-    """Raise UsageError for settings that cannot be."""
-    if config.optimizer not in list_optimizers():
-        raise unknown("optimizer", config.optimizer, [str(each) for each in list_optimizers()])
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    if config.precision not in PRECISIONS:
-        raise unknown("precision", config.precision, PRECISIONS)
-    for name in ("epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"training.{name} must be at least 1, got {getattr(config, name)}")
-    if config.bias_rate <= 0:
-        raise UsageError(f"training.bias_rate must be above 0, got {config.bias_rate}")
-    for name in ("checkpoint_epochs", "checkpoint_steps"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"training.{name} must be at least 0, got {getattr(config, name)}")
-    if config.rescatter and config.compile:
-        raise UsageError(
-            "training.rescatter breaks what training.compile compiles into single layers; "
-            "leave one of them out"
-        )
-    recipe.check(config)
-    chosen.check(config)
-
-
-def check_whole(config: TrainingConfig, world_size: int = 1) -> None:
-    """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
-    check(config)
-    optimizer_and_schedule(nn.Linear(2, 2), config, 1)  # Its options, and what needs a GPU.
-    if config.batch_size % world_size:
-        raise UsageError(f"batch_size {config.batch_size} does not divide by {world_size} ranks")
-    recipe.check_mixing(config, config.batch_size // world_size)
-    if config.teacher is not None and not Path(config.teacher).is_file():
-        raise UsageError(f"training.teacher: no such file: {config.teacher}")
-
-
-def check_plain(config: TrainingConfig) -> None:
-    """Raise UsageError for settings that `PlainStepper` cannot train with."""
-    check_whole(config)
-    if config.precision == "fp16":
-        raise UsageError("training.precision fp16 works under DeepSpeed only; use bf16")

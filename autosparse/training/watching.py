@@ -1,4 +1,4 @@
-"""Watching a training: one bar with rate, time left, loss, learning rate and what goes wrong."""
+"""A progress bar of a training: images per second, time left, loss, rate and skipped steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from autosparse.training.loop import Watch
 from autosparse.training.steppers import Stepper
 
 EVERY = 2.0
-"""Seconds between looks at the loss."""
+"""Seconds between two readings of the loss, often enough for a person who watches."""
 
 
 class Fetched:
-    """A number that is on its way from its device; nobody waits for it."""
+    """A number that is being copied from its device, without waiting for the copy."""
 
     def __init__(self, number: Tensor) -> None:
         self.number, self.event = number.to("cpu", non_blocking=True), None
@@ -28,12 +28,12 @@ class Fetched:
             self.event.record()
 
     def there(self) -> bool:
-        """Return whether `number` has come."""
+        """Return whether the copy is finished."""
         return self.event is None or self.event.query()
 
 
 class StepWatch(Watch):
-    """A bar that counts images; its text says how the training stands."""
+    """A bar that counts images; its text has the loss and the rates."""
 
     def __init__(self, progress: Progress, name: str) -> None:
         self.progress, self.name, self.last = progress, name, 0.0
@@ -60,7 +60,7 @@ class StepWatch(Watch):
 
 @contextmanager
 def told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether this process has got SIGTERM, which no longer kills it."""
+    """Yield a function that says whether SIGTERM has come; inside, it does not kill the process."""
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:

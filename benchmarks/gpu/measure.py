@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.core.files import write_json
+from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit
 from autosparse.models.config import ModelConfig
 from autosparse.models.zoo import create, prunable
 from autosparse.sparsity.ticket import Ticket, compact

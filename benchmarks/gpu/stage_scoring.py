@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autosparse.criteria.autos import TILT, counts
-from autosparse.criteria.prune import prune
+from autosparse.criteria.pruning import prune
 from autosparse.models.config import ModelConfig
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import reach

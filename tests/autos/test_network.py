@@ -164,6 +164,12 @@ def test_a_kind_that_this_version_does_not_know(saved: Path) -> None:
         AutoS.load(saved)
 
 
+def test_a_file_with_a_table_instead_of_a_network_is_to_be_fitted_again(saved: Path) -> None:
+    rewrite(saved, tabulated=True)
+    with pytest.raises(UsageError, match=r"holds a table instead of a network.*; fit it again"):
+        AutoS.load(saved)
+
+
 def test_a_truncated_file(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-1])
     with pytest.raises(UsageError, match=r"autos\.safetensors is damaged"):

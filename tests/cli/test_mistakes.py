@@ -69,7 +69,7 @@ MISTAKES = [
     ("prune --criterion random --pattern 2to4", "2to4", "2:4"),
     (f"{TRAIN} --training.epochs 0", "training.epochs", "at least 1"),
     (f"{TRAIN} --training.batch_size 0", "training.batch_size", "at least 1"),
-    ("irp --levels 0", "levels", "1 to 255"),
+    ("irp --levels 0", "levels", "at most 255"),
     ("irp --final_density 2", "final_density", "below 1"),
     ("quickstart --seeds 0", "seeds", "at least 1"),
     # files and folders

@@ -129,7 +129,8 @@ def test_a_cut_file_is_named(folder: Path, size: int) -> None:
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "run1" / RUN).unlink()
-    assert problems(folder) == ["run run1: run.safetensors: is missing"]
+    path = folder / "run1" / RUN
+    assert problems(folder) == [f"run run1: run.safetensors: no such file: {path}"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '"text"'])

@@ -540,7 +540,11 @@ def test_a_model_that_does_not_say_it_asks_for_a_batch() -> None:
     assert pruned(small(), "random", []).kept
     with pytest.raises(UsageError, match=r"guard live needs .*: give a batch"):
         autosparse.prune(
-            small(), [], "random", 0.5, selection=autosparse.criteria.prune.Selection(guard="live")
+            small(),
+            [],
+            "random",
+            0.5,
+            selection=autosparse.criteria.pruning.Selection(guard="live"),
         )
 
 

@@ -16,9 +16,9 @@ from autosparse.data.augment import parse, python_rng, rand_augment, random_crop
 from autosparse.data.config import DataConfig
 from autosparse.data.decode import decode
 from autosparse.data.folder import FolderSamples
-from autosparse.data.pack import write_shards
-from autosparse.data.source import MemorySplit
+from autosparse.data.memory import MemorySplit
 from autosparse.data.stream import Stream
+from tests.data.packed import write_shards
 
 RAND = "rand-m9-mstd0.5-inc1"
 

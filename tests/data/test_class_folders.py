@@ -10,8 +10,8 @@ from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.data.class_folders import listed
 from autosparse.data.config import DataConfig, PackConfig
+from autosparse.data.manifest import MANIFEST, read_manifest
 from autosparse.data.pack import pack
-from autosparse.data.tars import MANIFEST, read_manifest
 from tests.data.test_data import contents, fill, in_memory_config, streamed_config
 
 

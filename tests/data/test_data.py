@@ -18,9 +18,11 @@ from torchvision import datasets
 
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
+from autosparse.data.augment import augmented, parse
 from autosparse.data.config import DataConfig
 from autosparse.data.decode import decode
-from autosparse.data.source import DataSource, MemorySplit, augmented
+from autosparse.data.memory import MemorySplit
+from autosparse.data.source import DataSource
 from autosparse.data.stream import Stream
 from autosparse.training import loop, steppers
 from autosparse.training.config import TrainingConfig
@@ -251,7 +253,7 @@ def test_augmented_shifts_by_an_eighth_and_mirrors_half(side, reach):
     image = torch.stack([place.expand(side, side), place.expand(side, side).t()])
     known = all_shifts(image, reach)
     generator = torch.Generator().manual_seed(0)
-    batch = augmented(image.expand(800, -1, -1, -1), generator, flip=True)
+    batch = augmented(image.expand(800, -1, -1, -1), parse("shift+flip"), generator)
     drawn = [known[one.numpy().tobytes()] for one in batch]
     assert len({(down, right) for down, right, _ in drawn}) == (2 * reach + 1) ** 2
     # Five standard deviations of a fair coin thrown 800 times.
@@ -260,7 +262,7 @@ def test_augmented_shifts_by_an_eighth_and_mirrors_half(side, reach):
 
 def test_augmented_treats_each_image_by_itself():
     images = sets.load(DataConfig("digits", image_size=16)).train.images[:6]
-    batch = augmented(images, torch.Generator().manual_seed(4), flip=True)
+    batch = augmented(images, parse("shift+flip"), torch.Generator().manual_seed(4))
     drawn = [
         all_shifts(image, 2)[one.numpy().tobytes()]
         for image, one in zip(images, batch, strict=True)
@@ -271,7 +273,9 @@ def test_augmented_treats_each_image_by_itself():
 def test_augmented_without_flip_never_mirrors():
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
     known = all_shifts(image, 1)
-    batch = augmented(image.expand(200, -1, -1, -1), torch.Generator().manual_seed(0), flip=False)
+    batch = augmented(
+        image.expand(200, -1, -1, -1), parse("shift"), torch.Generator().manual_seed(0)
+    )
     assert not any(known[one.numpy().tobytes()][2] for one in batch)
 
 
@@ -280,7 +284,7 @@ def test_augmented_comes_from_its_generator_alone():
     made = []
     for global_seed, own_seed in ((0, 5), (1, 5), (0, 6)):
         torch.manual_seed(global_seed)
-        made.append(augmented(images, torch.Generator().manual_seed(own_seed), flip=True))
+        made.append(augmented(images, parse("shift+flip"), torch.Generator().manual_seed(own_seed)))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from autosparse.data.manifest import Shard
+from autosparse.data.memory import MemorySplit
 from autosparse.data.shards import ShardSamples
-from autosparse.data.source import MemorySplit, Split
+from autosparse.data.source import Split
 from autosparse.data.stream import Stream
-from autosparse.data.tars import Shard
 
 
 class Greys:
@@ -118,5 +119,5 @@ def test_workers_change_nothing(sizes, workers, batch_size) -> None:
     alone = numbers_of(split_of("stream", sizes, 2).shuffled(batch_size, **place))
     shared = split_of("stream", sizes, 2, workers)
     assert numbers_of(shared.shuffled(batch_size, **place)) == alone
-    for crew in shared.resting:  # type: ignore[attr-defined]
-        crew.end()
+    for pool in shared.idle:  # type: ignore[attr-defined]
+        pool.end()

@@ -21,11 +21,13 @@ from autosparse.data import sets
 from autosparse.data.check import verify
 from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.encode import encoded
-from autosparse.data.pack import RECORDS, pack, write_shards
+from autosparse.data.manifest import MANIFEST, read_manifest
+from autosparse.data.pack import RECORDS, pack
 from autosparse.data.samples import scan
-from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest
+from autosparse.data.tars import INDEX, read_index
 from tests.cli.test_main import refuse, run
 from tests.conftest import flip, holder
+from tests.data.packed import write_shards
 
 FOUR = PackConfig(per_shard=4, workers=1)
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autosparse.core.errors import UsageError
-from autosparse.data.pack import write_shards
+from autosparse.data.manifest import MANIFEST, read_manifest
 from autosparse.data.samples import scan
-from autosparse.data.tars import INDEX, MANIFEST, read_index, read_manifest
+from autosparse.data.tars import INDEX, read_index
+from tests.data.packed import write_shards
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from autosparse import criteria
-from autosparse.data import sets
-from autosparse.data import stream as stream_module
+from autosparse.data import decoder, sets
 from autosparse.data.config import DataConfig
 from autosparse.data.score_batches import choose
 from autosparse.data.source import DataSource
+from tests.data.packed import write_shards
 from tests.data.test_data import fill, in_memory_config, numbered, source_of, streamed_config
-from tests.data.test_shards import CLASSES, config, picture, write_shards
+from tests.data.test_shards import CLASSES, config, picture
 
 CLASSES_OF_FOLDER = ("ant", "bee", "cat")
 
@@ -34,13 +34,13 @@ def root(tmp_path_factory) -> Path:
 def decoded(monkeypatch) -> list[int]:
     """Count what is decoded in this process."""
     sizes: list[int] = []
-    decode = stream_module.decode
+    decode = decoder.decode
 
     def counted(content, *arguments, **options):
         sizes.append(len(content))
         return decode(content, *arguments, **options)
 
-    monkeypatch.setattr(stream_module, "decode", counted)
+    monkeypatch.setattr(decoder, "decode", counted)
     return sizes
 
 
@@ -96,7 +96,7 @@ def test_only_the_chosen_are_decoded_even_where_a_class_is_without_images(root, 
     source = sets.load(streamed_config(root))
     source = replace(source, num_classes=3 + number)
     if number:
-        with pytest.warns(UserWarning, match="no training image of 1 of its 4 classes: number 3$"):
+        with pytest.warns(UserWarning, match="training images: 1 of 4 classes have no image: 3$"):
             found = source.score_batches(2)
     else:
         found = source.score_batches(2)
@@ -203,7 +203,7 @@ def test_criteria_look_at_batches_without_holding_all_of_them(digits):
 
 def test_a_class_beyond_the_images_is_no_error_in_memory():
     source = source_of(numbered(4), num_classes=6)
-    with pytest.warns(UserWarning, match="2 of its 6 classes: number 4, 5"):
+    with pytest.warns(UserWarning, match="2 of 6 classes have no image: 4, 5"):
         assert [labels.tolist() for _, labels in source.score_batches(1)] == [
             source.train.order(0, 0).tolist()
         ]

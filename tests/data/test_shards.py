@@ -24,17 +24,18 @@ from webdataset import TarWriter
 
 from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
-from autosparse.data import crew, sets, tars
+from autosparse.data import sets, tars
 from autosparse.data.check import adopt, verify
 from autosparse.data.config import DataConfig
-from autosparse.data.crew import Buffers
-from autosparse.data.pack import write_shards
+from autosparse.data.manifest import MANIFEST, Shard
+from autosparse.data.memory import MemorySplit
 from autosparse.data.remote import Folder
 from autosparse.data.shards import ShardSamples
-from autosparse.data.source import MemorySplit
 from autosparse.data.stream import Stream
-from autosparse.data.tars import INDEX, MANIFEST, Shard
+from autosparse.data.tars import INDEX
+from autosparse.data.workers import Buffers
 from tests.conftest import flip
+from tests.data.packed import write_shards
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": 25, "validation": 7, "test": 11}
@@ -313,7 +314,7 @@ def test_lanes_let_a_rank_read_its_own_shards_only(tmp_path):
 def test_a_batch_mixes_images_of_many_shards(tmp_path):
     """By lanes of 16 samples each, a batch of 8 holds two of each lane."""
     samples_ = ShardSamples(
-        Folder(tmp_path, tmp_path),
+        Folder(tmp_path),
         [Shard(f"{n}", "train", 4, 1, "") for n in range(16)],
         classes=1,
         lanes=4,
@@ -588,19 +589,7 @@ def test_foreign_tars_are_adopted(tmp_path):
     assert all(problem is None for _, problem in verify(tmp_path / "insects"))
 
 
-def test_shards_without_index_are_walked_through_once(root, monkeypatch):
-    monkeypatch.setattr(tars, "WORTH_KEEPING", 1)
-    (root / INDEX).unlink()
-    everything = [pair for split in COUNTS for pair in expected(split)]
-    assert read_everything(root, True) == everything
-    kept = sorted((root.parent / "cache" / "index").iterdir())
-    assert len(kept) == 12
-    before = [path.stat().st_mtime_ns for path in kept]
-    assert read_everything(root, True) == everything
-    assert [path.stat().st_mtime_ns for path in kept] == before
-
-
-def test_what_is_walked_past_quickly_is_not_kept(root):
+def test_shards_without_index_are_walked_through(root):
     (root / INDEX).unlink()
     assert read_everything(root, True) == [pair for split in COUNTS for pair in expected(split)]
     assert not (root.parent / "cache" / "index").exists()
@@ -872,7 +861,7 @@ def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(r
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, workers: int) -> None:
     """Room for 2 x 2 + 3 batches of 4 images; a process that touched more would be killed."""
-    monkeypatch.setattr(crew, "SHARED", tmp_path)
+    monkeypatch.setattr("autosparse.data.workers.SHARED", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     needed = (2 * 2 + 3) * 4 * 3 * 128 * 128
     assert len(Buffers(2, 2, 128).memory) == 7, "there is room for a smaller batch"
@@ -890,6 +879,22 @@ def test_too_little_shared_memory_is_told_in_one_line(monkeypatch, tmp_path, wor
 def open_files() -> list[str]:
     found = Path("/proc/self/fd")
     return [str(each.readlink()) for each in found.iterdir() if each.is_symlink()]
+
+
+def test_shards_in_memory_may_be_mirrored_every_other_epoch(root):
+    """The check for streamed sets refused it, before it was known that these fit into memory."""
+    train = sets.load(replace(config(root), memory_limit_gb=4, augment="shift+altflip")).train
+    assert isinstance(train, MemorySplit) and train.alternating
+    with pytest.raises(UsageError, match="for images held in memory"):
+        sets.load(replace(config(root), memory_limit_gb=0, augment="shift+altflip"))
+
+
+def test_a_url_is_refused_before_anything_is_read(tmp_path):
+    for url, problem in (("https://example.org/x", "set data.allow_remote to true"),
+                         ("ftp://example.org/x", "only http, https, gs, s3"),
+                         ("pipe:cat x.tar", "commands are not run")):  # fmt: skip
+        with pytest.raises(UsageError, match=problem):
+            sets.check_config(DataConfig("shards", url, cache=str(tmp_path / "cache")))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")

@@ -8,7 +8,7 @@ import torch
 
 from autosparse import criteria
 from autosparse.core.errors import UserError
-from autosparse.criteria import prune
+from autosparse.criteria import pruning
 from autosparse.criteria.config import ScoringConfig
 from autosparse.criteria.scoring import Selection, score
 from autosparse.data import sets
@@ -55,13 +55,13 @@ def scores_of(
 def tickets(ranks: Ranks, scorer: str) -> dict[str, str]:
     found = {}
     for name in criteria.names():
-        ticket = prune.prune(
+        ticket = pruning.prune(
             make_model(), DATA, name, 0.9, scoring=TRAIN, options=options_of(name, scorer),
             ranks=ranks,
         )  # fmt: skip
         found[name] = ticket.fingerprint
     own = sets.load(DATA).score_batches(2, batches=WORLD)[ranks.rank :: WORLD]
-    found["own batches"] = prune.prune(make_model(), own, "snip", 0.9, ranks=ranks).fingerprint
+    found["own batches"] = pruning.prune(make_model(), own, "snip", 0.9, ranks=ranks).fingerprint
     return found
 
 
@@ -69,7 +69,7 @@ def failure(ranks: Ranks, criterion: str, other: str = "test_byobnet") -> str:
     """Return what is said where rank 1 holds a model of another seed (or another kind)."""
     try:
         model = make_model(("test_byobnet", other)[ranks.rank], seed=ranks.rank)
-        prune.prune(model, DATA, criterion, 0.9, scoring=TRAIN, ranks=ranks)
+        pruning.prune(model, DATA, criterion, 0.9, scoring=TRAIN, ranks=ranks)
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from autosparse.data import sets
 from autosparse.data.config import DataConfig
-from autosparse.data.pack import write_shards
 from autosparse.sparsity.ticket import Ticket
 from tests.conftest import flip
+from tests.data.packed import write_shards
 from tests.integration.ranks import ROOT, SCRIPT, ended, launcher, started
 from tests.integration.test_training_kills import SETTINGS, newest_step, said, trained, wait_for
 
@@ -200,7 +200,7 @@ PLAIN = [
 """Nothing here depends on how a batch is shared out: no batch norm, nothing drawn."""
 RECORDER = """
 import hashlib, os, runpy, sys
-from autosparse.data.source import MemorySplit
+from autosparse.data.memory import MemorySplit
 
 shuffled = MemorySplit.shuffled
 

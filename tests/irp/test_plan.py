@@ -70,7 +70,10 @@ def test_a_run_that_is_planned_twice_is_done_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"labels": ["snop"]}, "'snip'"), ({"schedules": [{"levels": 0}]}, "levels must be 1 to 255")],
+    [
+        ({"labels": ["snop"]}, "'snip'"),
+        ({"schedules": [{"levels": 0}]}, "levels must be at least 1 and at most 255"),
+    ],
 )
 def test_a_wrong_run_is_refused_before_any_begins(changes: dict, named: str) -> None:
     with pytest.raises(UsageError, match=named):

@@ -12,7 +12,7 @@ from autosparse.cli import verbs
 from autosparse.cli.arguments import guarded
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
-from autosparse.criteria.prune import prune
+from autosparse.criteria.pruning import prune
 from autosparse.data.sets import DataSource
 from autosparse.irp.run import run_irp
 from autosparse.models.config import ModelConfig

@@ -228,13 +228,13 @@ EXACT = ["ieee", "ieee", "ieee", True, False, False]
 
 
 def test_equality_is_judged_in_full_precision(monkeypatch) -> None:
-    seen, gradients_of = [], reach._Network.gradients
+    seen, gradients_of = [], reach.PathNetwork.gradients
 
-    def noting(network: reach._Network, image: int = 0) -> dict[str, Tensor]:
+    def noting(network: reach.PathNetwork, image: int = 0) -> dict[str, Tensor]:
         seen.append(flags())
         return gradients_of(network, image)
 
-    monkeypatch.setattr(reach._Network, "gradients", noting)
+    monkeypatch.setattr(reach.PathNetwork, "gradients", noting)
     matmul, usual = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     before = flags()

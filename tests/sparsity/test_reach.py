@@ -542,13 +542,13 @@ def test_networks_are_thinned_by_smaller_images_where_they_take_them(monkeypatch
     """A convolutional one gives the masks of images of that size; a perceptron takes one only."""
     seen = []
     monkeypatch.setattr(reach, "SIDE", 8)
-    make = reach._Network
+    make = reach.PathNetwork
 
     def noting(model, masks_, shape, dtype):
         seen.append(shape)
         return make(model, masks_, shape, dtype)
 
-    monkeypatch.setattr(reach, "_Network", noting)
+    monkeypatch.setattr(reach, "PathNetwork", noting)
     for model, sizes in ((make_model("test_resnet"), [8]), (chain(256, 9, 2), [8, 16])):
         scores = {n: torch.rand(each.shape) for n, each in zoo.prunable(model).items()}
         counts = {n: max(each.numel() // 10, 1) for n, each in scores.items()}
@@ -616,7 +616,7 @@ class Waits(TorchDispatchMode):
 
 def test_a_pass_through_the_network_asks_for_no_value() -> None:
     model = make_model("test_resnet")
-    network = reach._Network(model, ones_for(model), (1, 16, 16), torch.float32)
+    network = reach.PathNetwork(model, ones_for(model), (1, 16, 16), torch.float32)
     network.gradients()  # The first pass asks whether the sum over paths is finite.
     with Waits() as waits:
         network.gradients()

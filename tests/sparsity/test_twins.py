@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autosparse.core.errors import UsageError
-from autosparse.criteria import prune
+from autosparse.criteria import pruning
 from autosparse.criteria.scoring import Selection, score
 from autosparse.data.sets import DataSource
 from autosparse.models import zoo
@@ -17,7 +17,7 @@ from tests.conftest import make_model
 
 @pytest.fixture(scope="module")
 def snip(digits: DataSource) -> Ticket:
-    return prune.prune(make_model(seed=5), digits, "snip", 0.9, seed=5)
+    return pruning.prune(make_model(seed=5), digits, "snip", 0.9, seed=5)
 
 
 def counts(ticket: Ticket) -> list[int]:
@@ -71,7 +71,7 @@ def test_inversion_by_hand():
 def test_an_inverted_twin_at_half_density_is_the_rest(digits: DataSource):
     model = make_model(seed=1)
     scored, card = score(model, digits, "magnitude", 0.5, selection=Selection(scope="layer"))
-    ticket = prune.choose(model, scored, card)
+    ticket = pruning.choose(model, scored, card)
     twin = twins.inverted_twin(ticket, model, scored.scores)
     for name, mask in ticket.masks.items():
         if mask.numel() % 2 == 0:

@@ -10,7 +10,7 @@ import torch
 
 from autosparse.cli.verbs import export_ticket
 from autosparse.core.errors import UsageError
-from autosparse.criteria.prune import prune
+from autosparse.criteria.pruning import prune
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study import export as exporting
 from autosparse.study.config import ExportConfig

@@ -20,11 +20,11 @@ from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.core.files import write_json
 from autosparse.core.locks import CLAIM
 from autosparse.criteria import base
-from autosparse.criteria import prune as pruning_module
+from autosparse.criteria import pruning as pruning_module
 from autosparse.criteria.config import PruneConfig
 from autosparse.data.config import DataConfig
+from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
-from autosparse.data.source import MemorySplit
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.study.cells import Cell, cells, check_config

@@ -152,7 +152,7 @@ def test_addresses_are_sent_when_they_change(kernels: ModuleType) -> None:
 def test_where_triton_does_not_run_one_line_says_so(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_compiler(*arguments) -> None:
+    def no_compiler(*arguments, **options) -> None:
         raise RuntimeError("Failed to find C compiler.\nmore")
 
     expected = trained("test_vit", steps=1)

@@ -14,7 +14,7 @@ from autosparse.corpus import store
 from autosparse.data.sets import DataSource
 from autosparse.irp import levels as irp_levels
 from autosparse.irp import run as irp
-from autosparse.irp.levels import COMPACT, MASKED, way_on
+from autosparse.irp.levels import COMPACT, MASKED, way_for
 from autosparse.irp.replay import replay
 from autosparse.models import zoo
 from autosparse.sparsity import masks
@@ -158,9 +158,9 @@ def test_optimizers_that_look_at_whole_layers_are_refused() -> None:
 
 def test_a_gpu_has_masks_where_that_comes_to_the_same() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert way_on(gpu, ADAM) == MASKED
-    assert way_on(cpu, ADAM) == COMPACT
-    assert way_on(gpu, replace(ADAM, optimizer="lamb")) == COMPACT
+    assert way_for(gpu, ADAM) == MASKED
+    assert way_for(cpu, ADAM) == COMPACT
+    assert way_for(gpu, replace(ADAM, optimizer="lamb")) == COMPACT
 
 
 # IRP

@@ -14,9 +14,9 @@ import autosparse
 from autosparse import compact, prune
 from autosparse.core.errors import UsageError
 from autosparse.data.sets import DataSource
+from autosparse.training.checks import check
 from autosparse.training.config import TrainingConfig
 from autosparse.training.optimizers import advance, optimizer_and_schedule, parameter_groups
-from autosparse.training.steppers import check
 from tests.conftest import QUICK, make_model
 
 

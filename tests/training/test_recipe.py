@@ -16,8 +16,9 @@ from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.data.sets import DataSource
 from autosparse.sparsity.compact import compact_weights
+from autosparse.training.checks import check
 from autosparse.training.config import TrainingConfig
-from autosparse.training.recipe import Recipe, check, load_teacher, make_ema, step_seed
+from autosparse.training.recipe import Recipe, load_teacher, make_ema, step_seed
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, make_model
 
@@ -161,9 +162,7 @@ def test_a_teacher_is_known_by_its_content(teacher: Path, tmp_path: Path) -> Non
 def test_a_teacher_of_other_classes_or_none_is_named(tmp_path: Path, teacher: Path) -> None:
     student = nn.Linear(1, 7)
     student.num_classes = 7  # type: ignore[assignment]
-    with pytest.raises(
-        UsageError, match=r"teacher\.safetensors tells 10 classes apart, the model 7"
-    ):
+    with pytest.raises(UsageError, match=r"teacher\.safetensors has 10 classes, the model 7"):
         load_teacher(str(teacher), student)
     with pytest.raises(UsageError, match=r"no such file: .*nobody"):
         load_teacher(str(tmp_path / "nobody.safetensors"), student)
@@ -234,7 +233,10 @@ def test_step_seeds_differ_by_seed_step_and_rank() -> None:
         ({"label_smoothing": 1.0}, "training.label_smoothing must be at least 0 and below 1"),
         ({"ema": 1.0}, "training.ema must be at least 0 and below 1, got 1.0"),
         ({"ema": -0.5}, "training.ema must be at least 0"),
-        ({"distill_weight": 1.5}, "training.distill_weight must be 0 to 1, got 1.5"),
+        (
+            {"distill_weight": 1.5},
+            "distill_weight must be at least 0 and at most 1, got 1.5",
+        ),
         ({"temperature": 0.0}, "training.temperature must be above 0, got 0.0"),
     ],
 )

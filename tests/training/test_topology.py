@@ -17,11 +17,11 @@ from autosparse.sparsity.compact import compact_weights
 from autosparse.sparsity.reach import live
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training import flat_scatter
+from autosparse.training.checks import check
 from autosparse.training.config import TrainingConfig
 from autosparse.training.steppers import History, PlainStepper
 from autosparse.training.topology import mest, rigl
 from autosparse.training.topology import set as set_
-from autosparse.training.topology.chosen import check
 from autosparse.training.topology.growth import (
     Layer,
     fraction_at,

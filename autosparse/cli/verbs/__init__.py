@@ -71,11 +71,11 @@ def fit_autos(config: FitConfig) -> None:
 def prune_model(config: PruneConfig) -> None:
     """Prune a model and save the ticket."""
     from autosparse.core.files import check_file
-    from autosparse.criteria import prune
+    from autosparse.criteria import pruning
 
-    prune.check(config)
+    pruning.check(config)
     check_file(config.out)
-    ticket = prune.prune_as(config)
+    ticket = pruning.prune_as(config)
     ticket.save(config.out)
     total, card = sum(mask.numel() for mask in ticket.masks.values()), ticket.card
     print(
@@ -86,7 +86,7 @@ def prune_model(config: PruneConfig) -> None:
         dead = ticket.kept - sum(card["live"].values())
         print(f"effective density {card['effective_density']:.4%}: {dead:,} kept weights lie on "
               f"no path from input to output")  # fmt: skip
-    if card["criterion"] != prune.DENSE:
+    if card["criterion"] != pruning.DENSE:
         print(f"cost: {card['image_passes']:,.0f} image passes (forward and backward), "
               f"{card['seconds']:.2f} s")  # fmt: skip
 
@@ -105,7 +105,8 @@ def train_tickets(config: SparseTrainConfig) -> None:
     from autosparse.study.cells import cells, check_config
     from autosparse.study.table import show_trainings
     from autosparse.study.trainings import train_cell, unsent
-    from autosparse.training.steppers import PlainStepper, check_plain
+    from autosparse.training.checks import check_plain
+    from autosparse.training.steppers import PlainStepper
     from autosparse.training.watching import StepWatch, told_to_stop
 
     device = zoo.choose_device(config.device)

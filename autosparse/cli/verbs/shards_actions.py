@@ -10,7 +10,7 @@ from autosparse.core.progress import Progress, print_table
 from autosparse.data.config import IndexConfig, PackConfig
 
 if TYPE_CHECKING:
-    from autosparse.data.tars import Shard
+    from autosparse.data.manifest import Shard
 
 
 def pack(source: str, folder: str, config: PackConfig) -> None:
@@ -42,7 +42,7 @@ def _print_shards(folder: str, shards: list[Shard]) -> None:
 def verify(folder: str) -> None:
     """Check every byte of every shard."""
     from autosparse.data import check
-    from autosparse.data.tars import MANIFEST, read_manifest
+    from autosparse.data.manifest import MANIFEST, read_manifest
 
     shards = read_manifest(Path(folder) / MANIFEST).shards
     bad = 0

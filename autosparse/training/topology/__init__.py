@@ -1,6 +1,7 @@
-"""Topologies that move: which weights survive changes in training, how many never does.
+"""Which weights survive while a network trains (`training.topology`); base.py is the static case.
 
-Every so many steps some survivors of each layer go and as many others come: an exchange of indices.
-So shapes, optimizer states and partitions stay what they are. One file for each way to choose what
-goes (set.py, rigl.py, mest.py); growth.py chooses what comes, moving.py does it in a training.
+moving.py exchanges some survivors of each layer for as many other weights, every so many steps.
+Only indices change: shapes, optimizer states and partitions stay as they are. set.py, rigl.py and
+mest.py choose the survivors that go, growth.py the weights that take their place. gradual.py prunes
+a dense network in training, by the schedules of gmp.py and ac_dc.py.
 """

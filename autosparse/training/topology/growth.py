@@ -1,7 +1,7 @@
-"""What goes, what comes: exact counts, ties by position.
+"""Which weights a layer gains at an update: exact counts, ties by position.
 
-As in RigL's Algorithm 1, what has just gone may come back at once. Then it was never gone: it keeps
-its value and its moments.
+As in RigL's Algorithm 1, a weight that is about to go may be chosen to grow again in the same
+update. It then simply stays, with its value and its moments.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def grow(layer: Layer, stays: Tensor, scores: Tensor, reach: Tensor | None = Non
     Args:
         layer: before the exchange.
         stays: bool [kept], which survivors stay.
-        scores: [size], finite; the highest come, among all that do not stay.
-        reach: bool [size], where a weight may come. If that is too few, the largest of what was to
-            go stay.
+        scores: [size], finite; the highest grow, among all weights that do not stay.
+        reach: bool [size], where weights may grow. If there are too few such places, the largest of
+            those that were to go stay.
     """
-    room = torch.ones(layer.size, dtype=torch.bool, device=layer.index.device)
-    room[layer.index[stays]] = False
+    free = torch.ones(layer.size, dtype=torch.bool, device=layer.index.device)
+    free[layer.index[stays]] = False
     if reach is not None:
-        room &= reach
+        free &= reach
     wanted = len(layer.index) - int(stays.count_nonzero())
-    possible = min(wanted, int(room.count_nonzero()))
-    chosen = top(scores.masked_fill(~room, -torch.inf), possible) & room
+    possible = min(wanted, int(free.count_nonzero()))
+    chosen = top(scores.masked_fill(~free, -torch.inf), possible) & free
     chosen[layer.index[stays]] = True
     if possible < wanted:
         going = ~stays & ~chosen[layer.index]

@@ -1,4 +1,4 @@
-"""Where the values of parameters are kept, and what an optimizer knows of them."""
+"""Access to the values of parameters and to their optimizer states, wherever they are kept."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 class Kept(Protocol):
-    """Where a stepper keeps the values of parameters, and what its optimizer knows of them."""
+    """Access to values and moments; ZeRO spreads them over ranks, see deepspeed_values.py."""
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """Return the values, [kept], on every rank; called by all ranks."""
         ...
 
     def change(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the values and every moment, [kept] each, alike; called by all ranks."""
+        """Apply `change` to the values and to every moment, [kept] each; called by all ranks."""
         ...
 
 
 class KeptHere:
-    """In this process's own memory: parameters, and the optimizer's state of them."""
+    """Parameters and optimizer states that this process holds whole."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer

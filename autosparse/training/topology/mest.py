@@ -1,4 +1,4 @@
-"""MEST: survivors go whose magnitude and gradient are both small; random ones come.
+"""MEST: survivors whose magnitude and gradient are both small go; random weights grow.
 
 Paper: G. Yuan et al., MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge
 (NeurIPS 2021), arXiv 2110.14032: a weight is worth |w| + |lambda * dL/dw| (Elastic Mutation).

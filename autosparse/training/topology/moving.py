@@ -1,4 +1,4 @@
-"""A topology that moves, in a training: when, what is listened to, and the exchange itself."""
+"""Topologies whose survivors are exchanged in training: when, and how (SET, RigL, MEST)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autosparse.core.errors import RunFailed
 from autosparse.models import zoo
-from autosparse.models.zoo import unwrapped
+from autosparse.sparsity import masks
 from autosparse.sparsity.compact import (
     CompactWeight,
     DenseGradient,
@@ -26,25 +26,25 @@ from autosparse.sparsity.compact import (
 )
 from autosparse.sparsity.paths import CannotFollow
 from autosparse.sparsity.reach import within_reach
-from autosparse.sparsity.ticket import TOPOLOGY
 from autosparse.training.config import TrainingConfig
 from autosparse.training.recipe import step_seed
 from autosparse.training.topology import mest, rigl
 from autosparse.training.topology import set as set_
+from autosparse.training.topology.base import Topology
 from autosparse.training.topology.growth import Layer, fraction_at, grow, rearranged, sources
 from autosparse.training.topology.kept import Kept
 
 logger = logging.getLogger(__name__)
-STATIC, AUTO, GRADIENT, RANDOM = "static", "auto", "gradient", "random"
+AUTO, GRADIENT, RANDOM = "auto", "gradient", "random"
 GROW_FROM = (AUTO, GRADIENT, RANDOM)
 """What `training.topology_grow_from` may say."""
 DRAWN = 0x5E7
-"""Tells the draws of growth from those of dropout."""
+"""Any number: with it, growth is not drawn from the seed that the step's dropout is drawn from."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How it is chosen what goes, and by what others come unless told otherwise."""
+    """How a method chooses what goes, and what others grow from unless told otherwise."""
 
     stays: Callable[..., Tensor]
     """(layer, how many go) -> bool [kept]."""
@@ -61,7 +61,7 @@ METHODS = {
 
 
 @dataclass
-class _Moving:
+class _MovingWeight:
     """A compact weight, under every name that it has."""
 
     parameter: nn.Parameter
@@ -79,69 +79,66 @@ class _Moving:
         return math.prod(self.weights[0].shape)
 
 
-def moving_weights(model: nn.Module) -> dict[str, _Moving]:
+def moving_weights(model: nn.Module) -> dict[str, _MovingWeight]:
     """Return the compact weights of a model by their (first) dense name."""
-    found: dict[nn.Parameter, tuple[str, _Moving]] = {}
+    by_parameter: dict[nn.Parameter, tuple[str, _MovingWeight]] = {}
     for name, weight in compact_weights(model):
         parameter = values_of(model, name)
-        if parameter in found:
-            found[parameter][1].weights.append(weight)
+        if parameter in by_parameter:
+            by_parameter[parameter][1].weights.append(weight)
         else:
-            moving = _Moving(parameter, [weight], weight.index.long().cpu())
-            found[parameter] = (name, moving)
-    return dict(found.values())
+            moving = _MovingWeight(parameter, [weight], weight.index.long().cpu())
+            by_parameter[parameter] = (name, moving)
+    return dict(by_parameter.values())
 
 
-class Topology:
-    """Decides, for a model in training, which of its weights survive.
+class Moving(Topology):
+    """Exchanges some survivors of each layer for others, every so many steps.
 
     Args:
         model: compact, as its ticket made it, before an engine shares its parameters out.
-        config: the training's; `static` does nothing.
+        config: the training's; its topology is one of METHODS.
         steps: of the whole training.
         world_size: ranks that train together.
     """
 
+    weights: dict[str, _MovingWeight]
+
     def __init__(
         self, model: nn.Module, config: TrainingConfig, steps: int, world_size: int = 1
     ) -> None:
-        self.model, self.config, self.world_size = unwrapped(model), config, world_size
-        self.method = METHODS.get(config.topology)
-        self.history: list[dict[str, Any]] = []
-        self.weights: dict[str, _Moving] = {}
-        self.structure: nn.Module | None = None
-        if self.method is None:
-            return
+        super().__init__(model, config)
+        self.world_size, self.method = world_size, METHODS[config.topology]
         self.end = config.topology_until * steps
         self.grows_from = config.topology_grow_from
         if self.grows_from == AUTO:
             self.grows_from = self.method.grows_from
         self.listens = self.grows_from == GRADIENT or self.method.weighs_gradients
         self.weights = moving_weights(model)
+        self.dense_model: nn.Module | None = None
+        """A copy whose paths are followed (topology_on_paths)."""
         if config.topology_on_paths:
-            self.structure = densify(copy.deepcopy(self.model)).cpu()
+            self.dense_model = densify(copy.deepcopy(self.model)).cpu()
         if self.weights and config.topology_every >= self.end:
             logger.warning(
                 "training.topology %s never moves: the first update is at step %d of %d, and none "
                 "comes after step %d", config.topology, config.topology_every, steps, self.end,
             )  # fmt: skip
-        self._remember()
+        self.record()
 
     def due(self, updates: int) -> bool:
-        """Return whether the step after so many steps ends with an exchange."""
         step = updates + 1
         return bool(self.weights) and step % self.config.topology_every == 0 and step < self.end
 
     def hears(self, updates: int) -> bool:
-        """Return whether the gradients of that step are wanted dense."""
         return self.due(updates) and self.listens
 
     @contextmanager
     def listening(self, updates: int) -> Iterator[None]:
-        """Run a step's passes, forward and backward; dense gradients are added up if wanted.
+        """Run a step's passes, forward and backward; add up dense gradients if they are needed.
 
-        Then layers are scattered one by one, no survivors are multiplied alone, and what is
-        compiled is left aside.
+        In such a step each layer is made dense by itself, sparse products are left out, and the
+        network runs uncompiled.
         """
         if not self.hears(updates):
             yield
@@ -169,20 +166,11 @@ class Topology:
         average: nn.Module | None = None,
         loss_scale: float = 1.0,
     ) -> None:
-        """Exchange survivors after step `step`; called by all ranks, with the same values.
-
-        Args:
-            step: number of steps made.
-            seed: of what is drawn.
-            kept: where values and moments are.
-            image_shape: [C, H, W].
-            average: a model of averaged values (EMA), which follows.
-            loss_scale: what the loss was multiplied by.
-        """
+        """Exchange survivors after step `step`, and note how many in the history."""
         gradients = self._gradients(loss_scale)
         finite = all(bool(torch.isfinite(each).all()) for each in gradients.values())
         exchanged = 0
-        if finite:  # Otherwise the step was skipped, or the loss is no number.
+        if finite:  # Otherwise the step was skipped, or the loss is not finite.
             layers = {
                 name: Layer(each.index, kept.whole(each.parameter).clone(), each.size,
                             gradients.get(name))
@@ -194,13 +182,13 @@ class Topology:
                 exchanged += self._move(name, index, kept, averaged.get(name))
         self._agree(step)
         self.history.append({"step": step, "exchanged": exchanged, "overlap": self._overlap()})
-        self._remember()
+        self.record()
 
     def _gradients(self, loss_scale: float) -> dict[str, Tensor]:
-        """Return the mean dense gradients over all ranks, [size] each; {} if none were wanted."""
+        """Return the mean dense gradients over all ranks, [size] each; {} if none are needed."""
         if not self.listens:
             return {}
-        found = {}
+        means = {}
         for name, each in self.weights.items():
             total = each.listener.total
             if total is None:  # The layer took no part in this step.
@@ -208,14 +196,13 @@ class Topology:
             each.listener.total = None
             if self.world_size > 1:
                 dist.all_reduce(total)
-            found[name] = total.div_(self.world_size * loss_scale)
-        return found
+            means[name] = total.div_(self.world_size * loss_scale)
+        return means
 
     def _chosen(
         self, layers: Mapping[str, Layer], step: int, seed: int, image_shape: tuple[int, ...]
     ) -> dict[str, Tensor]:
         """Return the new survivors of every layer."""
-        assert self.method is not None
         share = fraction_at(step, self.config.topology_fraction, self.end)
         stays = {}
         for name, layer in layers.items():
@@ -223,7 +210,7 @@ class Topology:
             more = (self.config.topology_gradient_weight,) if self.method.weighs_gradients else ()
             stays[name] = self.method.stays(layer, count, *more)
         reach = self._reach(layers, stays, image_shape)
-        found = {}
+        survivors = {}
         for number, (name, layer) in enumerate(layers.items()):
             if self.grows_from == GRADIENT:
                 assert layer.gradient is not None
@@ -231,8 +218,8 @@ class Topology:
             else:
                 drawn = torch.Generator().manual_seed(step_seed(seed, step, number) ^ DRAWN)
                 scores = torch.rand(layer.size, generator=drawn).to(layer.index.device)
-            found[name] = grow(layer, stays[name], scores, reach.get(name))
-        return found
+            survivors[name] = grow(layer, stays[name], scores, reach.get(name))
+        return survivors
 
     def _reach(
         self,
@@ -241,29 +228,26 @@ class Topology:
         image_shape: tuple[int, ...],
     ) -> dict[str, Tensor]:
         """Return where a weight would lie on a path of those that stay; {} if that is not asked."""
-        if self.structure is None:
+        if self.dense_model is None:
             return {}
-        masks = {
-            name: torch.ones(weight.shape, dtype=torch.bool)
-            for name, weight in zoo.prunable(self.structure).items()
-        }
+        kept = masks.dense(zoo.prunable(self.dense_model))
         for name, layer in layers.items():
             mask = torch.zeros(layer.size, dtype=torch.bool)
             mask[layer.index[stays[name]].cpu()] = True
-            masks[name] = mask.view(self.weights[name].weights[0].shape)
+            kept[name] = mask.view(self.weights[name].weights[0].shape)
         try:
             with torch.enable_grad():
-                found = within_reach(self.structure, masks, image_shape)
+                on_path = within_reach(self.dense_model, kept, image_shape)
         except CannotFollow as error:
             logger.warning(
                 "the paths of %s cannot be followed (%s); training.topology_on_paths is left out",
-                type(self.structure).__name__, error,
+                type(self.dense_model).__name__, error,
             )  # fmt: skip
-            self.structure = None
+            self.dense_model = None
             return {}
-        return {name: found[name].view(-1).to(layer.index.device) for name, layer in layers.items()}
+        return {n: on_path[n].view(-1).to(layer.index.device) for n, layer in layers.items()}
 
-    def _move(self, name: str, after: Tensor, kept: Kept, averaged: _Moving | None) -> int:
+    def _move(self, name: str, after: Tensor, kept: Kept, averaged: _MovingWeight | None) -> int:
         """Let other weights of a layer survive; return how many are new."""
         each = self.weights[name]
         source = sources(each.index, after)
@@ -298,23 +282,20 @@ class Topology:
             total += len(each.first)
         return same / max(total, 1)
 
-    def _remember(self) -> None:
-        """Leave on the model what the card of its trained ticket tells."""
-        if self.weights:
-            told = {
-                "method": self.config.topology,
-                "every": self.config.topology_every,
-                "fraction": self.config.topology_fraction,
-                "until": self.config.topology_until,
-                "grow_from": self.grows_from,
-                "dense_gradients": self.listens,
-                "on_paths": self.structure is not None,
-                "updates": self.history,
-            }
-            setattr(self.model, TOPOLOGY, told)
+    def card_entry(self) -> dict[str, Any]:
+        return {
+            "method": self.config.topology,
+            "every": self.config.topology_every,
+            "fraction": self.config.topology_fraction,
+            "until": self.config.topology_until,
+            "grow_from": self.grows_from,
+            "dense_gradients": self.listens,
+            "on_paths": self.dense_model is not None,
+            "updates": self.history,
+        }
 
     def indices(self) -> dict[str, Tensor]:
-        """Return where the survivors of every layer are, int32 on the CPU: for a checkpoint."""
+        """Return where the survivors of every layer are, int32."""
         return {name: each.weights[0].index.cpu() for name, each in self.weights.items()}
 
     def restore(
@@ -323,11 +304,9 @@ class Topology:
         history: list[dict[str, Any]],
         average: nn.Module | None = None,
     ) -> None:
-        """Go back to `indices` and `history`, before the values that belong to them are loaded."""
         averaged = moving_weights(average) if average is not None else {}
         for name, index in indices.items():
-            both = [self.weights[name], *([averaged[name]] if average is not None else [])]
-            for weight in (weight for each in both for weight in each.weights):
-                weight.exchange(index.to(weight.index.device))
-        self.history = list(history)
-        self._remember()
+            for moving in (self.weights[name], averaged.get(name)):
+                for weight in moving.weights if moving else ():
+                    weight.exchange(index.to(weight.index.device))
+        super().restore(indices, history, average)

@@ -1,4 +1,4 @@
-"""RigL: the survivors of the smallest magnitude go; where the gradient is largest, others come.
+"""RigL: the smallest survivors go; weights grow where the gradient is largest.
 
 Paper: U. Evci et al., Rigging the Lottery: Making All Tickets Winners (ICML 2020), arXiv
 1911.11134, Algorithm 1.

@@ -1,4 +1,4 @@
-"""SET: the survivors nearest to zero go, of both signs alike; random ones come.
+"""SET: the survivors nearest to zero go, in proportion for both signs; random weights grow.
 
 Paper: D. Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse
 Connectivity inspired by Network Science (Nature Communications 2018), arXiv 1707.04780, Algorithm

@@ -1,4 +1,4 @@
-"""What sparse training adds to any of timm's optimizers (`training.optimizer_wrapper`).
+"""Methods of sparse training that go on top of any optimizer (`training.optimizer_wrapper`).
 
 Each is hooks on an optimizer's step or on gradients, and keeps no state: so checkpoints, resumes
 and ZeRO's partitions are those of the optimizer itself. One file each, named after the method.
@@ -27,7 +27,7 @@ WRAPPERS: dict[str, Callable[..., None]] = {
 
 
 def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, config: TrainingConfig) -> None:
-    """Add to an optimizer what `config` asks for, in place; raise UsageError for what cannot be.
+    """Add the wrapper that `config` names to an optimizer, in place; raise UsageError if it cannot.
 
     Args:
         optimizer: its groups say which of them are of weights (`optimizers.WEIGHTS`).

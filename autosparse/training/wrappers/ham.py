@@ -25,7 +25,7 @@ from torch import nn
 from autosparse.training.groups import weights_of
 
 LARGEST = 5.0
-"""Of the exponent's size."""
+"""Largest size of the exponent, as in the authors' wrapper."""
 
 
 def ham(
@@ -38,7 +38,7 @@ def ham(
 
     Args:
         optimizer: any.
-        model: not looked at.
+        model: not used.
         alpha: how much the gradient counts.
         beta: how fast weights shrink.
     """

@@ -8,10 +8,10 @@ Paper: A. Gadhikar, T. Jacobs, C. Zhou, R. Burkholz, Sign-In to the Lottery: Rep
 Training (NeurIPS 2025), arXiv 2504.12801.
 
 Departures: the paper trains m and w themselves, and sets the inner scale c anew from time to time,
-as decay and finite steps change it. Here c is constant and m, w are never there: this is that flow
-with the scale reset at every step, at the memory of θ. The scaling comes after clipping. The
-paper's c is not known to us; ours is 1 (near zero a step is then that of the optimizer alone). For
-SGD and momentum: what Adam divides by undoes most of it.
+as decay and finite steps change it. Here c is constant and m, w are never stored: this is that flow
+with the scale reset at every step, in the memory of θ alone. The scaling comes after clipping. The
+paper's c is not known to us; ours is 1 (near zero a step is then that of the optimizer alone). Use
+it with SGD and momentum: Adam's division by the gradient's size undoes most of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sign_in(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float = 1
 
     Args:
         optimizer: any.
-        model: not looked at.
+        model: not used.
         scale: c.
     """
 

@@ -10,7 +10,8 @@ Paper: M. Adnan et al., SparseOpt: Addressing Normalization-induced Gradient Ske
 Training, arXiv 2605.27541: D = diag(sqrt(1 − s_i)), step lr / sqrt(1 − s_avg) · D g.
 
 Departures: the scaling comes before clipping and before the optimizer; the paper has SGD with
-momentum in mind, and what Adam divides by undoes it. It follows topologies that move.
+momentum in mind, and Adam's division by the gradient's size undoes it. Factors are worked out anew
+when a topology exchanges weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def sparseopt(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Have the gradients of a model's compact weights scaled.
 
     Args:
-        optimizer: not looked at.
+        optimizer: not used.
         model: compact; a weight that is whole has a factor of one, and is left alone.
     """
     seen: set[nn.Parameter] = set()

@@ -30,13 +30,14 @@ Result = tuple[Tensor | int, list[int], list[tuple[str, str]]]
 PREFETCH = 2
 """Batches that a worker process is asked for in advance."""
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""What launchers send to all processes of a training that should save and end."""
+"""Signals by which launchers tell all processes of a training to save and end."""
 SHARED = Path("/dev/shm")
+"""Where Linux keeps memory that processes share."""
 LENT = 2
-"""Buffers that batches keep to themselves: the one in use, and the one before, not yet let go."""
+"""Buffers that batches may hold: one for the batch in use, one for the batch before it."""
 
 
-class Crew:
+class WorkerPool:
     """Worker processes that decode batches, epoch after epoch; none at all if `workers` is 0.
 
     Args:
@@ -65,7 +66,7 @@ class Crew:
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         if workers:
-            _crews.add(self)
+            _pools.add(self)
             atexit.unregister(_end_all)
             atexit.register(_end_all)  # Last, so first to be called: before torch's own.
 
@@ -88,7 +89,7 @@ class Crew:
         return getattr(self.loader._iterator, "_workers", [])
 
     def deaths(self) -> str:
-        """Say how worker processes died; empty where none did."""
+        """Describe how worker processes died; empty if none did."""
         codes = [process.exitcode for process in self.processes()]
         return ", ".join(
             f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
@@ -102,14 +103,14 @@ class Crew:
         At the end of the program torch would send SIGTERM, which they ignore. The garbage
         collector would use queues of which parts may have been collected already.
         """
-        _crews.discard(self)
+        _pools.discard(self)
         _kill(self.processes(), os.getpid())
         if self.workers and self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Orders:
-    """What a crew is to do in the epoch under way: each task with a buffer for its images."""
+    """The work of the current epoch: each task, with a buffer for its images."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
@@ -119,8 +120,8 @@ class _Orders:
         return ((*task, self.buffers.take()) for task in self.tasks)
 
 
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
-"""All crews that have worker processes."""
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+"""All pools that have worker processes."""
 
 
 def _kill(workers: list[Any], owner: int) -> None:
@@ -131,20 +132,20 @@ def _kill(workers: list[Any], owner: int) -> None:
 
 
 def _end_all() -> None:
-    for crew in list(_crews):
-        crew.end()
+    for pool in list(_pools):
+        pool.end()
 
 
-def _forget_crews() -> None:
+def _forget_pools() -> None:
     """In a forked process: see that the garbage collector does not end workers of the parent."""
-    for crew in list(_crews):
-        if crew.loader._iterator is not None:
-            crew.loader._iterator._shutdown = True  # type: ignore[attr-defined]
-    _crews.clear()
+    for pool in list(_pools):
+        if pool.loader._iterator is not None:
+            pool.loader._iterator._shutdown = True  # type: ignore[attr-defined]
+    _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_crews)
+    os.register_at_fork(after_in_child=_forget_pools)
 
 
 class Buffers:
@@ -184,9 +185,9 @@ class Buffers:
 
 
 def check_shared_memory(needed: int, workers: int) -> None:
-    """Raise UsageError unless so many bytes fit into the memory that processes share.
+    """Raise UsageError unless `needed` bytes fit into the memory that processes share.
 
-    On Linux that is a file system of its own, of 64 MB in a container by default. A process that
+    On Linux that is a separate file system, by default of 64 MB in a container. A process that
     touches memory there after it is full is killed (SIGBUS).
     """
     if not workers or not SHARED.is_dir():

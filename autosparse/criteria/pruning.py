@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from autosparse import criteria
-from autosparse.core.errors import RunFailed, unknown
-from autosparse.core.versions import library_versions
+from autosparse.core.errors import unknown
+from autosparse.criteria.card import begin_card, finish_card, refuse_dead
 from autosparse.criteria.config import PruneConfig, ScoringConfig
-from autosparse.criteria.scoring import (
-    Data,
-    check_runs,
-    check_scoring,
-    describe,
-    excluded,
-    same_everywhere,
-    score,
-)
+from autosparse.criteria.own_models import check_runs
+from autosparse.criteria.scoring import Data, check_scoring, excluded, same_everywhere, score
 from autosparse.criteria.selection import (
     UNIFORM,
     Scored,
@@ -38,18 +29,17 @@ from autosparse.models import zoo
 from autosparse.models.config import ModelConfig
 from autosparse.models.contract import Checked, gradients_on
 from autosparse.models.gradients import LossFn
-from autosparse.models.zoo import prunable
-from autosparse.sparsity import masks, reach
+from autosparse.sparsity import masks
 from autosparse.sparsity.counts import check_sparsity
-from autosparse.sparsity.masks import Masks
-from autosparse.sparsity.paths import CannotFollow
 from autosparse.sparsity.ticket import Ticket
 from autosparse.training.steppers import Ranks
 
 DENSE = "dense"
 SOME_CLASSES = 10
-"""Classes of the model that settings are checked on, where only the data tell how many."""
+"""Classes of the model that settings are checked on, where only the data say how many: any number
+will do."""
 DEAD = ("warn", "error")
+"""What `dead` may say."""
 
 
 @gradients_on()
@@ -71,8 +61,8 @@ def prune(
 ) -> Ticket:
     """Choose a model's weights at initialization and return the ticket; the model is not changed.
 
-    Parameters of a model of your own that start near zero and so hide layers from scores have other
-    values while it is scored; the card names them (`revealed`).
+    In a model of your own, parameters that start near zero hide layers from the scores; they get
+    other values while it is scored, and the card names them (`revealed`).
 
     Args:
         model: a timm model (or any module with Conv and Linear layers), at initialization. A
@@ -106,11 +96,11 @@ def prune(
     selection = selection or Selection()
     if scope != "global":
         selection = replace(selection, scope=scope)
-    scores, card = score(
+    scored, begun = score(
         model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,
     )  # fmt: skip
-    ticket = choose(model, scores, card, ranks=ranks)
+    ticket = choose(model, scored, begun, ranks=ranks)
     if dead == "error":
         refuse_dead(ticket.card)
     return ticket
@@ -168,73 +158,24 @@ def check_model(model: ModelConfig, data: DataConfig) -> nn.Module:
 
 def selection_of(config: PruneConfig) -> Selection:
     """Return how scores become masks."""
-    return Selection(
-        config.scope,
-        config.allocation,
-        config.allocation_options,
-        config.guard,
-        config.pattern,
-    )
+    return Selection(**{each.name: getattr(config, each.name) for each in fields(Selection)})
 
 
 def choose(
-    model: nn.Module, scored: Scored, card: dict[str, Any], *, ranks: Ranks | None = None
+    model: nn.Module, scored: Scored, begun: dict[str, Any], *, ranks: Ranks | None = None
 ) -> Ticket:
-    """Do the second half of `prune`: from scores or masks to the ticket."""
+    """Do the second half of `prune`: from scores or masks, and the card so far, to the ticket."""
     chosen = scored.masks
     if chosen is None:
-        chosen = select(scored, card["sparsity"])
-        card = {**card, **tie_entry(scored, chosen)}
+        chosen = select(scored, begun["sparsity"])
+        begun = {**begun, **tie_entry(scored, chosen)}
         if scored.selection.guard == "live":
             chosen = onto_paths(model, chosen, scored)
-    ticket = Ticket.from_model(model, chosen, finish_card(model, chosen, scored.shape, card))
+    whole = finish_card(model, chosen, scored.shape, begun)
+    ticket = Ticket.from_model(model, chosen, whole)
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(ticket.fingerprint, "chose other weights", ranks)
     return ticket
-
-
-def finish_card(
-    model: nn.Module, chosen: Masks, shape: tuple[int, ...] | None, card: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Add to a card what the masks came to: sparsity, the weights on a live path, and `dead`.
-
-    `dead` is the first layer from which on nothing depends on the image, where the ticket's output
-    does not; told in a warning too. `paths` says why it is not known how much lies on a path.
-    """
-    total = masks.total(chosen)
-    card = {**card, "sparsity": card["sparsity"], "kept": masks.kept(chosen)}
-    if card.get("selection", {}).get("pattern"):
-        card["sparsity"] = masks.sparsity(chosen)
-    if shape is None:
-        return card
-    try:
-        live = reach.live(model, chosen, shape)
-        if not any(mask.any() for mask in live.values()):
-            card["dead"] = reach.first_dead(model, chosen, shape)
-            warnings.warn(dead_line(card), stacklevel=2)
-    except CannotFollow as error:
-        card["paths"] = f"cannot be followed: {error}"
-        warnings.warn(
-            f"effective density of {type(model).__name__} is not known: {error}", stacklevel=2
-        )
-        return card
-    card["live"] = {name: int(mask.count_nonzero()) for name, mask in live.items()}
-    card["effective_density"] = sum(card["live"].values()) / total
-    return card
-
-
-def dead_line(card: Mapping[str, Any]) -> str:
-    """Return the warning for a dead ticket."""
-    return (
-        f"this ticket is dead: its output does not depend on the image, from {card['dead']} on; "
-        "prune at a lower sparsity, by another criterion or, if that gives scores, with guard live"
-    )
-
-
-def refuse_dead(card: Mapping[str, Any]) -> None:
-    """Raise RunFailed for a dead ticket."""
-    if "dead" in card:
-        raise RunFailed(dead_line(card))
 
 
 def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> Ticket:
@@ -243,19 +184,7 @@ def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> T
         data = sets.load(data)
     data = data if isinstance(data, sets.DataSource) else list(islice(Checked(data, None), 1))
     check_runs(model, data)
-    chosen = {
-        name: torch.ones_like(weight, dtype=torch.bool)
-        for name, weight in prunable(model, exclude).items()
-    }
-    card = {
-        **describe(model, data),
-        "criterion": DENSE,
-        "options": {},
-        "sparsity": 0.0,
-        "seed": seed,
-        "exclude": list(exclude),
-        "image_passes": 0.0,
-        "seconds": 0.0,
-        "versions": library_versions(),
-    }
-    return Ticket.from_model(model, chosen, card)
+    begun = begin_card(
+        model, data, criterion=DENSE, options={}, sparsity=0.0, seed=seed, exclude=exclude
+    )
+    return Ticket.from_model(model, masks.dense(zoo.prunable(model, exclude)), begun)

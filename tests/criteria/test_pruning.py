@@ -17,7 +17,7 @@ from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import base, rounds
 from autosparse.criteria.config import PruneConfig, ScoringConfig
-from autosparse.criteria.prune import check, choose
+from autosparse.criteria.pruning import check, choose
 from autosparse.criteria.scoring import Selection, score
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
