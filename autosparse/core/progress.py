@@ -128,8 +128,8 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence
     """Print rows of the same keys as a table; numbers to the right.
 
     Nothing in the table is cut: what is too long for the terminal is folded between words of a
-    heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long path in
-    the title loses its middle.
+    heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long path
+    in the title loses its middle.
 
     Args:
         rows: the lines.

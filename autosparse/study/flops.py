@@ -12,7 +12,7 @@ from autosparse.models import zoo
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.measure import layers
 from autosparse.training.config import TrainingConfig
-from autosparse.training.topology.moving import STATIC
+from autosparse.training.topology.base import STATIC
 
 PASSES = 3
 """Forward, gradients of inputs, gradients of weights: each as many operations as the first."""
