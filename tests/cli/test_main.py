@@ -467,7 +467,7 @@ def cut(path: Path) -> None:
         (flipped_tensor, "run run2: run.safetensors: parameter b.weight (survival) is not"),
         (flipped_header, "run run2: run.safetensors: its header"),
         (cut, "run run2: run.safetensors: grown/run2/run.safetensors is damaged"),
-        (Path.unlink, "run run2: run.safetensors: is missing"),
+        (Path.unlink, "run run2: run.safetensors: no such file"),
     ],
 )
 def test_corpus_verify_names_what_is_damaged(damage, named, grown, capsys):
