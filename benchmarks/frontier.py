@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import COLOURS, MARKERS, panels, save
+from autosparse.report.style import (
+    COLOURS,
+    MARKERS,
+    criterion_of,
+    labels_beside,
+    panels,
+    save,
+)
 
 FEWEST = 1e-4
 """Costs below this share of a training are drawn at it: a log axis has no zero."""
@@ -47,61 +54,3 @@ def frontier(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         axes.set_title(title, loc="left", fontsize=11)
         labels_beside(axes, items)
         return save(figure, rows, path)
-
-
-def criterion_of(label: str) -> str:
-    """Return the criterion that a row's label is a variant of: autos_irp_100 -> autos_irp."""
-    known = sorted((each for each in COLOURS if label.startswith(each)), key=len)
-    return known[-1] if known else "short_irp" if label.startswith("short_") else label
-
-
-def spread(places: Sequence[float], apart: float) -> list[float]:
-    """Return the places moved as little as it takes for neighbours to be `apart`, in their order.
-
-    For labels beside the ends of lines: what is near each other is moved away from its middle.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(places)), key=lambda each: places[each]):
-        groups.append([index])
-        while len(groups) > 1 and _low(groups[-1], places, apart) < apart + _high(
-            groups[-2], places, apart
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    found = [0.0] * len(places)
-    for group in groups:
-        for rank, index in enumerate(group):
-            found[index] = _low(group, places, apart) + rank * apart
-    return found
-
-
-def _low(group: Sequence[int], places: Sequence[float], apart: float) -> float:
-    """Return where the lowest label of a group goes, so that its middle stays."""
-    return sum(places[index] for index in group) / len(group) - (len(group) - 1) * apart / 2
-
-
-def _high(group: Sequence[int], places: Sequence[float], apart: float) -> float:
-    return _low(group, places, apart) + (len(group) - 1) * apart
-
-
-def labels_beside(
-    axes: Any, items: Sequence[tuple[float, float, str, str]], apart: float = 0.05
-) -> None:
-    """Write labels right of the axes, each joined to its point by a thin line.
-
-    Args:
-        axes: with their limits set already.
-        items: (x, y, text, colour) of each point.
-        apart: least distance of labels, as a share of the axes' height.
-    """
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    height, log = top - bottom, axes.get_xscale() == "log"
-    outside = right * (right / left) ** 0.04 if log else right + 0.04 * (right - left)
-    for (x, y, text, colour), place in zip(
-        items, spread([y for _, y, _, _ in items], apart * height), strict=True
-    ):
-        axes.annotate(
-            text, (x, y), (outside, place), color=colour, fontsize=10, va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 5,
-                        "alpha": 0.6, "relpos": (0, 0.5)},
-        )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import STYLE, save
+from autosparse.report.style import STYLE, labels_beside, save
 from benchmarks.cost_model import memory_bytes
 from benchmarks.scale_predictions import GIGABITS, GPUS, Case, cases, cluster, predict
 
@@ -14,7 +14,7 @@ TITLES = {
     "vit_large_patch16_224": "ViT-L/16, 64 images per GPU",
     "gpt_2.7b": "2.7 B transformer, 4 x 2048 tokens per GPU",
 }
-DPI = 110
+DPI = 130
 COLOURS = {10: "#D55E00", 100: "#0072B2", 400: "#009E73"}
 PARTS = {"states": "#0072B2", "indices": "#E69F00", "scratch": "#CC79A7"}
 BARS = ((0.0, True, "dense"), (0.9, True, "90 %"), (0.98, True, "98 %"), (0.98, False, "98 %*"))
@@ -51,7 +51,7 @@ def draw_speed(path: Path) -> Path:
 
     rows = speed_rows()
     with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+        figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
         for axes, case in zip(panels, cases(), strict=True):
             for gigabits in GIGABITS:
                 mine = [r for r in rows if (r["model"], r["gbit_s"]) == (case.shape.name, gigabits)]
@@ -66,25 +66,27 @@ def draw_speed(path: Path) -> Path:
             axes.set_title(TITLES[case.shape.name], fontsize=10)
             axes.set_xlabel("GPUs, eight to a node")
         panels[0].set_ylabel("times as fast as dense")
-        panels[0].legend(fontsize=8, loc="upper left")
-        figure.suptitle("Predicted step at 95 % sparsity against dense, ZeRO 1", fontsize=11)
+        last = [row for row in rows if row["model"] == cases()[-1].shape.name]
+        ends = [row for row in last if row["gpus"] == GPUS[-1]]
+        labels_beside(panels[-1], [
+            (row["gpus"], row[key], f"{row['gbit_s']} Gbit/s{what}", COLOURS[row["gbit_s"]])
+            for row in ends
+            for key, what in (("step_speedup", ""), ("step_overlapped_speedup", ", hidden"))
+        ], 0.07)  # fmt: skip
+        figure.suptitle(
+            "Predicted step at 95 % sparsity against dense, ZeRO 1 "
+            "(dashed: network hidden behind backward)",
+            fontsize=12,
+        )
         return save(figure, rows, path, DPI)
 
 
 def _draw_network(axes: Any, rows: list[dict[str, Any]], gigabits: int) -> None:
-    for key, line, label in (
-        ("step_speedup", "-", f"{gigabits} Gbit/s"),
-        ("step_overlapped_speedup", "--", f"{gigabits} Gbit/s, network hidden behind backward"),
-    ):
+    for key, line in (("step_speedup", "-"), ("step_overlapped_speedup", "--")):
         axes.plot(
-            [row["gpus"] for row in rows],
-            [row[key] for row in rows],
-            line,
-            color=COLOURS[gigabits],
-            label=label,
-            marker="o",
-            markersize=3,
-        )
+            [row["gpus"] for row in rows], [row[key] for row in rows], line,
+            color=COLOURS[gigabits], marker="o", markersize=3,
+        )  # fmt: skip
 
 
 def memory_rows(case: Case, gpus: int = 64) -> list[dict[str, Any]]:
@@ -113,14 +115,23 @@ def draw_memory(path: Path) -> Path:
                 sizes = [row[part] for row in mine]
                 axes.bar(range(len(mine)), sizes, bottom=base, color=colour, label=part, width=0.7)
                 base = [a + b for a, b in zip(base, sizes, strict=True)]
+            _name_parts(axes, mine[1])
             axes.set_xticks(range(len(mine)), [row["weights"] for row in mine], fontsize=9)
             axes.set_title(f"ZeRO {stage}", fontsize=10)
             axes.grid(visible=False, axis="x")
         panels[0].set_ylabel("GB per GPU")
-        panels[0].legend(fontsize=9, loc="upper right")
         figure.suptitle(
             "Predicted: 2.7 B transformer on 64 GPUs, without activations "
             "(* scattered again in backward)",
             fontsize=11,
         )
         return save(figure, rows, path, DPI)
+
+
+def _name_parts(axes: Any, row: dict[str, Any]) -> None:
+    """Write what each part is into the second bar, where there is room."""
+    below, top = 0.0, axes.get_ylim()[1]
+    for part in PARTS:
+        if row[part] > 0.06 * top:
+            axes.text(1, below + row[part] / 2, part, fontsize=8, ha="center", va="center")
+        below += row[part]

@@ -11,9 +11,11 @@ By itself (starts a local Ray; --dry-run prints the plan and what it costs):
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from autosparse.cli.arguments import guarded, parse
+from autosparse.cli.next_steps import next_step
 from autosparse.irp.config import CorpusConfig
 
 
@@ -21,7 +23,7 @@ def main(arguments: list[str]) -> None:
     """Grow the corpus of the config; print its table."""
     config = parse(CorpusConfig, arguments, "grow_corpus.py", __doc__)
     from autosparse.core.progress import print_table
-    from autosparse.corpus.store import Corpus, shown
+    from autosparse.corpus.store import SPARE, Corpus, shown
     from autosparse.integrations import ray
 
     folder = ray.output_folder(config.out)
@@ -35,11 +37,12 @@ def main(arguments: list[str]) -> None:
     grown = ray.grow(config)
     if grown.found or grown.done:
         rows = [shown(row) for row in Corpus(folder).table()]
-        print_table(rows, title=f"corpus {folder}")
+        print_table(rows, title=f"corpus {folder}", spare=SPARE)
     if grown.done:
         _draw(config, folder)
     print(f"{len(grown.done)} runs done, {len(grown.found)} found finished: {folder}")
     ray.raise_if_failed(grown)
+    print(next_step("grow_corpus.py", replace(config, out=str(folder))))
 
 
 def _draw(config: CorpusConfig, folder: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 
 from autosparse.cli.arguments import guarded, parse
+from autosparse.cli.next_steps import next_step
 from autosparse.study.config import SweepConfig
 
 
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> None:
     from autosparse.cli import studies
 
     studies.run(config)
+    if line := next_step("sweep_sparsity.py", config):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from autosparse.cli.remedies import checked, unknown_key
 from autosparse.core import logs
-from autosparse.core.errors import UsageError, UserError, unknown
+from autosparse.core.errors import UsageError, UserError
 
 Config = TypeVar("Config")
 WORDS = ("yes", "no", "on", "off", "y", "n")
@@ -98,36 +99,43 @@ def spelt_out(kind: type | None, arguments: list[str]) -> list[str]:
     """Write options with underscores, and `true` after those that are true or false and bare.
 
     In a setting of any type (`--options.scorer no`) a word that only YAML 1.1 takes for true or
-    false is quoted. Raises UsageError for a key that is no setting of `kind`, also in a file.
+    false is quoted. Raises UsageError for a key that is no setting of `kind`, also in a file, and
+    for a value that cannot be one of its setting.
     """
-    keys = {} if kind is None else _keys(kind)
-    spelt, any_type = [], False
+    keys = {} if kind is None else keys_of(kind)
+    spelt, name, any_type = [], "", False
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         if argument.startswith("--") and argument != "--":
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
             _check_key(name.removesuffix("+"), keys)
             any_type = name not in keys and _in_mapping(name, keys)
-            argument = f"--{name}{equals}{_quoted(value) if any_type else value}"
             if name == "config" and kind is not None:
                 _check_file(value if equals else following, keys)
-        elif any_type:
-            argument, any_type = _quoted(argument), False
-        spelt.append(argument)
-        bare = argument.startswith("--") and keys.get(argument[2:]) is bool
-        if bare and following.startswith("--"):
-            spelt.append("true")
+            spelt.append(f"--{name}")
+            if equals:
+                value = _quoted(value) if any_type else checked(name, keys.get(name), value)
+                spelt[-1] += f"={value}"
+                name, any_type = "", False
+            elif keys.get(name) is bool and following.startswith("--"):
+                spelt.append("true")
+        else:
+            if not name and argument[:1] == "-" and argument[1:2].isalpha() and argument != "-h":
+                raise unknown_key(argument[1:], keys)
+            value = _quoted(argument) if any_type else checked(name, keys.get(name), argument)
+            spelt.append(value)
+            name, any_type = "", False
     return spelt
 
 
-def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
+def keys_of(kind: type, prefix: str = "") -> dict[str, Any]:
     """Return the dotted names of all settings, those of inner settings too, and their types."""
     keys = {}
     for name, hint in get_type_hints(kind).items():
         keys[prefix + name] = hint
         for inner in (hint, *get_args(hint)):
             if is_dataclass(inner) and isinstance(inner, type):
-                keys |= _keys(inner, f"{prefix}{name}.")
+                keys |= keys_of(inner, f"{prefix}{name}.")
     return keys
 
 
@@ -135,8 +143,7 @@ def _check_key(name: str, keys: dict[str, Any]) -> None:
     """Raise UsageError unless a dotted name is a setting, or lies in one that takes any keys."""
     if name in keys or name in OWN_OPTIONS or name.endswith(".help") or _in_mapping(name, keys):
         return
-    same = [key for key in keys if key.rpartition(".")[2] == name]
-    raise unknown("config key", name, same or keys)
+    raise unknown_key(name, keys)
 
 
 def _in_mapping(name: str, keys: dict[str, Any]) -> bool:

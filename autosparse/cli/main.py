@@ -14,8 +14,9 @@ from importlib import import_module
 from itertools import takewhile
 from typing import Any
 
-from autosparse.cli.arguments import config_of, guarded, parsed, parser_of, spelt_out
+from autosparse.cli.arguments import config_of, guarded, keys_of, parsed, parser_of, spelt_out
 from autosparse.cli.next_steps import next_step
+from autosparse.cli.remedies import check_no_bare_word
 from autosparse.core.errors import UsageError, unknown
 
 DESCRIPTION = "Learn from lottery tickets which weights matter; train only what survives."
@@ -142,6 +143,8 @@ def _group(program: str, verb: Verb) -> argparse.ArgumentParser:
 def _run(verb: Verb, program: str, arguments: list[str]) -> None:
     """Parse what comes after the names of a command, and call its function."""
     kind = settings_class(verb.settings) if verb.settings else None
+    if kind is not None and not verb.paths:
+        check_no_bare_word(program, arguments, keys_of(kind))
     parser = parser_of(kind, prog=program, description=verb.does)
     if any(each.startswith("--print_config") for each in arguments):  # Paths are no settings.
         paths = list(takewhile(lambda each: not each.startswith("-"), arguments))
@@ -149,11 +152,12 @@ def _run(verb: Verb, program: str, arguments: list[str]) -> None:
     for name, count in verb.paths.items():
         parser.add_argument(name, nargs=count, metavar=name.upper())
     values = parsed(parser, spelt_out(kind, arguments))
-    paths = [values.pop(name) for name in verb.paths]
+    paths = {name: values.pop(name) for name in verb.paths}
     settings = [] if kind is None else [config_of(kind, parser, values)]
     module, _, function = verb.function.rpartition(".")
-    getattr(import_module(f"autosparse.cli.{module}"), function)(*paths, *settings)
-    if settings and (line := next_step(program.split()[-1], settings[0])):
+    getattr(import_module(f"autosparse.cli.{module}"), function)(*paths.values(), *settings)
+    command, config = program.removeprefix("autosparse "), settings[0] if settings else None
+    if line := next_step(command, config, paths):
         print(line)
 
 

@@ -138,7 +138,7 @@ def _register(out: Path, scorer: Path) -> list[str]:
 
     _heading("4  registry", ["autosparse", "registry", "add", str(out / "study")])
     rows = [*registry.add(scorer), *registry.add(out / "study")]
-    print_table(rows)
+    print_table(rows, spare=registry.SPARE)
     return [f"models:/{row['model']}@{alias}" for row in rows for alias in _aliases(row)]
 
 

@@ -10,12 +10,23 @@ from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 LOG_SECONDS = 10.0
 """Seconds between two lines where the output is no terminal."""
 UNKNOWN_WIDTH = 120
 """Columns of a table that is not printed to a terminal."""
+FIGURES_WIDTH = 61
+"""Columns that a bar and its figures take beside what they are of."""
+
+
+class TimeLeft(rich_progress.TimeRemainingColumn):
+    """The time that is left, and the word for it."""
+
+    def render(self, task: rich_progress.Task) -> Text:
+        """Return it as text."""
+        return super().render(task).append(" left")
 
 
 class Progress:
@@ -25,13 +36,17 @@ class Progress:
         self.console = Console(stderr=True)
         self.live = enabled and self.console.is_terminal
         self.lines = enabled and not self.live
+        self.room = max(15, self.console.width - FIGURES_WIDTH)
+        whole = Column(no_wrap=True)
         self._rich = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.BarColumn(),
-            rich_progress.TextColumn("{task.completed:g}/{task.total:g} {task.fields[unit]}"),
-            rich_progress.TextColumn("{task.fields[rate]}"),
+            rich_progress.TextColumn("{task.description}", table_column=whole),
+            rich_progress.BarColumn(10),
+            rich_progress.TextColumn(
+                "{task.completed:g}/{task.total:g} {task.fields[unit]}", table_column=whole
+            ),
+            rich_progress.TextColumn("{task.fields[rate]}", table_column=whole),
             rich_progress.TimeElapsedColumn(),
-            rich_progress.TimeRemainingColumn(elapsed_when_finished=False),
+            TimeLeft(elapsed_when_finished=False, table_column=whole),
             console=self.console,
             disable=not self.live,
         )
@@ -60,12 +75,19 @@ class Bar:
         self.owner, self.description, self.total, self.unit = owner, description, total, unit
         self.done, self.before, self.started = 0.0, 0.0, time.monotonic()
         self.last_line = self.started
-        self.task = owner._rich.add_task(description, total=total, unit=unit, rate="")
+        self.task = owner._rich.add_task(
+            self._fitting(description), total=total, unit=unit, rate=""
+        )
 
     def describe(self, description: str) -> None:
         """Change the text."""
         self.description = description
-        self.owner._rich.update(self.task, description=description)
+        self.owner._rich.update(self.task, description=self._fitting(description))
+
+    def _fitting(self, description: str) -> str:
+        """Return the beginning of a text that is too long for the figures to stay whole."""
+        room = self.owner.room
+        return description if len(description) <= room else f"{description[: room - 1]}…"
 
     def start_at(self, done: float) -> None:
         """Set how many were done before this run; they do not count for the rate."""
@@ -89,13 +111,10 @@ class Bar:
         rate = f"{here / seconds:.3g} {self.unit}/s" if seconds and here else ""
         self.owner._rich.update(self.task, completed=done, rate=rate)
         if self.owner.lines and self._line_is_due():
-            left = (self.total - done) / here * seconds if here else float("nan")
-            print(
-                f"{self.description}: {done:g}/{self.total:g} {self.unit}, {rate}, "
-                f"{left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            parts = [f"{self.description}: {done:g}/{self.total:g} {self.unit}"]
+            if rate:
+                parts += [rate, f"{(self.total - done) / here * seconds:.0f} s left"]
+            print(", ".join(parts), file=sys.stderr, flush=True)
 
     def _line_is_due(self) -> bool:
         now = time.monotonic()
@@ -105,26 +124,57 @@ class Bar:
         return due
 
 
-def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
+def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence[str] = ()) -> None:
     """Print rows of the same keys as a table; numbers to the right.
 
     Nothing in the table is cut: what is too long for the terminal is folded between words of a
-    heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long title
-    loses its middle.
+    heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long path
+    in the title loses its middle.
+
+    Args:
+        rows: the lines.
+        title: what is written above.
+        spare: columns that a terminal too narrow for all goes without, the first first; a line
+            below names those that were left out.
     """
     width = Console().width if sys.stdout.isatty() else UNKNOWN_WIDTH
-    table = Table(title=shortened(title, width) or None, title_justify="left")
+    lines = [{key: _shown(value) for key, value in row.items()} for row in rows]
+    left_out = _left_out(lines, width, spare)
+    title = " ".join(shortened(word, width) for word in title.split(" "))
+    table = Table(title=title or None, title_justify="left")
     least = 1
     for key, value in (rows[0] if rows else {}).items():
+        if key in left_out:
+            continue
         right = isinstance(value, int | float) or str(value)[:1].isdigit()
-        longest = max((len(word) for word in key.split()), default=1)
-        least += longest + 3
+        least += _longest_word(key) + 3
         table.add_column(
-            key, justify="right" if right else "left", min_width=longest, overflow="fold"
+            key, justify="right" if right else "left", min_width=_longest_word(key), overflow="fold"
         )
-    for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+    for line in lines:
+        table.add_row(*(value for key, value in line.items() if key not in left_out))
     Console(width=max(width, least), soft_wrap=False).print(table, crop=False)
+    if left_out:
+        print(f"without {', '.join(left_out)}, for which a terminal of {width} is too narrow")
+
+
+def _left_out(lines: Sequence[dict[str, str]], width: int, spare: Sequence[str]) -> list[str]:
+    """Return the columns to leave out so that the rest is not folded."""
+    widths = {
+        key: 3 + max(_longest_word(key), *(len(line[key]) for line in lines))
+        for key in (lines[0] if lines else {})
+    }
+    found: list[str] = []
+    for key in spare:
+        if 1 + sum(widths.values()) <= width:
+            break
+        if widths.pop(key, None) is not None:
+            found.append(key)
+    return found
+
+
+def _longest_word(text: str) -> int:
+    return max((len(word) for word in text.split()), default=1)
 
 
 def shortened(text: str, width: int) -> str:

@@ -241,10 +241,14 @@ class Corpus:
         return path
 
 
+SPARE = ("weights", "seconds", "levels", "seed", "data")
+"""Columns of `shown` that a narrow terminal goes without."""
+
+
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """Shorten a row of the index so that it fits a terminal."""
     return {
-        "run_id": row["run_id"],
+        "run": row["run_id"],
         "model": row["model"],
         "data": row["data"],
         "seed": row["seed"],

@@ -37,6 +37,8 @@ from autosparse.study.table import best_results
 from autosparse.study.trainings import RESULT, TRAINED
 
 CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
+SPARE = ("data", "sparsity", "criterion")
+"""Columns of `listing` that a narrow terminal goes without."""
 
 
 # Registering

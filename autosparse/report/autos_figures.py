@@ -96,16 +96,12 @@ def calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     """
     with panels((5.4, 4.6)) as (figure, grid):
         axes = grid[0, 0]
-        axes.plot(
-            [1e-4, 1 - 1e-4], [1e-4, 1 - 1e-4], color="#444444", linestyle="--", label="exact"
+        ends = [1e-4, 1 - 1e-4]
+        axes.plot(ends, ends, color="#444444", linestyle="--", label="exact")
+        x, y = (
+            [min(max(row[key], 1e-4), 1 - 1e-4) for row in rows] for key in ("predicted", "alive")
         )
-        axes.plot(
-            [min(max(row["predicted"], 1e-4), 1 - 1e-4) for row in rows],
-            [min(max(row["alive"], 1e-4), 1 - 1e-4) for row in rows],
-            color=COLOURS["autos"],
-            marker="o",
-            label="AutoS",
-        )
+        axes.plot(x, y, color=COLOURS["autos"], marker="o", label="AutoS")
         axes.set_xscale("logit")
         axes.set_yscale("logit")
         axes.minorticks_off()
@@ -115,5 +111,7 @@ def calibration(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         axes.set_xlabel("predicted probability that a weight is alive")
         axes.set_ylabel("share of weights alive")
         axes.set_title(title, loc="left", fontsize=11)
-        axes.legend()
+        beside = {"xytext": (8, -12), "textcoords": "offset points"}
+        axes.annotate("exact", (0.999, 0.999), color="#444444", **beside)
+        axes.annotate("AutoS", (x[-1], y[-1]), color=COLOURS["autos"], **beside)
         return save(figure, rows, path)

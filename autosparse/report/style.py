@@ -77,6 +77,71 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return look_of
 
 
+def criterion_of(label: str) -> str:
+    """Return the criterion that a row's label is a variant of: autos_irp_100 -> autos_irp."""
+    known = sorted((each for each in COLOURS if label.startswith(each)), key=len)
+    return known[-1] if known else "short_irp" if label.startswith("short_") else label
+
+
+def spread(places: Sequence[float], apart: float) -> list[float]:
+    """Return the places moved as little as it takes for neighbours to be `apart`, in their order.
+
+    For labels beside the ends of lines: what is near each other is moved away from its middle.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(places)), key=lambda each: places[each]):
+        groups.append([index])
+        while len(groups) > 1 and _low(groups[-1], places, apart) < apart + _high(
+            groups[-2], places, apart
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    found = [0.0] * len(places)
+    for group in groups:
+        for rank, index in enumerate(group):
+            found[index] = _low(group, places, apart) + rank * apart
+    return found
+
+
+def _low(group: Sequence[int], places: Sequence[float], apart: float) -> float:
+    """Return where the lowest label of a group goes, so that its middle stays."""
+    return sum(places[index] for index in group) / len(group) - (len(group) - 1) * apart / 2
+
+
+def _high(group: Sequence[int], places: Sequence[float], apart: float) -> float:
+    return _low(group, places, apart) + (len(group) - 1) * apart
+
+
+def labels_beside(
+    axes: Any, items: Sequence[tuple[float, float, str, str]], apart: float = 0.05
+) -> None:
+    """Write labels right of the axes, each joined to its point by a thin line.
+
+    Args:
+        axes: with their limits set already.
+        items: (x, y, text, colour) of each point.
+        apart: least distance of labels, as a share of the axes' height.
+    """
+    (left, right), log = axes.get_xlim(), axes.get_xscale() == "log"
+    outside = right * (right / left) ** 0.04 if log else right + 0.04 * (right - left)
+    logarithmic = axes.get_yscale() == "log"
+    height = math.log if logarithmic else float
+    bottom, top = map(height, axes.get_ylim())
+    places = spread([height(y) for _, y, _, _ in items], apart * (top - bottom))
+    for (x, y, text, colour), place in zip(items, places, strict=True):
+        axes.annotate(
+            text, (x, y), (outside, math.exp(place) if logarithmic else place),
+            color=colour, fontsize=10, va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 5,
+                        "alpha": 0.6, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def of_seeds(seeds: int, what: str = "mean ± standard deviation") -> str:
+    """Return what a title says of how many seeds a figure shows."""
+    return f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
+
+
 def order_of(name: str) -> tuple[int, str]:
     """Return where a criterion comes in legends: AutoS first, then as in COLOURS."""
     known = list(COLOURS)
@@ -136,12 +201,12 @@ def density_axis(axes: Any, densities: Sequence[float]) -> None:
         ticks = density_ticks(places[0])
     else:
         ticks = {"ticks": places, "labels": [f"{100 * place:.3g}" for place in places]}
+    low, high = min(places), max(places)
+    margin = (high / low) ** 0.06 if high > low else 1.5
+    axes.set_xlim(high * margin, low / margin)  # first: a single place has no width of its own
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(**ticks)
-    low, high = min(places), max(places)
-    margin = (high / low) ** 0.06 if high > low else 1.5
-    axes.set_xlim(high * margin, low / margin)
     axes.set_xlabel("density: prunable weights kept, %")
 
 

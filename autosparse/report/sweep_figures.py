@@ -18,7 +18,9 @@ from autosparse.report.style import (
     LABELS,
     dense_line,
     density_axis,
+    labels_beside,
     looks,
+    of_seeds,
     order_of,
     panels,
     save,
@@ -37,10 +39,13 @@ def accuracy_against_density(rows: Sequence[Row], path: Path, title: str) -> Pat
         path: the PNG to write; the data go to the CSV beside it.
         title: what was trained on what.
     """
-    with panels(COLUMN) as (figure, grid):
-        _draw_labels(grid[0, 0], rows, "accuracy", 100, "spread")
-        grid[0, 0].set_ylabel("test accuracy, %")
-        _legend_and_title(figure, grid[0, 0], rows, title, "mean ± standard deviation")
+    with panels((COLUMN[0] + 0.9, COLUMN[1])) as (figure, grid):
+        axes = grid[0, 0]
+        _draw_labels(axes, rows, "accuracy", 100, "spread")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_ylim(*axes.get_ylim())
+        labels_beside(axes, _ends(rows), 0.07)
+        _title(figure, rows, title, "mean ± standard deviation")
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -61,7 +66,8 @@ def cost_against_density(rows: Sequence[Row], path: Path, title: str) -> Path:
             _draw_labels(axes, rows, key, scale)
             axes.set_ylim(bottom=0)
             axes.set_ylabel(name)
-        _legend_and_title(figure, grid[0, 0], rows, title)
+        _legend(figure, grid[0, 0])
+        _title(figure, rows, title)
         return save(figure, [{key: row[key] for key in KEYS} for row in rows], path)
 
 
@@ -95,7 +101,8 @@ def accuracy_against_flops(rows: Sequence[Row], path: Path, title: str) -> Path:
         axes.set_xscale("log")
         axes.set_xlabel("FLOPs of the training, layers counted by their density")
         axes.set_ylabel("test accuracy, %")
-        _legend_and_title(figure, axes, known, title, "mean ± standard deviation")
+        _legend(figure, axes)
+        _title(figure, known, title, "mean ± standard deviation")
         keys = ("training", *KEYS, "training_flops")
         return save(figure, [{key: row[key] for key in keys} for row in known], path)
 
@@ -117,6 +124,17 @@ def _draw_labels(
         axes.plot(density, [scale * row[key] for row in mine], **look, markersize=5,
                   linewidth=2.4 if label == IRP else 1.5, label=_name(label))  # fmt: skip
     density_axis(axes, [1 - row["sparsity"] for row in sparse])
+
+
+def _ends(rows: Sequence[Row]) -> list[tuple[float, float, str, str]]:
+    """Return where each label's line ends, for `labels_beside`; dense at the lowest density."""
+    ends = []
+    lowest = 1 - max(row["sparsity"] for row in rows)
+    for label, look, mine in _by_label(rows):
+        height = 100 * mine[-1]["accuracy"]
+        density = lowest if label == DENSE else 1 - mine[-1]["sparsity"]
+        ends.append((density, height, f"{_name(label)}: {height:.1f}", look["color"]))
+    return ends
 
 
 def _by_label(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, Any], list[Row]]]:
@@ -176,15 +194,15 @@ def layer_densities(tickets: Iterable[Row], path: Path, title: str) -> Path:
         return save(figure, rows, path)
 
 
-def _legend_and_title(
-    figure: Any, axes: Any, rows: Sequence[Row], title: str, what: str = "mean"
-) -> None:
+def _legend(figure: Any, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     columns = -(-len(names) // -(-len(names) // 4))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=10)
+
+
+def _title(figure: Any, rows: Sequence[Row], title: str, what: str = "mean") -> None:
     seeds = max(row["seeds"] for row in rows)
-    spread = f"{what} of {seeds} seeds" if seeds > 1 else "one seed"
-    figure.suptitle(f"{title}\n{spread}", fontsize=11)
+    figure.suptitle(f"{title}\n{of_seeds(seeds, what)}", fontsize=11)
 
 
 def _name(label: str) -> str:

@@ -6,16 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import LABELS, dense_line, panels, save
+from autosparse.report.style import (
+    COLOURS,
+    LABELS,
+    MARKERS,
+    criterion_of,
+    dense_line,
+    of_seeds,
+    panels,
+    save,
+)
 
 TWIN_STYLE = {
-    "ticket": ("#D55E00", "o", "-"),
-    "shuffled": ("#0072B2", "s", "--"),
-    "reinitialised": ("#009E73", "^", "--"),
-    "inverted": ("#CC79A7", "v", "--"),
-    "erk": ("#E69F00", "D", ":"),
-    "uniform": ("#56B4E9", "X", ":"),
+    "ticket": ("", "o", "-"),
+    "shuffled": ("#555555", "s", "--"),
+    "reinitialised": ("#888888", "^", "--"),
+    "inverted": ("#AAAAAA", "P", "--"),
+    "erk": (COLOURS["erk"], MARKERS["erk"], ":"),
+    "uniform": (COLOURS["uniform"], MARKERS["uniform"], ":"),
 }
+"""Twin -> colour, marker, line. A ticket has its criterion's colour, its own twins are grey."""
 TWIN_LABELS = {
     "shuffled": "shuffled in layers",
     "reinitialised": "weights drawn anew",
@@ -55,7 +65,7 @@ def comparison(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
             axes.set_xlabel("sparsity", fontsize=11)
         figure.supylabel("test accuracy, %", fontsize=11)
         seeds = max(row["seeds"] for row in rows)
-        figure.suptitle(f"{title}, mean ± standard deviation of {seeds} seeds", fontsize=11)
+        figure.suptitle(f"{title}, {of_seeds(seeds)}", fontsize=11)
         flat = [
             {**{k: v for k, v in row.items() if k != "twins"}, **_flat_twins(row)} for row in rows
         ]
@@ -69,6 +79,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> N
         reached = [(r["sparsity"], r if kind == "ticket" else r["twins"].get(kind)) for r in rows]
         points = [(sparsity, each) for sparsity, each in reached if each is not None]
         colour, marker, line = TWIN_STYLE[kind]
+        colour = colour or COLOURS.get(criterion_of(rows[0]["label"]), "#000000")
         offset = (number - (len(kinds) - 1) / 2) * 0.08
         axes.errorbar(
             [places.index(sparsity) + offset for sparsity, _ in points],
@@ -76,7 +87,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], places: list[float]) -> N
             yerr=[100 * each["spread"] for _, each in points],
             color=colour, marker=marker, linestyle=line, markersize=6, capsize=2,
             linewidth=1.4 if kind == "ticket" else 1.0,
-            label="the ticket" if kind == "ticket" else TWIN_LABELS[kind],
+            label="the ticket (in its colour)" if kind == "ticket" else TWIN_LABELS[kind],
         )  # fmt: skip
     axes.set_xticks(range(len(places)), [f"{100 * place:g} %" for place in places])
     axes.set_xlim(-0.5, len(places) - 0.5)

@@ -117,4 +117,7 @@ def _listed(value: Any, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(each) for each in value]
     except ValueError:
-        raise UsageError(f"{value} is no list of {kind.__name__}s") from None
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise UsageError(
+            f"{', '.join(map(str, value))}: a list of {wanted} is wanted, such as 0.9,0.95"
+        ) from None

@@ -32,6 +32,8 @@ SHORT = {
 MEANS = ("validation_accuracy", "seconds", "prune_seconds", "image_passes")
 COUNTS = ("parameters", "checkpoint_bytes")
 TITLE = "per cent; passes: of one image; cost: of one training"
+SPARE = ("parameters", "kB", "passes", "seconds", "live")
+"""Columns that a narrow terminal goes without."""
 
 
 def placed(result: Result, batch_size: int | None = None) -> Result:
@@ -184,7 +186,7 @@ def mark(row: Row) -> str:
 
 def show(made: Sequence[Row]) -> None:
     """Print the table."""
-    print_table(list(shown(made)), TITLE)
+    print_table(list(shown(made)), TITLE, SPARE)
 
 
 def shown(made: Sequence[Row]) -> Iterator[dict[str, str]]:
@@ -227,7 +229,7 @@ def show_trainings(results: Iterable[Result]) -> None:
         for row in made
     ]  # fmt: skip
     lines = [line | size for line, size in zip(shown(made), sizes, strict=True)]
-    print_table(lines, f"{TITLE}; seconds: of one training")
+    print_table(lines, f"{TITLE}; seconds: of one training", SPARE)
 
 
 # What is best, and what is written

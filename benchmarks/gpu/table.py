@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,20 @@ def plain_table(lines: list[tuple[str, ...]]) -> str:
 
 
 def markdown(stages: dict[str, Any]) -> str:
-    """Return the table of docs/performance.md."""
+    """Return the tables of docs/performance.md: one of six columns for each stage."""
     machines = sorted({told(stage) for stage in stages.values()}) or [MISSING]
-    lines = [f"Measured on: {'; '.join(machines)}.", ""]
-    lines += ["| " + " | ".join(HEADS) + " |", "| " + " | ".join("---" for _ in HEADS) + " |"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(stages, missing=True)]
+    lines = [f"Measured on: {'; '.join(machines)}."]
+    heads = ("figure", "value", "spread", "goal", "met", "against")
+    for name, found in groupby(rows(stages, missing=True), key=lambda row: row[0]):
+        lines += ["", f"### Stage {name}", "", _line(heads), _line(["---"] * len(heads))]
+        for _, figure, value, spread, unit, goal, reached, peer in found:
+            shown = value if value == MISSING else f"{value} {unit}"
+            lines.append(_line((f"`{figure}`", shown, spread, goal, reached, peer)))
     return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def told(stage: dict[str, Any]) -> str:

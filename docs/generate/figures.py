@@ -1,9 +1,9 @@
-"""Draws the figures of README.md and docs/autos.md from the figures that are kept.
+"""Draws the figures of README.md, docs/autos.md and docs/scale.md from the figures that are kept.
 
     python -m docs.generate.figures
 
-accuracy_over_sparsity.png comes from results/long_trainings.json, autos_frontier.png and
-autos_long.png from the CSV files beside them.
+accuracy_over_sparsity.png comes from results/long_trainings.json, those of AutoS from the CSV files
+beside them, those of docs/scale.md from the cost model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
-from autosparse.report.style import COLOURS, LABELS, looks, panels, save
-from benchmarks.frontier import frontier, labels_beside
+from autosparse.report.autos_figures import calibration
+from autosparse.report.style import COLOURS, LABELS, labels_beside, looks, panels, save
+from benchmarks import scale_figures
+from benchmarks.frontier import frontier
 from docs.generate.results import RESNET, read
 
 DOCS = Path(__file__).parents[1]
@@ -43,7 +45,7 @@ def accuracy_over_sparsity(path: Path) -> Path:
     rows = points()
     places = sorted({row["sparsity"] for row in rows} - {0})
     order = {level: place for place, level in enumerate(places)}
-    with panels((7.2, 4.4)) as (figure, grid):
+    with panels((6.0, 4.6)) as (figure, grid):
         axes, items = grid[0, 0], []
         axes.set_xlim(-0.15, len(places) - 0.85)
         axes.set_ylim(43, 69.5)
@@ -61,9 +63,7 @@ def accuracy_over_sparsity(path: Path) -> Path:
                 axes.plot(x, y, linewidth=2, markersize=7, **found[name])
             else:
                 axes.plot(x, y, linewidth=1, color=COLOURS[name], linestyle="--")
-            label = {"irp": "full IRP, five trainings", "dense": "dense"}.get(
-                name, LABELS.get(name)
-            )
+            label = {"irp": "full IRP", "dense": "dense"}.get(name, LABELS.get(name))
             last = [(a, b) for a, b in zip(x, y, strict=True) if b > 43][-1]
             text = f"{label}: {y[-1]:.1f}" + (" at 99 %" if name == "snip" else "")
             items.append((*last, text, COLOURS[name]))
@@ -71,7 +71,9 @@ def accuracy_over_sparsity(path: Path) -> Path:
         axes.set_xlabel("sparsity: prunable weights removed before training")
         axes.set_ylabel("test accuracy, %")
         axes.set_title(
-            f"{RESNET}, CIFAR-10 at 16 px, 8,820 steps, 3 seeds", loc="left", fontsize=11
+            f"{RESNET}, CIFAR-10 at 16 px\n8,820 steps, 3 seeds; full IRP costs five trainings",
+            loc="left",
+            fontsize=11,
         )
         labels_beside(axes, items, 0.06)
         return save(figure, rows, path)
@@ -95,6 +97,11 @@ def main() -> None:
     for name, level, steps in (("autos_frontier", 95, "468"), ("autos_long", 98, "8,820")):
         title = f"{RESNET}, CIFAR-10 at 16 px, {level} % pruned, {steps} steps"
         frontier(rows_of(DOCS / f"{name}.csv"), DOCS / f"{name}.png", title)
+    calibration(
+        rows_of(DOCS / "autos_calibration.csv"), DOCS / "autos_calibration.png",
+        "Seven architectures, each left out of the fit",
+    )  # fmt: skip
+    scale_figures.draw(DOCS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Finds lines of prose over 100 characters in the Markdown files.
+"""Finds lines of prose over 100 characters, and tables of over six columns, in the Markdown files.
 
-Tables, code, formulas, comments and headings are left alone, and what a link leads to is not
-counted.
+Of lines, those of tables, code, formulas, comments and headings are left alone, and what a link
+leads to is not counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 100
+LONGEST, MOST_COLUMNS = 100, 6
+AS_IT_WAS = ROOT / "docs" / "results" / "log.md"
+"""The research log keeps the tables that were made then."""
+RULE = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)+\|?")
+"""The line of dashes below the head of a table."""
 TARGET = re.compile(r"\]\([^)]*\)|https?://\S+")
 
 
@@ -32,10 +36,20 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
 
 
 def too_long(path: Path) -> list[str]:
-    """Return "FILE:LINE" for every line of prose that is too long that is too long."""
+    """Return "FILE:LINE" for every line of prose that is too long."""
     name = path.relative_to(ROOT)
     return [
         f"{name}:{number}"
         for number, line in prose(path.read_text(encoding="utf-8"))
         if len(TARGET.sub("", line)) > LONGEST
+    ]
+
+
+def too_wide(path: Path) -> list[str]:
+    """Return "FILE:LINE" for every table of more than six columns."""
+    name = path.relative_to(ROOT)
+    return [
+        f"{name}:{number}"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if RULE.fullmatch(line.strip()) and line.strip().strip("|").count("|") >= MOST_COLUMNS
     ]

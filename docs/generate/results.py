@@ -89,8 +89,9 @@ def index() -> str:
         "What we say of autosparse, and how sure it is. *Supported*: it held wherever it was",
         "looked at. *Mixed*: it held in some places, or only on development nets. *Refuted*: it",
         "did not hold. A **development net** is one that a choice was made on (a default, a",
-        "method): what it shows is a best case. A **held out** net was in no table when choices",
-        "were made. The [research log](log.md) has everything else, also what failed.", "",
+        "method): what it shows is a best case. A net is **held out** where no choice was made on",
+        "it; its page says what of it had been seen by then. The [research log](log.md) has",
+        "everything else, also what failed.", "",
         table(["claim", "verdict", "n", "interval"], rows),
     ]  # fmt: skip
     for claim in claims():
@@ -185,8 +186,10 @@ def experiment_page(experiment: dict[str, Any]) -> str:
         seeds = ", ".join(map(str, seeds))
     facts = {
         "command": f"`{experiment['command']}`", "seeds": seeds, "data": experiment["data"],
-        "data fingerprint": experiment["data_fingerprint"], "commit": experiment["commit"],
-        "recorded in": experiment["recorded_in"], "machine": experiment["machine"],
+        "data fingerprint": experiment["data_fingerprint"],
+        "made by commit": experiment["commit"],
+        "first recorded in commit": experiment["first_recorded_in"],
+        "machine": experiment["machine"],
         "superseded by": experiment["superseded_by"] or "nothing",
     }  # fmt: skip
     return "\n".join([
@@ -195,7 +198,9 @@ def experiment_page(experiment: dict[str, Any]) -> str:
         *wrapped(f"**Protocol** ({written}; [in the log's words]({protocol['link']})). "
                  f"{protocol['text']}"), "",
         "## Table", "", *wrapped(f"In {experiment['unit']}."), "", *tables_of(experiment), "",
-        "## Limits", "",
+        "## Choices made on it", "",
+        *(line for each in experiment["choices"] for line in wrapped(f"- {each}", 2)),
+        "", "## Limits", "",
         *(line for each in experiment["limits"] for line in wrapped(f"- {each}", 2)),
         "", "## How it was run", "",
         table(["what", "which"], [[key, str(value)] for key, value in facts.items()]), "",
@@ -203,7 +208,7 @@ def experiment_page(experiment: dict[str, Any]) -> str:
 
 
 def readme_table() -> str:
-    """Return the README's table: means of the long trainings, and the net that no choice saw."""
+    """Return the README's table: means of the long trainings, and the net without choices."""
     long, unseen = read("long_trainings")["nets"], read("unseen_net")["nets"][UNSEEN]["rows"]
     first = {row["key"]: row for row in long[RESNET]["rows"]}
     second = {row["key"]: row for row in long[EFFICIENT]["rows"]}
@@ -224,15 +229,16 @@ def readme_table() -> str:
     return table(
         ["criterion", f"{RESNET} (development net, 3 seeds)",
          f"{EFFICIENT} (development net, 1 seed)",
-         "seresnext26t-16/32/48/64 (held out, 2 seeds)", "cost, of a training"], rows,
+         "seresnext26t-16/32/48/64 (no choice made on it, 2 seeds)", "cost, of a training"], rows,
     )  # fmt: skip
 
 
 def blocks() -> dict[str, str]:
     """Return what stands between the marks of README.md and docs/autos.md."""
-    long = read("long_trainings")
+    long, left_out = read("long_trainings"), read("left_out")
     return {
         "readme": readme_table(),
+        "left out": table(left_out["columns"], left_out["rows"]),
         "short": short_95(),
         "means": short_means(),
         "long resnet10t": net_table(long, RESNET),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from autosparse.sparsity.ticket import Ticket, compact
 from benchmarks import cost_model, scale, scale_predictions, shapes
 from benchmarks.cost_model import GPU, Cluster, Collective, Plan, Precision, Shape
 
+ROOT = Path(scale_predictions.__file__).parents[1]
 TINY = Shape("tiny", layers=(1000, 3000), others=(50, 50), flops=1e6, activation_bytes=200.0)
 PAPER = Precision(2, 2, 12)
 
@@ -223,3 +226,10 @@ def test_predictions_say_where_compact_training_pays_and_where_not():
     assert sparse["memory_gb"] > dense["memory_gb"], "kept scratch costs more than ZeRO 3 saves"
     dense, sparse = (row(sparsity, 3, 64, 100) for sparsity in (0.0, 0.98))
     assert sparse["memory_one_layer_gb"] < dense["memory_one_layer_gb"]
+
+
+def test_the_pages_tables_are_those_that_are_predicted():
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert scale_predictions.filled(page) == page
+    for name in scale_predictions.TABLES:
+        assert f"<!-- predicted: {name} -->\n\n**resnet50**" in page

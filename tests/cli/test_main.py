@@ -441,7 +441,11 @@ def test_corpus_verify_says_that_all_is_well(grown, capsys):
     before = contents(grown)
     assert run("corpus", "verify", "grown") == 0
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("2 runs in grown: every byte is what was written\n", "")
+    assert said.err == ""
+    assert said.out.splitlines() == [
+        "2 runs in grown: every byte is what was written",
+        "next: autosparse fit --corpus grown",
+    ]
     assert contents(grown) == before
 
 
@@ -463,7 +467,7 @@ def cut(path: Path) -> None:
         (flipped_tensor, "run run2: run.safetensors: parameter b.weight (survival) is not"),
         (flipped_header, "run run2: run.safetensors: its header"),
         (cut, "run run2: run.safetensors: grown/run2/run.safetensors is damaged"),
-        (Path.unlink, "run run2: run.safetensors: is missing"),
+        (Path.unlink, "run run2: run.safetensors: no such file"),
     ],
 )
 def test_corpus_verify_names_what_is_damaged(damage, named, grown, capsys):
@@ -480,9 +484,9 @@ def test_corpus_verify_names_what_is_damaged(damage, named, grown, capsys):
 
 def test_corpus_merge(grown, folder, capsys):
     assert run("corpus", "merge", "grown", "all") == 0
-    assert capsys.readouterr().out == "2 runs copied to all, 0 were there already\n"
+    assert capsys.readouterr().out.splitlines()[0] == "2 runs copied to all, 0 were there already"
     assert run("corpus", "merge", "grown", "all", "all") == 0
-    assert capsys.readouterr().out == "0 runs copied to all, 4 were there already\n"
+    assert capsys.readouterr().out.splitlines()[0] == "0 runs copied to all, 4 were there already"
     flip(grown / "run1" / "run.safetensors", -1)
     assert run("corpus", "merge", "grown", "more") == 1
     said = capsys.readouterr()
@@ -495,7 +499,9 @@ def test_corpus_merge(grown, folder, capsys):
 def test_corpus_report_draws_figures(folder, capsys):
     irp.run_irp(quick_irp("grown", levels=1))
     assert run("corpus", "report", "grown") == 0
-    figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    *lines, following = capsys.readouterr().out.splitlines()
+    assert following == "next: autosparse fit --corpus grown"
+    figures = [Path(line) for line in lines]
     assert {path.name for path in figures} >= {"levels.png", "survival.png"}
     for path in figures:
         assert path.parent == Path("grown/report")

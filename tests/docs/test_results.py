@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from docs.generate import figures, prose, results
 
-FACTS = ("question", "command", "seeds", "data_fingerprint", "commit", "machine", "limits")
+FACTS = (
+    "question", "command", "seeds", "data_fingerprint", "commit", "machine", "limits", "choices",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", list(results.pages()), ids=lambda path: path.name)
@@ -42,6 +45,7 @@ def test_claims_are_whole() -> None:
 def test_experiments_say_how_they_were_run(experiment: dict) -> None:
     for fact in FACTS:
         assert experiment[fact], fact
+    assert re.search(r"\b[0-9a-f]{7}\b", experiment["first_recorded_in"])
     for net in experiment.get("nets", {}).values():
         assert net["seen"] in ("development net", "held out")
 
@@ -79,6 +83,23 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("path", prose.files(), ids=lambda path: path.name)
 def test_no_line_of_prose_is_too_long(path: Path) -> None:
     assert prose.too_long(path) == []
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in prose.files() if p != prose.AS_IT_WAS], ids=lambda path: path.name
+)
+def test_no_table_has_over_six_columns(path: Path) -> None:
+    assert prose.too_wide(path) == []
+
+
+@pytest.mark.parametrize(("columns", "found"), [(6, []), (7, ["a.md:4"])])
+def test_a_wide_table_is_found(
+    columns: int, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prose, "ROOT", tmp_path)
+    page = tmp_path / "a.md"
+    page.write_text(f"a - b\n\n|{'a|' * columns}\n|{' :-- |' * columns}\n|{'1|' * columns}\n")
+    assert prose.too_wide(page) == found
 
 
 @pytest.mark.parametrize("line", ["word " * 21, "- " + "word " * 21, "[a](b) " + "word " * 20])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from autosparse.core.errors import UsageError
-from autosparse.report import style, sweep_figures
+from autosparse.report import figures, style, sweep_figures
 
 
 def row(label: str, sparsity: float, accuracy: float, **changes) -> dict:
@@ -65,6 +66,42 @@ def test_accuracy_is_drawn_over_density_on_a_log_axis_dense_left(tmp_path: Path,
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (round(band.min(), 6), round(band.max(), 6)) == (65, 85), "± the spread"
     assert [each["accuracy"] for each in written(path)] == ["0.9", "0.7", "0.8", "0.85"]
+
+
+def test_labels_stand_beside_the_ends_of_lines(tmp_path: Path, drawn):
+    sweep_figures.accuracy_against_density(ROWS, tmp_path / "a.png", "t")
+    (axes,) = drawn[0].axes
+    assert {text.get_text() for text in axes.texts} == {"dense: 90.0", "SNIP: 70.0", "IRP: 85.0"}
+    assert not drawn[0].legends and axes.get_legend() is None
+    heights = sorted(text.xyann[1] for text in axes.texts)
+    bottom, top = axes.get_ylim()
+    assert all(b - a > 0.069 * (top - bottom) for a, b in itertools.pairwise(heights))
+
+
+def test_labels_beside_a_log_axis_are_apart_there_too():
+    with style.panels() as (_, grid):
+        axes = grid[0, 0]
+        axes.set_yscale("log")
+        axes.set_ylim(1, 100)
+        style.labels_beside(axes, [(1, 10, "a", "red"), (1, 10, "b", "blue")], 0.1)
+        low, high = sorted(text.xyann[1] for text in axes.texts)
+    assert high / low == pytest.approx(100**0.1)
+    assert high * low == pytest.approx(100)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_sparsity_is_drawn_without_a_warning(tmp_path: Path):
+    one = [row for row in ROWS if row["sparsity"] in (0.0, 0.9)]
+    sweep_figures.accuracy_against_density(one, tmp_path / "a.png", "t")
+    sweep_figures.cost_against_density(one, tmp_path / "b.png", "t")
+
+
+def test_a_criterion_has_its_colour_and_twins_have_none_of_a_criterion():
+    own = {kind: colour for kind, (colour, *_) in figures.TWIN_STYLE.items()}
+    for kind in ("shuffled", "reinitialised", "inverted"):
+        assert own[kind] not in style.COLOURS.values()
+    assert own["erk"] == style.COLOURS["erk"] and own["uniform"] == style.COLOURS["uniform"]
+    assert len(set(own.values())) == len(own)
 
 
 def test_bytes_and_time_have_a_panel_each(tmp_path: Path, drawn):

@@ -19,7 +19,7 @@ from tests.study.small import comparison, result, sweep
         ({"criteria": ["snyp"]}, "unknown criterion 'snyp'.*'snip'"),
         ({"twins": ["shufled"]}, "unknown twin 'shufled'.*'shuffled'"),
         ({"sparsities": [1.0]}, "sparsity must be"),
-        ({"sparsities": "0.9,x"}, "no list of floats"),
+        ({"sparsities": "0.9,x"}, "a list of numbers is wanted"),
         ({"seeds": []}, "at least one"),
         ({"options": {"snap": {}}}, "unknown label in options 'snap'"),
         ({"options": {"snip": {"rounds": 3}}}, "unknown option of snip 'rounds'"),

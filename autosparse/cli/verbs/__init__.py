@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.autos.config import FitConfig
+from autosparse.cli.verbs.inspection import level_rows
 from autosparse.core.errors import unknown
 from autosparse.core.files import is_local, place
 from autosparse.core.progress import Progress, print_table
@@ -35,7 +36,7 @@ def run_irp(config: IRPConfig) -> None:
 
         folder = run.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
     finished = read_run(folder)
-    print_table(finished.card["levels"], title=str(folder))
+    print_table(level_rows(finished.card["levels"]), title=str(folder))
     if config.ticket is not None:
         finished.ticket(finished.levels).save(config.ticket)
         print(f"{config.ticket}: the ticket of level {finished.levels}")
@@ -62,7 +63,8 @@ def fit_autos(config: FitConfig) -> None:
                 "constant's MSE": card["baseline_mse"],
                 "rank correlation": card["best"]["validation_rank_correlation"],
             }
-        ]
+        ],
+        spare=("fingerprint",),
     )
 
 

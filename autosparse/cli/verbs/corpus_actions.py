@@ -8,10 +8,10 @@ from autosparse.core.progress import Progress, print_table
 
 def ls(path: str) -> None:
     """Print a row for every finished run."""
-    from autosparse.corpus.store import Corpus, shown
+    from autosparse.corpus.store import SPARE, Corpus, shown
 
     rows = Corpus(path).table()
-    print_table([shown(row) for row in rows], f"{len(rows)} finished runs in {path}")
+    print_table([shown(row) for row in rows], f"{len(rows)} finished runs in {path}", SPARE)
 
 
 def verify(path: str) -> None:

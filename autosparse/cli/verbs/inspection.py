@@ -20,7 +20,7 @@ def print_cards(paths: list[str]) -> None:
 
 
 def _inspect_folder(path: Path) -> None:
-    from autosparse.corpus.store import RUN, Corpus, is_finished, shown
+    from autosparse.corpus.store import RUN, SPARE, Corpus, is_finished, shown
 
     if is_finished(path):
         _inspect_file(str(path / RUN))
@@ -28,7 +28,7 @@ def _inspect_folder(path: Path) -> None:
     corpus = Corpus(path)
     rows = corpus.table()
     print(f"corpus {path}, fingerprint {corpus.fingerprint}, {len(rows)} finished runs")
-    print_table([shown(row) for row in rows])
+    print_table([shown(row) for row in rows], spare=SPARE)
 
 
 def _inspect_file(path: str) -> None:
@@ -41,7 +41,7 @@ def _inspect_file(path: str) -> None:
         print(f"ticket {path}, fingerprint {ticket.fingerprint}, sparsity {ticket.sparsity:.4%}")
         live = ticket.card.pop("live", {})
         _print_card(ticket.card)
-        print_table([
+        rows = [
             {
                 **row,
                 "shape": "x".join(map(str, row["shape"])),
@@ -49,7 +49,8 @@ def _inspect_file(path: str) -> None:
                 "units": _units(ticket.masks[row["layer"]]),
             }
             for row in ticket.table()
-        ])  # fmt: skip
+        ]
+        print_table(rows, spare=("units", "density"))
     elif kind == "autos":
         print(f"AutoS {path}, fingerprint {header['fingerprint']}, features {header['features']}")
         history = header["card"].pop("history", [])
@@ -60,9 +61,25 @@ def _inspect_file(path: str) -> None:
         print(f"IRP run {path}, run_id {header['run_id']}")
         levels = header.pop("levels")
         _print_card({key: header[key] for key in ("model", "config", "versions")})
-        print_table(levels)
+        print_table(level_rows(levels))
     else:
         raise UsageError(f"{path} is no ticket, IRP run or AutoS file")
+
+
+def level_rows(levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the levels of an IRP run as they are printed; what a card has in common goes."""
+    return [
+        {
+            "level": entry["level"],
+            "density": f"{entry['density']:.2%}",
+            "kept": entry["kept"],
+            "loss": entry["train_loss"],
+            "validation accuracy": f"{entry['validation_accuracy']:.1%}",
+            "images/s": entry.get("images_per_second", ""),
+            "seconds": entry["seconds"],
+        }
+        for entry in levels
+    ]
 
 
 def _units(mask: Any) -> str:

@@ -40,5 +40,7 @@ def promote(name: str, config: PromoteConfig) -> None:
 
 def _print(rows: list[dict[str, Any]]) -> None:
     """Print the columns in which some row says something."""
+    from autosparse.integrations import registry
+
     filled = [key for key in rows[0] if any(row[key] for row in rows)]
-    print_table([{key: row[key] for key in filled} for row in rows])
+    print_table([{key: row[key] for key in filled} for row in rows], spare=registry.SPARE)
