@@ -12,7 +12,7 @@ from autosparse import criteria
 from autosparse.autos.network import AutoS
 from autosparse.core.files import write_json
 from autosparse.study.cells import RESULT, cells
-from tests.criteria.test_prune import close_to_rounding
+from tests.criteria.test_pruning import close_to_rounding
 from tests.integration.cells_on_ranks import configs, told
 from tests.integration.prune_on_ranks import CASES, failure, scores_of, tickets
 from tests.integration.ranks import Group

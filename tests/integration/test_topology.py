@@ -16,7 +16,7 @@ from autosparse.data import sets
 from autosparse.integrations.deepspeed import engine_config
 from autosparse.training.steppers import Ranks
 from tests.conftest import SMALL_DIGITS
-from tests.criteria.test_prune import close_to_rounding
+from tests.criteria.test_pruning import close_to_rounding
 from tests.integration.masked_dense import CASES, one_ulp_beside
 from tests.integration.ranks import Group
 from tests.integration.topologies_on_ranks import (

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from autosparse.core.errors import UsageError
-from autosparse.report import figures, style, sweep_figures
+from autosparse.report import style, sweep_figures, twin_figures
 
 
 def row(label: str, sparsity: float, accuracy: float, **changes) -> dict:
@@ -97,7 +97,7 @@ def test_one_sparsity_is_drawn_without_a_warning(tmp_path: Path):
 
 
 def test_a_criterion_has_its_colour_and_twins_have_none_of_a_criterion():
-    own = {kind: colour for kind, (colour, *_) in figures.TWIN_STYLE.items()}
+    own = {kind: colour for kind, (colour, *_) in twin_figures.TWIN_STYLE.items()}
     for kind in ("shuffled", "reinitialised", "inverted"):
         assert own[kind] not in style.COLOURS.values()
     assert own["erk"] == style.COLOURS["erk"] and own["uniform"] == style.COLOURS["uniform"]
