@@ -2,8 +2,9 @@
 
     python -m docs.generate.figures
 
-accuracy_over_sparsity.png comes from results/long_trainings.json, those of AutoS from the CSV files
-beside them, those of docs/scale.md from the cost model.
+The figure of each claim comes from results/claims.json, accuracy_over_sparsity.png from
+results/long_trainings.json, those of AutoS from the CSV files beside them, those of docs/scale.md
+from the cost model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from autosparse.report.autos_figures import calibration
 from autosparse.report.style import COLOURS, LABELS, labels_beside, looks, panels, save
 from benchmarks import scale_figures
 from benchmarks.frontier import frontier
-from docs.generate.results import RESNET, read
+from docs.generate.results import RESNET, claims, read
 
 DOCS = Path(__file__).parents[1]
 LINES = ("autos", "synflow", "snip", "short_irp")
@@ -79,6 +80,33 @@ def accuracy_over_sparsity(path: Path) -> Path:
         return save(figure, rows, path)
 
 
+def claim(said: dict[str, Any], path: Path) -> Path:
+    """Draw what a claim holds against what: two points a row, the first one's name above it."""
+    rows = said["figure"]["rows"]
+    flat = [{"place": row["place"], **point} for row in rows for point in row["points"]]
+    with panels((6.0, 1.1 + 0.46 * len(rows))) as (figure, grid):
+        axes = grid[0, 0]
+        for height, row in enumerate(rows):
+            values = [point["value"] for point in row["points"]]
+            lower = min(row["points"], key=lambda point: point["value"])
+            axes.plot(values, [height, height], color="#BBBBBB", linewidth=2, zorder=1)
+            for point in row["points"]:
+                colour = COLOURS[point["look"]]
+                axes.plot(point["value"], height, "o", color=colour, markersize=7)
+                left = point is lower
+                axes.annotate(
+                    f"{point['name']} {point['value']:g}", (point["value"], height),
+                    (-8 if left else 8, 0), textcoords="offset points", va="center",
+                    ha="right" if left else "left", color=colour, fontsize=10,
+                )  # fmt: skip
+        axes.set_yticks(range(len(rows)), [row["place"] for row in rows], fontsize=10)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.8)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(said["figure"]["axis"], fontsize=10)
+        return save(figure, flat, path)
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a figure's CSV, numbers as numbers."""
     with path.open(newline="") as file:
@@ -94,6 +122,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Draw all of them."""
     accuracy_over_sparsity(DOCS / "accuracy_over_sparsity.png")
+    for each in claims():
+        claim(each, DOCS / "results" / f"claim_{each['id']}.png")
     for name, level, steps in (("autos_frontier", 95, "468"), ("autos_long", 98, "8,820")):
         title = f"{RESNET}, CIFAR-10 at 16 px, {level} % pruned, {steps} steps"
         frontier(rows_of(DOCS / f"{name}.csv"), DOCS / f"{name}.png", title)

@@ -101,6 +101,7 @@ def index() -> str:
             f"## {claim['title']}", "",
             *wrapped(f"> {claim['statement']}", 2), "",
             *wrapped(f"**{claim['verdict'].capitalize()}.** {claim['evidence']}"), "",
+            f"![{claim['title']}](claim_{claim['id']}.png)", "",
             *wrapped(f"- n: {claim['n']}", 2),
             *wrapped(f"- interval: {interval(claim)}", 2),
             *wrapped(f"- limits: {claim['limits']}", 2),

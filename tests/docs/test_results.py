@@ -76,6 +76,21 @@ def test_the_first_figure_shows_what_the_json_holds(tmp_path: Path) -> None:
     assert path.with_suffix(".csv").read_bytes() == kept.read_bytes()
 
 
+@pytest.mark.parametrize("claim", results.claims(), ids=lambda each: each["id"])
+def test_a_claims_figure_shows_what_its_evidence_says(claim: dict, tmp_path: Path) -> None:
+    """Every value stands in the claim's own words, or in a table that it rests on."""
+    said = [claim["evidence"], str(claim["interval"]), claim["statement"]]
+    said += [json.dumps(results.read(name)) for name in claim["experiments"]]
+    numbers = {float(each) for each in re.findall(r"\d+(?:\.\d+)?", " ".join(said))}
+    for row in claim["figure"]["rows"]:
+        for point in row["points"]:
+            known = numbers | {50.0, 1.0}  # Half of a gap, and the dense step itself.
+            assert point["value"] in known, (row["place"], point)
+    path = figures.claim(claim, tmp_path / "a.png")
+    kept = results.ROOT / "docs" / "results" / f"claim_{claim['id']}.csv"
+    assert path.with_suffix(".csv").read_bytes() == kept.read_bytes()
+
+
 def test_readme_is_short() -> None:
     assert len((results.ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
