@@ -14,7 +14,7 @@ PACKAGE = Path(autosparse.__file__).parent
 EDGES = {
     "ray": {"ray", "tune"},
     "deepspeed": {"deepspeed", "deepspeed_checkpoints", "deepspeed_ranks", "deepspeed_values"},
-    "mlflow": {"mlflow", "promotion", "registry", "registry_pages"},
+    "mlflow": {"measured", "mlflow", "promotion", "registry", "registry_pages"},
 }
 """Library -> the modules of `integrations` that may import it."""
 SCRIPTS = {"launch", "ray_jobs", "benchmarks", "tests"}

@@ -228,6 +228,7 @@ def test_predictions_say_where_compact_training_pays_and_where_not():
     assert sparse["memory_one_layer_gb"] < dense["memory_one_layer_gb"]
 
 
+@pytest.mark.slow
 def test_the_pages_tables_are_those_that_are_predicted():
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     assert scale_predictions.filled(page) == page

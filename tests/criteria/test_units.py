@@ -28,7 +28,7 @@ from autosparse.study.config import StudyConfig
 from autosparse.study.export import dense_model
 from autosparse.study.grid import cells
 from autosparse.study.measure import costs
-from tests.conftest import make_model
+from tests.conftest import few, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +147,7 @@ def left_of(ticket: Ticket) -> tuple[int, int]:
     return found["parameters"], found["flops"]
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "test_vit"])
+@pytest.mark.parametrize("name", few(["test_byobnet", "test_vit"], ["test_byobnet"]))
 def test_slimmed_networks_get_smaller_with_units(digits: DataSource, name: str) -> None:
     model = make_model(name)
     found = [prune(model, digits, "snip", 0.9, units=units) for units in (0.0, 0.5, 1.0)]
@@ -177,19 +177,19 @@ def test_zero_is_the_ticket_of_before(digits: DataSource) -> None:
     assert "units_left" not in plain.card
 
 
-@pytest.mark.parametrize(
-    "selection",
-    [
-        Selection(scope="layer"),
-        Selection(allocation="erk"),
-        Selection(allocation="uniform"),
-        Selection(guard="channel"),
-        Selection(guard="none"),
-        Selection(guard="live"),
-    ],
-    ids=str,
-)
-def test_with_every_selection(digits: DataSource, selection: Selection) -> None:
+SELECTIONS = {
+    "layer": Selection(scope="layer"),
+    "erk": Selection(allocation="erk"),
+    "uniform": Selection(allocation="uniform"),
+    "channel": Selection(guard="channel"),
+    "none": Selection(guard="none"),
+    "live": Selection(guard="live"),
+}
+
+
+@pytest.mark.parametrize("kind", few(SELECTIONS, ["layer", "live"]))
+def test_with_every_selection(digits: DataSource, kind: str) -> None:
+    selection = SELECTIONS[kind]
     model = make_model()
     ticket = prune(model, digits, "snip", 0.9, selection=selection, units=0.6)
     plain = prune(model, digits, "snip", 0.9, selection=selection)
@@ -204,7 +204,7 @@ def test_with_every_selection(digits: DataSource, selection: Selection) -> None:
         assert ticket.card["effective_density"] >= plain.card["effective_density"]
 
 
-@pytest.mark.parametrize("choice", ["live", "random"])
+@pytest.mark.parametrize("choice", few(["live", "random"], ["live"]))
 def test_autos_draws_again_inside_the_units(digits: DataSource, choice: str) -> None:
     model, options = make_model(), {"choice": choice}
     plain = prune(model, digits, "autos", 0.95, options=options)

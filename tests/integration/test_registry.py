@@ -263,7 +263,7 @@ def test_autos_models_are_compared_on_the_same_held_out_runs(added: list[dict]):
         (["promote", NAME], "needs --version N"),
         (["promote", "nobody", "--version", "1"], "unknown registered model 'nobody'"),
         (["promote", NAME, "--version", "99"], "no version 99"),
-        (["promote", NAME, "--version", "x"], "Got value: x"),
+        (["promote", NAME, "--version", "x"], "--version is a whole number, got 'x'"),
         (["promote", NAME, "--versoin", "1"], "'versoin'"),
         (["add", "nowhere"], "no such file"),
     ],

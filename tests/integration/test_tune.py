@@ -155,6 +155,7 @@ def test_a_suggestion_is_written_down_when_its_cell_begins(tmp_path: Path, monke
     assert search.points(settings, 0, 0.5) == [suggestion]
 
 
+@pytest.mark.slow
 def test_optuna_goes_on_from_what_is_over(local_ray, tmp_path: Path):
     pytest.importorskip("optuna")
     settings = config(

@@ -10,6 +10,7 @@ from torch import nn
 from autosparse.models.zoo import prunable
 from autosparse.sparsity.slim import slim
 from autosparse.sparsity.slim_groups import STAYS, Coupled, coupled
+from tests.conftest import few
 from tests.sparsity.slimming import images_of, spoilt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +28,7 @@ def halved(found: Coupled) -> set[int]:
     return {int(unit) for kind in found.kinds for unit in kind[(len(kind) + 1) // 2 :]}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS, ["test_byobnet", "test_vit"]))
 def test_what_is_told_to_go_together_is_what_slimming_cuts(name: str) -> None:
     model, side = net(name)
     weights = prunable(model)

@@ -47,7 +47,7 @@ def test_a_slim_file_says_the_same_elsewhere(kind: str, ticket, tmp_path) -> Non
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
     path = tmp_path / f"x.{kind}"
-    found = exporting.export(ticket, kind, path, slimmed=True)
+    found = exporting.write(ticket, kind, path, slimmed=True)
     before, after = found["parameters"]
     assert after < before
     images = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -77,4 +77,4 @@ def test_the_verb_says_how_much_is_left(ticket, tmp_path, capsys) -> None:
 
 def test_slim_goes_with_what_can_be_slim(ticket, tmp_path) -> None:
     with pytest.raises(UsageError, match="--slim goes with --format onnx or slim, not with dense"):
-        exporting.export(ticket, "dense", tmp_path / "x", slimmed=True)
+        exporting.write(ticket, "dense", tmp_path / "x", slimmed=True)

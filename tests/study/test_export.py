@@ -147,5 +147,5 @@ def test_2_4_as_the_guide_loads_it(digits, tmp_path, capsys):
 
 def test_2_4_needs_a_layer_that_tensor_cores_take(ticket, tmp_path):
     with pytest.raises(UsageError, match="test_byobnet has no pruned linear layer"):
-        exporting.export(ticket, "2:4", tmp_path / "x.safetensors")
+        exporting.write(ticket, "2:4", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
