@@ -13,7 +13,7 @@ NEXT = {
     "prune": "autosparse train --tickets {out}",
     "compare": "autosparse registry add {out}",
     "train": "autosparse export --ticket {out}/NAME, with the folder of one of these trainings",
-    "export": "docs/howto/export.md says how to load {out} without autosparse",
+    "export": "docs/howto/export.md says how to load it without autosparse",
     "measure": "autosparse export --format slim writes the smaller network of a trained ticket",
     "corpus ls": "autosparse inspect {path}/RUN",
     "corpus verify": "autosparse fit --corpus {path}",

@@ -8,6 +8,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import yaml
+
 from autosparse.core.errors import UsageError, unknown
 
 ALSO_CALLED = {
@@ -55,18 +57,28 @@ def checked(name: str, hint: Any, value: str) -> str:
     """
     if hint in (int, float):
         _number(name, hint, value)
-    elif hint is bool and value.lower() not in ("true", "false"):
+    elif hint is bool and not isinstance(_read(value), bool):
         raise UsageError(f"--{name} is true or false, got {value!r}")
     elif (kind := _settings_class(hint)) and not _mapping(value):
         first = "name" if any(each.name == "name" for each in fields(kind)) else "KEY"
         raise UsageError(f"--{name} is a group of settings: write --{name}.{first} {value}")
-    elif get_origin(hint) is list and not value.lstrip().startswith("["):
+    elif get_origin(hint) is list and not (
+        value.lstrip().startswith("[") or isinstance(_read(value), list)
+    ):
         if _settings_class(*get_args(hint)) is not None:
             raise UsageError(f"--{name} is a list of groups: write '[{{name: {value}}}]'")
         if get_args(hint) == (str,):  # Patterns such as *.conv mean something else to YAML.
             return json.dumps([part.strip() for part in value.split(",")])
         return f"[{value}]"
     return value
+
+
+def _read(value: str) -> Any:
+    """Return what YAML takes a value for; the text where it is none."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def percent(value: str) -> str:
@@ -82,6 +94,9 @@ def _number(name: str, kind: type, value: str) -> None:
     try:
         kind(value)
     except ValueError:
+        read = _read(value)  # 0x10, .inf
+        if isinstance(read, kind) and not isinstance(read, bool):
+            return
         wanted = "a whole number" if kind is int else "a number"
         raise UsageError(f"--{name} is {wanted}, got {value!r}{percent(value)}") from None
 

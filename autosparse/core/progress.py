@@ -161,7 +161,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence
 def _left_out(lines: Sequence[dict[str, str]], width: int, spare: Sequence[str]) -> list[str]:
     """Return the columns to leave out so that the rest is not folded."""
     widths = {
-        key: 3 + max(_longest_word(key), *(len(line[key]) for line in lines))
+        key: 3 + max(_longest_word(key), *(len(line.get(key, "")) for line in lines))
         for key in (lines[0] if lines else {})
     }
     found: list[str] = []

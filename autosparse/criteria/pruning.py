@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from autosparse import criteria
-from autosparse.core.errors import unknown
+from autosparse.core.errors import UsageError, unknown
 from autosparse.criteria.card import begin_card, finish_card, refuse_dead
 from autosparse.criteria.config import PruneConfig, ScoringConfig
 from autosparse.criteria.own_models import check_runs
@@ -95,9 +95,10 @@ def prune(
         raise unknown("value of dead", dead, DEAD)
     model = zoo.unwrapped(model)
     zoo.check_values(model)
-    if criterion == DENSE:
-        return _dense(model, data, exclude, seed)
     selection = selection or Selection()
+    if criterion == DENSE:
+        _refuse_units(selection)
+        return _dense(model, data, exclude, seed)
     if scope != "global":
         selection = replace(selection, scope=scope)
     if units:
@@ -130,6 +131,11 @@ def prune_as(config: PruneConfig, *, ranks: Ranks | None = None) -> Ticket:
     )
 
 
+def _refuse_units(selection: Selection) -> None:
+    if selection.units:
+        raise UsageError(f"{DENSE} keeps every weight, so units {selection.units:g} does not apply")
+
+
 def check(config: PruneConfig) -> None:
     """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
     zoo.choose_device(config.device)
@@ -137,7 +143,9 @@ def check(config: PruneConfig) -> None:
     selection_of(config).check()
     for name, options in criteria_of(config):
         criteria.get(name).check_whole(options, filled=("sparsity", "seed"))
-    if config.criterion != DENSE:
+    if config.criterion == DENSE:
+        _refuse_units(selection_of(config))
+    else:
         selection_of(config).check_for(criteria.get(config.criterion), config.options)
     check_scoring(config.scoring)
     check_model(config.model, config.data)

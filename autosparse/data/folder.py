@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def load_folder(config: DataConfig) -> DataSource:
 
     samples = {split: FolderSamples(part) for split, part in parts.items()}
     name = root.name or root.resolve().name
-    return own_data(name, samples, len(classes), config, fingerprint)
+    limited = replace(config, train_limit=None)  # By the files, above.
+    return own_data(name, samples, len(classes), limited, fingerprint)
 
 
 def parts_of(root: Path, validation_fraction: float) -> tuple[dict[str, list[Sample]], list[str]]:

@@ -207,7 +207,8 @@ class NestedRuns:
         """Close an open run; `error` says why it failed."""
         if error:
             self.client.set_tag(self.runs[name], "error", error[:LONGEST_TAG])
-        self.client.set_terminated(self.runs[name], "FAILED" if error else "FINISHED")
+        state = "FINISHED" if error is None else "FAILED"
+        self.client.set_terminated(self.runs[name], state)
 
 
 def nested_run(server: MlflowClient, experiment: str, parent: str, cell: str) -> str | None:

@@ -180,19 +180,27 @@ def _add_study(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{folder} was not tracked: run it again with --tracking true")
     server, experiment = client(folder)
     parent = read_json(folder / RUN_FILE)["run_id"]
-    added = []
-    for result in best_results(drawing.report_of(folder)["results"]):
+    added, leading = [], {}
+    results = best_results(drawing.report_of(folder)["results"])
+    best: dict[tuple[str, float], dict[str, Any]] = {}  # Of one name there may be several models.
+    for each in results:
+        before = best.setdefault((each["model"], each["sparsity"]), each)
+        if each["validation_accuracy"] > before["validation_accuracy"]:
+            best[each["model"], each["sparsity"]] = each
+    for result in results:
         cell = folder / "cells" / result["cell"]
         run = nested_run(server, experiment, parent, result["cell"])
         if run is None:
             raise UsageError(f"MLflow does not know the cell {result['cell']}: run the study again")
         version = register_ticket(cell / TRAINED, read_json(cell / RESULT), run)
         name = f"{result['model']}-sparse"
-        set_alias(name, f"sparsity-{100 * result['sparsity']:g}".replace(".", "_"), version)
+        if result is best[result["model"], result["sparsity"]]:
+            set_alias(name, f"sparsity-{100 * result['sparsity']:g}".replace(".", "_"), version)
+            leading[name] = version
         added.append((name, version))
     if not added:
         raise UsageError(f"{folder} has no finished ticket to register")
-    for name, version in dict(added).items():  # The last of each model is its sparsest.
+    for name, version in leading.items():  # The last of each model is its sparsest.
         contend(name, version)
     return [_row(name, version) for name, version in added]
 

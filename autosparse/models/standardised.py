@@ -68,6 +68,21 @@ def keep_mask(module: nn.Module, mask: Tensor) -> None:
         module.register_buffer(MASK, mask, persistent=False)
 
 
+@contextmanager
+def kernels_as_they_are(model: nn.Module) -> Iterator[None]:
+    """Let all convolutions apply their weights without standardising them, until the end."""
+    classes = {module: type(module) for module in model.modules()}
+    try:
+        for module, kind in classes.items():
+            timms = BASE.get(kind, kind)
+            if timms in KINDS:
+                module.__class__ = KINDS[timms][1]
+        yield
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
+
+
 def unmask(model: nn.Module) -> None:
     """Turn all convolutions back into timm's, without a mask; in place."""
     for module in model.modules():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from autosparse.core.errors import UsageError
 from autosparse.models.restore import untouched
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.slim_constants import facts
@@ -56,8 +57,11 @@ def coupled(model: nn.Module, names: Iterable[str], shape: tuple[int, ...]) -> C
     names = list(names)
     dtype = next(model.parameters()).dtype
     images = torch.ones(2, *shape, device=device_of(model), dtype=dtype)
-    with untouched(model):
-        module = traced(model, images)
+    try:
+        with untouched(model):
+            module = traced(model, images)
+    except UsageError as error:
+        raise UsageError(f"units: {error}; leave units out") from error
     rules = Moves(module, facts(module, images))
     _keep_what_others_write(module, rules, set(names))
     sizes = {name: model.get_parameter(name).shape[:2] for name in names}

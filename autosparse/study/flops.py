@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.models import zoo
+from autosparse.models.standardised import kernels_as_they_are
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.measure import layers
 from autosparse.training.config import TrainingConfig
@@ -33,7 +34,9 @@ def per_image(
     """
     images = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     was, dense, sparse = model.training, 0, 0
-    for row in layers(model.eval(), images):
+    with kernels_as_they_are(model):
+        rows = layers(model.eval(), images)
+    for row in rows:
         mask = masks.get(row["layer"])
         dense += row["flops"]
         sparse += row["flops"] if mask is None else row["flops"] * int(mask.sum()) // mask.numel()

@@ -82,8 +82,9 @@ class StudyCell:
         """
         data = self.config.data
         measured = DataConfig(
-            data.name, data.root, data.image_size, validation_fraction=data.validation_fraction
-        )
+            data.name, data.root, data.image_size, validation_fraction=data.validation_fraction,
+            allow_remote=data.allow_remote, cache=data.cache,
+        )  # fmt: skip
         return run_id(self.config.model, run_id(measured))
 
     @property

@@ -102,6 +102,8 @@ def _row(mine: list[Result]) -> Row:
     """Return the means of one group of tickets."""
     effective = [each["effective_density"] for each in mine
                  if each.get("effective_density") is not None]  # fmt: skip
+    # Results of earlier versions say nothing of them.
+    flops = [each["training_flops"] for each in mine if each.get("training_flops")]
     first = mine[0]
     return {
         **{key: first[key] for key in ("model", "training", "contest", "label", "sparsity")},
@@ -114,7 +116,7 @@ def _row(mine: list[Result]) -> Row:
         **{key: round(_mean(mine, key)) for key in COUNTS},
         "step_seconds": statistics.fmean(_step_seconds(each) for each in mine),
         "effective_density": statistics.fmean(effective) if effective else None,
-        "training_flops": _mean(mine, "training_flops") or None,
+        "training_flops": statistics.fmean(flops) if flops else None,
         "cost_share": statistics.fmean(
             each.get("image_passes", 0.0) / max(each.get("training_passes", 0), 1) for each in mine
         ),

@@ -273,3 +273,10 @@ def test_an_axis_of_a_study_whose_zero_has_the_keys_of_before() -> None:
 def test_irp_in_a_study_refuses() -> None:
     with pytest.raises(UsageError, match="irp prunes single weights"):
         labels.check(StudyConfig(criteria=["irp"], sparsities=[0.9], seeds=[0], units=0.5))
+
+
+def test_dense_tickets_have_no_units() -> None:
+    with pytest.raises(UsageError, match=r"keeps every weight, so units 0\.5 does not apply"):
+        prune(make_model(), "digits", "dense", units=0.5)
+    with pytest.raises(UsageError, match="does not apply"):
+        check(PruneConfig(criterion="dense", units=0.5))

@@ -215,3 +215,16 @@ def pairs(config) -> None:
     source = sets.load(config)
     list(source.train.shuffled(3, seed=0, epoch=0))
     contents(source.test)
+
+
+def test_a_limit_leaves_an_image_of_every_class(tmp_path):
+    """In memory and streamed alike: it is one of files."""
+    for place, (name, count) in enumerate({"a": 30, "b": 3, "c": 3, "d": 3}.items()):
+        fill(tmp_path / "own" / name, 30 * place, count)
+    found = [
+        sets.load(config(tmp_path / "own", train_limit=4))
+        for config in (in_memory_config, streamed_config)
+    ]
+    for source in found:
+        assert source.train.labels.unique().tolist() == [0, 1, 2, 3]
+    assert len(found[0].train) == len(found[1].train)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autosparse import prune
 from autosparse.data.sets import DataSource
+from autosparse.models.zoo import prunable
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.cells import Cell
 from autosparse.study.config import SparseTrainConfig
@@ -66,3 +67,14 @@ def test_a_result_says_what_its_training_cost(tmp_path: Path, digits: DataSource
     assert sum(row["kept"] for row in layers) < 0.11 * weights
     passes = found["training_passes"]
     assert found["training_flops"] == 3 * sparse * passes + (dense - sparse) * 2 * 100
+
+
+def test_kernels_that_are_standardised_count_by_their_density() -> None:
+    model = make_model("test_nfnet")
+    masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in prunable(model).items()}
+    for mask in masks.values():
+        mask.view(-1)[: mask.numel() // 10] = True
+    kinds = [type(module) for module in model.modules()]
+    dense, sparse = per_image(model, masks, (1, 16, 16))
+    assert 0.09 * dense < sparse < 0.11 * dense
+    assert [type(module) for module in model.modules()] == kinds

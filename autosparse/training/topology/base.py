@@ -27,6 +27,7 @@ class Topology:
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self.model, self.config = unwrapped(model), config
+        self.model.__dict__.pop(TOPOLOGY, None)  # Of a training before this one.
         self.weights: Mapping[str, Any] = {}
         """What may change, by the name of the dense parameter."""
         self.history: list[dict[str, Any]] = []
