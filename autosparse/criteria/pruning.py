@@ -96,13 +96,13 @@ def prune(
     model = zoo.unwrapped(model)
     zoo.check_values(model)
     selection = selection or Selection()
-    if criterion == DENSE:
-        _refuse_units(selection)
-        return _dense(model, data, exclude, seed)
     if scope != "global":
         selection = replace(selection, scope=scope)
     if units:
         selection = replace(selection, units=units)
+    if criterion == DENSE:
+        _refuse_units(selection)
+        return _dense(model, data, exclude, seed)
     scored, begun = score(
         model, data, criterion, sparsity, selection=selection,
         scoring=scoring, seed=seed, options=options, exclude=exclude, loss_fn=loss_fn, ranks=ranks,

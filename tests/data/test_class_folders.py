@@ -219,7 +219,7 @@ def pairs(config) -> None:
 
 def test_a_limit_leaves_an_image_of_every_class(tmp_path):
     """In memory and streamed alike: it is one of files."""
-    for place, (name, count) in enumerate({"a": 30, "b": 3, "c": 3, "d": 3}.items()):
+    for place, (name, count) in enumerate({"a": 30, "b": 6, "c": 6, "d": 6}.items()):
         fill(tmp_path / "own" / name, 30 * place, count)
     found = [
         sets.load(config(tmp_path / "own", train_limit=4))
