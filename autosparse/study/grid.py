@@ -8,7 +8,7 @@ cells may be trained in any order, by any process, on any machine that shares th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,14 @@ from autosparse.study.axes import Point
 from autosparse.study.config import StudyConfig
 from autosparse.study.labels import BASELINES, IRP, TICKET
 from autosparse.study.trainings import RESULT
+from autosparse.training.config import TrainingConfig
 
 LOCAL, RAY, DEEPSPEED = "local", "ray", "deepspeed"
 STOPPED, FAILED = "stopped.json", "failed.json"
+NO_TOPOLOGY: dict[str, Any] = {
+    each.name: each.default for each in fields(TrainingConfig) if each.name.startswith("topology")
+}
+"""The settings of a topology as they are where none moves."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,13 @@ class StudyCell:
 
     @property
     def training(self) -> str:
-        """A hash of all that a training of the dense model depends on: nothing that prunes."""
+        """A hash of all that a training of the dense model depends on.
+
+        Nothing that prunes, and no topology, which a dense model has none of.
+        """
         config = self.config
-        return run_id(config.model, run_id(config.data), run_id(config.training), str(self.seed))
+        training = replace(config.training, **NO_TOPOLOGY)
+        return run_id(config.model, run_id(config.data), run_id(training), str(self.seed))
 
     @property
     def ticket_key(self) -> str:

@@ -113,6 +113,26 @@ def test_a_dense_training_is_in_every_group_that_only_prunes_otherwise(tmp_path:
     assert len(set(dense)) == 4
 
 
+def test_a_dense_training_is_in_every_group_whose_topology_is_another(tmp_path: Path):
+    variations = [
+        {},
+        {"topology": "rigl", "topology_every": 5},
+        {"optimizer_wrapper": "ham"},
+        {"optimizer_wrapper": "ham", "topology": "set"},
+    ]
+    settings = sweep(
+        tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0], variations=variations
+    )
+    found = plan.cells(settings)
+    assert [cell.label for cell in found].count("dense") == 2, "one plain, one with HAM"
+    for cell in found:
+        wrapped = cell.config.training.optimizer_wrapper == "ham"
+        result(cell, (0.8 if wrapped else 0.9) if cell.label == "dense" else 0.6)
+    rows = [row for row in table.table(found) if row["label"] == "dense"]
+    assert [row["accuracy"] for row in rows] == [0.9, 0.9, 0.8, 0.8]
+    assert len({row["training"] for row in rows}) == 4
+
+
 def test_values_that_look_alike_when_rounded_are_rows_of_their_own(tmp_path: Path):
     rates = [0.0012341, 0.0012342, 0.00123420001]
     settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5], seeds=[0],
