@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -28,7 +29,7 @@ NETS = ["test_byobnet", "test_vit", "test_resnet", "test_efficientnet", "test_co
 
 
 def net(name: str) -> nn.Module:
-    options = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=5, **options).double()
 
@@ -103,7 +104,7 @@ def test_training_is_the_same_and_the_network_smaller(name: str, config: Trainin
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def two_layers(second: list[list[float]]) -> tuple[nn.Module, Ticket]:
+def two_layers(second: list[list[float]]) -> tuple[nn.Sequential, Ticket]:
     """Two pixels, four hidden units, two classes; the first two units have no weight of their own.
 
     All that is kept of the second layer is said by `second`.
@@ -172,14 +173,14 @@ class Counting(nn.Sequential):
     """A network that says another thing if it has fewer units."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) * len(self[1].bias)
+        return super().forward(images) * self[1].out_features
 
 
 class Growing(nn.Sequential):
     """A network that does not run with fewer units."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) + torch.ones(4).view(len(self[1].bias), 1).sum()
+        return super().forward(images) + torch.ones(4).view(self[1].out_features, 1).sum()
 
 
 @pytest.mark.parametrize(
