@@ -13,19 +13,22 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import autosparse
+from autosparse.autos import fit
 from autosparse.autos.config import FitConfig
-from autosparse.cli import main
+from autosparse.cli import main, quickstart
 from autosparse.cli.arguments import parse
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus import store as corpora
+from autosparse.criteria import pruning
 from autosparse.criteria.config import PruneConfig
 from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models.config import ModelConfig
+from autosparse.study import local
 from autosparse.study.config import SparseTrainConfig
-from tests.conftest import flip, quick_irp, tiny_run
+from tests.conftest import flip, holder, quick_irp, tiny_run
 
 ROOT = Path(autosparse.__file__).parent.parent
 
@@ -220,9 +223,33 @@ def test_loss_that_is_not_finite_names_the_step(capsys):
     assert re.search(r"at step [234] \(epoch 1\)", line)
 
 
-def test_place_that_cannot_be_written_is_a_failure(folder, capsys):
-    (folder / "taken").mkdir()
-    refuse(capsys, [*PRUNE, "--out", "taken"], "taken", code=1)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*PRUNE, "--out", "folder"],
+        ["fit", "--corpus", "folder", "--out", "folder"],
+        ["irp", "--ticket", "folder"],
+        ["irp", "--out", "file"],
+        ["compare", "--tracking", "false", "--out", "file"],
+        ["quickstart", "--out", "file"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_is_told_before_work_begins(
+    arguments, folder, capsys, monkeypatch
+):
+    for module, name in ((pruning, "prune_as"), (fit, "fit"), (irp, "run_irp"), (local, "run"),
+                         (quickstart, "_run")):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work has begun"))
+    (folder / "folder").mkdir()
+    (folder / "file").write_text("")
+    refuse(capsys, arguments, arguments[-1], code=1)
+
+
+def test_a_second_quickstart_in_the_folder_is_told_of_the_first(folder, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "_run", lambda *_: pytest.fail("work has begun"))
+    with holder(folder / "out") as process:
+        refuse(capsys, ["quickstart", "--out", "out"], f"worked on by process {process.pid}")
 
 
 # settings
