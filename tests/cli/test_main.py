@@ -22,6 +22,7 @@ from autosparse.core.files import read_json
 from autosparse.corpus import store as corpora
 from autosparse.criteria import pruning
 from autosparse.criteria.config import PruneConfig
+from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
@@ -244,6 +245,17 @@ def test_a_place_that_cannot_be_written_is_told_before_work_begins(
     (folder / "folder").mkdir()
     (folder / "file").write_text("")
     refuse(capsys, arguments, arguments[-1], code=1)
+
+
+@pytest.mark.parametrize("key", ["--model.name test_resnett", "--model.exclude [nothing]",
+                                 "--model.options {colour:3}", "--device gpu"])  # fmt: skip
+@pytest.mark.parametrize(
+    "verb", [["prune"], ["irp"], ["compare", "--tracking", "false"]], ids=" ".join
+)
+def test_mistakes_are_told_before_data_are_loaded(verb, key, capsys, monkeypatch):
+    monkeypatch.setattr(sets, "load", lambda *_: pytest.fail("work has begun"))
+    given = [*verb, "--model.name", "test_resnet", *key.split()]
+    refuse(capsys, given, key.split()[1].strip("[{}]").partition(":")[0])
 
 
 def test_a_second_quickstart_in_the_folder_is_told_of_the_first(folder, capsys, monkeypatch):
