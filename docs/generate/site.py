@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files
 from docs.generate import configuration, criteria, python, results, verbs
 
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+NAME = re.compile(r"<code>[^<]+</code>")
 FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 
@@ -59,6 +61,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     )
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Let a long name in a table break after an underscore, a dot or a slash, nowhere else."""
+    return CELL.sub(lambda cell: NAME.sub(_breakable, cell[0]), html)
+
+
 def on_post_page(output: str, page: Any, **_: object) -> str:
     """Let pages opened from disk find what search needs beside them, not on the network."""
     here = "../" * page.file.dest_uri.count("/")
@@ -83,8 +90,18 @@ def _in_a_list(lines: list[str]) -> bool:
     return any(line.startswith("- ") for line in lines[last + 1 :])
 
 
+def _breakable(name: re.Match[str]) -> str:
+    return re.sub(r"(?<=[a-z0-9])([_./])(?=[a-z])", r"\1<wbr>", name[0][6:-7]).join(
+        ("<code>", "</code>")
+    )
+
+
 def _mathml(found: re.Match[str]) -> str:
+    """Return a formula; one that is no paragraph of its own stays inside its line."""
     from latex2mathml.converter import convert
 
-    alone = found.string[: found.start()].endswith("\n\n")
-    return convert(" ".join(found[1].split()), display="block" if alone else "inline")
+    before, after = found.string[: found.start()], found.string[found.end() :]
+    latex = " ".join(found[1].split())
+    if before.endswith("\n\n") and (after.startswith("\n\n") or not after.strip()):
+        return convert(latex, display="block")
+    return f"<span>{convert(latex)}</span>"
