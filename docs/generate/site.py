@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from docs.generate import configuration, criteria, python, results, verbs
 
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
-CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 NAME = re.compile(r"<code>[^<]+</code>")
 FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
