@@ -19,6 +19,7 @@ from docs.generate import configuration, criteria, python, results, verbs
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 NAME = re.compile(r"<code>[^<]+</code>")
+FIGURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
 FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 
@@ -62,7 +63,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Let a long name in a table break after an underscore, a dot or a slash, nowhere else."""
+    """Let long names in tables break after `_`, `.` and `/` only; link figures to their files."""
+    html = FIGURE.sub(r'<a href="\2">\1</a>', html)
     return CELL.sub(lambda cell: NAME.sub(_breakable, cell[0]), html)
 
 
@@ -103,5 +105,5 @@ def _mathml(found: re.Match[str]) -> str:
     before, after = found.string[: found.start()], found.string[found.end() :]
     latex = " ".join(found[1].split())
     if before.endswith("\n\n") and (after.startswith("\n\n") or not after.strip()):
-        return convert(latex, display="block")
+        return f'<div class="formula">{convert(latex, display="block")}</div>'
     return f"<span>{convert(latex)}</span>"
