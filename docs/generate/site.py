@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files
 from docs.generate import configuration, criteria, python, results, verbs
 
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+FOUND_LAST = "---\nsearch:\n  boost: 0.3\n---\n"
+"""What people search for stands in pages that were written for them first, then in docstrings."""
 CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 NAME = re.compile(r"<code>[^<]+</code>")
 FIGURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
@@ -49,6 +51,8 @@ def on_files(files: Files, config: Any) -> Files:
         **criteria.pages(),
     }
     for path, text in pages.items():
+        if path.startswith("reference/python/"):
+            text = FOUND_LAST + text
         files.append(File.generated(config, path, content=text))
     return files
 

@@ -336,7 +336,7 @@ def test_prune_then_inspect(folder, capsys):
     said = capsys.readouterr()
     assert "deep/t.safetensors" in said.out
     assert "90.00% sparsity" in said.out
-    assert said.err == ""
+    assert said.err == "next: autosparse train --tickets deep/t.safetensors\n"
     assert run("inspect", "deep/t.safetensors") == 0
     said = capsys.readouterr().out
     assert "ticket deep/t.safetensors" in said
@@ -417,7 +417,7 @@ def test_corpus_ls_lists_finished_runs(grown, capsys):
     before = contents(grown)
     assert run("corpus", "ls", "grown") == 0
     said = capsys.readouterr()
-    assert said.err == ""
+    assert said.err == "next: autosparse inspect grown/RUN\n"
     assert "2 finished runs in grown" in said.out
     assert "run1" in said.out and "run2" in said.out and "run3" not in said.out
     assert "70.0% at 50.0%" in said.out
