@@ -375,7 +375,7 @@ def test_prune_then_inspect(folder, capsys):
     said = capsys.readouterr()
     assert "deep/t.safetensors" in said.out
     assert "90.00% sparsity" in said.out
-    assert said.err == ""
+    assert said.err == "next: autosparse train --tickets deep/t.safetensors\n"
     assert run("inspect", "deep/t.safetensors") == 0
     said = capsys.readouterr().out
     assert "ticket deep/t.safetensors" in said
@@ -456,7 +456,7 @@ def test_corpus_ls_lists_finished_runs(grown, capsys):
     before = contents(grown)
     assert run("corpus", "ls", "grown") == 0
     said = capsys.readouterr()
-    assert said.err == ""
+    assert said.err == "next: autosparse inspect grown/RUN\n"
     assert "2 finished runs in grown" in said.out
     assert "run1" in said.out and "run2" in said.out and "run3" not in said.out
     assert "70.0% at 50.0%" in said.out
@@ -468,11 +468,11 @@ def test_corpus_index_is_made_anew(grown, capsys):
     assert run("corpus", "ls", "grown") == 0
     said = capsys.readouterr()
     assert "2 finished runs in grown" in said.out
-    assert len(said.err.splitlines()) == 1
+    assert len(said.err.splitlines()) == 2
     assert run("corpus", "index", "grown") == 0
     assert "index of 2 runs: grown/index.parquet" in capsys.readouterr().out
     assert run("corpus", "ls", "grown") == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "next: autosparse inspect grown/RUN\n"
 
 
 def test_corpus_verify_says_that_all_is_well(grown, capsys):
@@ -480,11 +480,8 @@ def test_corpus_verify_says_that_all_is_well(grown, capsys):
     before = contents(grown)
     assert run("corpus", "verify", "grown") == 0
     said = capsys.readouterr()
-    assert said.err == ""
-    assert said.out.splitlines() == [
-        "2 runs in grown: every byte is what was written",
-        "next: autosparse fit --corpus grown",
-    ]
+    assert said.err == "next: autosparse fit --corpus grown\n"
+    assert said.out == "2 runs in grown: every byte is what was written\n"
     assert contents(grown) == before
 
 
@@ -538,9 +535,9 @@ def test_corpus_merge(grown, folder, capsys):
 def test_corpus_report_draws_figures(folder, capsys):
     irp.run_irp(quick_irp("grown", levels=1))
     assert run("corpus", "report", "grown") == 0
-    *lines, following = capsys.readouterr().out.splitlines()
-    assert following == "next: autosparse fit --corpus grown"
-    figures = [Path(line) for line in lines]
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "next: autosparse fit --corpus grown"
+    figures = [Path(line) for line in said.out.splitlines()]
     assert {path.name for path in figures} >= {"levels.png", "survival.png"}
     for path in figures:
         assert path.parent == Path("grown/report")

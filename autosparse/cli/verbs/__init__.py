@@ -31,7 +31,7 @@ def run_irp(config: IRPConfig) -> None:
         bar = progress.bar("IRP", total=total, unit="epochs")
 
         def on_level(entry: dict[str, Any]) -> None:
-            bar.describe(f"IRP: density {entry['density']:.3g} done")
+            bar.describe(f"IRP: density {entry['density']:.3g}")
             bar.set((entry["level"] + 1) * config.training.epochs)
 
         folder = run.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
