@@ -36,7 +36,7 @@ from autosparse.core.errors import RunFailed, UsageError, unknown
 from autosparse.core.ranges import check_ranges
 from autosparse.criteria.base import Masks, get, register
 from autosparse.criteria.short_irp import endless
-from autosparse.models.contract import outputs_of
+from autosparse.models.contract import each_float, outputs_of
 from autosparse.models.gradients import Batch, LossFn, note, spend, with_weights
 from autosparse.models.restore import untouched
 from autosparse.models.standardised import kernels_gated
@@ -98,8 +98,9 @@ def cts(
 
     Args:
         sparsity: fraction of weights to remove.
-        objective: kl (of the outputs, class scores [B, C, …], to the dense network's) or loss
-            (the task's). A step of kl costs 4/3 passes of its images, a step of loss 1.
+        objective: kl (of the outputs, class scores [B, C, …], to the dense network's, summed where
+            there are several) or loss (the task's). A step of kl costs 4/3 passes of its images, a
+            step of loss 1.
         steps: of Adam, at least 1, each on one batch.
         learning_rate: of Adam, above 0, in log-odds.
         temperature: τ of the gates, above 0.
@@ -256,7 +257,8 @@ def _objective(
         return loss_fn(outputs, labels)
     with torch.no_grad():
         dense = outputs_of(model, images)
-    return reverse_kl(_class_scores(outputs), _class_scores(dense))
+    pairs = zip(_class_scores(outputs), _class_scores(dense), strict=True)
+    return torch.stack([reverse_kl(*pair) for pair in pairs]).sum()
 
 
 def reverse_kl(sparse: Tensor, dense: Tensor) -> Tensor:
@@ -265,14 +267,17 @@ def reverse_kl(sparse: Tensor, dense: Tensor) -> Tensor:
     return kl_div(dense, sparse, reduction="batchmean", log_target=True)
 
 
-def _class_scores(outputs: Any) -> Tensor:
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
-        kind = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+def _class_scores(outputs: Any) -> list[Tensor]:
+    """Return all floats [B, two or more, …] among the outputs."""
+    found: list[Tensor] = []
+    each_float(lambda part: found.append(part) or part, outputs)
+    found = [each for each in found if each.ndim > 1 and each.shape[1] > 1]
+    if not found:
         raise UsageError(
-            f"cts: objective kl compares class scores [B, classes], and the model gives {kind}; "
-            "set options.objective to loss"
+            "cts: objective kl compares class scores [B, classes], and there are none among the "
+            "model's outputs; set options.objective to loss"
         )
-    return outputs
+    return found
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:

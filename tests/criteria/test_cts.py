@@ -314,24 +314,34 @@ def test_a_wrong_beginning_is_refused_before_work_begins(beginning: str) -> None
         cts.check_whole({"beginning": beginning}, filled=("sparsity", "seed"))
 
 
-class Pair(nn.Module):
+class Several(nn.Module):
+    """Two heads in a dict, and one number per image."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 2)
 
     def forward(self, pixels: Tensor) -> Any:
-        return self.layer(pixels), pixels
+        return {"a": self.first(pixels), "b": [self.second(pixels)], "mean": pixels.mean(1)}
+
+
+def test_all_class_scores_are_compared() -> None:
+    # Without a head's divergence its log-odds would all be as they began, kept by position.
+    torch.manual_seed(1)
+    batch = (torch.randn(16, 4), torch.zeros(16).long())
+    found = cts(Several(), [batch], cross_entropy, sparsity=0.5, steps=1)
+    for name in ("first", "second"):
+        assert 0 < found[f"{name}.weight"].sum() < found[f"{name}.weight"].numel()
 
 
 def test_kl_needs_class_scores() -> None:
-    batch = (torch.randn(4, 4), torch.zeros(4).long())
-    said = r"class scores \[B, classes\], and the model gives tuple; set options.objective to loss"
+    batch = (torch.randn(4, 4), torch.zeros(4, 1))
+    said = r"class scores \[B, classes\], .* none among .*; set options.objective to loss"
+    options = {"sparsity": 0.5, "steps": 1}
     with pytest.raises(UsageError, match=said):
-        cts(Pair(), [batch], cross_entropy, **OPTIONS)
-    first = lambda outputs, labels: cross_entropy(outputs[0], labels)  # noqa: E731
-    assert cts(Pair(), [batch], first, **OPTIONS, objective="loss")["layer.weight"].sum() == 1
-    with pytest.raises(UsageError, match=r"the model gives \[4, 1\]"):
-        cts(nn.Linear(4, 1), [batch], squared_error, **OPTIONS)
+        cts(nn.Linear(4, 1), [batch], squared_error, **options)
+    assert cts(nn.Linear(4, 1), [batch], squared_error, **options, objective="loss")
 
 
 def test_no_batch() -> None:

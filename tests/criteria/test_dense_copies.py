@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "erk": {"sparsity": 0.5},
 }
 MOST = {"short_irp": 4, "cts": 8}
-"""What trains: AdamW has two moments a weight; CTS has log-odds, Adam's two moments for them, gates,
+"""What trains: AdamW has two moments a weight; CTS has log-odds, Adam's two moments of them, gates,
 gated weights, and gradients by all of these."""
 
 
