@@ -207,7 +207,7 @@ def test_the_last_steps_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_stay_and_batch_norm_is_put_back() -> None:
     model = convnet()
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    cts(model, images(8, 8), cross_entropy, **OPTIONS, beginning="ntk_sap")
+    cts(model, images(8, 8), cross_entropy, **OPTIONS, beginning="fisher")
     assert all(torch.equal(model.state_dict()[name], each) for name, each in before.items())
     assert model.training
 
