@@ -223,7 +223,7 @@ def test_autos_draws_again_inside_the_units(digits: DataSource, choice: str) -> 
 # What cannot be
 
 
-@pytest.mark.parametrize("criterion", ["short_irp", "autos_irp"])
+@pytest.mark.parametrize("criterion", ["short_irp", "autos_irp", "cts"])
 def test_a_choice_refuses(criterion: str) -> None:
     said = f"^criterion {criterion} chooses the weights itself, so units 0.5 does not apply"
     with pytest.raises(UsageError, match=said):
