@@ -39,6 +39,7 @@ FEW: dict[str, dict[str, Any]] = {
     "ntk_sap": {"rounds": 2, "draws": 1},
     "px": {"rounds": 3},
     "short_irp": {"levels": 2, "steps_per_level": 2},
+    "cts": {"steps": 4},
 }
 QUICK = ("erk", "lamp", "magnitude", "random")
 """Criteria without a pass; their seconds are nearly all in drawing or sorting."""

@@ -132,7 +132,7 @@ def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn)
     stepper.recipe.hard = stepper.recipe.soft = loss_fn
     stepper.seed = horizon.seed
     loss = torch.zeros(())
-    for images, labels in islice(_endless(batches), horizon.steps):
+    for images, labels in islice(endless(batches), horizon.steps):
         loss = stepper.step(images.to(device), labels.to(device))
         spend(len(labels))
     if not torch.isfinite(loss):
@@ -141,7 +141,7 @@ def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn)
     return {name: dense.get_parameter(name).detach().cpu() for name in alive}
 
 
-def _endless(batches: Batches) -> Iterator[Batch]:
+def endless(batches: Batches) -> Iterator[Batch]:
     """Yield the batches again and again; `batches` may be an endless stream."""
     while True:
         empty = True

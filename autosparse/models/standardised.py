@@ -8,7 +8,7 @@ one, and a filter with one survivor still carries a signal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,26 @@ def kernels_masked(model: nn.Module) -> Iterator[None]:
     finally:
         for module in mine:
             module.__class__ = BASE[type(module)]
+
+
+@contextmanager
+def kernels_gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside `kernels_masked`, multiply kernels by gates in [0, 1], which may have a graph.
+
+    `gates` are named as the weights are, and may hold those of other layers too.
+    """
+    mine = [
+        (module, gates[f"{name}.weight"])
+        for name, module in model.named_modules()
+        if isinstance(module, _Masked) and f"{name}.weight" in gates
+    ]
+    try:
+        for module, gate in mine:
+            vars(module)[MASK] = gate
+        yield
+    finally:
+        for module, _ in mine:
+            vars(module).pop(MASK, None)
 
 
 def as_plain(model: nn.Module) -> nn.Module:

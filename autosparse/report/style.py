@@ -31,16 +31,17 @@ COLOURS = {
     "iter_snip": "#117733",
     "short_irp": "#777777",
     "autos_irp": "#A03A00",
+    "cts": "#44AA99",
 }
 """Criterion -> its colour, the same in every figure."""
 MARKERS = {"autos": "o", "magnitude": "s", "snip": "^", "synflow": "D", "erk": "v", "random": "X",
            "uniform": "X", "irp": "*", "lamp": "P", "grasp": "h", "iter_snip": ">",
-           "short_irp": "p", "autos_irp": "d"}  # fmt: skip
+           "short_irp": "p", "autos_irp": "d", "cts": "<"}  # fmt: skip
 LABELS = {
     "autos": "AutoS", "snip": "SNIP", "synflow": "SynFlow", "erk": "ERK", "irp": "IRP",
     "uniform": "uniform random", "grasp": "GraSP", "lamp": "LAMP", "iter_snip": "iterative SNIP",
     "force": "FORCE", "prospr": "ProsPr", "ntk_sap": "NTK-SAP", "px": "PX", "fisher": "Fisher",
-    "short_irp": "short IRP", "autos_irp": "AutoS IRP",
+    "short_irp": "short IRP", "autos_irp": "AutoS IRP", "cts": "CTS",
 }  # fmt: skip
 OTHER_MARKERS = ("P", "h", "<", ">", "p", "d")
 STYLE: dict[Any, Any] = {

@@ -6,18 +6,21 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria
+from autosparse.autos.heads import erk_log_odds
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import short_irp as levels
-from autosparse.criteria.autos import PRETRAINED, counts, use_lift
+from autosparse.criteria.autos import PRETRAINED, counts, load_scorer, use_lift
 from autosparse.models.gradients import mean_gradients
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
+from autosparse.sparsity.counts import keep_count
 
 
 def net() -> nn.Module:
@@ -211,3 +214,39 @@ def test_without_movement_the_initial_weights_rank(scorer: AutoS, tmp_path: Path
         alive = found[name]
         lowest = weight.abs()[alive].min()
         assert not (weight.abs()[~alive] > lowest).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet50", {}), ("vit_base_patch16_224", {"img_size": 64}), ("convnext_base", {})],
+)
+def test_densities_of_large_networks_are_near_erk(name: str, options: dict) -> None:
+    """Its corpus has none as large: no layer is starved, and none grows as the whole shrinks,
+    but for those that ERK fills, by less than 0.06.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **options).train()
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randn(4, 3, 64, 64, generator=generator), torch.arange(4)
+    weights = prunable(model)
+    gradients = mean_gradients(model, weights, [batch], cross_entropy)
+    lift = use_lift(model, weights, [batch], criteria.get("autos").options["reuse"])
+    shapes = {layer: weight.shape for layer, weight in weights.items()}
+    before = dict.fromkeys(weights, 1.0)
+    for sparsity in (0.8, 0.9, 0.95, 0.98, 0.99):
+        found = load_scorer(None).layer_densities(weights, gradients, 1 - sparsity, lift)
+        erk = {
+            layer: 1 / (1 + math.exp(-each))
+            for layer, each in erk_log_odds(shapes, 1 - sparsity).items()
+        }
+        for layer, density in found.items():
+            assert 0.4 * erk[layer] < density < 32 * erk[layer], (layer, sparsity)
+            # Of a layer that ERK fills IRP leaves a little less at first.
+            assert density <= before[layer] or (
+                erk[layer] > 0.99 and density - before[layer] < 0.06
+            ), (layer, sparsity)
+        kept = counts(found, weights, sparsity)
+        assert sum(kept.values()) == keep_count(sum(map(math.prod, shapes.values())), sparsity)
+        assert min(kept.values()) > 1000
+        before = found

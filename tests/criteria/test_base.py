@@ -87,7 +87,7 @@ def needed(name: str, scorer: str) -> dict[str, Any]:
         return {"scorer": scorer.replace("autos.", "heads."), **SHORT_LEVELS, "sparsity": 0.7}
     if name == "autos":
         return {"scorer": scorer, "sparsity": 0.7}
-    few = {"rounds": 2, "steps_per_level": 2, "levels": 2, "draws": 2}
+    few = {"rounds": 2, "steps_per_level": 2, "levels": 2, "draws": 2, "steps": 2}
     known = criteria.get(name).options
     return {key: value for key, value in {"sparsity": 0.7, **few}.items() if key in known}
 
@@ -112,7 +112,7 @@ def test_a_finite_score_or_a_bool_per_prunable_weight(
         assert not score.requires_grad
     if criterion.makes_choice(options):
         assert masks.kept(scores) == keep_count(masks.total(scores), 0.7)
-    assert criterion.makes_choice(options) == (name in ("autos_irp", "short_irp"))
+    assert criterion.makes_choice(options) == (name in ("autos_irp", "cts", "short_irp"))
 
 
 @pytest.mark.parametrize("name", criteria.names())

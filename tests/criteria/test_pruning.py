@@ -309,6 +309,7 @@ def test_a_scope_beside_a_selection_is_not_lost(digits: DataSource) -> None:
 CHOICES = {
     "autos": {},
     "autos_irp": {"levels": 1, "steps_per_level": 1},
+    "cts": {"steps": 1},
     "short_irp": {"levels": 1, "steps_per_level": 1},
 }
 
@@ -570,6 +571,8 @@ PASSES = {
     # gradient with the Hessian's (two); θ_0 and its (two).
     "prospr": ({"steps": 2}, (2 + 1 + 1 + 2 + 2) * IMAGES),
     "short_irp": ({"levels": 2, "steps_per_level": 3, "batch_size": 25}, 2 * 3 * 25),
+    # The sparse network forward and back, the dense one forward.
+    "cts": ({"steps": 6, "batch_size": 25}, 6 * 25 * (1 + 1 / 3)),
 }
 
 

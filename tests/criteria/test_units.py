@@ -148,7 +148,8 @@ def left_of(ticket: Ticket) -> tuple[int, int]:
     return found["parameters"], found["flops"]
 
 
-@pytest.mark.parametrize("name", few(["test_byobnet", "test_vit"], ["test_byobnet"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_byobnet", "test_vit"])
 def test_slimmed_networks_get_smaller_with_units(digits: DataSource, name: str) -> None:
     model = make_model(name)
     found = [prune(model, digits, "snip", 0.9, units=units) for units in (0.0, 0.5, 1.0)]
@@ -188,7 +189,7 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", few(SELECTIONS, ["layer", "live"]))
+@pytest.mark.parametrize("kind", few(SELECTIONS, ["layer"]))
 def test_with_every_selection(digits: DataSource, kind: str) -> None:
     selection = SELECTIONS[kind]
     model = make_model()
@@ -205,7 +206,8 @@ def test_with_every_selection(digits: DataSource, kind: str) -> None:
         assert ticket.card["effective_density"] >= plain.card["effective_density"]
 
 
-@pytest.mark.parametrize("choice", few(["live", "random"], ["live"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["live", "random"])
 def test_autos_draws_again_inside_the_units(digits: DataSource, choice: str) -> None:
     model, options = make_model(), {"choice": choice}
     plain = prune(model, digits, "autos", 0.95, options=options)
@@ -222,7 +224,7 @@ def test_autos_draws_again_inside_the_units(digits: DataSource, choice: str) -> 
 # What cannot be
 
 
-@pytest.mark.parametrize("criterion", ["short_irp", "autos_irp"])
+@pytest.mark.parametrize("criterion", ["short_irp", "autos_irp", "cts"])
 def test_a_choice_refuses(criterion: str) -> None:
     said = f"^criterion {criterion} chooses the weights itself, so units 0.5 does not apply"
     with pytest.raises(UsageError, match=said):

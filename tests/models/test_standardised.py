@@ -17,11 +17,18 @@ import pytest
 import torch
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import conv2d, cross_entropy, pad
 
 from autosparse import criteria
 from autosparse.models import zoo
-from autosparse.models.standardised import STANDARDISED, as_plain, kernels_masked, mask_kernel
+from autosparse.models.standardised import (
+    STANDARDISED,
+    as_plain,
+    kernels_gated,
+    kernels_masked,
+    mask_kernel,
+)
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import densify
 from autosparse.sparsity.ticket import Ticket, compact
@@ -222,6 +229,22 @@ def test_a_filter_without_survivors_gives_its_bias(name: str) -> None:
     bias = 0.0 if model.layer.bias is None else model.layer.bias[2].item()
     assert (outputs[:, 2] == bias).all()
     assert outputs.isfinite().all()
+
+
+@ALL
+def test_a_gate_multiplies_the_kernel_too(name: str) -> None:
+    model = Only(CASES[name].build())
+    gate = torch.rand(model.layer.weight.shape, generator=torch.Generator().manual_seed(3)).double()
+    before = model(images())
+    expected = gate * standardised(model.layer, gate * model.layer.weight).detach()
+    with kernels_masked(model):
+        held = set(vars(model.layer))
+        weights = {"layer.weight": gate * model.layer.weight.detach()}
+        with kernels_gated(model, {"layer.weight": gate, "other.weight": gate}):
+            found = functional_call(model, weights, (images(),))
+        assert set(vars(model.layer)) == held
+    torch.testing.assert_close(found, by_hand(model.layer, expected, images()))
+    assert torch.equal(model(images()), before)
 
 
 # Gradients

@@ -50,6 +50,7 @@ def test_bytes_are_those_of_the_values_and_a_header() -> None:
     assert 4 * 119 < found["safetensors_bytes"] < 4 * 119 + 600
 
 
+@pytest.mark.slow
 def test_the_verb_prints_a_table_and_writes_json(digits, tmp_path, capsys) -> None:
     pytest.importorskip("onnxruntime")
     ticket = prune(make_model(), digits, "erk", 0.95)

@@ -194,6 +194,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled once: that weights come from elsewhere at every step makes nothing new of it."""
     made: list[int] = []
