@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autosparse.criteria.pruning import prune
     from autosparse.sparsity.compact import densify
     from autosparse.sparsity.slim import slim
+    from autosparse.sparsity.slim_training import slim_for_training
     from autosparse.sparsity.ticket import Ticket, compact
     from autosparse.training.optimizers import parameter_groups
 
@@ -27,6 +28,7 @@ _HOMES = {
     "parameter_groups": "training.optimizers",
     "prune": "criteria.pruning",
     "slim": "sparsity.slim",
+    "slim_for_training": "sparsity.slim_training",
 }
 __all__ = [
     "AutoS",
@@ -38,6 +40,7 @@ __all__ = [
     "parameter_groups",
     "prune",
     "slim",
+    "slim_for_training",
 ]
 
 

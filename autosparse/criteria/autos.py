@@ -25,11 +25,10 @@ from autosparse.autos import features
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError, unknown
 from autosparse.criteria.base import Masks, Scores, register
-from autosparse.criteria.units import rooms
+from autosparse.criteria.units import Dial, rooms
 from autosparse.models.gradients import mean_gradients, note
 from autosparse.sparsity import masks, paths, reach
 from autosparse.sparsity.counts import keep_count
-from autosparse.sparsity.slim_groups import coupled
 
 PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safetensors"
 CHOICES = ("live", "random")
@@ -49,7 +48,10 @@ def has_two_heads(scorer: str | None = None, **_) -> bool:
     return load_scorer(scorer).head == "survival"
 
 
-@register("autos", needs_data=True, provenance=fingerprints, learned=True, chooses=has_two_heads)
+@register(
+    "autos", needs_data=True, provenance=fingerprints, learned=True, chooses=has_two_heads,
+    takes_units=True,
+)  # fmt: skip
 def autos(
     model,
     parameters,
@@ -61,7 +63,7 @@ def autos(
     choice: str = "live",
     reuse: float = 0.25,
     seed: int = 0,
-    units: float = 0.0,
+    units: Dial | None = None,
 ) -> Scores | Masks:
     """Return the masks that an AutoS file with two heads chooses; with a single head, its scores.
 
@@ -99,11 +101,10 @@ def autos(
         return reach.best_on_paths(model, noise, count, shape, within=within, tilt=TILT)
 
     chosen = drawn(kept)
-    if not units:
+    if units is None:
         return chosen
-    together = coupled(model, chosen, paths.image_shape(model, batches))
     votes = {name: mask.float() for name, mask in chosen.items()}
-    found = rooms(together, votes, chosen, units)
+    found = rooms(units, votes, chosen)
     note("units_left", [found.left, found.of])
     return drawn(found.counts, found.within)
 

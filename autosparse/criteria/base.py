@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError, unknown
+from autosparse.criteria.units import Dial
 from autosparse.models import batch_norm
 from autosparse.models.contract import checked_loss, gradients_on
 from autosparse.models.gradients import LossFn, Shared
@@ -47,7 +48,7 @@ FIRST: dict[str, dict[str, Any]] = {
 Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEFAULTS.
 """
 UNITS = "units"
-"""Argument of a criterion that chooses and lets whole units go: no option, but of Selection."""
+"""Argument of a criterion that `takes_units`: a `units.Dial`, or None; it is no option."""
 EMPTY = inspect.Parameter.empty
 _REGISTRY: dict[str, Criterion] = {}
 NO_CRITERION = (
@@ -77,6 +78,9 @@ class Criterion:
 
     allocates: bool = False
     """Whether its scores are made for given layer counts, which no other setting may change."""
+    takes_units: bool = False
+    """Whether it chooses inside units by itself; the argument `units` tells it which there are and
+    how much is asked for."""
 
     def makes_choice(self, options: Mapping[str, Any]) -> bool:
         """Return whether the criterion returns Masks when it is given these options."""
@@ -84,18 +88,16 @@ class Criterion:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options with their defaults: the function's keyword-only arguments, but for `units`."""
+        """Options with their defaults: the function's keyword-only arguments.
+
+        Without `units`, where the criterion `takes_units`: that is a setting of the selection.
+        """
         parameters = inspect.signature(self.function).parameters.values()
         return {
             each.name: each.default
             for each in parameters
-            if each.kind is each.KEYWORD_ONLY and each.name != UNITS
+            if each.kind is each.KEYWORD_ONLY and not (self.takes_units and each.name == UNITS)
         }
-
-    @property
-    def takes_units(self) -> bool:
-        """Whether it chooses inside units by itself, told how much by the argument `units`."""
-        return UNITS in inspect.signature(self.function).parameters
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class Criterion:
         exclude: Sequence[str] = (),
         training_mode: bool = True,
         warm_up: bool = False,
-        units: float = 0.0,
+        dial: Dial | None = None,
         **options: Any,
     ) -> Scores | Masks:
         """Score or choose among the prunable weights; model and RNGs are left as they were.
@@ -172,12 +174,12 @@ class Criterion:
                 statistics, dropout is on. In eval mode scores do not depend on how the samples
                 are cut into batches.
             warm_up: set batch norm's running statistics from the batches first.
-            units: as in Selection, for a criterion that `takes_units`.
+            dial: what a criterion that `takes_units` gets as `units`.
             options: the criterion's own; an unknown one raises UsageError.
         """
         self.check(options)
         self._check_none_lacks(options)
-        inside = {UNITS: units} if units else {}
+        inside = {} if dial is None else {UNITS: dial}
         if not self.trains and not isinstance(batches, Sequence):
             batches = list(batches)
         if self.needs_data and not self.trains and not isinstance(batches, Shared) and not batches:
@@ -233,12 +235,13 @@ def register(
     learned: bool = False,
     chooses: bool | Callable[..., bool] = False,
     allocates: bool = False,
+    takes_units: bool = False,
 ) -> Callable:
     """Register the decorated function as the criterion `name`; see Criterion for the fields."""
 
     def add(function: Callable[..., Scores | Masks]) -> Callable[..., Scores | Masks]:
         _REGISTRY[name] = Criterion(
-            name, function, needs_data, trains, provenance, learned, chooses, allocates
+            name, function, needs_data, trains, provenance, learned, chooses, allocates, takes_units
         )
         return function
 

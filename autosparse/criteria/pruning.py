@@ -184,8 +184,8 @@ def choose(
         chosen = select(scored, begun["sparsity"])
         begun = {**begun, **tie_entry(scored, chosen)}
         within = None
-        if scored.selection.units:
-            chosen, found = into_units(model, chosen, scored)
+        if scored.dial is not None:
+            chosen, found = into_units(chosen, scored, scored.dial)
             within, begun = found.within, {**begun, "units_left": [found.left, found.of]}
         if scored.selection.guard == "live":
             chosen = onto_paths(model, chosen, scored, within)

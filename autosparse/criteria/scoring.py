@@ -23,7 +23,8 @@ from autosparse.criteria import own_models
 from autosparse.criteria.base import as_on_rank_0
 from autosparse.criteria.card import begin_card
 from autosparse.criteria.config import ScoringConfig
-from autosparse.criteria.selection import UNIFORM, Scored, Selection
+from autosparse.criteria.selection import UNIFORM, Scored, Selection, dial_of
+from autosparse.criteria.units import Dial
 from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
@@ -77,12 +78,13 @@ def score(
         source = _held(source, [main, *others], _classes(model, loss_fn))
     if ranks is not None and ranks.world_size > 1:
         same_everywhere(_state_hash(model), "holds another model", ranks)
-    if not main.needs_data:
+    if selection.units or not main.needs_data:
         own_models.check_runs(model, source)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
+    dial = dial_of(model, selection, zoo.prunable(model, exclude), context.shape())
     with counting() as cost:
-        scored = context.scored(main, asked, sparsity, selection)
+        scored = context.scored(main, asked, sparsity, selection, dial)
     changed = main.changed_defaults(asked)
     begun = begin_card(
         model, source, criterion=criterion, options=asked, sparsity=sparsity, seed=seed,
@@ -126,22 +128,22 @@ class _Context:
         options: dict[str, Any],
         sparsity: float,
         selection: Selection,
+        dial: Dial | None,
     ) -> Scored:
         """Return what the criterion says, and how much each layer keeps if another allocates."""
-        units = selection.units if criterion.takes_units else 0.0
-        returned = self.run(criterion, sparsity, options, units)
+        returned = self.run(criterion, sparsity, options, dial if criterion.takes_units else None)
         if criterion.makes_choice(options):
             return Scored({}, None, selection, self.shape(), returned)
         _warn_of_level_scores(returned, criterion.name, sparsity)
         counts = self.allocated(selection, returned, sparsity)
-        return Scored(returned, counts, selection, self.shape())
+        return Scored(returned, counts, selection, self.shape(), dial=dial)
 
     def run(
         self,
         criterion: criteria.Criterion,
         sparsity: float,
         options: dict[str, Any],
-        units: float = 0.0,
+        dial: Dial | None = None,
     ) -> criteria.Scores | Masks:
         """Return scores or masks; `sparsity` and `seed` are filled in where it has them."""
         known = {"sparsity": sparsity, "seed": self.seed}
@@ -154,7 +156,7 @@ class _Context:
                 exclude=self.exclude,
                 training_mode=self.scoring.mode == "train",
                 warm_up=self.scoring.warm_up,
-                units=units,
+                dial=dial,
                 **usual | options,
             )
         if self.ranks.world_size > 1:

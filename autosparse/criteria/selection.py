@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from autosparse import criteria
 from autosparse.core.errors import UsageError, unknown
-from autosparse.criteria.units import Rooms, rooms
+from autosparse.criteria.units import Dial, Rooms, rooms
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.masks import Masks
 from autosparse.sparsity.paths import CannotFollow
@@ -109,6 +109,8 @@ class Scored:
     """[C, H, W] of an image, where it is known."""
     masks: Masks | None = None
     """What the criterion chose, if it does."""
+    dial: Dial | None = None
+    """Which units can go, where the selection asks for that."""
 
 
 def select(scored: Scored, sparsity: float) -> Masks:
@@ -128,17 +130,30 @@ def select(scored: Scored, sparsity: float) -> Masks:
     )
 
 
-def into_units(model: nn.Module, chosen: Masks, scored: Scored) -> tuple[Masks, Rooms]:
+def dial_of(
+    model: nn.Module, selection: Selection, names: Iterable[str], shape: tuple[int, ...] | None
+) -> Dial | None:
+    """Return which units of a model can go, if the selection asks for that.
+
+    Raises UsageError where none can, and where the model cannot be traced.
+    """
+    if not selection.units:
+        return None
+    if shape is None:
+        raise UsageError("units needs to know the images' shape: give a batch, or named data")
+    dial = Dial(coupled(model, names, shape), selection.units)
+    dial.check()
+    return dial
+
+
+def into_units(chosen: Masks, scored: Scored, dial: Dial) -> tuple[Masks, Rooms]:
     """Return masks inside the units that stay, as many as `units` says, and where these lie."""
     selection = scored.selection
-    if scored.shape is None:
-        raise UsageError("units needs to know the images' shape: give a batch, or named data")
     per_channel = selection.guard == "channel"
     found = rooms(
-        coupled(model, chosen, scored.shape),
+        dial,
         scored.scores,
         chosen,
-        selection.units,
         min_per_layer=0 if selection.guard == "none" else 1,
         per_channel=per_channel,
     )

@@ -27,6 +27,24 @@ from autosparse.sparsity.slim_groups import STAYS, Coupled
 
 
 @dataclass(frozen=True)
+class Dial:
+    """Which units of a network can go, and how far that is asked for."""
+
+    coupled: Coupled
+    units: float
+    """Above 0, at most 1."""
+
+    def check(self) -> None:
+        """Raise UsageError for a network none of whose units can go."""
+        if not any(self.can_shrink(name) for name in self.coupled.tables):
+            raise UsageError("units: no unit of this network can go, so leave units out")
+
+    def can_shrink(self, name: str) -> bool:
+        """Return whether a weight lies in a unit that can go."""
+        return any((table != STAYS).any() for table in self.coupled.tables[name])
+
+
+@dataclass(frozen=True)
 class Rooms:
     """Where weights may be: inside the units that stay."""
 
@@ -41,28 +59,27 @@ class Rooms:
 
 
 def rooms(
-    coupled: Coupled,
+    dial: Dial,
     scores: Mapping[str, Tensor],
     chosen: Masks,
-    units: float,
     *,
     min_per_layer: int = 1,
     per_channel: bool = False,
 ) -> Rooms:
     """Choose units; return where the weights may be and how many each layer keeps.
 
-    With more `units` fewer units stay, all of them among those that stay with less. Every kind of
+    With more of `dial.units` fewer stay, all of them among those that stay with less. Every kind of
     unit keeps one. Layers keep as many weights as in `chosen`; what finds no room there goes to
     the other layers that have units, in proportion, and none to layers that have no units.
 
     Args:
-        coupled: what can go in the network.
+        dial: what can go in the network, and how much of that should.
         scores: per weight a float tensor; higher = keep. Equal units stay in their order.
         chosen: the masks at units 0.
-        units: above 0, at most 1.
         min_per_layer: how many weights a layer keeps at least.
         per_channel: whether every output channel that stays keeps one.
     """
+    coupled = dial.coupled
     kept = {name: int(mask.count_nonzero()) for name, mask in chosen.items()}
     order = _order(coupled, _sums(coupled, scores, kept), _shrink(coupled, chosen, kept))
     ranks = np.full(1 + coupled.count, len(order))
@@ -70,10 +87,10 @@ def rooms(
     ends = {
         name: tuple(ranks[table].min(1) for table in pair) for name, pair in coupled.tables.items()
     }
-    free = [name for name in chosen if _can_shrink(coupled, name)]
-    if not free:
-        raise UsageError("units: no unit of this network can go, so leave units out")
-    gone = _how_many(ends, {name: chosen[name].numel() for name in free}, kept, units, len(order))
+    dial.check()
+    free = [name for name in chosen if dial.can_shrink(name)]
+    sizes = {name: chosen[name].numel() for name in free}
+    gone = _how_many(ends, sizes, kept, dial.units, len(order))
     within = {}
     for name, mask in chosen.items():
         out, into = (torch.from_numpy(end >= gone).to(mask.device) for end in ends[name])
@@ -88,10 +105,6 @@ def rooms(
         most={name: int(within[name].count_nonzero()) for name in free},
     )
     return Rooms(within, counts, coupled.count - gone, coupled.count)
-
-
-def _can_shrink(coupled: Coupled, name: str) -> bool:
-    return any((table != STAYS).any() for table in coupled.tables[name])
 
 
 def _sums(coupled: Coupled, scores: Mapping[str, Tensor], kept: Mapping[str, int]) -> np.ndarray:

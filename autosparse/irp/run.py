@@ -65,6 +65,8 @@ def check(config: IRPConfig) -> None:
             f"training.topology {config.training.topology} moves the masks that a level of IRP is "
             "to have; leave it out"
         )
+    if config.training.slim:
+        raise UsageError("training.slim is for trainings of a ticket, not for IRP; leave it out")
     if config.label not in LABELS:
         raise unknown("label criterion", config.label, LABELS)
     for name, known in {"schedule": SCHEDULES, "scope": masks.SCOPES}.items():

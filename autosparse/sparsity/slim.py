@@ -43,7 +43,7 @@ def slim(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     """
     model = unwrapped(model)
     check_values(model)
-    images = _images(model, images)
+    images = random_images(model, images)
     small = traced(model, images)
     before = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
     dtype = next(model.parameters()).dtype
@@ -52,12 +52,13 @@ def slim(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     found = facts(small, images)
     rules = Moves(small, found)
     rewrite(small, found, rules, Choice(rules))
-    _check(model, small, images)
+    check_logits(model, small, images, "export it without")
     small.slimmed = _report(before, small, dict(rules.kept_whole))  # type: ignore[assignment]
     return small
 
 
-def _images(model: nn.Module, images: Tensor | None) -> Tensor:
+def random_images(model: nn.Module, images: Tensor | None = None) -> Tensor:
+    """Return random images [2 or more, C, H, W] of the shape of `images`, or that a model takes."""
     device, dtype = device_of(model), next(model.parameters()).dtype
     if images is None:
         shape = expected_shape(model)
@@ -72,7 +73,11 @@ def _images(model: nn.Module, images: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _check(model: nn.Module, small: nn.Module, images: Tensor) -> None:
+def check_logits(model: nn.Module, small: nn.Module, images: Tensor, instead: str) -> None:
+    """Raise RunFailed, which says what to do instead, unless both give the same logits.
+
+    `small` is in eval mode; `model` is put into it for a moment.
+    """
     was_training = model.training
     expected = model.eval()(images)
     model.train(was_training)
@@ -84,7 +89,7 @@ def _check(model: nn.Module, small: nn.Module, images: Tensor) -> None:
     if not off <= TOLERANCE * size * max(1.0, rounding):
         raise RunFailed(
             f"slimming {type(model).__name__} changed a logit by {off:.3g}, of {size:.3g} at most: "
-            "that is a fault of slimming; export it without"
+            f"that is a fault of slimming; {instead}"
         )
 
 

@@ -2,7 +2,7 @@
 
 The file is one safetensors. Per prunable parameter it has `mask/NAME` (packed bits) or, where that
 is shorter, `gaps/NAME` (see mask_codes.py), and `kept/NAME` (values). The rest of the state dict is
-`rest/NAME`, and the card is in the header.
+`rest/NAME`, and the card is in the header. Small files hold the same, packed (see packs.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from autosparse.core.errors import UsageError
 from autosparse.core.files import read_tensors, require, write_tensors
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity import masks as masks_module
+from autosparse.sparsity import packs
 from autosparse.sparsity.compact import compact_weights, dense_name, hold_compact
 from autosparse.sparsity.mask_codes import decoded, encoded
 
-FORMAT = 2
-"""Of files with gaps in them; without, they have format 1, which earlier versions read too."""
+FORMAT = 3
+"""Of packed files. Others have format 2 if there are gaps in them, else 1, which earlier versions
+read too."""
 TOPOLOGY = "autosparse_topology"
 """Attribute of a model: how its masks have changed in training, for the card."""
 MASKS = "autosparse_masks"
@@ -167,15 +169,18 @@ class Ticket:
         for name, mask in self.masks.items():
             key, code = encoded(name, mask)
             tensors |= {key: code, f"kept/{name}": self.values[name]}
+        shapes = {"shapes": [[name, list(mask.shape)] for name, mask in self.masks.items()]}
         header = {
             "kind": "ticket",
-            "format": FORMAT if any(key.startswith("gaps/") for key in tensors) else 1,
+            "format": 2 if any(key.startswith("gaps/") for key in tensors) else 1,
             "fingerprint": self.fingerprint,
             "content_hash": self.content_hash,
-            "shapes": [[name, list(mask.shape)] for name, mask in self.masks.items()],
             "card": self.card,
         }
-        write_tensors(path, tensors, header)
+        if packs.pays(tensors):
+            write_tensors(path, packs.packed(tensors, shapes), {**header, "format": FORMAT})
+        else:
+            write_tensors(path, tensors, {**header, **shapes})
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
@@ -183,11 +188,18 @@ class Ticket:
         tensors, header = read_tensors(path)
         if header.get("kind") != "ticket":
             raise UsageError(f"{path} is not a ticket but {header.get('kind', 'something else')}")
-        require(header, ("format", "shapes", "fingerprint", "content_hash", "card"), path)
+        require(header, ("format", "fingerprint", "content_hash", "card"), path)
         if header["format"] > FORMAT:
             raise UsageError(
                 f"{path} was written by a newer autosparse (format {header['format']})"
             )
+        if header["format"] == FORMAT:
+            try:
+                tensors, more = packs.unpacked(tensors)
+            except ValueError as error:
+                raise UsageError(f"{path}: {error}; the file is damaged") from None
+            header = {**more, **header}
+        require(header, ("shapes",), path)
         masks, values = {}, {}
         for name, shape in header["shapes"]:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def irp_settled(config: StudyConfig, sparsity: float, seed: int) -> dict[str, An
     return {
         "model": config.model,
         "data": config.data,
-        "training": config.training,
+        "training": replace(config.training, slim=False),  # Levels go on from the whole network.
         "final_density": 1 - sparsity,
         "seed": seed,
         "device": config.device,

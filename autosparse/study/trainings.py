@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from autosparse.core.config import plain
 from autosparse.core.errors import Stopped, UsageError, unknown
@@ -25,6 +25,7 @@ from autosparse.data import identity, sets
 from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
 from autosparse.models import zoo
+from autosparse.sparsity.slim_training import Slimmed, slim_for_training
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.study.cells import ONE_PROCESS, RESULT, SHAPE, Cell
 from autosparse.study.config import SparseTrainConfig
@@ -157,7 +158,8 @@ class _Training:
         """Train and evaluate; rank 0 writes the trained ticket and the result."""
         cell, config, source, ranks = self.cell, self.config, self.source, self.ranks
         _tell_dead(cell, config.dead, ranks)
-        model = build(cell.ticket, source).to(zoo.choose_device(device))
+        model, slimmed = build(cell.ticket, source, slim=config.training.slim)
+        model = model.to(zoo.choose_device(device))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         steps = steps_per_epoch(source.train, config.training, ranks.world_size)
         stepper = make_stepper(model, steps)
@@ -194,21 +196,18 @@ class _Training:
         result["data_fingerprint"] = source.fingerprint
         result["test_fingerprint"] = test_fingerprint(source)
         if ranks.rank == 0:
-            self.finish(model, state, settings, result)
+            ticket = Ticket.from_compact(
+                model, slimmed.ticket if slimmed else cell.ticket, _card_to_train(cell), state
+            )
+            self.finish(slimmed.whole(ticket) if slimmed else ticket, settings, result)
         return result
 
-    def finish(
-        self,
-        model: nn.Module,
-        state: dict[str, Tensor],
-        settings: dict[str, Any],
-        result: dict[str, Any],
-    ) -> None:
+    def finish(self, ticket: Ticket, settings: dict[str, Any], result: dict[str, Any]) -> None:
         """Write all files, the result last; then remove checkpoints."""
         if self.claim:
             self.claim.check()
         write_json(self.cell.folder / SETTINGS, settings)
-        _finish(self.cell, self.config, model, state, result)
+        _finish(self.cell, self.config, ticket, result)
         if self.observer:
             self.observer.end(self.cell, result)
 
@@ -259,8 +258,13 @@ def _settings(cell: Cell, config: SparseTrainConfig, stepper: Stepper) -> dict[s
     }
 
 
-def build(ticket: Ticket, source: DataSource) -> nn.Module:
-    """Build the ticket's model, compact, on the CPU; raise UsageError if the data do not fit it."""
+def build(
+    ticket: Ticket, source: DataSource, *, slim: bool = False
+) -> tuple[nn.Module, Slimmed | None]:
+    """Build the ticket's model, compact, on the CPU; with `slim`, without units that nobody reads.
+
+    Raises UsageError if the data do not fit it, or if it cannot be made smaller.
+    """
     recipe = ticket.card.get("model", {})
     for key in SHAPE:
         if recipe.get(key) != getattr(source, key):
@@ -268,7 +272,11 @@ def build(ticket: Ticket, source: DataSource) -> nn.Module:
                 f"the ticket's model has {key} {recipe.get(key)}, the data {source.name} "
                 f"{getattr(source, key)}"
             )
-    return compact(zoo.from_recipe(recipe), ticket)
+    model = zoo.from_recipe(recipe)
+    if not slim:
+        return compact(model, ticket), None
+    slimmed = slim_for_training(model, ticket)
+    return compact(slimmed.model, slimmed.ticket), slimmed
 
 
 def _result(
@@ -306,13 +314,13 @@ def _after_moving(ticket: Ticket) -> Ticket:
     return replace(ticket, card=finish_card(model, ticket.masks, shape, card))
 
 
-def _finish(
-    cell: Cell, config: SparseTrainConfig, model: nn.Module, state: dict, result: dict[str, Any]
-) -> None:
+def _card_to_train(cell: Cell) -> dict[str, Any]:
+    return {key: value for key, value in cell.ticket.card.items() if key != "topology"}
+
+
+def _finish(cell: Cell, config: SparseTrainConfig, ticket: Ticket, result: dict[str, Any]) -> None:
     path = cell.folder / TRAINED
     trained = {key: value for key, value in result.items() if key != "history"}
-    card = {key: value for key, value in cell.ticket.card.items() if key != "topology"}
-    ticket = Ticket.from_compact(model, cell.ticket, card, state)
     if "topology" in ticket.card:
         ticket = _after_moving(ticket)
         changed = {

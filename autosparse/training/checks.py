@@ -53,12 +53,32 @@ def check(config: TrainingConfig) -> None:
             "training.rescatter breaks what training.compile compiles into single layers; "
             "leave one of them out"
         )
+    if config.slim:
+        _check_slim(config)
     if config.topology != STATIC and not starts_at_zero(config):
         raise UsageError(
             f"optimizer {config.optimizer} does not keep for every weight a state that starts at "
             f"zero, so that training.topology {config.topology} cannot exchange weights; take one "
             f"of {', '.join(ELEMENTWISE)}, without initial_accumulator_value (rmsproptf starts at "
             "one)"
+        )
+
+
+def _check_slim(config: TrainingConfig) -> None:
+    if config.topology != STATIC:
+        raise UsageError(
+            f"training.topology {config.topology} may bring weights back that read a unit which "
+            "training.slim cuts out; leave one of them out"
+        )
+    if config.optimizer not in ELEMENTWISE:
+        raise UsageError(
+            f"optimizer {config.optimizer} does not treat every weight by itself, so that "
+            f"training.slim would change the training; take one of {', '.join(ELEMENTWISE)}"
+        )
+    if config.optimizer_wrapper == "sparseopt":
+        raise UsageError(
+            "optimizer_wrapper sparseopt scales by the mean density of a layer, which "
+            "training.slim changes; leave one of them out"
         )
 
 

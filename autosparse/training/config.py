@@ -87,6 +87,9 @@ class TrainingConfig:
     """Compute activations again in backward, to save memory, where timm's model knows how."""
     sparse_products: bool = True
     """Multiply with survivors only where that is quicker: on a CPU, wide layers with few left."""
+    slim: bool = False
+    """Train without the units that no weight of the ticket reads: smaller layers, the same training
+    but for rounding. The trained ticket is for the whole network."""
     rescatter: bool = False
     """Scatter compact weights again in backward: one layer is dense at a time, and steps slower."""
     scatter: str = local("auto")

@@ -134,7 +134,7 @@ def test_every_setting_of_training_changes_the_run():
         "clip_grad": 1.0, "label_smoothing": 0.1, "mixup": 0.1, "cutmix": 0.1, "ema": 0.9,
         "teacher": "t.safetensors", "distill_weight": 0.1, "temperature": 2.0,
         "precision": "bf16", "channels_last": True, "compile": True, "grad_checkpointing": True,
-        "rescatter": True, "sparse_products": False, "bias_rate": 64.0,
+        "rescatter": True, "sparse_products": False, "bias_rate": 64.0, "slim": True,
         "topology": "rigl", "topology_every": 7, "topology_fraction": 0.1, "topology_until": 0.5,
         "topology_grow_from": "random", "topology_on_paths": True, "topology_gradient_weight": 0.5,
         "topology_sparsity": 0.5, "optimizer_wrapper": "ham",

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from autosparse import prune
 from autosparse.core.errors import UsageError
+from autosparse.criteria import base, register
 from autosparse.criteria.config import PruneConfig
 from autosparse.criteria.pruning import check
 from autosparse.criteria.selection import Selection
-from autosparse.criteria.units import rooms
+from autosparse.criteria.units import Dial, rooms
 from autosparse.data.sets import DataSource
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks
@@ -113,7 +114,7 @@ def test_counts_are_exact_and_more_units_leave_fewer(
     scores = scores if signed else {name: score.abs() for name, score in scores.items()}
     chosen = masks.from_scores(scores, sparsity, min_per_layer=least)
     low, high = (
-        rooms(found, scores, chosen, units, min_per_layer=least)
+        rooms(Dial(found, units), scores, chosen, min_per_layer=least)
         for units in sorted((one, other))
     )  # fmt: skip
     for each in (low, high):
@@ -130,7 +131,7 @@ def test_at_one_the_units_have_hardly_more_room_than_weights() -> None:
     found, shapes = byobnet()
     scores = {name: torch.rand(shape) for name, shape in shapes.items()}
     chosen = masks.from_scores(scores, 0.9)
-    full = rooms(found, scores, chosen, 1)
+    full = rooms(Dial(found, 1), scores, chosen)
     room = masks.kept(full.within)
     assert masks.kept(chosen) <= room < 1.05 * masks.kept(chosen)
 
@@ -245,10 +246,43 @@ def test_selections_that_cannot_be(selection: Selection, named: str) -> None:
         prune(make_model(), "digits", "random", selection=selection)
 
 
-def test_a_network_none_of_whose_units_can_go() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    with pytest.raises(UsageError, match="no unit of this network can go"):
-        prune(model, [(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))], "magnitude", 0.5, units=0.5)
+class Untraced(nn.Sequential):
+    """A network whose Python torch.export cannot follow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images if float(images.sum()) > 0 else images + 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [(nn.Sequential, "no unit of this network can go"), (Untraced, "cannot be traced")],
+)
+def test_networks_without_units_are_refused_before_any_score(kind: type, named: str) -> None:
+    def loss(*_: object) -> Tensor:
+        raise AssertionError("it was scored")
+
+    model = kind(nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))]
+    with pytest.raises(UsageError, match=named):
+        prune(model, batches, "snip", 0.5, units=0.5, loss_fn=loss)
+
+
+def test_an_own_criterion_may_have_an_option_of_that_name(digits: DataSource) -> None:
+    asked = []
+
+    @register("own_units", needs_data=False)
+    def own_units(model, parameters, batches, loss_fn, *, units: int = 3) -> dict[str, Tensor]:
+        asked.append(units)
+        return {name: weight.detach().abs() for name, weight in parameters.items()}
+
+    try:
+        ticket = prune(make_model(), digits, "own_units", 0.9, options={"units": 7}, units=0.5)
+    finally:
+        del base._REGISTRY["own_units"]
+    assert asked == [7]
+    assert ticket.card["options"] == {"units": 7}
+    left, of = ticket.card["units_left"]
+    assert left < of
 
 
 def test_units_is_no_option_of_a_criterion() -> None:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from autosparse import prune
 from autosparse.data import sets
+from autosparse.data.sets import DataSource
 from autosparse.sparsity.ticket import Ticket
-from tests.conftest import SMALL_DIGITS, make_model
+from tests.conftest import SMALL_DIGITS, few, make_model
 from tests.integration.dtypes_on_ranks import reduced
 from tests.integration.evaluations import evaluations
 from tests.integration.losses_on_ranks import losses
 from tests.integration.masked_dense import CASES, STEPS, reference, rounding
 from tests.integration.ranks import ROOT, SCRIPT, Group, ended, launcher, started
+from tests.integration.slimmed_on_ranks import slimmed
 
 FEW = 8
 """Steps of the quick trainings; under ZeRO 3 a step takes as long as ten otherwise."""
@@ -87,6 +89,26 @@ def test_compact_training_equals_masked_dense_training(
         for parameter, value in weights.items():
             distance = float((value.double() - average[parameter]).abs().max())
             assert distance < weight_bound, parameter
+
+
+@pytest.mark.parametrize("stage", few([0, 1, 2, 3], [2]))
+def test_slimmed_training_equals_that_of_the_whole_network(
+    group: Group, digits: DataSource, tmp_path: Path, stage: int
+) -> None:
+    start = prune(make_model(), digits, "magnitude", 0.95)
+    start.save(tmp_path / "ticket.safetensors")
+    (slim, few_trained), (whole, all_trained) = (
+        group.call(slimmed, tmp_path / "ticket.safetensors", tmp_path / "out", stage, slim)[0]
+        for slim in (True, False)
+    )
+    assert few_trained < 0.8 * all_trained
+    ours, theirs = Ticket.load(slim), Ticket.load(whole)
+    assert ours.fingerprint == theirs.fingerprint == start.fingerprint
+    for part in ("values", "rest"):
+        for name, value in getattr(ours, part).items():
+            moved = value != getattr(start, part)[name]
+            other = getattr(theirs, part)[name]
+            torch.testing.assert_close(value[moved], other[moved], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("test_byobnet", 2), ("test_vit", 1)])

@@ -190,6 +190,7 @@ def test_a_folder_begun_on_other_data_is_refused(tmp_path: Path) -> None:
         ({"levels": 0}, "levels"),
         ({"scope": "globl"}, "global"),
         ({"training": replace(QUICK, topology="set")}, "topology set moves the masks"),
+        ({"training": replace(QUICK, slim=True)}, "slim is for trainings of a ticket"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict, named: str) -> None:

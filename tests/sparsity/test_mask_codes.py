@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_tensors, write_tensors
-from autosparse.sparsity import masks
+from autosparse.sparsity import masks, packs
 from autosparse.sparsity.mask_codes import decoded, encoded, from_gaps, gaps
 from autosparse.sparsity.ticket import Ticket
+
+
+@pytest.fixture(autouse=True)
+def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are written with their tensors by name, as large ones are (see test_packs)."""
+    monkeypatch.setattr(packs, "pays", lambda tensors: False)
 
 
 def mask_at(places: list[int], size: int) -> Tensor:

@@ -19,7 +19,14 @@ from autosparse.autos.network import AutoS
 from autosparse.core.errors import RunFailed, UsageError, UserError
 from autosparse.core.files import read_tensors, write_tensors
 from autosparse.models.zoo import prunable
-from autosparse.sparsity.ticket import Ticket, compact
+from autosparse.sparsity import packs
+from autosparse.sparsity.ticket import FORMAT, Ticket, compact
+
+
+@pytest.fixture(autouse=True)
+def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are written with their tensors by name, as large ones are (see test_packs)."""
+    monkeypatch.setattr(packs, "pays", lambda tensors: False)
 
 
 def net(*widths: int, bias: bool = True) -> nn.Module:
@@ -308,8 +315,8 @@ def test_parts_that_do_not_fit_name_file_and_parameter(
 
 
 def test_a_newer_format(saved: Path) -> None:
-    rewrite(saved, lambda tensors, header: header.update(format=3))
-    with pytest.raises(UsageError, match=r"newer autosparse \(format 3\)"):
+    rewrite(saved, lambda tensors, header: header.update(format=FORMAT + 1))
+    with pytest.raises(UsageError, match=rf"newer autosparse \(format {FORMAT + 1}\)"):
         Ticket.load(saved)
 
 

@@ -81,6 +81,35 @@ def test_parameters_are_survivors_and_the_rest(config, digits: DataSource) -> No
     assert _train(cell, config, digits)["parameters"] == cell.ticket.kept + others
 
 
+def test_a_slimmed_training_gives_a_ticket_for_the_whole_network(
+    tmp_path: Path, digits: DataSource
+) -> None:
+    path = tmp_path / "magnitude.safetensors"
+    prune(make_model(), digits, "magnitude", 0.95).save(path)
+    training = replace(QUICK, optimizer="sgd", learning_rate=0.05)
+    found = []
+    for slim in (True, False):
+        config = SparseTrainConfig(
+            tickets=str(path), training=replace(training, slim=slim), out=str(tmp_path / "out")
+        )
+        (cell,) = cells(config)
+        result = _train(cell, config, digits)
+        ticket = Ticket.load(cell.folder / TRAINED)
+        model = make_model(seed=7)
+        load_state(model, ticket)
+        assert evaluate(model, digits, digits.test).accuracy == result["test_accuracy"]
+        assert ticket.card["training"]["slim"] is slim
+        found.append((ticket, result))
+    (slimmed, small), (whole, large) = found
+    assert small["parameters"] < 0.8 * large["parameters"]
+    assert small["training_flops"] == large["training_flops"]
+    assert small["test_loss"] == pytest.approx(large["test_loss"], rel=1e-4)
+    assert slimmed.fingerprint == whole.fingerprint
+    head = "head.fc.weight"
+    assert slimmed.values[head].ne(Ticket.load(path).values[head]).any()
+    torch.testing.assert_close(slimmed.values[head], whole.values[head], rtol=1e-4, atol=1e-5)
+
+
 def test_a_finished_cell_is_not_trained_again(config, digits: DataSource) -> None:
     (cell,) = cells(config)
     result = _train(cell, config, digits)
