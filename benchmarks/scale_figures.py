@@ -51,7 +51,7 @@ def draw_speed(path: Path) -> Path:
 
     rows = speed_rows()
     with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
+        figure, panels = pyplot.subplots(3, 1, figsize=(6.5, 9), layout="constrained")
         for axes, case in zip(panels, cases(), strict=True):
             for gigabits in GIGABITS:
                 mine = [r for r in rows if (r["model"], r["gbit_s"]) == (case.shape.name, gigabits)]
@@ -64,19 +64,19 @@ def draw_speed(path: Path) -> Path:
             axes.set_ylim(0.9, 10)
             axes.minorticks_off()
             axes.set_title(TITLES[case.shape.name], fontsize=10)
-            axes.set_xlabel("GPUs, eight to a node")
-        panels[0].set_ylabel("times as fast as dense")
-        last = [row for row in rows if row["model"] == cases()[-1].shape.name]
-        ends = [row for row in last if row["gpus"] == GPUS[-1]]
-        labels_beside(panels[-1], [
-            (row["gpus"], row[key], f"{row['gbit_s']} Gbit/s{what}", COLOURS[row["gbit_s"]])
-            for row in ends
-            for key, what in (("step_speedup", ""), ("step_overlapped_speedup", ", hidden"))
-        ], 0.07)  # fmt: skip
+            axes.set_ylabel("times as fast as dense")
+            mine = [row for row in rows if row["model"] == case.shape.name]
+            labels_beside(axes, [
+                (row["gpus"], row[key], f"{row['gbit_s']} Gbit/s{what}", COLOURS[row["gbit_s"]])
+                for row in mine
+                if row["gpus"] == GPUS[-1]
+                for key, what in (("step_speedup", ""), ("step_overlapped_speedup", ", hidden"))
+            ], 0.09)  # fmt: skip
+        panels[-1].set_xlabel("GPUs, eight to a node")
         figure.suptitle(
-            "Predicted step at 95 % sparsity against dense, ZeRO 1 "
+            "Predicted step at 95 % sparsity against dense, ZeRO 1\n"
             "(dashed: network hidden behind backward)",
-            fontsize=12,
+            fontsize=11,
         )
         return save(figure, rows, path, DPI)
 
@@ -107,8 +107,8 @@ def draw_memory(path: Path) -> Path:
 
     rows = memory_rows(cases()[-1])
     with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(1, 4, figsize=(11, 3.4), layout="constrained")
-        for stage, axes in enumerate(panels):
+        figure, panels = pyplot.subplots(2, 2, figsize=(6.5, 6), layout="constrained")
+        for stage, axes in enumerate(panels.flat):
             mine = [row for row in rows if row["zero"] == stage]
             base = [0.0] * len(mine)
             for part, colour in PARTS.items():
@@ -119,9 +119,9 @@ def draw_memory(path: Path) -> Path:
             axes.set_xticks(range(len(mine)), [row["weights"] for row in mine], fontsize=9)
             axes.set_title(f"ZeRO {stage}", fontsize=10)
             axes.grid(visible=False, axis="x")
-        panels[0].set_ylabel("GB per GPU")
+            axes.set_ylabel("GB per GPU")
         figure.suptitle(
-            "Predicted: 2.7 B transformer on 64 GPUs, without activations "
+            "Predicted: 2.7 B transformer on 64 GPUs, without activations\n"
             "(* scattered again in backward)",
             fontsize=11,
         )

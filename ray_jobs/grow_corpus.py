@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autosparse.cli.arguments import guarded, parse
-from autosparse.cli.next_steps import next_step
+from autosparse.cli.next_steps import say_next
 from autosparse.irp.config import CorpusConfig
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         _draw(config, folder)
     print(f"{len(grown.done)} runs done, {len(grown.found)} found finished: {folder}")
     ray.raise_if_failed(grown)
-    print(next_step("grow_corpus.py", replace(config, out=str(folder))))
+    say_next("grow_corpus.py", replace(config, out=str(folder)))
 
 
 def _draw(config: CorpusConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 
 from autosparse.cli.arguments import guarded, parse
-from autosparse.cli.next_steps import next_step
+from autosparse.cli.next_steps import say_next
 from autosparse.study.config import SweepConfig
 
 
@@ -23,8 +23,7 @@ def main(arguments: list[str]) -> None:
     from autosparse.cli import studies
 
     studies.run(config)
-    if line := next_step("sweep_sparsity.py", config):
-        print(line)
+    say_next("sweep_sparsity.py", config)
 
 
 if __name__ == "__main__":

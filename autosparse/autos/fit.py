@@ -19,8 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from autosparse.autos import features
 from autosparse.autos.config import FitConfig
 from autosparse.autos.network import AutoS
+from autosparse.autos.network import check as check_head
 from autosparse.core.config import from_plain, plain
 from autosparse.core.errors import RunFailed, UsageError, unknown
+from autosparse.core.ranges import check_ranges
 from autosparse.core.versions import library_versions
 from autosparse.corpus.store import Corpus, IRPRun, marker_of
 from autosparse.data import sets
@@ -32,6 +34,11 @@ from autosparse.models.restore import untouched
 
 EXCLUDABLE = ("run_id", "model", "data", "seed", "label", "levels")
 """What an entry of `exclude` may name."""
+RANGES = {
+    "holdout": "at least 0 and below 1",
+    **dict.fromkeys(("rows_per_run", "epochs", "batch_size"), "at least 1"),
+    "learning_rate": "above 0",
+}
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,19 @@ class FitEpoch:
     """Spearman's, of predicted and true survival."""
 
 
+def check(config: FitConfig) -> None:
+    """Raise UsageError for settings that cannot be, before work begins."""
+    check_head(config.features, config.head)
+    check_ranges(config, RANGES)
+
+
 def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -> AutoS:
     """Fit AutoS; return the network of the epoch with the lowest validation error, with its card.
 
     Whole runs are held out for validation; no weight of theirs is trained on. Raises UsageError
     for a corpus with fewer than two finished runs, RunFailed if the loss is not finite.
     """
+    check(config)
     if config.head == "survival":
         raise UsageError("the head survival is fitted by fit_heads.fit")
     corpus = Corpus(config.corpus)

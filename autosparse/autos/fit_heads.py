@@ -20,6 +20,7 @@ from autosparse.autos.config import FitConfig
 from autosparse.autos.fit import (
     FitEpoch,
     card_of,
+    check,
     errors,
     generator_for,
     initial_gradients,
@@ -74,6 +75,7 @@ def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -
 
     Whole runs are held out. The last epoch counts: the network is small, the schedule fixed.
     """
+    check(config)
     corpus = Corpus(config.corpus)
     train_ids, held_out_ids = split_runs(corpus, config)
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import Any
 
 from autosparse.cli.arguments import config_of, guarded, keys_of, parsed, parser_of, spelt_out
-from autosparse.cli.next_steps import next_step
+from autosparse.cli.next_steps import say_next
 from autosparse.cli.remedies import check_no_bare_word
 from autosparse.core.errors import UsageError, unknown
 
@@ -157,8 +157,7 @@ def _run(verb: Verb, program: str, arguments: list[str]) -> None:
     module, _, function = verb.function.rpartition(".")
     getattr(import_module(f"autosparse.cli.{module}"), function)(*paths.values(), *settings)
     command, config = program.removeprefix("autosparse "), settings[0] if settings else None
-    if line := next_step(command, config, paths):
-        print(line)
+    say_next(command, config, paths)
 
 
 def settings_class(name: str) -> type[Any]:

@@ -15,8 +15,8 @@ from rich.text import Text
 
 LOG_SECONDS = 10.0
 """Seconds between two lines where the output is no terminal."""
-UNKNOWN_WIDTH = 120
-"""Columns of a table that is not printed to a terminal."""
+UNLIMITED = 10_000
+"""Columns where the output is no terminal: every column is printed there, and no cell folded."""
 FIGURES_WIDTH = 61
 """Columns that a bar and its figures take beside what they are of."""
 
@@ -129,7 +129,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence
 
     Nothing in the table is cut: what is too long for the terminal is folded between words of a
     heading and anywhere in a cell. If it is still too wide, lines go beyond the edge. A long path
-    in the title loses its middle.
+    in the title loses its middle. Where the output is no terminal, all of it is printed as it is.
 
     Args:
         rows: the lines.
@@ -137,19 +137,26 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence
         spare: columns that a terminal too narrow for all goes without, the first first; a line
             below names those that were left out.
     """
-    width = Console().width if sys.stdout.isatty() else UNKNOWN_WIDTH
+    width = terminal_width()
     lines = [{key: _shown(value) for key, value in row.items()} for row in rows]
-    left_out = _left_out(lines, width, spare)
-    title = " ".join(shortened(word, width) for word in title.split(" "))
-    table = Table(title=title or None, title_justify="left")
-    least = 1
+    widths = _widths(lines)
+    left_out = _left_out(widths, width, spare)
+    if title:
+        title = " ".join(shortened(word, width) for word in title.split(" "))
+        Console(width=width, highlight=False).print(Text(title, style="italic"))
+    tight = _total(widths) <= width < _total({k: max(w, len(k)) for k, w in widths.items()})
+    table, least = Table(), 1
     for key, value in (rows[0] if rows else {}).items():
         if key in left_out:
             continue
         right = isinstance(value, int | float) or str(value)[:1].isdigit()
         least += _longest_word(key) + 3
         table.add_column(
-            key, justify="right" if right else "left", min_width=_longest_word(key), overflow="fold"
+            key,
+            justify="right" if right else "left",
+            min_width=_longest_word(key),
+            width=widths[key] if tight else None,  # Only headings are folded.
+            overflow="fold",
         )
     for line in lines:
         table.add_row(*(value for key, value in line.items() if key not in left_out))
@@ -158,15 +165,28 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence
         print(f"without {', '.join(left_out)}, for which a terminal of {width} is too narrow")
 
 
-def _left_out(lines: Sequence[dict[str, str]], width: int, spare: Sequence[str]) -> list[str]:
-    """Return the columns to leave out so that the rest is not folded."""
-    widths = {
-        key: 3 + max(_longest_word(key), *(len(line.get(key, "")) for line in lines))
+def terminal_width() -> int:
+    """Return the columns of the terminal that stdout is, or `UNLIMITED` where it is none."""
+    return Console().width if sys.stdout.isatty() else UNLIMITED
+
+
+def _widths(lines: Sequence[dict[str, str]]) -> dict[str, int]:
+    """Return the width of every column that folds headings between words, and no cell."""
+    return {
+        key: max(_longest_word(key), *(len(line.get(key, "")) for line in lines))
         for key in (lines[0] if lines else {})
     }
+
+
+def _total(widths: dict[str, int]) -> int:
+    return 1 + sum(width + 3 for width in widths.values())
+
+
+def _left_out(widths: dict[str, int], width: int, spare: Sequence[str]) -> list[str]:
+    """Take columns out of `widths` until no cell of the rest is folded; return their names."""
     found: list[str] = []
     for key in spare:
-        if 1 + sum(widths.values()) <= width:
+        if _total(widths) <= width:
             break
         if widths.pop(key, None) is not None:
             found.append(key)

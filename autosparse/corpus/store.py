@@ -41,6 +41,8 @@ RUN, FINISHED, INDEX = "run.safetensors", "finished.json", "index.parquet"
 REPORT = "report"
 NO_RUNS = (INDEX, REPORT, "mlflow.json", "mlflow.db", "mlartifacts")
 """Names in a corpus folder that are not runs."""
+OF_DATA = ("data_fingerprint", "normalisation")
+"""Entries of a run's card that its tickets' cards have too, as those of `prune` do."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class IRPRun:
         card = {
             "model": self.card["model"],
             "data": config["data"],
+            **{key: self.card[key] for key in OF_DATA if key in self.card},
             "criterion": "irp",
             "options": {"run_id": self.card["run_id"], "level": level, "label": config["label"]},
             **({"rewind_steps": steps} if steps else {}),

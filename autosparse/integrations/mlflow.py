@@ -30,6 +30,7 @@ from autosparse.core.files import is_local, read_json, write_json
 from autosparse.criteria.pruning import DENSE
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
+from autosparse.integrations import RUN_FILE
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, Cell
 from autosparse.training.steppers import Epoch
@@ -39,7 +40,6 @@ for chatty in ("mlflow", "alembic"):
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # Spooled warns, once.
 
 EXPERIMENT = "autosparse"
-RUN_FILE = "mlflow.json"
 CELL = "cell"
 """Tag that names the cell of a study's run."""
 FINAL = ("test_accuracy", "test_loss", "validation_accuracy", "parameters", "kept",

@@ -244,6 +244,6 @@ def table(figures: dict[str, Any]) -> list[dict[str, Any]]:
         for name, each in rows.items():
             one = each["latency"][key]
             half = (one["quartiles"][1] - one["quartiles"][0]) / 2
-            row[name] = f"{one['ms']:.3g} ± {half:.2g} (x {one['of_first']:.2f})"
+            row[name] = f"{one['ms']:.3g}±{half:.1g} (x{one['of_first']:.2f})"
         shown.append(row)
     return shown

@@ -13,6 +13,7 @@ from autosparse.corpus.store import read_run
 from autosparse.criteria import pruning, scoring
 from autosparse.criteria.card import finish_card
 from autosparse.criteria.pruning import DENSE
+from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.models import zoo
@@ -23,7 +24,10 @@ from autosparse.study.labels import IRP, criterion_of, irp_config, selection
 
 
 def ticket_of(cell: StudyCell, source: DataSource) -> Ticket:
-    """Make or find the ticket of a cell; a twin is made from the ticket itself."""
+    """Make or find the ticket of a cell; a twin is made from the ticket itself.
+
+    Raises UsageError where it was made on other data of the same name than `source`.
+    """
     if cell.label == DENSE:
         model = zoo.create_for(source, cell.config.model, cell.seed)
         return pruning.prune(model, source, DENSE, seed=cell.seed)
@@ -39,9 +43,10 @@ def ticket_of(cell: StudyCell, source: DataSource) -> Ticket:
                 ticket, twin = _make(cell, source)
                 twin.save(opposite)
                 ticket.save(path)
+    ticket = Ticket.load(path)
+    sets.check_found(ticket.card.get("data_fingerprint"), source, path)
     if cell.twin == controls.INVERTED:
         return Ticket.load(opposite)
-    ticket = Ticket.load(path)
     if cell.twin == controls.SHUFFLED:
         return controls.shuffled_twin(ticket, _start(cell, ticket, source))
     if cell.twin == controls.REINITIALISED:

@@ -49,11 +49,16 @@ def page(name: str, row: dict[str, str]) -> str:
         *(f"| {key} | {_linked(value)} |" for key, value in facts.items()), "",
         "`N` is the number of images that are scored, `n` the number of rounds. One image pass is",
         "a forward and a backward of one image. [All criteria side by side](../criteria.md).", "",
-        "## What its file says", "", "```text", said, "```", "",
+        "## What its file says", "", "``` { .text .wrap }", _flowing(said), "```", "",
         "## Use it", "", "```sh",
         f"autosparse prune --model.name resnet18 --criterion {name} --sparsity 0.9",
         "```", "",
     ])  # fmt: skip
+
+
+def _flowing(text: str) -> str:
+    """Return a docstring with every paragraph on one line, which the browser breaks."""
+    return "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
 
 
 def _linked(text: str) -> str:

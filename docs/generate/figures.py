@@ -85,7 +85,7 @@ def claim(said: dict[str, Any], path: Path) -> Path:
     rows = said["figure"]["rows"]
     flat = [{"place": row["place"], **point} for row in rows for point in row["points"]]
     with panels((6.0, 1.1 + 0.46 * len(rows))) as (figure, grid):
-        axes = grid[0, 0]
+        axes, labels = grid[0, 0], {"left": [], "right": []}
         for height, row in enumerate(rows):
             values = [point["value"] for point in row["points"]]
             lower = min(row["points"], key=lambda point: point["value"])
@@ -94,17 +94,34 @@ def claim(said: dict[str, Any], path: Path) -> Path:
                 colour = COLOURS[point["look"]]
                 axes.plot(point["value"], height, "o", color=colour, markersize=7)
                 left = point is lower
-                axes.annotate(
+                label = axes.annotate(
                     f"{point['name']} {point['value']:g}", (point["value"], height),
                     (-8 if left else 8, 0), textcoords="offset points", va="center",
                     ha="right" if left else "left", color=colour, fontsize=10,
                 )  # fmt: skip
+                label.set_in_layout(False)
+                labels["left" if left else "right"].append(label)
         axes.set_yticks(range(len(rows)), [row["place"] for row in rows], fontsize=10)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.margins(x=0.8)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(said["figure"]["axis"], fontsize=10)
+        figure.canvas.draw()
+        _make_room(axes, [point["value"] for point in flat], labels)
         return save(figure, flat, path)
+
+
+def _make_room(axes: Any, values: list[float], labels: dict[str, list[Any]]) -> None:
+    """Widen the axis until its labels fit, without ticks where no value can be."""
+    left, right = (
+        max(label.get_window_extent().width for label in labels[side]) + 20  # pixels
+        for side in ("left", "right")
+    )
+    low, high = min(values), max(values)
+    per_pixel = (high - low) / (axes.get_window_extent().width - left - right)
+    axes.set_xlim(low - left * per_pixel, high + right * per_pixel)
+    most = 100 if axes.get_xlabel().endswith("%") else 1
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= most])
+    axes.set_xlim(low - left * per_pixel, high + right * per_pixel)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

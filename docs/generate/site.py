@@ -17,6 +17,11 @@ from mkdocs.structure.files import File, Files
 from docs.generate import configuration, criteria, python, results, verbs
 
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+FOUND_LAST = "---\nsearch:\n  boost: 0.3\n---\n"
+"""What people search for stands in pages that were written for them first, then in docstrings."""
+CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
+NAME = re.compile(r"<code>[^<]+</code>")
+FIGURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
 FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 
@@ -46,6 +51,8 @@ def on_files(files: Files, config: Any) -> Files:
         **criteria.pages(),
     }
     for path, text in pages.items():
+        if path.startswith("reference/python/"):
+            text = FOUND_LAST + text
         files.append(File.generated(config, path, content=text))
     return files
 
@@ -57,6 +64,12 @@ def on_page_markdown(markdown: str, **_: object) -> str:
         part if place % 2 else FORMULA.sub(_mathml, _apart(part))
         for place, part in enumerate(parts)
     )
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Let long names in tables break after `_`, `.` and `/` only; link figures to their files."""
+    html = FIGURE.sub(r'<a href="\2">\1</a>', html)
+    return CELL.sub(lambda cell: NAME.sub(_breakable, cell[0]), html)
 
 
 def on_post_page(output: str, page: Any, **_: object) -> str:
@@ -83,8 +96,18 @@ def _in_a_list(lines: list[str]) -> bool:
     return any(line.startswith("- ") for line in lines[last + 1 :])
 
 
+def _breakable(name: re.Match[str]) -> str:
+    return re.sub(r"(?<=[a-z0-9])([_./])(?=[a-z])", r"\1<wbr>", name[0][6:-7]).join(
+        ("<code>", "</code>")
+    )
+
+
 def _mathml(found: re.Match[str]) -> str:
+    """Return a formula; one that is no paragraph of its own stays inside its line."""
     from latex2mathml.converter import convert
 
-    alone = found.string[: found.start()].endswith("\n\n")
-    return convert(" ".join(found[1].split()), display="block" if alone else "inline")
+    before, after = found.string[: found.start()], found.string[found.end() :]
+    latex = " ".join(found[1].split())
+    if before.endswith("\n\n") and (after.startswith("\n\n") or not after.strip()):
+        return f'<div class="formula">{convert(latex, display="block")}</div>'
+    return f"<span>{convert(latex)}</span>"

@@ -2,8 +2,9 @@
 
     python -m docs.generate.tutorials [NAME …]
 
-A block marked `sh` or `python` is run; a `text` block right after it holds what it prints. All
-blocks of a page run in one new folder, in their order; Python blocks share their names.
+A block marked `sh` or `python` is run; a `text` block right after it holds what it prints to
+stdout, and of stderr the lines that say what is next. All blocks of a page run in one new folder,
+in their order; Python blocks share their names.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def folder_of_a_reader() -> Iterator[Path]:
 
 
 def run(text: str) -> Iterator[tuple[Block, str]]:
-    """Run a page's blocks in a new folder; yield each with what it printed to stdout.
+    """Run a page's blocks in a new folder; yield each with what it printed.
 
     Raises RuntimeError for a command that fails, with what it wrote to stderr.
     """
@@ -91,14 +92,16 @@ def run(text: str) -> Iterator[tuple[Block, str]]:
 
 
 def _shell(code: str, folder: Path, tools: str) -> str:
+    errors = Path(tools) / "stderr"
+    code = f"exec 2> >(tee {errors} | grep --line-buffered '^next: ')\n{code}"
     path = os.pathsep.join([tools, str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code], cwd=folder, capture_output=True, text=True,
+        ["bash", "-euo", "pipefail", "-c", code], cwd=folder, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PATH": path, "COLUMNS": WIDTH, "NO_COLOR": "1",
              "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{code}\n{done.stdout[-2000:]}\n{errors.read_text()[-4000:]}")
     return done.stdout.replace(str(folder), "~")
 
 

@@ -28,7 +28,7 @@ def help_of(*arguments: str) -> str:
         env={**os.environ, "COLUMNS": "96", "NO_COLOR": "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return done.stdout.rstrip()
+    return done.stdout.replace("\u200b", "").rstrip()
 
 
 def page() -> str:

@@ -13,19 +13,23 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import autosparse
+from autosparse.autos import fit
 from autosparse.autos.config import FitConfig
-from autosparse.cli import main
+from autosparse.cli import main, quickstart
 from autosparse.cli.arguments import parse
 from autosparse.core.errors import UsageError
 from autosparse.core.files import read_json
 from autosparse.corpus import store as corpora
+from autosparse.criteria import pruning
 from autosparse.criteria.config import PruneConfig
+from autosparse.data import sets
 from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models.config import ModelConfig
+from autosparse.study import local
 from autosparse.study.config import SparseTrainConfig
-from tests.conftest import flip, quick_irp, tiny_run
+from tests.conftest import flip, holder, quick_irp, tiny_run
 
 ROOT = Path(autosparse.__file__).parent.parent
 
@@ -220,9 +224,44 @@ def test_loss_that_is_not_finite_names_the_step(capsys):
     assert re.search(r"at step [234] \(epoch 1\)", line)
 
 
-def test_place_that_cannot_be_written_is_a_failure(folder, capsys):
-    (folder / "taken").mkdir()
-    refuse(capsys, [*PRUNE, "--out", "taken"], "taken", code=1)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*PRUNE, "--out", "folder"],
+        ["fit", "--corpus", "folder", "--out", "folder"],
+        ["irp", "--ticket", "folder"],
+        ["irp", "--out", "file"],
+        ["compare", "--tracking", "false", "--out", "file"],
+        ["quickstart", "--out", "file"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_is_told_before_work_begins(
+    arguments, folder, capsys, monkeypatch
+):
+    for module, name in ((pruning, "prune_as"), (fit, "fit"), (irp, "run_irp"), (local, "run"),
+                         (quickstart, "_run")):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work has begun"))
+    (folder / "folder").mkdir()
+    (folder / "file").write_text("")
+    refuse(capsys, arguments, arguments[-1], code=1)
+
+
+@pytest.mark.parametrize("key", ["--model.name test_resnett", "--model.exclude [nothing]",
+                                 "--model.options {colour:3}", "--device gpu"])  # fmt: skip
+@pytest.mark.parametrize(
+    "verb", [["prune"], ["irp"], ["compare", "--tracking", "false"]], ids=" ".join
+)
+def test_mistakes_are_told_before_data_are_loaded(verb, key, capsys, monkeypatch):
+    monkeypatch.setattr(sets, "load", lambda *_: pytest.fail("work has begun"))
+    given = [*verb, "--model.name", "test_resnet", *key.split()]
+    refuse(capsys, given, key.split()[1].strip("[{}]").partition(":")[0])
+
+
+def test_a_second_quickstart_in_the_folder_is_told_of_the_first(folder, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "_run", lambda *_: pytest.fail("work has begun"))
+    with holder(folder / "out") as process:
+        refuse(capsys, ["quickstart", "--out", "out"], f"worked on by process {process.pid}")
 
 
 # settings
@@ -336,7 +375,7 @@ def test_prune_then_inspect(folder, capsys):
     said = capsys.readouterr()
     assert "deep/t.safetensors" in said.out
     assert "90.00% sparsity" in said.out
-    assert said.err == ""
+    assert said.err == "next: autosparse train --tickets deep/t.safetensors\n"
     assert run("inspect", "deep/t.safetensors") == 0
     said = capsys.readouterr().out
     assert "ticket deep/t.safetensors" in said
@@ -417,7 +456,7 @@ def test_corpus_ls_lists_finished_runs(grown, capsys):
     before = contents(grown)
     assert run("corpus", "ls", "grown") == 0
     said = capsys.readouterr()
-    assert said.err == ""
+    assert said.err == "next: autosparse inspect grown/RUN\n"
     assert "2 finished runs in grown" in said.out
     assert "run1" in said.out and "run2" in said.out and "run3" not in said.out
     assert "70.0% at 50.0%" in said.out
@@ -429,11 +468,11 @@ def test_corpus_index_is_made_anew(grown, capsys):
     assert run("corpus", "ls", "grown") == 0
     said = capsys.readouterr()
     assert "2 finished runs in grown" in said.out
-    assert len(said.err.splitlines()) == 1
+    assert len(said.err.splitlines()) == 2
     assert run("corpus", "index", "grown") == 0
     assert "index of 2 runs: grown/index.parquet" in capsys.readouterr().out
     assert run("corpus", "ls", "grown") == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "next: autosparse inspect grown/RUN\n"
 
 
 def test_corpus_verify_says_that_all_is_well(grown, capsys):
@@ -441,11 +480,8 @@ def test_corpus_verify_says_that_all_is_well(grown, capsys):
     before = contents(grown)
     assert run("corpus", "verify", "grown") == 0
     said = capsys.readouterr()
-    assert said.err == ""
-    assert said.out.splitlines() == [
-        "2 runs in grown: every byte is what was written",
-        "next: autosparse fit --corpus grown",
-    ]
+    assert said.err == "next: autosparse fit --corpus grown\n"
+    assert said.out == "2 runs in grown: every byte is what was written\n"
     assert contents(grown) == before
 
 
@@ -499,9 +535,9 @@ def test_corpus_merge(grown, folder, capsys):
 def test_corpus_report_draws_figures(folder, capsys):
     irp.run_irp(quick_irp("grown", levels=1))
     assert run("corpus", "report", "grown") == 0
-    *lines, following = capsys.readouterr().out.splitlines()
-    assert following == "next: autosparse fit --corpus grown"
-    figures = [Path(line) for line in lines]
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "next: autosparse fit --corpus grown"
+    figures = [Path(line) for line in said.out.splitlines()]
     assert {path.name for path in figures} >= {"levels.png", "survival.png"}
     for path in figures:
         assert path.parent == Path("grown/report")

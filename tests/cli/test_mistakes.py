@@ -29,6 +29,8 @@ MISTAKES = [
     (f"{TRAIN} --training.optimizer adamv", "'adamv'", "'adam'"),
     (f"{TRAIN} --training.precision fp8", "'fp8'", "bf16"),
     (f"{TRAIN} --training.schedule cosin", "'cosin'", "'cosine'"),
+    ("fit --head survial", "'survial'", "'survival'"),
+    ("fit --features contxt", "'contxt'", "'context'"),
     ("irp --label magnitud", "'magnitud'", "'magnitude'"),
     ("irp --schedule linar", "'linar'", "'linear'"),
     ("compare --criteria snip,erkk --tracking false", "'erkk'", "'erk'"),
@@ -71,6 +73,8 @@ MISTAKES = [
     (f"{TRAIN} --training.batch_size 0", "training.batch_size", "at least 1"),
     ("irp --levels 0", "levels", "at most 255"),
     ("irp --final_density 2", "final_density", "below 1"),
+    ("fit --epochs 0", "epochs", "at least 1"),
+    ("fit --holdout 1", "holdout", "below 1"),
     ("quickstart --seeds 0", "seeds", "at least 1"),
     # files and folders
     ("prune --data.name folder", "data.root", "folder to read"),

@@ -78,6 +78,17 @@ def test_nothing_is_in_place_before_the_end(tmp_path):
         assert path.read_text() == "old"
 
 
+def test_processes_of_one_number_on_two_hosts_have_temporaries_of_their_own(tmp_path):
+    """As in containers on shared storage, where every first process has the number 1."""
+    path = tmp_path / "file"
+    with replacing(path) as ours, replacing(path) as theirs:
+        ours.write_text("ours")
+        theirs.write_text("theirs")
+        assert ours.read_text() == "ours"
+    assert path.read_text() == "ours"
+    assert names(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("there", [True, False])
 def test_failure_leaves_the_old_content_and_no_temporary(tmp_path, error, there):

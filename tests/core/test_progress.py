@@ -62,6 +62,31 @@ def test_a_narrow_terminal_goes_without_spare_columns(
     assert "test_efficientnet" in narrow[3] and len(narrow[3]) == 36
 
 
+def test_headings_are_folded_before_cells(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """17 + 5 letters, 3 a column and 1 are 29 columns; the whole heading would take 5 more."""
+    monkeypatch.setenv("COLUMNS", "29")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    print_table([{"model": "test_efficientnet", "acc. dense": "9.5"}])
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "test_efficientnet" in said
+    assert max(map(len, said.splitlines())) == 29
+
+
+def test_redirected_output_is_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No terminal: no column is left out, no cell folded, no path shortened, whatever COLUMNS."""
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/folder" * 30
+    print_table([{"run": "1f8a9d72caf5", "error": path}], f"1 run in {path}", spare=["run"])
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title == f"1 run in {path}"
+    assert len(table) == 5
+    assert "run" in table[1] and path in table[3] and "1f8a9d72caf5" in table[3]
+
+
 def test_only_words_of_a_title_that_are_too_long_are_shortened(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from autosparse import criteria
 from autosparse.core.errors import UsageError
 from autosparse.criteria.config import ScoringConfig
 from autosparse.models import zoo
+from autosparse.models.batch_norm import batch_norms, last_statistics
 from autosparse.models.restore import untouched
 from autosparse.sparsity import masks, paths
 from autosparse.sparsity.ticket import Ticket
@@ -327,9 +328,11 @@ def doubles():
 @pytest.mark.parametrize("criterion", criteria.names())
 def test_models_in_float64(criterion: str, doubles) -> None:
     model = small()
+    nn.init.zeros_(model.norm.weight)  # What is seen of it takes an image of that dtype too.
     assert model.conv.weight.dtype == torch.float64
     images, labels = batch()
     ticket = pruned(model, criterion, [(images.double(), labels)])
+    assert ticket.card["revealed"] == ["norm.weight"]
     assert {each.dtype for each in ticket.values.values()} == {torch.float64}
 
 
@@ -567,3 +570,12 @@ def test_batch_norm_has_its_momentum_back_after_an_error(criterion: str, warm_up
     with pytest.raises(UsageError, match="32 px"):
         pruned(model, criterion, scoring=ScoringConfig(warm_up=warm_up))
     assert model.norm.momentum == 0.3
+
+
+def test_last_statistics_end_with_the_error() -> None:
+    norms = batch_norms(small())
+    norms[0].momentum = 0.3
+    with pytest.raises(KeyError), last_statistics(norms):
+        assert norms[0].momentum == 1.0
+        raise KeyError
+    assert norms[0].momentum == 0.3

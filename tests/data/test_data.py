@@ -703,12 +703,12 @@ def idx(values: np.ndarray) -> bytes:
     return struct.pack(">HBB", 0, 8, values.ndim) + shape + values.astype(np.uint8).tobytes()
 
 
-def write_mnist(root: Path, folder: str = "MNIST") -> None:
-    """Write 40 training and 20 test images; the first pixel of each is its place."""
+def write_mnist(root: Path, folder: str = "MNIST", grey: int = 0) -> None:
+    """Write 40 training and 20 test images; the first pixel of each is its place, others grey."""
     raw = root / folder / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 40), ("t10k", 20)):
-        images = np.zeros((count, 28, 28))
+        images = np.full((count, 28, 28), grey)
         images[:, 0, 0] = np.arange(count)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))

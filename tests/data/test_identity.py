@@ -251,11 +251,7 @@ def test_a_named_set_with_other_images_is_not_taken_for_the_same(tmp_path: Path)
     )
     finished = run.run_irp(settings)
     assert run.run_irp(settings) == finished
-    write_mnist(tmp_path / "two")
-    path = tmp_path / "two" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    content_ = bytearray(path.read_bytes())
-    content_[-1000:] = bytes(255 - value for value in content_[-1000:])
-    path.write_bytes(bytes(content_))
+    write_mnist(tmp_path / "two", grey=9)
     other = replace(settings, data=replace(settings.data, root=str(tmp_path / "two")))
     with pytest.raises(UsageError, match=f"{finished} is of other images .*two holds now") as told:
         run.run_irp(other)

@@ -45,3 +45,18 @@ def test_lists_after_prose_and_formulas() -> None:
     pytest.importorskip("latex2mathml")
     said = site.on_page_markdown("so\n\n$$\\frac{a}{b}$$\n\n```\n$$c$$\n```\n")
     assert "<mfrac>" in said and "$$c$$" in said
+    assert said.startswith('so\n\n<div class="formula"><math')
+    inside = site.on_page_markdown("Words.\n\n$$a_l$$ is of the layer,\n$$b$$ of the weight.\n")
+    assert "div" not in inside and inside.count("<span><math") == 2  # No paragraph begins there.
+
+
+def test_names_in_tables_break_at_underscores_and_figures_lead_to_their_files() -> None:
+    pytest.importorskip("mkdocs")
+    site = pytest.importorskip("docs.generate.site")
+    said = site.on_page_content(
+        '<p><code>a_b</code><img alt="" src="x.png" /></p><td><code>step_ms</code> a_b</td>'
+    )
+    assert said == (
+        '<p><code>a_b</code><a href="x.png"><img alt="" src="x.png" /></a></p>'
+        "<td><code>step_<wbr>ms</code> a_b</td>"
+    )

@@ -82,8 +82,10 @@ def test_a_run_holds_the_seeded_initial_state(run: store.IRPRun) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-def test_a_levels_ticket_is_at_its_initial_values(run: store.IRPRun) -> None:
+def test_a_levels_ticket_is_at_its_initial_values(run: store.IRPRun, digits) -> None:
     ticket = run.ticket(2)
+    assert ticket.card["data_fingerprint"] == digits.fingerprint
+    assert ticket.card["normalisation"] == digits.normalisation()
     model = make_model(seed=0)
     ticket.check(model)
     for name, mask in ticket.masks.items():

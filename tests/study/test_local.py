@@ -14,17 +14,20 @@ from autosparse.cli import studies
 from autosparse.cli.arguments import guarded, parse
 from autosparse.core import locks
 from autosparse.core.errors import RunFailed, UsageError
-from autosparse.core.files import read_json
+from autosparse.core.files import read_json, write_json
 from autosparse.corpus.store import is_finished
 from autosparse.criteria import scoring
+from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.irp import run as irp
 from autosparse.sparsity import twins
-from autosparse.study import labels, local, tickets
+from autosparse.study import labels, local, plan, tickets
 from autosparse.study.config import StudyConfig
 from autosparse.study.grid import StudyCell
+from autosparse.study.trainings import RESULT
 from tests.conftest import QUICK, holder
-from tests.study.small import comparison
+from tests.data.test_data import write_mnist
+from tests.study.small import comparison, result
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,29 @@ def test_a_comparison_of_other_images_is_not_taken(done: StudyConfig, digits: Da
     assert local.run_cell(cell, digits)["label"] == "snip"
     with pytest.raises(UsageError, match="is of other images"):
         local.run_cell(cell, replace(digits, fingerprint="another"))
+
+
+def test_a_study_of_other_images_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch):
+    write_mnist(tmp_path / "mnist")
+    monkeypatch.setenv("AUTOSPARSE_DATA", str(tmp_path / "mnist"))
+    settings = comparison(tmp_path / "out", data=DataConfig("mnist", image_size=16), seeds=[0])
+    cell = next(each for each in plan.cells(settings) if each.label == "snip")
+    result(cell, 0.5)
+    found = read_json(cell.folder / RESULT)
+    write_json(cell.folder / RESULT, {**found, "data_fingerprint": "another"})
+    monkeypatch.setattr(local, "train_cell", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UsageError, match=f"{cell.key} is of other images .fingerprint another"):
+        studies.run(settings)
+
+
+def test_a_ticket_of_other_images_is_not_taken(tmp_path: Path, digits: DataSource):
+    """Left by a process that was killed before its cell was trained."""
+    settings = comparison(tmp_path)
+    for twin in ("ticket", "inverted"):
+        cell = StudyCell(settings, "magnitude", twin, 0.5, 0)
+        tickets.ticket_of(cell, digits)
+        with pytest.raises(UsageError, match=r"tickets/magnitude\S+ is of other images"):
+            tickets.ticket_of(cell, replace(digits, fingerprint="another"))
 
 
 # Criteria that choose

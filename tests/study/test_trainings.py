@@ -27,6 +27,7 @@ from autosparse.data.memory import MemorySplit
 from autosparse.data.sets import DataSource
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity.ticket import Ticket, load_state
+from autosparse.study import cells as study_cells
 from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, train_cell
@@ -34,6 +35,7 @@ from autosparse.training import loop
 from autosparse.training.loop import evaluate
 from autosparse.training.steppers import PlainStepper
 from tests.conftest import QUICK, SMALL_DIGITS, holder, make_model
+from tests.data.test_data import write_mnist
 
 
 @pytest.fixture()
@@ -312,6 +314,22 @@ def test_one_that_waits_finds_the_result_of_the_other(
         assert waiting.result(20) == {"name": "theirs"}
 
 
+def test_two_that_prune_the_same_do_it_once(pruning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "POLL", 0.02)
+    made, real = [], study_cells.prune_as
+
+    def slowly(*given, **more):
+        made.append(1)
+        time.sleep(0.3)
+        return real(*given, **more)
+
+    monkeypatch.setattr(study_cells, "prune_as", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: next(cells(pruning)), range(2))
+    assert len(made) == 1
+    assert first.ticket.content_hash == second.ticket.content_hash
+
+
 def test_a_training_whose_folder_was_taken_over_writes_no_result(
     config, digits: DataSource
 ) -> None:
@@ -355,6 +373,21 @@ def test_a_result_of_other_images_is_not_taken(config, digits: DataSource) -> No
     assert result["test_fingerprint"] == digits.test.fingerprint() != digits.fingerprint
     with pytest.raises(UsageError, match=f"{cell.folder} is of other images"):
         _train(cell, config, replace(digits, fingerprint="another"))
+
+
+def test_a_ticket_that_was_scored_on_other_images_is_not_taken(
+    pruning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for grey in (0, 9):
+        write_mnist(tmp_path / str(grey), grey=grey)
+    data = DataConfig("mnist", image_size=16)
+    by_name = replace(pruning, prune=replace(pruning.prune, data=data))
+    monkeypatch.setenv("AUTOSPARSE_DATA", str(tmp_path / "0"))
+    (cell,), (again,) = cells(by_name), cells(by_name)
+    assert cell.ticket.content_hash == again.ticket.content_hash
+    monkeypatch.setenv("AUTOSPARSE_DATA", str(tmp_path / "9"))
+    with pytest.raises(UsageError, match=r"tickets/test_byobnet\S+ is of other images"):
+        list(cells(by_name))
 
 
 def test_what_a_criterion_hangs_on_makes_another_ticket(

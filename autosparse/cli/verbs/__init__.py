@@ -31,7 +31,7 @@ def run_irp(config: IRPConfig) -> None:
         bar = progress.bar("IRP", total=total, unit="epochs")
 
         def on_level(entry: dict[str, Any]) -> None:
-            bar.describe(f"IRP: density {entry['density']:.3g} done")
+            bar.describe(f"IRP: density {entry['density']:.3g}")
             bar.set((entry["level"] + 1) * config.training.epochs)
 
         folder = run.run_irp(config, on_epoch=lambda level, epoch: bar.advance(), on_level=on_level)
@@ -45,7 +45,9 @@ def run_irp(config: IRPConfig) -> None:
 def fit_autos(config: FitConfig) -> None:
     """Fit AutoS, save it, and print how well it predicts runs it has not seen."""
     from autosparse.autos import fit, fit_heads
+    from autosparse.core.files import check_file
 
+    check_file(config.out)
     fitting = fit_heads if config.head == "survival" else fit
     with Progress() as progress:
         bar = progress.bar("fitting AutoS", total=config.epochs, unit="epochs")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from autosparse.core.errors import UsageError
 from autosparse.core.files import place, read_card
-from autosparse.core.progress import print_table
+from autosparse.core.progress import UNLIMITED, print_table, shortened, terminal_width
 
 
 def print_cards(paths: list[str]) -> None:
@@ -88,5 +89,29 @@ def _units(mask: Any) -> str:
 
 
 def _print_card(card: dict[str, Any]) -> None:
-    for key, value in card.items():
-        print(f"  {key}: {value}")
+    """Print a card as YAML, one key a line, and no line wider than the terminal."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Lists of single values stay on one line."""
+
+    def listed(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+        alone = not any(isinstance(each, dict | list) for each in values)
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=alone)
+
+    Dumper.add_representer(list, listed)
+    width = terminal_width()
+    text = yaml.dump(card, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=UNLIMITED)
+    for line in text.splitlines():
+        for each in _wrapped(f"  {line}", width):
+            print(each)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Return a line in lines of at most `width`, further ones two deeper; long words shortened."""
+    indent = len(line) - len(line.lstrip(" ")) + 4
+    words = [shortened(word, max(8, width - indent)) for word in line.split(" ")]
+    return textwrap.wrap(
+        " ".join(words), width, subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
