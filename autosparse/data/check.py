@@ -79,7 +79,7 @@ def adopt(
     names, listed = _classes(config), tars(root)
     folder = listed[0]
     if (folder / MANIFEST).exists():
-        raise UsageError(f"{folder / MANIFEST} is there already")
+        raise UsageError(f"{folder / MANIFEST} is there already: remove it to write it anew")
     splits = {name: _split(name, folder, config.split) for name in listed[1]}
     reading = Reading(config.label, config.dotted, tuple(names or ()))
     shards, members = [], {}
