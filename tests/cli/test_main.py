@@ -198,6 +198,7 @@ def test_inspect_names_what_is_no_file_of_ours(folder, capsys):
 def test_ticket_for_another_data_set(folder, capsys):
     two_classes(folder / "pets")
     assert run(*PRUNE, "--out", "t.safetensors") == 0
+    capsys.readouterr()  # What prune said.
     train = ["train", "--tickets", "[t.safetensors]", *QUICK]
     pets = ["--data.name", "folder", "--data.root", "pets", "--data.image_size", "16"]
     refuse(capsys, [*train, *pets], "in_chans 1", "pets 3")
@@ -206,6 +207,7 @@ def test_ticket_for_another_data_set(folder, capsys):
 
 def test_damaged_ticket_is_named(folder, capsys):
     assert run(*PRUNE, "--out", "t.safetensors") == 0
+    capsys.readouterr()  # What prune said.
     whole = (folder / "t.safetensors").read_bytes()
     (folder / "t.safetensors").write_bytes(whole[: len(whole) // 2])
     refuse(capsys, ["train", "--tickets", "[t.safetensors]", *QUICK], "t.safetensors")

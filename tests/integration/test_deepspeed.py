@@ -101,7 +101,7 @@ def test_slimmed_training_equals_that_of_the_whole_network(
         group.call(slimmed, tmp_path / "ticket.safetensors", tmp_path / "out", stage, slim)[0]
         for slim in (True, False)
     )
-    assert few_trained < 0.8 * all_trained
+    assert few_trained < 0.85 * all_trained
     ours, theirs = Ticket.load(slim), Ticket.load(whole)
     assert ours.fingerprint == theirs.fingerprint == start.fingerprint
     for part in ("values", "rest"):
