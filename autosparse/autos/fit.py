@@ -71,6 +71,8 @@ def check(config: FitConfig) -> None:
     """Raise UsageError for settings that cannot be, before work begins."""
     check_head(config.features, config.head)
     check_ranges(config, RANGES)
+    if any(width < 1 for width in config.hidden):
+        raise UsageError(f"hidden holds widths of at least 1, got {list(config.hidden)}")
 
 
 def fit(config: FitConfig, on_epoch: Callable[[FitEpoch], None] | None = None) -> AutoS:

@@ -80,7 +80,9 @@ def next_step(
     step = NEXT[command]
     if not isinstance(step, str):
         held = _held(known["path"]) if "path" in known else _study(config.tracking)
-        step = step[held if held in step else ""]
+        step = step.get(held, step.get(""))
+    if step is None:
+        return None
     return f"next: {step.format(**{k: shlex.quote(v) for k, v in known.items()})}"
 
 
@@ -100,4 +102,4 @@ def _held(name: str) -> str:
         return "irp"
     if any((path / each).is_file() for each in (StudyConfig.report, SweepConfig.report)):
         return _study((path / RUN_FILE).is_file())
-    return "quickstart" if (path / "study").is_dir() else "corpus"
+    return "quickstart" if (path / "study" / StudyConfig.report).is_file() else "corpus"

@@ -28,14 +28,14 @@ class Stopped(UserError):
     exit_code = 75
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or ""."""
     spelt = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), list(spelt), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name).lower(), list(spelt), n=1, cutoff=0.5)
     return f" Did you mean {spelt[close[0]]!r}?" if close else ""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """Build the error for an unknown name, with the nearest known one."""
     known = sorted(known)
     listing = f" Known: {', '.join(known) or 'none'}." if len(known) <= 20 else ""

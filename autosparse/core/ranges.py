@@ -21,11 +21,19 @@ def check_ranges(settings: Any, ranges: Mapping[str, str], prefix: str = "") -> 
 
     Args:
         settings: whose attributes the fields are; None is not looked at.
-        ranges: field -> range in words, such as "at least 0 and below 1".
+        ranges: field -> range in words, such as "at least 0 and below 1" or "whole and above 0".
         prefix: before a field's name in the error.
     """
     for name, range_ in ranges.items():
         value = getattr(settings, name)
-        limits = [part.rsplit(" ", 1) for part in range_.split(" and ")]
-        if value is not None and not all(LIMITS[limit](value, float(x)) for limit, x in limits):
+        if value is not None and not all(_is(value, part) for part in range_.split(" and ")):
             raise UsageError(f"{prefix}{name} must be {range_}, got {value}")
+
+
+def _is(value: Any, part: str) -> bool:
+    if not isinstance(value, int | float):
+        return False
+    if part == "whole":
+        return isinstance(value, int)
+    limit, number = part.rsplit(" ", 1)
+    return LIMITS[limit](value, float(number))

@@ -58,23 +58,29 @@ NEAREST = 1e-4
 BATCHES = 2
 """Training batches that a criterion to begin with sees, if it needs data."""
 RANGES = {
-    "steps": "at least 1",
+    "steps": "whole and at least 1",
     "learning_rate": "above 0",
     "temperature": "above 0",
     "trust": "at least 0 and below 1",
-    "batch_size": "at least 1",
+    "batch_size": "whole and at least 1",
 }
 
 
-def files_of(beginning: str = UNIFORM, **_) -> dict[str, str]:
-    """Return the fingerprints of files that the criterion to begin with depends on."""
+def files_of(beginning: str = UNIFORM, objective: str = "kl", **_) -> dict[str, Any]:
+    """Return what the criterion to begin with depends on: its files and defaults of today.
+
+    Raises UsageError, before any work, where there is no such criterion or objective.
+    """
+    if objective not in OBJECTIVES:
+        raise unknown("objective", objective, OBJECTIVES)
     if beginning == UNIFORM:
         return {}
     other = get(beginning)
     if other.trains:
         raise UsageError(f"cts: beginning must be uniform or a criterion that does not train, "
                          f"and {beginning} does")  # fmt: skip
-    return other.provenance() if other.provenance else {}
+    defaults = {f"{beginning}.{key}": each for key, each in other.changed_defaults(()).items()}
+    return defaults | (other.provenance() if other.provenance else {})
 
 
 @register("cts", needs_data=True, trains=True, chooses=True, provenance=files_of)
@@ -148,10 +154,8 @@ class _Settings:
     seed: int
 
     def check(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise unknown("objective", self.objective, OBJECTIVES)
         check_ranges(self, RANGES, "cts: ")
-        files_of(self.beginning)
+        files_of(self.beginning, self.objective)
 
 
 def probabilities(

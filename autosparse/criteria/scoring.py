@@ -82,7 +82,9 @@ def score(
         own_models.check_runs(model, source)
     context = _Context(model, source, scoring, seed, exclude, loss_fn, ranks or Ranks())
     started = time.perf_counter()
-    dial = dial_of(model, selection, zoo.prunable(model, exclude), context.shape())
+    dial = None
+    if selection.units:  # Only then a batch is read for its shape.
+        dial = dial_of(model, selection, zoo.prunable(model, exclude), context.shape())
     with counting() as cost:
         scored = context.scored(main, asked, sparsity, selection, dial)
     changed = main.changed_defaults(asked)

@@ -119,10 +119,13 @@ def check_found(recorded: str | None, source: DataSource | None, where: Path) ->
 
     Args:
         recorded: the data's fingerprint in the finished work; None if it holds none.
-        source: the data set as it is now; None if it is not there, or is known by its content.
+        source: the data set as it is now; None if it is not there. Data of one's own are not
+            looked at: they are known by content, which made the name of the finished work.
         where: the finished work, for the message.
     """
-    if source is not None and recorded not in (None, source.fingerprint):
+    if source is None or source.config.name in identity.OWN:
+        return
+    if recorded not in (None, source.fingerprint):
         place = source.config.root or "where it is looked for"
         raise UsageError(
             f"{where} is of other images (fingerprint {recorded}) than {source.name} in {place} "

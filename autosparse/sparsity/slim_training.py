@@ -43,6 +43,8 @@ from autosparse.sparsity.ticket import Ticket, load_state
 
 Places: TypeAlias = "list[Tensor | None]"
 """Per dimension of a tensor the places that stay, ascending; None where all do."""
+LEAST_LOGIT = 1e-3
+"""Before training logits may be small; they are compared by the largest of them, or by this."""
 CONVOLVING = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -257,7 +259,7 @@ def _tell_layers(model: nn.Module, rules: _Rules, choice: Choice) -> None:
 def _check(whole: nn.Module, small: nn.Module, images: Tensor) -> None:
     """Raise UsageError if the smaller model does not run, RunFailed if it says something else."""
     try:
-        check_logits(whole, small.eval(), images, "train it without training.slim")
+        check_logits(whole, small.eval(), images, "train it without training.slim", LEAST_LOGIT)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         if of_the_machine(error):
             raise

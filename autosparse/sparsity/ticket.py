@@ -178,7 +178,9 @@ class Ticket:
             "card": self.card,
         }
         if packs.pays(tensors):
-            write_tensors(path, packs.packed(tensors, shapes), {**header, "format": FORMAT})
+            # Earlier versions look for shapes first, then at the format.
+            listed = {**header, "format": FORMAT, "shapes": []}
+            write_tensors(path, packs.packed(tensors, shapes), listed)
         else:
             write_tensors(path, tensors, {**header, **shapes})
 
@@ -198,7 +200,9 @@ class Ticket:
                 tensors, more = packs.unpacked(tensors)
             except ValueError as error:
                 raise UsageError(f"{path}: {error}; the file is damaged") from None
-            header = {**more, **header}
+            header = {**header, **more}
+            if "shapes" not in more:
+                del header["shapes"]
         require(header, ("shapes",), path)
         masks, values = {}, {}
         for name, shape in header["shapes"]:

@@ -244,6 +244,7 @@ def table(figures: dict[str, Any]) -> list[dict[str, Any]]:
         for name, each in rows.items():
             one = each["latency"][key]
             half = (one["quartiles"][1] - one["quartiles"][0]) / 2
-            row[name] = f"{one['ms']:.3g}±{half:.1g} (x{one['of_first']:.2f})"
+            spread = float(f"{half:.1g}")  # One digit, as a plain number.
+            row[name] = f"{one['ms']:.3g}±{spread:g} (x{one['of_first']:.2f})"
         shown.append(row)
     return shown

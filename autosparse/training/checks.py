@@ -75,6 +75,11 @@ def _check_slim(config: TrainingConfig) -> None:
             f"optimizer {config.optimizer} does not treat every weight by itself, so that "
             f"training.slim would change the training; take one of {', '.join(ELEMENTWISE)}"
         )
+    if config.optimizer_options.get("caution"):
+        raise UsageError(
+            "optimizer_options caution scales by a mean over whole tensors, which training.slim "
+            "changes; leave one of them out"
+        )
     if config.optimizer_wrapper == "sparseopt":
         raise UsageError(
             "optimizer_wrapper sparseopt scales by the mean density of a layer, which "

@@ -15,6 +15,7 @@ CARD = {
     "inputs": [f"feature_{number}" for number in range(30)],
     "rows": [{"epoch": 1, "loss": 0.5}],
     "options": {},
+    "note": "two\nlines",
 }
 
 

@@ -75,6 +75,7 @@ MISTAKES = [
     ("irp --final_density 2", "final_density", "below 1"),
     ("fit --epochs 0", "epochs", "at least 1"),
     ("fit --holdout 1", "holdout", "below 1"),
+    ("fit --hidden [8,0]", "hidden", "at least 1"),
     ("quickstart --seeds 0", "seeds", "at least 1"),
     # files and folders
     ("prune --data.name folder", "data.root", "folder to read"),

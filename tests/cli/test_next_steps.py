@@ -75,6 +75,8 @@ def test_paths_that_came_before_the_settings_are_named() -> None:
         ("figures", ["study/comparison.json"], "autosparse report IT/study"),
         ("inspect", ["run/finished.json"], "autosparse fit --corpus IT"),
         ("inspect", ["finished.json"], "autosparse fit --corpus FOLDER"),
+        ("inspect", ["run/finished.json", "study/cell"], "autosparse fit --corpus IT"),
+        ("report", ["run/finished.json", "study/cell"], "autosparse fit --corpus IT"),
     ],
 )
 def test_what_is_next_hangs_on_what_a_folder_holds(
@@ -87,6 +89,11 @@ def test_what_is_next_hangs_on_what_a_folder_holds(
     line = next_step(command, None, {"path": [str(tmp_path), "another"]})
     assert line is not None and said.replace("IT", str(tmp_path)) in line
     assert ("registry" in line) == (RUN_FILE in files and "sweep.json" in files)
+
+
+def test_what_nothing_is_known_of_ends_without_a_line(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text("{}")
+    assert next_step("inspect", None, {"path": str(tmp_path)}) is None
 
 
 @pytest.mark.parametrize(

@@ -281,8 +281,9 @@ def test_the_beginning_costs_too() -> None:
 
 def test_files_of_the_beginning_are_on_the_card_and_in_ids() -> None:
     assert cts.beyond({}) == {}
-    own = criteria.get("autos").provenance()
-    assert cts.beyond({"beginning": "autos"}) == own
+    autos = criteria.get("autos")
+    own = {f"autos.{key}": each for key, each in autos.changed_defaults(()).items()}
+    assert cts.beyond({"beginning": "autos"}) == own | autos.provenance()
     assert cts.provenance(beginning="erk") == {}
 
 
@@ -290,11 +291,15 @@ def test_files_of_the_beginning_are_on_the_card_and_in_ids() -> None:
 
 WRONG = {
     "objective": ({"objective": "mse"}, "unknown objective 'mse'"),
-    "steps": ({"steps": 0}, "cts: steps must be at least 1, got 0"),
+    "steps": ({"steps": 0}, "cts: steps must be whole and at least 1, got 0"),
+    "half a step": ({"steps": 2.5}, "cts: steps must be whole and at least 1, got 2.5"),
+    "a word": ({"steps": "many"}, "cts: steps must be whole and at least 1, got many"),
+    "trust in words": ({"trust": "a"}, "cts: trust must be at least 0 and below 1, got a"),
+    "no beginning": ({"beginning": None}, "unknown criterion None"),
     "rate": ({"learning_rate": 0.0}, "cts: learning_rate must be above 0, got 0.0"),
     "temperature": ({"temperature": -1}, "cts: temperature must be above 0, got -1"),
     "trust": ({"trust": 1.0}, "cts: trust must be at least 0 and below 1, got 1.0"),
-    "batch_size": ({"batch_size": 0}, "cts: batch_size must be at least 1, got 0"),
+    "batch_size": ({"batch_size": 0}, "cts: batch_size must be whole and at least 1, got 0"),
     "beginning": ({"beginning": "ekr"}, "unknown criterion 'ekr'"),
     "trains": ({"beginning": "short_irp"}, "a criterion that does not train, and short_irp does"),
     "itself": ({"beginning": "cts"}, "a criterion that does not train, and cts does"),
@@ -308,10 +313,12 @@ def test_what_is_refused(name: str) -> None:
         cts(convnet(), images(8), cross_entropy, **{"sparsity": 0.9, **options})
 
 
-@pytest.mark.parametrize("beginning", ["ekr", "short_irp"])
-def test_a_wrong_beginning_is_refused_before_work_begins(beginning: str) -> None:
-    with pytest.raises(UsageError, match=r"ekr|does not train"):
-        cts.check_whole({"beginning": beginning}, filled=("sparsity", "seed"))
+@pytest.mark.parametrize(
+    "options", [{"beginning": "ekr"}, {"beginning": "short_irp"}, {"objective": "kll"}]
+)
+def test_what_is_wrong_is_refused_before_work_begins(options: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"ekr|does not train|kll"):
+        cts.check_whole(options, filled=("sparsity", "seed"))
 
 
 class Several(nn.Module):

@@ -666,6 +666,23 @@ def test_an_iterator_that_can_be_read_once(
     assert found.card["image_passes"] == expected.card["image_passes"]
 
 
+def test_a_loader_that_draws_is_begun_as_often_as_training_begins() -> None:
+    """Looking for the images' shape would move a shuffled loader on to its next order."""
+
+    class Begun:
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            return iter(few_batches())
+
+    data = Begun()
+    prune(make_model(), data, "short_irp", 0.9, options={"levels": 1, "steps_per_level": 2})
+    assert data.times == 3, "twice for the shape of its images, once to train"
+    prune(make_model(), data, "short_irp", 0.9, options={"levels": 1, "steps_per_level": 2})
+    assert data.times == 6
+
+
 def test_short_irp_rewinds_an_iterator_that_can_be_read_once() -> None:
     options = {"levels": 2, "steps_per_level": 2}
     expected, found = (

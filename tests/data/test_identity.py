@@ -241,6 +241,14 @@ def test_a_run_of_data_known_by_name_is_told_of(tmp_path: Path, caplog):
     assert f"{former[1]} is of data of that folder's name" in line
 
 
+def test_data_of_ones_own_are_known_by_content_however_they_are_held(folder: DataConfig):
+    """Their fingerprint differs between memory and disk; what is finished stays so."""
+    held, streamed = (sets.load(replace(folder, memory_limit_gb=each)) for each in (4.0, 0.0))
+    assert held.fingerprint != streamed.fingerprint
+    for source in (held, streamed):
+        sets.check_found(held.fingerprint, source, Path("cell"))
+
+
 def test_a_named_set_with_other_images_is_not_taken_for_the_same(tmp_path: Path):
     write_mnist(tmp_path / "one")
     settings = replace(

@@ -190,8 +190,12 @@ class Growing(nn.Sequential):
         (Growing, "^Growing counts on its number of units, .*; train it without training.slim$"),
     ],
 )
-def test_a_network_whose_python_counts_units(kind: type, said: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_a_network_whose_python_counts_units(kind: type, said: str, scale: float) -> None:
     model, start = two_layers([[1, 0, 0, 0], [1, 0, 1, 0]])
+    state = start.dense_state()  # Its logits are small, too.
+    model[4].load_state_dict({name: scale * state[f"4.{name}"] for name in ("weight", "bias")})
+    start = Ticket.from_model(model, start.masks, {})
     with pytest.raises(UserError, match=said):
         slim_for_training(kind(*model), start, (1, 1, 2))
     assert model[1].out_features == 4

@@ -50,6 +50,12 @@ def test_bytes_are_those_of_the_values_and_a_header() -> None:
     assert 4 * 119 < found["safetensors_bytes"] < 4 * 119 + 600
 
 
+def test_a_spread_is_a_plain_number() -> None:
+    latency = {"torch 1": {"ms": 140.2, "quartiles": [130.0, 155.0], "of_first": 0.5}}
+    (row,) = measure.table({"rows": {"dense": {"latency": latency}}})
+    assert row == {"figure": "torch, batch 1: ms", "dense": "140±10 (x0.50)"}
+
+
 @pytest.mark.slow
 def test_the_verb_prints_a_table_and_writes_json(digits, tmp_path, capsys) -> None:
     pytest.importorskip("onnxruntime")

@@ -349,6 +349,7 @@ def test_outputs_in_float64_stay_so(digits: DataSource) -> None:
         ({"rescatter": True, "compile": True}, "rescatter breaks what training.compile"),
         ({"slim": True, "topology": "rigl"}, "topology rigl may bring weights back"),
         ({"slim": True, "optimizer": "lamb"}, "optimizer lamb does not treat every weight by"),
+        ({"slim": True, "optimizer_options": {"caution": True}}, "caution scales by a mean"),
         ({"slim": True, "optimizer_wrapper": "sparseopt"}, "wrapper sparseopt scales by the mean"),
         ({"precision": "fp16"}, "fp16 works under DeepSpeed only; use bf16"),
         ({"batch_size": 0}, "training.batch_size must be at least 1, got 0"),

@@ -114,4 +114,4 @@ def _wrapped(line: str, width: int) -> list[str]:
     return textwrap.wrap(
         " ".join(words), width, subsequent_indent=" " * indent,
         break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    ) or [""]  # fmt: skip
