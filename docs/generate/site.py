@@ -18,7 +18,7 @@ from docs.generate import configuration, criteria, python, results, verbs
 
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 FOUND_LAST = "---\nsearch:\n  boost: 0.0005\n---\n"
-"""Pages that were written for people come first, then docstrings: a match in a title weighs 1,000."""
+"""Written pages come first, then docstrings, though a match in a title weighs 1,000."""
 CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 NAME = re.compile(r"<code>[^<]+</code>")
 FIGURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
