@@ -218,8 +218,8 @@ def _finished(root: Path, plan: str) -> list[Shard]:
 
 def _tidy(root: Path, tasks: list[Task]) -> None:
     """Remove half-written files of a process that was killed."""
-    for task in tasks:
-        for left in root.glob(f".{task.name}.*.tmp"):
+    for name in (INDEX, INFO, MANIFEST, *(task.name for task in tasks)):
+        for left in root.glob(f".{name}.*.tmp"):
             left.unlink(missing_ok=True)
 
 

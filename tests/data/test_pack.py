@@ -166,7 +166,8 @@ def test_packing_goes_on_after_a_kill(pets, tmp_path, finished):
     records = [path.stem for path in (killed / RECORDS).glob("*.json")]
     kept = {name: (killed / name).stat().st_mtime_ns for name in records}
     assert len(kept) >= finished
-    (killed / ".train-000005.tar.77.tmp").write_bytes(b"half")
+    for name in ("train-000005.tar", "index.safetensors", "_info.json", "manifest.json"):
+        (killed / f".{name}.77.tmp").write_bytes(b"half")
     pack(str(pets), killed, FOUR)
     assert contents(killed) == contents(whole)
     assert {name: (killed / name).stat().st_mtime_ns for name in kept} == kept
