@@ -29,7 +29,7 @@ minutes=${PAPER_MINUTES:-4}
 read -r -a flags <<<"${DRILL_FLAGS:-}"
 
 declare -A limit=(
-    [probe]=50 [tests]=120 [flat]=60 [irp]=150 [scoring]=80 [resnet50]=140 [deepspeed]=90
+    [probe]=50 [tests]=150 [flat]=60 [irp]=150 [scoring]=110 [resnet50]=140 [deepspeed]=90
     [shards]=80 [paper]=$((minutes * 60 + 45))
 )
 

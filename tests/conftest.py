@@ -46,7 +46,7 @@ MOST_WORKERS = 8
 DEAR = {"local_ray": "local_ray", "group: Group": "ranks"}
 """Words of files that use a session fixture that takes long to start, and the name of their group:
 they run in one process, and first."""
-APART = ("test_timm_families.py", "test_slim_families.py")
+APART = ("test_timm_families.py", "test_slim_families.py", "test_gpu.py")
 """Files of long tests that share nothing: each goes where there is time."""
 
 

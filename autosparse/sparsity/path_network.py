@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,9 @@ class PathNetwork:
         only_paths(self.copy, mixing=True)
         self.remeasure = _rescale_everywhere(self.copy)
         self.finite = False
+        self.calls: Counter[int] = Counter()
+        self.replayed: dict[int, _Replayed | None] = {}
+        """By image: its gradients as one launch; None where they cannot be had that way."""
         self._wake([others[name] for name in seen.tokens])
 
     @torch.no_grad()
@@ -81,8 +85,19 @@ class PathNetwork:
     def gradients(self, image: int = 0) -> dict[str, Tensor]:
         """Return the gradients of the summed outputs for one image of random positive pixels.
 
-        Signals are scaled as they were for image 0, so call it for that one first.
+        Signals are scaled as they were for image 0, so call it for that one first. On a GPU they
+        are good until the next call.
         """
+        spend(1)
+        self.calls[image] += 1
+        if not self.images.is_cuda or self.calls[image] == 1:
+            return self._gradients(image)
+        if image not in self.replayed:
+            self.replayed[image] = _Replayed.of(lambda: self._gradients(image))
+        replayed = self.replayed[image]
+        return self._gradients(image) if replayed is None else replayed()
+
+    def _gradients(self, image: int) -> dict[str, Tensor]:
         if image == 0:
             self.remeasure()
         with torch.enable_grad(), followed(self.copy), NothingTakenAway():
@@ -95,7 +110,6 @@ class PathNetwork:
                 total, list(self.weights.values()), materialize_grads=True
             )
         self.finite = True  # Later passes have fewer weights; asking again would stall a GPU.
-        spend(1)
         return dict(zip(self.weights, by_weight, strict=True))
 
     def paths_through(self) -> dict[str, Tensor]:
@@ -128,6 +142,31 @@ class PathNetwork:
         return {
             name: sums[: len(sums) // 2] != sums[len(sums) // 2 :] for name, sums in outputs.items()
         }
+
+
+class _Replayed:
+    """What a function computes on a GPU, recorded once and launched again as a whole (CUDA graph).
+
+    A pass of one small image is thousands of launches, each of which takes the host longer than
+    the GPU. What is read lies where it lay, and so does what is returned.
+    """
+
+    def __init__(self, compute: Callable[[], dict[str, Tensor]]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.found = compute()
+
+    @classmethod
+    def of(cls, compute: Callable[[], dict[str, Tensor]]) -> _Replayed | None:
+        """Record a function that has been called before; None if it waits for the GPU."""
+        try:
+            return cls(compute)
+        except (RuntimeError, CannotFollow):
+            return None
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.graph.replay()
+        return dict(self.found)
 
 
 def _sum(output: Any) -> Tensor:

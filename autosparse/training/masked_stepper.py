@@ -42,6 +42,9 @@ class MaskedStepper(PlainStepper):
         names: the parameters that may be pruned.
     """
 
+    compile_mode = "reduce-overhead"
+    """Compiled passes are launched as a whole (CUDA graphs): weights stay where they are."""
+
     def __init__(
         self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int, names: list[str]
     ) -> None:

@@ -150,6 +150,9 @@ class Stepper(Protocol):
 class PlainStepper:
     """One process, plain PyTorch."""
 
+    compile_mode: str | None = None
+    """Of torch.compile."""
+
     def __init__(self, model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> None:
         check_plain(config)
         self.model, self.config, self.ranks, self.seed = model, config, Ranks(), 0
@@ -158,7 +161,7 @@ class PlainStepper:
         self.recipe, self.ema = Recipe(config, model), make_ema(model, config)
         self.topology = topology_of(model, config, config.epochs * steps_per_epoch)
         self.updates, self.settings = 0, {}
-        self.network = torch.compile(model) if config.compile else model
+        self.network = torch.compile(model, mode=self.compile_mode) if config.compile else model
         self.scattered = scatterer(model, config, device_of(model))
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:

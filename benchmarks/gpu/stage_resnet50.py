@@ -37,8 +37,10 @@ from benchmarks.gpu.measure import (
     waits,
 )
 
-BATCHES, EPOCHS = 6, 4
-"""Of the loop that is timed whole; the first epoch is not counted."""
+EPOCHS = 4
+"""Of the loop that is timed whole; the first is not counted."""
+STEPS = 6
+"""In which it is told what waits for the device; the first is not counted."""
 DENSE, BARE, EACH = "dense", "bare", "each"
 
 
@@ -51,6 +53,8 @@ class Network:
     batch: int
     steps: int
     """In a row, of one time."""
+    batches: int = 6
+    """Of an epoch of the loop that is timed whole."""
 
     def training(self) -> TrainingConfig:
         return TrainingConfig(
@@ -62,7 +66,7 @@ class Network:
 NETWORKS = {
     "resnet50": Network(ModelConfig("resnet50"), 224, 256, 4),
     "vit_base": Network(ModelConfig("vit_base_patch16_224"), 224, 256, 2),
-    "resnet18_32px": Network(ModelConfig("resnet18", small_stem=True), 32, 512, 20),
+    "resnet18_32px": Network(ModelConfig("resnet18", small_stem=True), 32, 512, 20, 92),
 }
 TINY = {
     "resnet50": Network(ModelConfig("test_resnet"), 32, 4, 1),
@@ -119,7 +123,7 @@ def stepper_of(
 ) -> PlainStepper:
     """Return what trains a model on the device."""
     model = model.to(setting.device).train()
-    return PlainStepper(model, replace(network.training(), **changes), BATCHES)
+    return PlainStepper(model, replace(network.training(), **changes), network.batches)
 
 
 def one_by_one(
@@ -136,7 +140,7 @@ def bare_step(
     """Return the step of a plain PyTorch loop with the dense model."""
     model = copy.deepcopy(model).to(setting.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     config = network.training()
-    optimizer, _ = optimizer_and_schedule(model, config, BATCHES)
+    optimizer, _ = optimizer_and_schedule(model, config, network.batches)
     images = batch[0].contiguous(memory_format=torch.channels_last)
 
     def step() -> None:
@@ -158,7 +162,7 @@ def whole_loop(
     recorder: Recorder,
 ) -> None:
     """Time `fit` over images on the device, and find where its steps wait for it."""
-    source = random_source(BATCHES * network.batch, network.side, setting.device)
+    source = random_source(network.batches * network.batch, network.side, setting.device)
     history = fit(stepper, source, network.training(), seed=SEED)
     alone = network.batch * 1e3 / sorted(step_ms)[len(step_ms) // 2]
     rates = [epoch.images_per_second for epoch in history.epochs[1:]]
@@ -167,7 +171,7 @@ def whole_loop(
     stepper.model.train()
     batches = source.training_batches(network.batch, SEED)
     found = waits(
-        (stepper.step(*each) for each, _ in zip(batches, range(BATCHES), strict=False)), setting
+        (stepper.step(*each) for each, _ in zip(batches, range(STEPS), strict=False)), setting
     )
     recorder.note(f"sync_places_{name}", found)
     recorder.add(f"syncs_{name}", [float(len(found))])

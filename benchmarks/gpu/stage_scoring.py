@@ -26,7 +26,8 @@ TINY = {
     "resnet50": ModelConfig("test_resnet"),
     "vit_base": ModelConfig("test_vit", {"patch_size": 8}),
 }
-CRITERIA = ("snip", "synflow", "autos")
+CRITERIA = ("snip", "autos", "synflow")
+"""The longest last."""
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
@@ -35,10 +36,10 @@ def run(setting: Setting, recorder: Recorder) -> None:
     for name in SCORED:
         config = (TINY if setting.tiny else MODELS)[name]
         model = dense_model(config, side).to(setting.device)
+        recorder.add(f"thinning_seconds_{name}", seconds(thinning(model, side), setting))
         for criterion in CRITERIA:
             job = partial(prune, model, [batch], criterion, SPARSITY)
             recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting))
-        recorder.add(f"thinning_seconds_{name}", seconds(thinning(model, side), setting))
         if setting.on_gpu:
             recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
             torch.cuda.empty_cache()

@@ -134,7 +134,7 @@ def test_what_was_compiled_serves_all_trainings(monkeypatch: pytest.MonkeyPatch)
         compiled.append(1)
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: real(model, backend=backend))
     torch._dynamo.reset()
     model = make_model("test_vit")
     stepper = masked("test_vit", replace(ADAM, compile=True), ticket_of(model))

@@ -236,7 +236,7 @@ def test_sparse_products_follow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiled_networks_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: real(model, backend="eager"))
     expected, _ = stepper_of("test_vit", RIGL, torch.float64)
     found, _ = stepper_of("test_vit", replace(RIGL, compile=True), torch.float64)
     data = images_of(STEPS, torch.float64)
