@@ -7,7 +7,7 @@ where layers are narrow. Such a weight is worth nothing: it adds a constant to t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ same at any size, except those of kernel positions that see padding only."""
 GAIN = 0.75
 """The value of gains where only liveness is asked. Any but one, which would cut the path of x in
 (1 - gain) * x + gain * f(x)."""
+AT_ONCE = 1 << 26
+"""Most weights that a GPU thins at once: sorting takes some 30 bytes for each."""
 ROUNDS = 32
 """Rounds in which a network is thinned by default: AutoS's, chosen in docs/results/log.md."""
 
@@ -161,13 +163,12 @@ def thinned(
     with exactly(device):
         network = _small_network(model, begun, shape)
         network.keep(begun)
-        layers = {n: _Layer(begun[n], score, counts[n], tilt) for n, score in scores.items()}
+        parts = _parts(network.weights, begun, scores, counts)
         for number in range(1, rounds + 1):
             sums = network.gradients()
-            for name, layer in layers.items():
-                gone = layer.thin(sums.pop(name), number / rounds)
-                network.weights[name].view(-1).index_fill_(0, gone.long(), 0)
-        chosen = {name: layer.mask() for name, layer in layers.items()}
+            for part in parts:
+                part.thin(sums, number / rounds, tilt)
+        chosen = {name: mask for part in parts for name, mask in part.masks().items()}
         through = network.paths_through()
         alive = {name: mask & (through.pop(name) > 0) for name, mask in chosen.items()}
         network.keep(alive)
@@ -201,54 +202,120 @@ def best_on_paths(
 
 
 class _Layer:
-    """The weights of a layer that are left; each round costs in proportion to their number.
+    """The weights of a layer that are left; each round costs in proportion to their number."""
 
-    All is done on the device of the scores. How many weights go is known beforehand, so that
-    nothing waits for a GPU.
-    """
-
-    def __init__(self, mask: Tensor, score: Tensor, count: int, tilt: float) -> None:
-        self.shape, self.count, self.tilt = mask.shape, count, tilt
-        self.places = _narrow(mask.flatten().nonzero().squeeze(1), mask.numel())
+    def __init__(self, name: str, weight: Tensor, mask: Tensor, score: Tensor, count: int) -> None:
+        self.name, self.weight, self.count = name, weight.view(-1), count
+        self.places = mask.flatten().nonzero().squeeze(1)
+        if mask.numel() < 1 << 31:
+            self.places = self.places.int()
         self.size = len(self.places)
         self.score = score.flatten().index_select(0, self.places).float()
+        self.shape = mask.shape
 
-    def thin(self, gradient: Tensor, done: float) -> Tensor:
-        """Remove weights once the share `done` of the rounds is over; return their places."""
-        most = round(self.size ** (1 - done) * max(self.count, 1) ** done)
-        left = self.count if done == 1 else max(self.count, most)
-        paths = gradient.flatten().index_select(0, self.places).abs_()
-        stay, go = _parted(_rated(self.score, paths, self.tilt), left)
-        gone = self.places.index_select(0, go)
+    def thin(self, sums: dict[str, Tensor], done: float, tilt: float) -> None:
+        """Set weights to zero, once the share `done` of the rounds is over."""
+        paths = sums.pop(self.name).flatten().index_select(0, self.places).abs_()
+        stays = top(_rated(self.score, paths, tilt), _left(self.size, self.count, done)).numpy()
+        stay, go = (torch.from_numpy(np.flatnonzero(each)) for each in (stays, ~stays))
+        self.weight.index_fill_(0, self.places.index_select(0, go).long(), 0)
         self.places, self.score = (x.index_select(0, stay) for x in (self.places, self.score))
-        return gone
 
-    def mask(self) -> Tensor:
+    def masks(self) -> Masks:
         """Return where the weights that are left lie."""
-        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.places.device)
+        mask = torch.zeros(self.shape, dtype=torch.bool)
         mask.view(-1).index_fill_(0, self.places.long(), True)
-        return mask
+        return {self.name: mask}
 
 
-def _narrow(places: Tensor, size: int) -> Tensor:
-    """Return positions below `size` in as few bytes as hold them."""
-    return places.int() if size < 1 << 31 else places
+class _Layers:
+    """The weights of many layers that are left, thinned as `_Layer` does, but all in one go.
 
-
-def _parted(rated: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """Return the positions of the `left` highest, ascending, and of the others; ties: first ones.
-
-    On a CPU by a threshold; elsewhere by sorting, which needs no answer from the device.
+    On a GPU it is launches that cost, not weights; and how many go is known beforehand, so that
+    nothing waits for it.
     """
-    if rated.device.type == "cpu":
-        stays = top(rated, left).numpy()
-        return torch.from_numpy(np.flatnonzero(stays)), torch.from_numpy(np.flatnonzero(~stays))
-    return _parted_by_sorting(rated, left)
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        masks: Masks,
+        scores: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+    ) -> None:
+        self.weights = weights
+        whole = torch.cat([masks[name].flatten() for name in weights])
+        self.kept = whole.to(next(iter(weights.values())).dtype)
+        pieces = self.kept.split([each.numel() for each in weights.values()])
+        pairs = zip(weights.items(), pieces, strict=True)
+        self.by_layer = {name: piece.view(weight.shape) for (name, weight), piece in pairs}
+        self.sizes = torch.stack([masks[name].count_nonzero() for name in weights]).tolist()
+        self.counts = [counts[name] for name in weights]
+        self.lefts = self.sizes
+        self.places = whole.nonzero().squeeze(1)
+        flat = torch.cat([scores[name].flatten().float() for name in weights])
+        self.score = flat.index_select(0, self.places)
+        numbers = torch.arange(len(weights), dtype=torch.int16, device=flat.device)
+        sizes = torch.tensor(self.sizes, device=flat.device)
+        self.layer = numbers.repeat_interleave(sizes, output_size=len(self.places))
+
+    def thin(self, sums: dict[str, Tensor], done: float, tilt: float) -> None:
+        """Set weights to zero, once the share `done` of the rounds is over."""
+        flat = torch.cat([sums.pop(name).flatten() for name in self.weights])
+        parts = self._ranked(flat.index_select(0, self.places).abs_(), tilt).split(self.lefts)
+        pairs = zip(self.sizes, self.counts, strict=True)
+        self.lefts = [_left(size, count, done) for size, count in pairs]
+        goes = [part[left:] for part, left in zip(parts, self.lefts, strict=True)]
+        stays = [part[:left] for part, left in zip(parts, self.lefts, strict=True)]
+        self.kept.index_fill_(0, self.places.index_select(0, torch.cat(goes)), 0)
+        torch._foreach_mul_(list(self.weights.values()), list(self.by_layer.values()))
+        stay = torch.cat(stays).sort().values
+        self.places, self.score, self.layer = (
+            each.index_select(0, stay) for each in (self.places, self.score, self.layer)
+        )
+
+    def _ranked(self, paths: Tensor, tilt: float) -> Tensor:
+        """Return positions layer by layer, the best first; ties: the first ones; see `_rated`.
+
+        `paths` is overwritten.
+        """
+        dead = paths <= 0
+        lifted = paths.clamp_(min=torch.finfo(paths.dtype).tiny).log_().mul_(tilt).add_(self.score)
+        order = torch.where(dead, self.score, lifted).sort(descending=True, stable=True).indices
+        groups = (self.layer * 2 + dead).index_select(0, order)
+        return order.index_select(0, groups.sort(stable=True).indices)
+
+    def masks(self) -> Masks:
+        """Return where the weights that are left lie."""
+        return {name: kept.bool() for name, kept in self.by_layer.items()}
 
 
-def _parted_by_sorting(rated: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    order = _narrow(rated.sort(descending=True, stable=True).indices, len(rated))
-    return order[:left].sort().values, order[left:]
+def _parts(
+    weights: Mapping[str, Tensor],
+    masks: Masks,
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+) -> Sequence[_Layer | _Layers]:
+    """Return what thins the layers in the order of the scores: each apart on a CPU."""
+    ordered = {name: weights[name] for name in scores}
+    if all(weight.device.type == "cpu" for weight in ordered.values()):
+        return [_Layer(n, w, masks[n], scores[n], counts[n]) for n, w in ordered.items()]
+    return [_Layers(part, masks, scores, counts) for part in _cut(ordered, AT_ONCE)]
+
+
+def _cut(weights: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """Cut into parts of at most `most` weights, or of one layer."""
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, weight in weights.items():
+        if parts[-1] and weight.numel() + sum(each.numel() for each in parts[-1].values()) > most:
+            parts.append({})
+        parts[-1][name] = weight
+    return parts
+
+
+def _left(size: int, count: int, done: float) -> int:
+    """Return how many of a layer's weights are left when the share `done` of rounds is over."""
+    most = round(size ** (1 - done) * max(count, 1) ** done)
+    return count if done == 1 else max(count, most)
 
 
 def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
@@ -258,12 +325,12 @@ def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:
     """
     on_path = paths > 0
     lifted = paths.clamp_(min=torch.finfo(paths.dtype).tiny).log_().mul_(tilt).add_(score)
-    if not len(score) or (score.device.type == "cpu" and bool(on_path.all())):
+    if not on_path.any() or on_path.all():
         return lifted
     best_dead = score.masked_fill(on_path, -torch.inf).max()
     worst_alive = lifted.masked_fill(~on_path, torch.inf).min()
     dead = score.sub(best_dead).add_(worst_alive).sub_(1)
-    return torch.where(on_path | ~on_path.any(), lifted, dead)
+    return torch.where(on_path, lifted, dead)
 
 
 def _small_network(
@@ -271,7 +338,7 @@ def _small_network(
 ) -> PathNetwork:
     """Return the network for images of at most `SIDE`, or of `shape` where it takes no other."""
     small = (shape[0], *(min(side, SIDE) for side in shape[1:]))
-    if small != tuple(shape):
+    if small != tuple(shape) and not any(map(_takes_one_size, model.modules())):
         try:
             network = PathNetwork(model, masks, small, torch.float32)
             network.gradients()
@@ -279,3 +346,9 @@ def _small_network(
         except CannotFollow:
             pass  # It takes images of one size only.
     return PathNetwork(model, masks, shape, torch.float32)
+
+
+def _takes_one_size(module: nn.Module) -> bool:
+    """Whether it is a patch embedding of timm's that refuses images of other sizes."""
+    strict = getattr(module, "strict_img_size", False)
+    return bool(strict) and getattr(module, "img_size", None) is not None

@@ -34,15 +34,21 @@ def run(setting: Setting, recorder: Recorder) -> None:
     side, images = (32, 10) if setting.tiny else (224, 100)
     batch = random_batch(images, side, setting.device)
     for name in SCORED:
-        config = (TINY if setting.tiny else MODELS)[name]
-        model = dense_model(config, side).to(setting.device)
+        model = model_of(name, side, setting)
         recorder.add(f"thinning_seconds_{name}", seconds(thinning(model, side), setting))
+    for name in SCORED:
+        model = model_of(name, side, setting)
         for criterion in CRITERIA:
             job = partial(prune, model, [batch], criterion, SPARSITY)
             recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting))
         if setting.on_gpu:
             recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
             torch.cuda.empty_cache()
+
+
+def model_of(name: str, side: int, setting: Setting) -> nn.Module:
+    """Return a dense model on the device."""
+    return dense_model((TINY if setting.tiny else MODELS)[name], side).to(setting.device)
 
 
 def seconds(job: Callable[[], Any], setting: Setting) -> list[float]:

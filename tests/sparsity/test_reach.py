@@ -624,30 +624,32 @@ def test_a_pass_through_the_network_asks_for_no_value() -> None:
     assert waits.count == 0
 
 
-def test_sorting_asks_for_no_value_and_parts_as_a_threshold_does() -> None:
-    """Ties, too: with four values among a thousand, the first positions stay."""
-    generator = torch.Generator().manual_seed(0)
-    for values in (torch.rand(1000, generator=generator), torch.arange(1000) % 4 / 4.0):
-        for left in (0, 1, 400, 999, 1000):
-            with Waits() as waits:
-                stay, go = reach._parted_by_sorting(values, left)
-            assert waits.count == 0
-            expected, gone = reach._parted(values, left)
-            assert stay.tolist() == expected.tolist()
-            assert sorted(go.tolist()) == gone.tolist()
-
-
 @pytest.mark.parametrize("tilt", [0.0, 1.0])
-def test_networks_thinned_by_sorting_are_those_thinned_by_thresholds(monkeypatch, tilt) -> None:
-    model = make_model("test_byobnet")
-    generator = torch.Generator().manual_seed(1)
-    weights = zoo.prunable(model).items()
-    scores = {n: (torch.rand(w.shape, generator=generator) * 50).round() for n, w in weights}
-    counts = {name: max(each.numel() // 30, 2) for name, each in scores.items()}
-    usual = reach.thinned(model, scores, counts, (1, 16, 16), rounds=6, tilt=tilt)
-    monkeypatch.setattr(reach, "_parted", reach._parted_by_sorting)
-    found = reach.thinned(model, scores, counts, (1, 16, 16), rounds=6, tilt=tilt)
-    assert all(torch.equal(found[name], usual[name]) for name in usual)
+def test_layers_thinned_together_are_those_thinned_one_by_one(tilt: float) -> None:
+    """As on a GPU, which nothing waits for. With ties, dead weights, and a layer without a path."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (30, 20), "b": (500,), "none": (40,), "dead": (7, 7)}
+    scores = {n: (torch.rand(s, generator=generator) * 50).round() for n, s in shapes.items()}
+    begun = {n: torch.rand(s, generator=generator) < 0.9 for n, s in shapes.items()}
+    counts = {"a": 3, "b": 250, "none": 0, "dead": 5}
+    one, other = ({n: begun[n].float() for n in shapes} for _ in range(2))
+    apart = [reach._Layer(n, one[n], begun[n], scores[n], counts[n]) for n in shapes]
+    together = [reach._Layers(part, begun, scores, counts) for part in reach._cut(other, most=700)]
+    assert [list(part.weights) for part in together] == [["a"], ["b", "none", "dead"]]
+    for done in (0.25, 0.5, 1.0):
+        sums = {n: (torch.rand(s, generator=generator) * 3).floor() for n, s in shapes.items()}
+        sums["dead"].zero_()
+        for layer in apart:
+            layer.thin(dict(sums), done, tilt)
+        with Waits() as waits:
+            for part in together:
+                part.thin(dict(sums), done, tilt)
+        assert waits.count == 0
+    for part in (*apart, *together):
+        for name, mask in part.masks().items():
+            assert int(mask.sum()) == counts[name]
+            assert torch.equal(mask, one[name] != 0)
+            assert torch.equal(mask, other[name] != 0)
 
 
 def test_thinned_masks_are_those_of_before() -> None:
