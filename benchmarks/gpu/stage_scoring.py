@@ -26,8 +26,9 @@ TINY = {
     "resnet50": ModelConfig("test_resnet"),
     "vit_base": ModelConfig("test_vit", {"patch_size": 8}),
 }
-CRITERIA = ("snip", "autos", "synflow")
-"""The longest last."""
+LONGEST = "synflow"
+"""Measured once only, and last."""
+CRITERIA = ("snip", "autos", LONGEST)
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
@@ -35,12 +36,14 @@ def run(setting: Setting, recorder: Recorder) -> None:
     batch = random_batch(images, side, setting.device)
     for name in SCORED:
         model = model_of(name, side, setting)
-        recorder.add(f"thinning_seconds_{name}", seconds(thinning(model, side), setting))
+        job = thinning(model, side)
+        recorder.add(f"thinning_seconds_{name}", seconds(job, setting, RUNS))
     for name in SCORED:
         model = model_of(name, side, setting)
         for criterion in CRITERIA:
             job = partial(prune, model, [batch], criterion, SPARSITY)
-            recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting))
+            runs = 1 if criterion == LONGEST else RUNS
+            recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting, runs))
         if setting.on_gpu:
             recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
             torch.cuda.empty_cache()
@@ -51,9 +54,9 @@ def model_of(name: str, side: int, setting: Setting) -> nn.Module:
     return dense_model((TINY if setting.tiny else MODELS)[name], side).to(setting.device)
 
 
-def seconds(job: Callable[[], Any], setting: Setting) -> list[float]:
-    """Return the seconds of every run."""
-    taken = in_turn({"job": job}, setting, runs=RUNS, warm_up=1)["job"]
+def seconds(job: Callable[[], Any], setting: Setting, runs: int) -> list[float]:
+    """Return the seconds of every run after one to warm up."""
+    taken = in_turn({"job": job}, setting, runs=runs, warm_up=1)["job"]
     return [each / 1e3 for each in taken]
 
 

@@ -39,12 +39,12 @@ def run(setting: Setting, recorder: Recorder) -> None:
         pack(str(files), packed, PackConfig(per_shard=pictures * copies // 10, workers=workers))
         recorder.note("images", pictures * copies)
         recorder.note("writing_seconds", round(time.perf_counter() - started, 1))
+        if setting.on_gpu:
+            on_the_device(batch, setting, recorder)
         for workers in WORKERS[:2] if setting.tiny else reversed(WORKERS):
             job = reading(packed, workers, batch, setting)
             job()
             recorder.add(f"images_per_s_{workers}w", [job() for _ in range(RUNS)])
-    if setting.on_gpu:
-        on_the_device(batch, setting, recorder)
 
 
 def reading(root: Path, workers: int, batch: int, setting: Setting) -> Callable[[], float]:

@@ -73,15 +73,17 @@ def plain_table(lines: list[tuple[str, ...]]) -> str:
 
 def markdown(stages: dict[str, Any]) -> str:
     """Return the tables of docs/performance.md: one of six columns for each stage."""
-    machines = sorted({told(stage) for stage in stages.values()}) or [MISSING]
-    lines = [f"Measured on: {'; '.join(machines)}."]
+    lines: list[str] = []
     heads = ("figure", "value", "spread", "goal", "met", "against")
     for name, found in groupby(rows(stages, missing=True), key=lambda row: row[0]):
-        lines += ["", f"### Stage {name}", "", _line(heads), _line(["---"] * len(heads))]
+        machine = told(stages[name]) if name in stages else MISSING
+        lines += [f"### Stage {name}", "", f"Machine: {machine}.", ""]
+        lines += [_line(heads), _line(["---"] * len(heads))]
         for _, figure, value, spread, unit, goal, reached, peer in found:
             shown = value if value == MISSING else f"{value} {unit}"
             lines.append(_line((f"`{figure}`", shown, spread, goal, reached, peer)))
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def _line(cells: Sequence[str]) -> str:

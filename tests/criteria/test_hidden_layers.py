@@ -120,6 +120,7 @@ def test_what_is_made_by_its_recipe_is_scored_as_it_is() -> None:
     assert masks.fingerprint(expected) == ticket.fingerprint
 
 
+@pytest.mark.slow
 def test_autos_sees_gains_as_it_did_when_it_was_fitted() -> None:
     """What is near zero stays so, what is zero is one: as models.create makes networks."""
     config = ModelConfig("test_convnext")

@@ -149,7 +149,8 @@ pack.pack(sys.argv[1], sys.argv[2], PackConfig(per_shard=4, workers=1), on_shard
 """
 
 
-@pytest.mark.parametrize("finished", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [1, 4])
 def test_packing_goes_on_after_a_kill(pets, tmp_path, finished):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     pack(str(pets), whole, FOUR)

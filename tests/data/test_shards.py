@@ -846,6 +846,7 @@ def test_a_process_forked_meanwhile_leaves_the_workers_alone(root):
     assert pairs(split.shuffled(1, seed=0, epoch=0)) == expected
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_where_a_batch_is_waited_for_and_not_before(root):
     """torch would raise an error in whatever line is being run."""
     batches = sets.load(config(root, workers=2)).train.shuffled(1, seed=0, epoch=0)

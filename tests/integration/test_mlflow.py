@@ -135,6 +135,7 @@ def _loaded_in_a_fresh_process(inputs: dict[str, torch.Tensor], folder: Path) ->
     return [found.detach() for found in torch.load(folder / "out.pt")]
 
 
+@pytest.mark.slow
 def test_champions_load_without_pickle_and_compute_the_same(
     trained: Cell, folder: Path, digits: DataSource, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ from tests.integration.topologies_on_ranks import (
 from tests.training.masked_rigl import masked_rigl
 
 RANKS, SECONDS = 2, 500
-QUICK = [("test_byobnet", 1, {}), ("test_vit", 3, {})]
+QUICK = [("test_byobnet", 1, {})]
 WAYS = [{}, {"scatter": "flat"}, {"rescatter": True}]
 ALL = [
     (name, stage, changes)

@@ -112,4 +112,4 @@ class Corpora(RuleBasedStateMachine):
 
 
 TestCorpora = Corpora.TestCase
-TestCorpora.settings = settings(max_examples=5, stateful_step_count=6)
+TestCorpora.settings = settings(max_examples=3, stateful_step_count=6)

@@ -100,6 +100,7 @@ def test_the_table_fits_a_terminal(done: StudyConfig, capsys):
     assert "…" not in table
 
 
+@pytest.mark.slow
 def test_irp_is_the_reference(tmp_path: Path, digits: DataSource):
     settings = comparison(
         tmp_path, criteria="irp,late", seeds=[0], twins=["shuffled", "inverted", "uniform"],

@@ -234,6 +234,7 @@ def test_sparse_products_follow(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(masks_of(found.model)[layer], mask)
 
 
+@pytest.mark.slow
 def test_compiled_networks_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: real(model, backend="eager"))
