@@ -60,7 +60,7 @@ def _group(path: Path) -> str:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A process for each core where the whole quick suite is run; none for a part of it.
 
-    A part starts sooner in one process; slow tests and those of a GPU want the machine alone.
+    A part starts sooner in one process; slow tests want the machine alone.
     """
     asked = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not asked.keyword

@@ -279,6 +279,33 @@ def test_thinning_chooses_what_it_chooses_on_the_cpu(
         assert masks.fingerprint(expected) == masks.fingerprint(found)
 
 
+class Waiting(nn.Module):
+    """A convolution that asks for a value in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv(images)
+        return self.head(hidden.mean((2, 3)) if float(hidden.sum()) == 0 else hidden.amax((2, 3)))
+
+
+def test_a_network_that_waits_for_the_device_is_thinned_too(device: torch.device) -> None:
+    """Its passes cannot be recorded; streams and memory are afterwards as before."""
+    model = Waiting()
+    scores = {n: noise(*w.shape, seed=i) for i, (n, w) in enumerate(zoo.prunable(model).items())}
+    kept = {name: each.numel() // 3 for name, each in scores.items()}
+    expected = reach.thinned(model, scores, kept, (1, 8, 8))
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    found = reach.thinned(copy.deepcopy(model).to(device), scores, kept, (1, 8, 8))
+    assert masks.fingerprint({n: m.cpu() for n, m in found.items()}) == masks.fingerprint(expected)
+    if device.type == "cuda":
+        assert torch.cuda.current_stream(device) == stream
+        torch.cuda.empty_cache()
+        assert torch.rand(3, device=device).isfinite().all()
+
+
 # Data
 
 

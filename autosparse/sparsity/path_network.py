@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,9 +63,6 @@ class PathNetwork:
         only_paths(self.copy, mixing=True)
         self.remeasure = _rescale_everywhere(self.copy)
         self.finite = False
-        self.calls: Counter[int] = Counter()
-        self.replayed: dict[int, _Replayed | None] = {}
-        """By image: its gradients as one launch; None where they cannot be had that way."""
         self._wake([others[name] for name in seen.tokens])
 
     @torch.no_grad()
@@ -85,17 +81,23 @@ class PathNetwork:
     def gradients(self, image: int = 0) -> dict[str, Tensor]:
         """Return the gradients of the summed outputs for one image of random positive pixels.
 
-        Signals are scaled as they were for image 0, so call it for that one first. On a GPU they
-        are good until the next call.
+        Signals are scaled as they were for image 0, so call it for that one first.
         """
         spend(1)
-        self.calls[image] += 1
-        if not self.images.is_cuda or self.calls[image] == 1:
-            return self._gradients(image)
-        if image not in self.replayed:
-            self.replayed[image] = _Replayed.of(lambda: self._gradients(image))
-        replayed = self.replayed[image]
-        return self._gradients(image) if replayed is None else replayed()
+        return self._gradients(image)
+
+    def repeated(self) -> Callable[[], dict[str, Tensor]]:
+        """Return a function for many calls of `gradients()`, between which only weights change.
+
+        On a GPU it launches the whole pass at once, and what it returned is good until its next
+        call.
+        """
+        if not self.images.is_cuda:
+            return self.gradients
+        if not self.finite:
+            self.gradients()
+        recorded = _Recorded.of(lambda: self._gradients(0), self.images.device)
+        return self.gradients if recorded is None else recorded
 
     def _gradients(self, image: int) -> dict[str, Tensor]:
         if image == 0:
@@ -144,28 +146,39 @@ class PathNetwork:
         }
 
 
-class _Replayed:
+class _Recorded:
     """What a function computes on a GPU, recorded once and launched again as a whole (CUDA graph).
 
     A pass of one small image is thousands of launches, each of which takes the host longer than
     the GPU. What is read lies where it lay, and so does what is returned.
     """
 
-    def __init__(self, compute: Callable[[], dict[str, Tensor]]) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+    def __init__(self, compute: Callable[[], dict[str, Tensor]], device: torch.device) -> None:
+        self.device, self.graph = device, torch.cuda.CUDAGraph()
+        # The outer stream is put back even where ending the recording fails.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(
+                self.graph,
+                stream=torch.cuda.Stream(device),
+                capture_error_mode="thread_local",
+            ),
+        ):
             self.found = compute()
 
     @classmethod
-    def of(cls, compute: Callable[[], dict[str, Tensor]]) -> _Replayed | None:
+    def of(cls, compute: Callable[[], dict[str, Tensor]], device: torch.device) -> _Recorded | None:
         """Record a function that has been called before; None if it waits for the GPU."""
         try:
-            return cls(compute)
+            return cls(compute, device)
         except (RuntimeError, CannotFollow):
             return None
 
     def __call__(self) -> dict[str, Tensor]:
-        self.graph.replay()
+        spend(1)
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return dict(self.found)
 
 

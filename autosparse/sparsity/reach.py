@@ -164,8 +164,9 @@ def thinned(
         network = _small_network(model, begun, shape)
         network.keep(begun)
         parts = _parts(network.weights, begun, scores, counts)
+        gradients = network.repeated()
         for number in range(1, rounds + 1):
-            sums = network.gradients()
+            sums = gradients()
             for part in parts:
                 part.thin(sums, number / rounds, tilt)
         chosen = {name: mask for part in parts for name, mask in part.masks().items()}
@@ -206,9 +207,7 @@ class _Layer:
 
     def __init__(self, name: str, weight: Tensor, mask: Tensor, score: Tensor, count: int) -> None:
         self.name, self.weight, self.count = name, weight.view(-1), count
-        self.places = mask.flatten().nonzero().squeeze(1)
-        if mask.numel() < 1 << 31:
-            self.places = self.places.int()
+        self.places = _narrow(mask.flatten().nonzero().squeeze(1), mask.numel())
         self.size = len(self.places)
         self.score = score.flatten().index_select(0, self.places).float()
         self.shape = mask.shape
@@ -232,7 +231,8 @@ class _Layers:
     """The weights of many layers that are left, thinned as `_Layer` does, but all in one go.
 
     On a GPU it is launches that cost, not weights; and how many go is known beforehand, so that
-    nothing waits for it.
+    nothing waits for it. Among weights on no path ties may be broken otherwise: `_Layer` rounds
+    their scores (see `_rated`).
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class _Layers:
         self.sizes = torch.stack([masks[name].count_nonzero() for name in weights]).tolist()
         self.counts = [counts[name] for name in weights]
         self.lefts = self.sizes
-        self.places = whole.nonzero().squeeze(1)
+        self.places = _narrow(whole.nonzero().squeeze(1), whole.numel())
         flat = torch.cat([scores[name].flatten().float() for name in weights])
         self.score = flat.index_select(0, self.places)
         numbers = torch.arange(len(weights), dtype=torch.int16, device=flat.device)
@@ -266,7 +266,7 @@ class _Layers:
         self.lefts = [_left(size, count, done) for size, count in pairs]
         goes = [part[left:] for part, left in zip(parts, self.lefts, strict=True)]
         stays = [part[:left] for part, left in zip(parts, self.lefts, strict=True)]
-        self.kept.index_fill_(0, self.places.index_select(0, torch.cat(goes)), 0)
+        self.kept.index_fill_(0, self.places.index_select(0, torch.cat(goes)).long(), 0)
         torch._foreach_mul_(list(self.weights.values()), list(self.by_layer.values()))
         stay = torch.cat(stays).sort().values
         self.places, self.score, self.layer = (
@@ -278,7 +278,7 @@ class _Layers:
 
         `paths` is overwritten.
         """
-        dead = paths <= 0
+        dead = ~(paths > 0)
         lifted = paths.clamp_(min=torch.finfo(paths.dtype).tiny).log_().mul_(tilt).add_(self.score)
         order = torch.where(dead, self.score, lifted).sort(descending=True, stable=True).indices
         groups = (self.layer * 2 + dead).index_select(0, order)
@@ -302,6 +302,11 @@ def _parts(
     return [_Layers(part, masks, scores, counts) for part in _cut(ordered, AT_ONCE)]
 
 
+def _narrow(places: Tensor, size: int) -> Tensor:
+    """Return positions below `size` in as few bytes as hold them."""
+    return places.int() if size < 1 << 31 else places
+
+
 def _cut(weights: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
     """Cut into parts of at most `most` weights, or of one layer."""
     parts: list[dict[str, Tensor]] = [{}]
@@ -315,7 +320,7 @@ def _cut(weights: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
 def _left(size: int, count: int, done: float) -> int:
     """Return how many of a layer's weights are left when the share `done` of rounds is over."""
     most = round(size ** (1 - done) * max(count, 1) ** done)
-    return count if done == 1 else max(count, most)
+    return min(size, count if done == 1 else max(count, most))
 
 
 def _rated(score: Tensor, paths: Tensor, tilt: float) -> Tensor:

@@ -1,9 +1,8 @@
 """DeepSpeed on one GPU, ZeRO 0 to 3: the losses of the plain stepper, and what would be sent.
 
-timm's resnet18 at 32 px, 90 %, AdamW, one rank; fp32 without TF32, by kernels that give the same
-bits every time. One rank sends nothing to itself, so what is counted is the dtype that DeepSpeed
-has marked each parameter to be communicated in, and the bytes that pass through its collectives all
-the same.
+timm's resnet18 at 32 px, 90 %, AdamW, one rank; fp32 without TF32, by deterministic kernels of
+cuDNN. One rank sends nothing to itself, so what is counted is the dtype that DeepSpeed has marked
+each parameter to be communicated in, and the bytes that pass through its collectives all the same.
 """
 
 from __future__ import annotations

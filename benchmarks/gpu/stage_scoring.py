@@ -27,7 +27,7 @@ TINY = {
     "vit_base": ModelConfig("test_vit", {"patch_size": 8}),
 }
 LONGEST = "synflow"
-"""Measured once only, and last."""
+"""Measured once, after a warm-up, and last."""
 CRITERIA = ("snip", "autos", LONGEST)
 
 
@@ -38,15 +38,18 @@ def run(setting: Setting, recorder: Recorder) -> None:
         model = model_of(name, side, setting)
         job = thinning(model, side)
         recorder.add(f"thinning_seconds_{name}", seconds(job, setting, RUNS))
-    for name in SCORED:
-        model = model_of(name, side, setting)
-        for criterion in CRITERIA:
+    for criterion in CRITERIA:
+        for name in SCORED:
+            model = model_of(name, side, setting)
+            if setting.on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             job = partial(prune, model, [batch], criterion, SPARSITY)
             runs = 1 if criterion == LONGEST else RUNS
             recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting, runs))
-        if setting.on_gpu:
-            recorder.note(f"peak_bytes_{name}", torch.cuda.max_memory_allocated())
-            torch.cuda.empty_cache()
+            if setting.on_gpu:
+                peak = torch.cuda.max_memory_allocated()
+                recorder.note(f"peak_bytes_{criterion}_{name}", peak)
 
 
 def model_of(name: str, side: int, setting: Setting) -> nn.Module:

@@ -639,6 +639,7 @@ def test_layers_thinned_together_are_those_thinned_one_by_one(tilt: float) -> No
     for done in (0.25, 0.5, 1.0):
         sums = {n: (torch.rand(s, generator=generator) * 3).floor() for n, s in shapes.items()}
         sums["dead"].zero_()
+        sums["b"][:9] = torch.nan
         for layer in apart:
             layer.thin(dict(sums), done, tilt)
         with Waits() as waits:
@@ -663,7 +664,7 @@ def test_thinned_masks_are_those_of_before() -> None:
     assert masks.fingerprint(found) == "c2e1d0867b58f45f"
 
 
-def test_deadness_is_rated_without_a_look_at_it() -> None:
+def test_what_is_on_no_path_is_rated_last() -> None:
     """What is on no path comes last, in its order; where nothing is on one, scores decide."""
     score, paths = torch.tensor([1.0, 5.0, 3.0, 4.0]), torch.tensor([2.0, 0.0, 1.0, 0.0])
     found = reach._rated(score, paths.clone(), 1.0)

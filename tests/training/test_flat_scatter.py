@@ -205,7 +205,7 @@ def test_compiled_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     compiled = lookup_backend("aot_eager")
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: compile_(model, backend=backend))
     expected = trained("test_vit")
     assert_equal(trained("test_vit", compile=True), expected)
     assert len(made) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,13 @@ def test_what_was_compiled_serves_all_trainings(monkeypatch: pytest.MonkeyPatch)
         compiled.append(1)
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda model, mode=None: real(model, backend=backend))
+    modes: list[str | None] = []
+
+    def compile_(model: torch.nn.Module, mode: str | None = None) -> Any:
+        modes.append(mode)
+        return real(model, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile_)
     torch._dynamo.reset()
     model = make_model("test_vit")
     stepper = masked("test_vit", replace(ADAM, compile=True), ticket_of(model))
@@ -143,6 +150,7 @@ def test_what_was_compiled_serves_all_trainings(monkeypatch: pytest.MonkeyPatch)
     for seed in range(1, 12):
         steps(stepper.begin(ticket_of(model, seed)), 1)
     assert len(compiled) == once > 0
+    assert modes == ["reduce-overhead"]  # Launched as a whole on a GPU.
 
 
 def test_optimizers_that_look_at_whole_layers_are_refused() -> None:
