@@ -24,11 +24,16 @@ from autosparse.sparsity.slim_graph import traced
 from autosparse.sparsity.slim_moves import Moves
 from autosparse.sparsity.slim_rewrite import rewrite
 
+CHANNELS = 4
+"""Channels of convolutions stay multiples of this: ONNX Runtime has blocked kernels for these only
+(onnxruntime/core/optimizer/nchwc_transformer.cc), and 9 channels take longer than 12."""
 TOLERANCE = 1e-5
 """How far logits may be from those of before, relative to their size, in float32."""
 
 
-def slim(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
+def slim(
+    model: nn.Module, images: Tensor | None = None, *, multiple: int = CHANNELS
+) -> fx.GraphModule:
     """Return a smaller network with the same logits in eval mode; `model` is not changed.
 
     Args:
@@ -36,6 +41,8 @@ def slim(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         images: two or more [N, C, H, W], of which only the shape counts; by default of the size
             that the model was built for. The smaller network takes images of this size, in batches
             of any.
+        multiple: a convolution that loses channels keeps a multiple of this, where it has as many;
+            1: every channel without effect goes, which is the smallest network, not the fastest.
 
     Returns a graph module. Its `slimmed` attribute tells parameters before and after, the shapes
     that changed, and which operators kept all they read as it was.
@@ -51,7 +58,7 @@ def slim(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     fold(small, found, dtype)
     found = facts(small, images)
     rules = Moves(small, found)
-    rewrite(small, found, rules, Choice(rules))
+    rewrite(small, found, rules, Choice(rules, multiple))
     check_logits(model, small, images, "export it without")
     small.slimmed = _report(before, small, dict(rules.kept_whole))  # type: ignore[assignment]
     return small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from autosparse.sparsity.slim_graph import CONVOLUTIONS, op_name
 from autosparse.sparsity.slim_rules import Rules, Site
 from autosparse.sparsity.slim_units import STAYS, Positions
 
@@ -13,10 +14,10 @@ class Choice:
 
     To begin with all go but those that some operator needs whole. A unit comes back where a sum
     that stays needs one of its channels, until nothing changes: the largest set of units that can
-    go together.
+    go together. Then some come back, so that convolutions have channels by the `multiple`.
     """
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, multiple: int = 1) -> None:
         self.units = rules.units
         self.stays = np.zeros(len(rules.units.parent), dtype=bool)
         self.stays[STAYS] = True
@@ -24,7 +25,16 @@ class Choice:
         sites = [(site, self._table(site.reads), self._rows(site)) for site in rules.sites]
         axes = {p.tobytes(): p for dims in rules.dims.values() for p in _all(dims)}
         tables = [self._table(positions) for positions in axes.values()]
-        while sum(self._listen(*each) for each in reversed(sites)) or self._fill(tables):
+        channels = {
+            positions.tobytes(): self._table(positions)
+            for node, dims in rules.dims.items()
+            if op_name(node) in CONVOLUTIONS and (positions := dims[1]) is not None
+        }
+        while (
+            sum(self._listen(*each) for each in reversed(sites))
+            or self._fill(tables)
+            or any(self._round(each, multiple) for each in channels.values())
+        ):
             pass  # Every site listens once more.
 
     def kept(self, positions: Positions) -> np.ndarray | None:
@@ -71,6 +81,14 @@ class Choice:
                 self.stays[table[0]] = True
                 return True
         return False
+
+    def _round(self, table: np.ndarray, multiple: int) -> bool:
+        """Bring the first units of a dimension back whose number is no multiple."""
+        stay = self._staying(table)
+        alone = np.flatnonzero(~stay & ((table != STAYS).sum(1) == 1))
+        missing = alone[: -int(stay.sum()) % multiple]
+        self.stays[table[missing]] = True
+        return bool(len(missing))
 
 
 def _all(dims: object) -> list[np.ndarray]:

@@ -92,12 +92,30 @@ def _add_constant(
     if (value - first).abs().amax() <= CLOSE * value.abs().amax().clamp(min=1):
         _add_to_bias(module, node, first.flatten(), weight)
         return
+    node, value = _behind_norm(module, node, value)
     with module.graph.inserting_after(node):
         sum_node = module.graph.call_function(torch.ops.aten.add.Tensor, (node, node))
     node.replace_all_uses_with(sum_node, lambda user: user is not sum_node)
     with module.graph.inserting_before(sum_node):
         map_node = stored(module, value, weight.dtype, f"constants.{node.name}")
     sum_node.args = (node, map_node)
+
+
+def _behind_norm(module: fx.GraphModule, node: fx.Node, value: Tensor) -> tuple[fx.Node, Tensor]:
+    """Return the norm that alone hears a layer, and a constant [1, C, …] as it comes out of it.
+
+    So that engines can go on making one layer of the two. Other users get both as they are.
+    """
+    user = next(iter(node.users))
+    if len(node.users) > 1 or op_name(user) != "batch_norm":
+        return node, value
+    gain, variance = argument(user, "weight"), argument(user, "running_var")
+    if not isinstance(variance, fx.Node):  # It goes by the batch.
+        return node, value
+    scale = (tensor_at(module, str(variance.target)).double() + argument(user, "eps")).rsqrt()
+    if isinstance(gain, fx.Node):
+        scale = scale * tensor_at(module, str(gain.target)).detach().double()
+    return user, value * scale.view(-1, *[1] * (value.dim() - 2))
 
 
 def _add_to_bias(module: fx.GraphModule, node: fx.Node, value: Tensor, weight: Tensor) -> None:

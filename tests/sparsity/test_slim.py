@@ -54,7 +54,7 @@ def convs() -> Convs:
 def test_channels_that_are_constant_or_unheard_go() -> None:
     model = convs()
     images = torch.randn(2, 1, 6, 7)
-    small = slim(model, images)
+    small = slim(model, images, multiple=1)
     assert shapes(small)["conv1.weight"] == [1, 1, 3, 3]
     assert shapes(small)["norm.weight"] == [1]
     assert shapes(small)["conv2.weight"] == [3, 1, 3, 3]
@@ -67,7 +67,7 @@ def test_channels_that_are_constant_or_unheard_go() -> None:
 
 def test_zeros_around_the_picture_are_exact_and_cost_three_rows() -> None:
     """A constant channel differs at the edges only after a 3x3 kernel: [1, 3, 3, 3] holds all."""
-    small = slim(convs(), torch.zeros(2, 1, 6, 7))
+    small = slim(convs(), torch.zeros(2, 1, 6, 7), multiple=1)
     constants = {n: list(each.shape) for n, each in small.named_buffers() if "constants" in n}
     assert [1, 3, 3, 3] in constants.values()
     constant = torch.full((1, 1, 6, 7), 0.5 + 0.2 / 2.0**0.5 / (1 + 1e-5 / 2) ** 0.5)
@@ -95,6 +95,63 @@ def test_a_hidden_unit_without_input_goes_into_the_next_bias() -> None:
     torch.testing.assert_close(small.get_parameter("3.bias"), model[3].bias + added)
 
 
+class Wide(nn.Module):
+    """Two convolutions with twelve channels between them, behind a norm, and a classifier."""
+
+    def __init__(self, padding: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 12, 3, padding=padding, bias=False)
+        self.norm1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 6, 3, padding=padding, bias=False)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.relu(self.norm1(self.conv1(images)))
+        return self.head(F.relu(self.norm2(self.conv2(hidden))).mean((2, 3)))
+
+
+def wide() -> Wide:
+    """Return it in eval mode, with statistics and biases that are no initial ones."""
+    torch.manual_seed(0)
+    model = Wide().eval()
+    with torch.no_grad():
+        for norm in (model.norm1, model.norm2):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.uniform_(0.5, 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("gone", "multiple", "left"), [(5, 4, 8), (5, 1, 7), (3, 4, 12), (8, 4, 4), (5, 8, 8)]
+)
+def test_channels_of_convolutions_stay_multiples(gone: int, multiple: int, left: int) -> None:
+    """12 channels without the last `gone`, rounded up: to what is there, at most."""
+    model, images = wide(), torch.randn(2, 1, 6, 6)
+    zero(model.conv2.weight, slice(None), slice(12 - gone, None))  # Nobody listens to these.
+    small = slim(model, images, multiple=multiple)
+    assert shapes(small)["conv1.weight"] == [left, 1, 3, 3]
+    assert shapes(small)["norm1.weight"] == [left]
+    assert shapes(small)["conv2.weight"] == [6, left, 3, 3]  # 6 is no multiple, and stays.
+    same_logits(small, model, images)
+
+
+def test_a_picture_is_added_behind_the_norm_that_engines_make_one_with_its_layer() -> None:
+    model, images = wide(), torch.randn(2, 1, 6, 6)
+    zero(model.conv1.weight, slice(4, None))  # Eight channels are constants that conv2 hears.
+    small = slim(model, images)
+    assert shapes(small)["conv1.weight"] == [4, 1, 3, 3]
+    names = [str(node.target) for node in small.graph.nodes if node.op == "call_function"]
+    one, norm, add = (
+        next(place for place, name in enumerate(names) if each in name and place >= start)
+        for each, start in (("conv2d", 2), ("batch_norm", 2), ("add", 0))
+    )
+    assert one + 1 == norm < add
+    same_logits(small, model, images)
+
+
 class Residual(nn.Module):
     """x + f(x), twice, of 1x1 convolutions."""
 
@@ -120,7 +177,7 @@ def test_a_channel_of_a_sum_goes_where_no_summand_moves_it() -> None:
         zero(layer.weight, 1)
     for layer in (model.stem, model.one[2]):
         zero(layer.weight, 2)  # The second block still writes channel 2.
-    small = slim(model, images)
+    small = slim(model, images, multiple=1)
     assert shapes(small)["stem.weight"] == [3, 1, 1, 1]
     assert shapes(small)["two.2.weight"] == [3, 6, 1, 1]
     same_logits(small, model, images)
