@@ -23,14 +23,14 @@ fi
 wheels=$1 data=$2 out=$3
 shift 3
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(probe tests flat irp scoring resnet50 deepspeed shards)
+[ ${#stages[@]} -gt 0 ] || stages=(probe tests flat irp scoring resnet50 deepspeed shards two_four)
 python=${PYTHON:-python3}
 minutes=${PAPER_MINUTES:-4}
 read -r -a flags <<<"${DRILL_FLAGS:-}"
 
 declare -A limit=(
     [probe]=50 [tests]=150 [flat]=60 [irp]=150 [scoring]=110 [resnet50]=140 [deepspeed]=90
-    [shards]=80 [paper]=$((minutes * 60 + 45))
+    [shards]=80 [two_four]=40 [paper]=$((minutes * 60 + 45))
 )
 
 mkdir -p "$out"

@@ -1,7 +1,7 @@
 """Measure one stage on a GPU: `python -m benchmarks.gpu STAGE --json FILE`.
 
-Stages: probe, tests, flat, irp, scoring, resnet50, deepspeed, shards (docs/performance.md says
-what each measures). `--tiny` runs one in a moment on a CPU, to see that it runs.
+Stages: probe, tests, flat, irp, scoring, resnet50, deepspeed, shards, two_four (docs/performance.md
+says what each measures). `--tiny` runs one in a moment on a CPU, to see that it runs.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ SCATTERS = {
 """Ways from survivors to dense weights and back."""
 ZERO = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""Of ViT-B's first block."""
 
 
 def _probe() -> dict[str, Expected]:
@@ -127,6 +129,16 @@ def _shards() -> dict[str, Expected]:
     return found
 
 
+def _two_four() -> dict[str, Expected]:
+    found: dict[str, Expected] = {}
+    for layer in LAYERS:
+        found[f"sparse_vs_dense_{layer}"] = ("times", "< 1", "the same product, zeros included")
+        found[f"gathered_vs_dense_{layer}"] = ("times", "", "the same product, zeros included")
+    found["sparse_vs_dense_vit_base"] = ("times", "< 1", "the same network, zeros included")
+    found["largest_difference"] = ("of the largest logit", "<= 0.01", "zeros included")
+    return found
+
+
 STAGES: dict[str, dict[str, Expected]] = {
     "probe": _probe(),
     "tests": _tests(),
@@ -136,5 +148,6 @@ STAGES: dict[str, dict[str, Expected]] = {
     "resnet50": _resnet50(),
     "deepspeed": _deepspeed(),
     "shards": _shards(),
+    "two_four": _two_four(),
 }
 """In the order of the drill."""

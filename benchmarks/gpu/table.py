@@ -41,7 +41,12 @@ def met(value: float, goal: str) -> str:
     if not goal:
         return ""
     sign, _, number = goal.rpartition(" ")
-    kept = {"<=": value <= float(number), ">=": value >= float(number), "": value == float(number)}
+    kept = {
+        "<=": value <= float(number),
+        ">=": value >= float(number),
+        "<": value < float(number),
+        "": value == float(number),
+    }
     return "yes" if kept[sign] else "no"
 
 

@@ -36,7 +36,7 @@ def check(stage: str, path: Path) -> None:
         assert figure["value"] == pytest.approx(sorted(figure["runs"])[len(figure["runs"]) // 2])
 
 
-@pytest.mark.parametrize("stage", ["probe", "flat", "shards"])
+@pytest.mark.parametrize("stage", ["probe", "flat", "shards", "two_four"])
 def test_a_stage_runs_on_a_cpu(stage: str, tmp_path: Path) -> None:
     main([stage, "--tiny", "--json", str(tmp_path / "found.json")])
     check(stage, tmp_path / "found.json")
