@@ -14,6 +14,10 @@ timm's own stem, on 20,000 training images of CIFAR-10 at 32 px, trained as `TRA
 - the trained dense net pruned by Torch-Pruning (magnitude of groups of channels, over all layers)
   to `KEPT` of its channels and trained again for as long: twice the cost of any other row.
 
+Added after seed 0 was known, since timm's narrower resnet18 keeps its stem of 64 channels, where
+half of its latency is: `uniform`, the net with fewer channels in all layers, stem included (the
+criterion `random` with `units` 1: as many random channels everywhere).
+
 Test accuracy is read once. Latency is that of the trained network itself, slimmed where it is a
 ticket, in ONNX Runtime: one image, one thread, in turn with the dense one, median of `--runs`, mean
 over the seeds. Nothing is changed after a row is known. The question: at equal latency, is a
@@ -68,10 +72,22 @@ NARROWER = {
     for name, family in FAMILIES.items()
 }
 """Net -> dense networks of its family by their width, as a share of its own."""
+UNIFORM: dict[str, tuple[float, ...]] = {"resnet18": (0.5, 0.25, 0.125)}
+"""Net -> share of the channels that is left in all layers alike, where `NARROWER` leaves some."""
 SPARSITIES, UNITS = (0.95, 0.98), (0.0, 0.5, 1.0)
 KEPT = (0.5, 0.25)
 """Share of the channels that Torch-Pruning keeps."""
 TRAINING = TrainingConfig(epochs=6, batch_size=128, learning_rate=0.01, checkpoint_epochs=0)
+
+
+def asked(label: str) -> tuple[str, float, float] | None:
+    """Return criterion, sparsity and units of a row that is a ticket."""
+    if label.startswith("uniform"):
+        return "random", 1 - float(label.rsplit("_", 1)[1]) ** 2, 1.0
+    if label[0].isdigit():
+        sparsity, units = label.split("_units_")
+        return "autos", float(sparsity) / 100, float(units)
+    return None
 
 
 class Table:
@@ -80,17 +96,16 @@ class Table:
     def __init__(self, arguments: argparse.Namespace, parts: Parts, net: str) -> None:
         self.arguments, self.parts, self.net = arguments, parts, net
         self.labels = ["dense", *(f"width_{width}" for width in NARROWER[net])]
+        self.labels += [f"uniform_{width:g}" for width in UNIFORM.get(net, ())]
         self.labels += [f"{s * 100:g}_units_{u:g}" for s in SPARSITIES for u in UNITS]
         if importlib.util.find_spec("torch_pruning"):
             self.labels += [f"torch_pruning_{kept:g}" for kept in KEPT]
 
     def cell(self, label: str, seed: int) -> grid.StudyCell:
         """Return a row's training: a dense network, or a ticket."""
-        ticket = label[0].isdigit()
-        model, units = NETS[self.net], 0.0
-        if ticket:
-            units = float(label.rsplit("_", 1)[1])
-        elif label != "dense":
+        criterion, sparsity, units = asked(label) or (DENSE, 0.0, 0.0)
+        model = NETS[self.net]
+        if label.startswith("width"):
             model = NARROWER[self.net][label.removeprefix("width_")]
         study = StudyConfig(
             model=model,
@@ -101,8 +116,8 @@ class Table:
                 train_limit=self.arguments.images,
                 validation_fraction=0.05,
             ),
-            criteria=["autos"],
-            sparsities=[float(label.split("_")[0]) / 100 if ticket else 0.98],
+            criteria=["autos" if criterion == DENSE else criterion],
+            sparsities=[sparsity],
             seeds=[seed],
             twins=[],
             units=units,
@@ -110,7 +125,7 @@ class Table:
             tracking=False,
             out=str(self.arguments.out / "trained"),
         )
-        return next(each for each in grid.cells(study) if (each.label == DENSE) != ticket)
+        return next(each for each in grid.cells(study) if each.label == criterion)
 
     def train(self, label: str, seed: int) -> Part | None:
         """Return a row's accuracy with this seed, trained now if there is time."""
@@ -178,7 +193,7 @@ class Table:
             model.load_state_dict(load_file(self.kept_file(kept, seed)))
             return model.eval()
         model = dense_model(trained_ticket(self.cell(label, seed).folder))
-        return slim(model, self.images()) if label[0].isdigit() else model
+        return slim(model, self.images()) if asked(label) else model
 
     def images(self) -> Tensor:
         """Return two images of noise: latency does not depend on what is seen."""

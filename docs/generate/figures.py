@@ -3,8 +3,8 @@
     python -m docs.generate.figures
 
 The figure of each claim comes from results/claims.json, accuracy_over_sparsity.png from
-results/long_trainings.json, those of AutoS from the CSV files beside them, those of docs/scale.md
-from the cost model.
+results/long_trainings.json, accuracy_over_latency.png from results/accuracy_latency.json, those of
+AutoS from the CSV files beside them, those of docs/scale.md from the cost model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ from autosparse.report.autos_figures import calibration
 from autosparse.report.style import COLOURS, LABELS, labels_beside, looks, panels, save
 from benchmarks import scale_figures
 from benchmarks.frontier import frontier
-from docs.generate.results import RESNET, claims, read
+from docs.generate.results import LATENCY, RESNET, claims, read
 
 DOCS = Path(__file__).parents[1]
 LINES = ("autos", "synflow", "snip", "short_irp")
 REFERENCE = "irp"
+WAYS = {
+    "dense, narrower to the left": (("dense", "width"), COLOURS["dense"], "s"),
+    "AutoS, 95 %: units 1, 0.5, 0": ("95_", COLOURS["autos"], "o"),
+    "AutoS, 98 %: units 1, 0.5, 0": ("98_", COLOURS["random"], "D"),
+    "Torch-Pruning, trained twice": ("torch_pruning", COLOURS["snip"], "^"),
+}
+"""Way to a quicker network -> what its rows' keys begin with, its colour and marker."""
 
 
 def points() -> list[dict[str, Any]]:
@@ -124,6 +131,34 @@ def _make_room(axes: Any, values: list[float], labels: dict[str, list[Any]]) -> 
     axes.set_xlim(low - left * per_pixel, high + right * per_pixel)
 
 
+def accuracy_over_latency(path: Path) -> Path:
+    """Draw accuracy over latency: a panel per net, a line per way to a quicker network."""
+    nets = read(LATENCY)["nets"]
+    flat = []
+    with panels((6.0, 4.2), 1, len(nets)) as (figure, grid):
+        for axes, (name, net) in zip(grid[0], nets.items(), strict=True):
+            for way, (start, colour, marker) in WAYS.items():
+                own = [row for row in net["rows"] if row["key"].startswith(start)]
+                own.sort(key=lambda row: row["of_dense"]["mean"])
+                x = [row["of_dense"]["mean"] for row in own]
+                y = [row["accuracy"]["mean"] for row in own]
+                flat += [
+                    {"net": name, "way": way, "row": row["label"], "of_dense": a, "accuracy": b,
+                     "spread": row["accuracy"].get("sd", 0)}
+                    for row, a, b in zip(own, x, y, strict=True)
+                ]  # fmt: skip
+                error = [row["accuracy"].get("sd", 0) for row in own]
+                axes.errorbar(
+                    x, y, error, color=colour, marker=marker, markersize=7, linewidth=1.5,
+                    elinewidth=1, label=way,
+                )  # fmt: skip
+            axes.set_title(name, loc="left", fontsize=11)
+            axes.set_xlabel("latency in ONNX Runtime, of the dense network's")
+        grid[0, 0].set_ylabel("test accuracy, %")
+        grid[0, -1].legend(loc="lower right")
+        return save(figure, flat, path)
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a figure's CSV, numbers as numbers."""
     with path.open(newline="") as file:
@@ -139,6 +174,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Draw all of them."""
     accuracy_over_sparsity(DOCS / "accuracy_over_sparsity.png")
+    accuracy_over_latency(DOCS / "accuracy_over_latency.png")
     for each in claims():
         claim(each, DOCS / "results" / f"claim_{each['id']}.png")
     for name, level, steps in (("autos_frontier", 95, "468"), ("autos_long", 98, "8,820")):

@@ -1,4 +1,4 @@
-"""Makes docs/results/ and the tables of README.md and docs/autos.md, from the JSON in results/.
+"""Makes docs/results/ and the tables of README.md, docs/autos.md and docs/slimming.md, from the JSON in results/.
 
     python -m docs.generate.results
 
@@ -19,6 +19,10 @@ VERDICTS = ("supported", "mixed", "refuted")
 MOST_CLAIMS = 10
 RESNET, EFFICIENT = "resnet10t-16/32/48/64", "test_efficientnet_ln"
 UNSEEN = "seresnext26t_32x4d-16/32/48/64"
+LATENCY = "accuracy_latency"
+"""An experiment that no claim rests on; docs/slimming.md shows it."""
+FILLED = ("README.md", "docs/autos.md", "docs/slimming.md")
+"""Pages with blocks that are made from results/."""
 NOTE = "<!-- made by docs/generate/results.py from results/*.json: do not edit -->"
 
 
@@ -39,8 +43,9 @@ def claims() -> list[dict[str, Any]]:
 
 
 def experiments() -> list[dict[str, Any]]:
-    """Return every experiment that a claim rests on, in the claims' order."""
+    """Return every experiment that a claim rests on, in the claims' order, and that of latency."""
     names = dict.fromkeys(name for claim in claims() for name in claim["experiments"])
+    names[LATENCY] = None
     return [read(name) for name in names]
 
 
@@ -125,6 +130,8 @@ def tables_of(experiment: dict[str, Any]) -> list[str]:
         return [short_95(), "", "Mean over 95, 98 and 99 %:", "", short_means()]
     if "columns" in experiment:
         return [table(experiment["columns"], experiment["rows"])]
+    if experiment["id"] == LATENCY:
+        return [latency_tables()]
     parts = []
     for name in experiment["nets"]:
         parts += [*net_heading(experiment, name), "", net_table(experiment, name), ""]
@@ -152,6 +159,24 @@ def net_table(experiment: dict[str, Any], name: str) -> str:
         line += [f"{row['cost_percent']:g} %" if "cost_percent" in row else ""] * costs
         lines.append(line)
     return table(head, lines)
+
+
+def latency_tables() -> str:
+    """Return the tables of accuracy over latency, one a net."""
+    head = ["row", "test accuracy, %", "latency, of dense", "ms", "parameters", "ONNX file, kB"]
+    parts = []
+    for name, net in read(LATENCY)["nets"].items():
+        rows = [
+            [
+                row["label"], number(row["accuracy"]),
+                f"{row['of_dense']['mean']:.2f} ± {row['of_dense'].get('sd', 0):.2f}",
+                f"{row['ms']['mean']:.2f}", f"{row['parameters']:,}",
+                f"{row['onnx_bytes'] / 1000:,.0f}",
+            ]
+            for row in net["rows"]
+        ]  # fmt: skip
+        parts += [f"**{name}**, {net['seen']}:", "", table(head, rows), ""]
+    return "\n".join(parts[:-1])
 
 
 def short_95() -> str:
@@ -235,7 +260,7 @@ def readme_table() -> str:
 
 
 def blocks() -> dict[str, str]:
-    """Return what stands between the marks of README.md and docs/autos.md."""
+    """Return what stands between the marks of the pages in `FILLED`."""
     long, left_out = read("long_trainings"), read("left_out")
     return {
         "readme": readme_table(),
@@ -244,6 +269,7 @@ def blocks() -> dict[str, str]:
         "means": short_means(),
         "long resnet10t": net_table(long, RESNET),
         "long efficientnet": net_table(long, EFFICIENT),
+        "latency": latency_tables(),
     }
 
 
@@ -262,7 +288,7 @@ def pages() -> dict[Path, str]:
     results = ROOT / "docs" / "results"
     found = {results / "index.md": index()}
     found |= {results / f"{each['id']}.md": experiment_page(each) for each in experiments()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "autos.md"):
+    for path in (ROOT / name for name in FILLED):
         found[path] = filled(path.read_text(encoding="utf-8"))
     return found
 
