@@ -25,6 +25,7 @@ LINES = ("autos", "synflow", "snip", "short_irp")
 REFERENCE = "irp"
 WAYS = {
     "dense, narrower to the left": (("dense", "width"), COLOURS["dense"], "s"),
+    "narrower in all layers": ("uniform", COLOURS["irp"], "v"),
     "AutoS, 95 %: units 1, 0.5, 0": ("95_", COLOURS["autos"], "o"),
     "AutoS, 98 %: units 1, 0.5, 0": ("98_", COLOURS["random"], "D"),
     "Torch-Pruning, trained twice": ("torch_pruning", COLOURS["snip"], "^"),
@@ -135,10 +136,12 @@ def accuracy_over_latency(path: Path) -> Path:
     """Draw accuracy over latency: a panel per net, a line per way to a quicker network."""
     nets = read(LATENCY)["nets"]
     flat = []
-    with panels((6.0, 4.2), 1, len(nets)) as (figure, grid):
+    with panels((5.0 * len(nets), 4.2), 1, len(nets)) as (figure, grid):
         for axes, (name, net) in zip(grid[0], nets.items(), strict=True):
             for way, (start, colour, marker) in WAYS.items():
                 own = [row for row in net["rows"] if row["key"].startswith(start)]
+                if not own:
+                    continue
                 own.sort(key=lambda row: row["of_dense"]["mean"])
                 x = [row["of_dense"]["mean"] for row in own]
                 y = [row["accuracy"]["mean"] for row in own]
