@@ -23,9 +23,7 @@ def test_pages_and_tables_are_those_of_the_json(path: Path) -> None:
 
 
 def test_every_block_of_results_is_in_use() -> None:
-    said = "".join(
-        (results.ROOT / name).read_text(encoding="utf-8") for name in results.FILLED
-    )
+    said = "".join((results.ROOT / name).read_text(encoding="utf-8") for name in results.FILLED)
     for name in results.blocks():
         assert f"<!-- results: {name} -->" in said
 
