@@ -136,7 +136,7 @@ def accuracy_over_latency(path: Path) -> Path:
     """Draw accuracy over latency: a panel per net, a line per way to a quicker network."""
     nets = read(LATENCY)["nets"]
     flat = []
-    with panels((5.0 * len(nets), 4.2), 1, len(nets)) as (figure, grid):
+    with panels((5.0 * len(nets), 4.8), 1, len(nets)) as (figure, grid):
         for axes, (name, net) in zip(grid[0], nets.items(), strict=True):
             for way, (start, colour, marker) in WAYS.items():
                 own = [row for row in net["rows"] if row["key"].startswith(start)]
@@ -158,7 +158,12 @@ def accuracy_over_latency(path: Path) -> Path:
             axes.set_title(name, loc="left", fontsize=11)
             axes.set_xlabel("latency in ONNX Runtime, of the dense network's")
         grid[0, 0].set_ylabel("test accuracy, %")
-        grid[0, -1].legend(loc="lower right")
+        known: dict[str, Any] = {}
+        for axes in grid[0]:
+            handles, names = axes.get_legend_handles_labels()
+            known |= dict(zip(names, handles, strict=True))
+        order = [name for name in WAYS if name in known]
+        figure.legend([known[name] for name in order], order, loc="outside lower center", ncols=3)
         return save(figure, flat, path)
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/results/ and the tables of README.md, docs/autos.md and docs/slimming.md, from the JSON in results/.
+"""Makes docs/results/ and tables of README.md and docs/, from the JSON in results/.
 
     python -m docs.generate.results
 
@@ -163,14 +163,14 @@ def net_table(experiment: dict[str, Any], name: str) -> str:
 
 def latency_tables() -> str:
     """Return the tables of accuracy over latency, one a net."""
-    head = ["row", "test accuracy, %", "latency, of dense", "ms", "parameters", "ONNX file, kB"]
+    head = ["row", "test accuracy, %", "latency, of dense", "parameters", "ONNX file, kB"]
     parts = []
     for name, net in read(LATENCY)["nets"].items():
         rows = [
             [
                 row["label"], number(row["accuracy"]),
                 f"{row['of_dense']['mean']:.2f} ± {row['of_dense'].get('sd', 0):.2f}",
-                f"{row['ms']['mean']:.2f}", f"{row['parameters']:,}",
+                f"{row['parameters']:,}",
                 f"{row['onnx_bytes'] / 1000:,.0f}",
             ]
             for row in net["rows"]

@@ -74,6 +74,12 @@ def test_the_first_figure_shows_what_the_json_holds(tmp_path: Path) -> None:
     assert path.with_suffix(".csv").read_bytes() == kept.read_bytes()
 
 
+def test_the_figure_of_latency_shows_what_the_json_holds(tmp_path: Path) -> None:
+    path = figures.accuracy_over_latency(tmp_path / "a.png")
+    kept = results.ROOT / "docs" / "accuracy_over_latency.csv"
+    assert path.with_suffix(".csv").read_bytes() == kept.read_bytes()
+
+
 @pytest.mark.parametrize("claim", results.claims(), ids=lambda each: each["id"])
 def test_a_claims_figure_shows_what_its_evidence_says(claim: dict, tmp_path: Path) -> None:
     """Every value stands in the claim's own words, or in a table that it rests on."""
