@@ -73,13 +73,16 @@ def made(config: ModelConfig, side: int) -> nn.Module:
     return model.eval()
 
 
-def pruned(model: nn.Module, sparsity: float, criterion: str, units: float, side: int) -> nn.Module:
-    """Return the model with zeros where it is pruned."""
+def pruned(
+    model: nn.Module, sparsity: float, criterion: str, units: float, side: int
+) -> nn.Module | None:
+    """Return the model with zeros where it is pruned; None where no path is left through it."""
     images = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         data = [(images, torch.arange(4))]
-        return dense_model(prune(model, data, criterion, sparsity, units=units))
+        ticket = prune(model, data, criterion, sparsity, units=units)
+    return None if "dead" in ticket.card else dense_model(ticket)
 
 
 @lru_cache(maxsize=1)
@@ -102,8 +105,10 @@ def against_dense(name: str, model: nn.Module, side: int, runs: int) -> Part:
 
 
 def slimmed(arguments: argparse.Namespace, name: str, ticket: dict[str, Any]) -> Part:
-    """Measure a slimmed ticket."""
+    """Measure a slimmed ticket; a dead one, of which but a constant is left, has no figure."""
     model = pruned(made(ModelConfig(name), arguments.side), **ticket, side=arguments.side)
+    if model is None:
+        return {"dead": True}
     images = torch.zeros(2, 3, arguments.side, arguments.side)
     return against_dense(name, slim(model, images), arguments.side, arguments.runs)
 
@@ -111,6 +116,7 @@ def slimmed(arguments: argparse.Namespace, name: str, ticket: dict[str, Any]) ->
 def slim_seconds(name: str, side: int) -> Part:
     """Time the slimming of a ticket of 2 %, tracing and the check of the logits included."""
     model = pruned(made(ModelConfig(name), side), 0.98, "erk", 0.0, side)
+    assert model is not None
     started = time.perf_counter(), time.process_time()
     slim(model, torch.zeros(2, 3, side, side))
     return {
@@ -184,6 +190,8 @@ def trained(parts: Parts, arguments: argparse.Namespace, name: str, tickets: lis
 
     for ticket in tickets:
         label = named(ticket)
+        if label not in ratios or named({**ticket, "units": 0.0}) not in ratios:
+            continue  # Not measured yet, or dead.
         ours = runs(label, ModelConfig(name), ticket)
         if ours is None or not ticket["units"]:
             continue
@@ -207,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     found = options(__doc__)
     found.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv2_100"])
     found.add_argument("--sparsities", nargs="+", type=float, default=[0.95, 0.98, 0.99])
-    found.add_argument("--criteria", nargs="+", default=["snip"])
+    found.add_argument("--criteria", nargs="+", default=["autos"])
     found.add_argument("--units", nargs="+", type=float, default=[0.0, 0.5, 1.0])
     found.add_argument("--side", type=int, default=224, help="of the images, for latency")
     found.add_argument("--runs", type=int, default=9)
@@ -224,6 +232,7 @@ def main() -> None:
     """Measure what is not there yet, and publish all that is."""
     arguments = parser().parse_args()
     parts, figures, sizes = Parts(arguments.out, arguments.minutes), {}, {}
+    dead: list[str] = []
     settings, tickets = [arguments.side, arguments.runs], [
         {"criterion": criterion, "sparsity": sparsity, "units": units}
         for criterion in arguments.criteria
@@ -249,14 +258,18 @@ def main() -> None:
         ratios = {}
         for label, measure in measures.items():
             found = parts.get(f"{name}_{label}", settings, measure)
-            if found is not None:
+            if found is not None and "dead" in found:
+                dead.append(f"{name} {label}")
+            elif found is not None:
                 key = f"onnx_latency_vs_dense_{label}_{name}"
                 goal = "none" if label.startswith("width") else "<= 0.35 at 98 %"
                 figures[key] = figure(found["ratios"], "of dense", goal, "dense ONNX")
                 ratios[label], sizes[key] = figures[key]["value"], found
         if arguments.seeds:
             trained(parts, arguments, name, tickets, ratios, figures)
-    publish(figures, __doc__, arguments, sizes=sizes, left=parts.left)
+    publish(figures, __doc__, arguments, sizes=sizes, left=parts.left, dead=dead)
+    if dead:
+        print(f"dead, so without a figure: {', '.join(dead)}")
     if parts.left:
         print(f"{len(parts.left)} parts are left (from {parts.left[0]} on): run it again to go on")
 
