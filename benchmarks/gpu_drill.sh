@@ -30,7 +30,7 @@ read -r -a flags <<<"${DRILL_FLAGS:-}"
 
 declare -A limit=(
     [probe]=50 [tests]=150 [flat]=60 [irp]=150 [scoring]=110 [resnet50]=140 [deepspeed]=90
-    [shards]=80 [two_four]=40 [paper]=$((minutes * 60 + 45))
+    [shards]=100 [two_four]=40 [paper]=$((minutes * 60 + 45))
 )
 
 mkdir -p "$out"

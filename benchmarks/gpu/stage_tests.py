@@ -13,8 +13,8 @@ from benchmarks.gpu.measure import Recorder, Setting
 
 ROOT = Path(__file__).parents[2]
 TEST_FILE = "tests/test_gpu.py"
-CHOICE = ["-m", "gpu", "-n", "4"]
-"""The host has more to do than the GPU, so that four processes share one."""
+CHOICE = ["-m", "gpu", "-n", "8"]
+"""The host has more to do than the GPU, so that eight processes share one."""
 TINY_CHOICE = ["-m", "not gpu", "-n", "0", "-k", "masks"]
 SHOWN = 600
 """Characters of a failure that are kept."""
