@@ -171,9 +171,14 @@ class _Recorded:
     @classmethod
     def of(cls, compute: Callable[[], dict[str, Tensor]], device: torch.device) -> _Recorded | None:
         """Record a function that has been called before; None if it waits for the GPU."""
+        with torch.cuda.device(device):
+            random = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = random.clone_state()
         try:
             return cls(compute, device)
         except (RuntimeError, CannotFollow):
+            # The device's random numbers believe that the recording goes on, and would fail.
+            random.graphsafe_set_state(before)
             return None
 
     def __call__(self) -> dict[str, Tensor]:

@@ -81,8 +81,8 @@ def _swaps(score: Tensor, least: float) -> list[tuple[int, int]]:
     gain[group[these, None] == group] = 0
     found, used = [], set()
     ones, twos = (gain > least).nonzero(as_tuple=True)
-    for place in gain[ones, twos].sort(descending=True, stable=True).indices.tolist():
-        one, other = int(these[ones[place]]), int(twos[place])
+    best_first = gain[ones, twos].sort(descending=True, stable=True).indices
+    for one, other in zip(these[ones][best_first].tolist(), twos[best_first].tolist(), strict=True):
         if not used & {one // 4, other // 4}:
             used |= {one // 4, other // 4}
             found.append((one, other))

@@ -27,7 +27,7 @@ TINY = {
     "vit_base": ModelConfig("test_vit", {"patch_size": 8}),
 }
 LONGEST = "synflow"
-"""Measured once, after a warm-up, and last."""
+"""Measured once, without a warm-up, and last."""
 CRITERIA = ("snip", "autos", LONGEST)
 
 
@@ -45,8 +45,8 @@ def run(setting: Setting, recorder: Recorder) -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             job = partial(prune, model, [batch], criterion, SPARSITY)
-            runs = 1 if criterion == LONGEST else RUNS
-            recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting, runs))
+            runs, warm_up = (1, 0) if criterion == LONGEST else (RUNS, 1)
+            recorder.add(f"{criterion}_seconds_{name}", seconds(job, setting, runs, warm_up))
             if setting.on_gpu:
                 peak = torch.cuda.max_memory_allocated()
                 recorder.note(f"peak_bytes_{criterion}_{name}", peak)
@@ -57,9 +57,9 @@ def model_of(name: str, side: int, setting: Setting) -> nn.Module:
     return dense_model((TINY if setting.tiny else MODELS)[name], side).to(setting.device)
 
 
-def seconds(job: Callable[[], Any], setting: Setting, runs: int) -> list[float]:
-    """Return the seconds of every run after one to warm up."""
-    taken = in_turn({"job": job}, setting, runs=runs, warm_up=1)["job"]
+def seconds(job: Callable[[], Any], setting: Setting, runs: int, warm_up: int = 1) -> list[float]:
+    """Return the seconds of every run after those to warm up."""
+    taken = in_turn({"job": job}, setting, runs=runs, warm_up=warm_up)["job"]
     return [each / 1e3 for each in taken]
 
 
