@@ -6,8 +6,10 @@
 # WHEELS  folder of wheels that are missing there (see docs/performance.md); - for none
 # DATA    folder with cifar10-train.tar.xz and cifar10-test.tar.xz (CLASS/NNNN.jpg); - for none
 # OUT     folder for drill.json (all figures, written after every stage) and drill.log
-# STAGE…  of `python -m benchmarks.gpu --help`, in this order; by default all. One more, `paper`, is
-#         benchmarks/paper_cifar10.py for PAPER_MINUTES (4); its rows go to OUT/paper.json
+# STAGE…  of `python -m benchmarks.gpu --help`, in this order; by default all. Two more: `paper` is
+#         benchmarks/paper_cifar10.py for PAPER_MINUTES (4), its rows go to OUT/paper.json;
+#         `topologies` is configs/compare/moving_topologies_gpu.yaml in 14 processes for
+#         TOPOLOGY_MINUTES (4), its rows go to OUT/topologies.json
 #
 # A stage has its own time limit, so that one that hangs or fails costs itself only. In the
 # environment: PYTHON, the interpreter; DRILL_FLAGS, given to every stage (`--tiny` tries the whole
@@ -25,12 +27,14 @@ shift 3
 stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(probe tests flat irp scoring resnet50 deepspeed shards two_four)
 python=${PYTHON:-python3}
-minutes=${PAPER_MINUTES:-4}
+paper_minutes=${PAPER_MINUTES:-4}
+topology_minutes=${TOPOLOGY_MINUTES:-4}
 read -r -a flags <<<"${DRILL_FLAGS:-}"
 
 declare -A limit=(
     [probe]=50 [tests]=150 [flat]=60 [irp]=150 [scoring]=110 [resnet50]=140 [deepspeed]=90
-    [shards]=100 [two_four]=40 [paper]=$((minutes * 60 + 45))
+    [shards]=100 [two_four]=40 [paper]=$((paper_minutes * 60 + 45))
+    [topologies]=$((topology_minutes * 60 + 30))
 )
 
 mkdir -p "$out"
@@ -68,8 +72,12 @@ fi
 
 run() {
     if [ "$1" = paper ]; then
-        set -- -m benchmarks.paper_cifar10 --out "$work/paper" --minutes "$minutes" \
+        set -- -m benchmarks.paper_cifar10 --out "$work/paper" --minutes "$paper_minutes" \
             --data "$work/cifar10" --json "$out/paper.json"
+    elif [ "$1" = topologies ]; then
+        set -- -m benchmarks.beside --config configs/compare/moving_topologies_gpu.yaml \
+            --out "$work/topologies" --minutes "$topology_minutes" --processes 14 \
+            --data "$work/cifar10" --json "$out/topologies.json" --tracking false
     else
         set -- -m benchmarks.gpu "$1" --json "$work/figures/$1.json" "${flags[@]}"
     fi
@@ -86,7 +94,9 @@ for stage in "${stages[@]}"; do
         124 | 137) note "$stage: cut after $((SECONDS - begun)) s" ;;
         *) note "$stage: failed ($ended) after $((SECONDS - begun)) s" ;;
     esac
-    [ $ended -eq 0 ] && [ "$stage" != paper ] || tail -n 6 "$work/$stage.log"
+    case $ended-$stage in
+        *-paper | *-topologies | [!0]*) tail -n 6 "$work/$stage.log" ;;
+    esac
     written=("$work"/figures/*.json)
     [ ! -e "${written[0]}" ] ||
         "$python" -m benchmarks.gpu.table "${written[@]}" --json "$out/drill.json" --quiet

@@ -25,6 +25,7 @@ from autosparse.autos import features
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError, unknown
 from autosparse.criteria.base import Masks, Scores, register
+from autosparse.criteria.erk import raw_density
 from autosparse.criteria.units import Dial, rooms
 from autosparse.models.gradients import mean_gradients, note
 from autosparse.sparsity import masks, paths, reach
@@ -32,6 +33,7 @@ from autosparse.sparsity.counts import keep_count
 
 PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safetensors"
 CHOICES = ("live", "random")
+DENSITIES = ("auto", "learned", "erk")
 TILT = 1.0
 """Exponent of the path sums by which weights are drawn (see reach.thinned): in proportion to them.
 0.5 and 1 differed by less than seeds do (docs/results/log.md)."""
@@ -62,6 +64,7 @@ def autos(
     scorer: str | None = None,
     choice: str = "live",
     reuse: float = 0.25,
+    densities: str = "auto",
     seed: int = 0,
     units: Dial | None = None,
 ) -> Scores | Masks:
@@ -83,14 +86,19 @@ def autos(
     """
     if choice not in CHOICES:
         raise unknown("choice", choice, CHOICES)
+    if densities not in DENSITIES:
+        raise unknown("densities", densities, DENSITIES)
     network = load_scorer(scorer)
     device = next(iter(parameters.values())).device
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
-    lift = use_lift(model, parameters, batches, reuse)
-    densities = network.to(device).layer_densities(parameters, gradients, 1 - sparsity, lift)
-    kept = counts(densities, parameters, sparsity)
+    if densities == "erk":
+        raw = {name: raw_density(weight.shape) for name, weight in parameters.items()}
+    else:
+        lift = use_lift(model, parameters, batches, reuse)
+        raw = network.to(device).layer_densities(parameters, gradients, 1 - sparsity, lift)
+    kept = counts(raw, parameters, sparsity)
     generator = torch.Generator().manual_seed(seed)
     noise = {name: noise_for(choice, weight, generator) for name, weight in parameters.items()}
 
