@@ -17,11 +17,12 @@ import multiprocessing
 import os
 import sys
 import time
-import traceback
 from dataclasses import replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from autosparse.cli.arguments import guarded, parse
 from autosparse.core.errors import RunFailed, UsageError
@@ -50,6 +51,7 @@ def in_order(config: StudyConfig) -> list[StudyCell]:
 
 def work(cells: list[StudyCell], source: DataSource, following: Synchronized, end: float) -> None:
     """Take one cell after the other until none is left or the time is over."""
+    torch.set_num_threads(1)
     here, longest = source.to(zoo.choose_device(cells[0].config.device)), FIRST
     while time.monotonic() + longest < end:
         with following.get_lock():
@@ -63,9 +65,6 @@ def work(cells: list[StudyCell], source: DataSource, following: Synchronized, en
         except (RunFailed, UsageError) as error:
             told = " ".join(str(error).split())
             cell.failed(told)
-        except Exception:
-            traceback.print_exc()
-            told = "broke"
         seconds = time.monotonic() - started
         longest = max(longest, seconds)
         print(f"{cell.name} {cell.point or ''}: {told}, {seconds:.1f} s", flush=True)
@@ -102,6 +101,10 @@ def main(arguments: list[str]) -> None:
         config = replace(config, out=asked.out)
     config = replace(config, out=str(Path(config.out).absolute()))
     cells = in_order(config)
+    if any(
+        (each.config.data, each.config.device) != (config.data, config.device) for each in cells
+    ):
+        raise UsageError("all cells need the same data and device, which are read once")
     source = sets.load(config.data)
     print(f"{len(cells)} cells; data read, {end - time.monotonic():.0f} s left", flush=True)
     forked = multiprocessing.get_context("fork")
@@ -119,8 +122,9 @@ def main(arguments: list[str]) -> None:
     print(f"{len(found)} of {len(cells)} trainings are finished")
     if asked.json:
         write_json(asked.json, {"environment": environment(), "rows": found})
-    if any(worker.exitcode for worker in workers):
-        raise RunFailed("a process ended before its time; see above")
+    broken = sum(bool(worker.exitcode) for worker in workers)
+    if broken:  # One that breaks takes no further cells.
+        raise RunFailed(f"{broken} of {len(workers)} processes broke; see above")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autosparse.core.errors import unknown
 from autosparse.models.contract import outputs_of
 from autosparse.models.gradients import spend
+from autosparse.models.restore import evaluating
 from autosparse.models.zoo import called
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -127,12 +128,10 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         return hook
 
     hooks = [called(model, name).register_forward_hook(note(name)) for name in places]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        outputs_of(model.eval(), image)
+        with evaluating(model):
+            outputs_of(model, image)
     finally:
-        for module, training in modes:
-            module.training = training
         for each in hooks:
             each.remove()
     spend(1)

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model into eval mode, and every module of it back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put everything back afterwards, also after an error.
 

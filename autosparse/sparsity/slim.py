@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from autosparse.core.errors import RunFailed, UsageError
+from autosparse.models.contract import of_the_machine
+from autosparse.models.restore import evaluating
 from autosparse.models.zoo import check_values, device_of, expected_shape, unwrapped
 from autosparse.sparsity.slim_choice import Choice
 from autosparse.sparsity.slim_constants import facts
 from autosparse.sparsity.slim_fold import fold
-from autosparse.sparsity.slim_graph import traced
+from autosparse.sparsity.slim_graph import rounded, traced
 from autosparse.sparsity.slim_moves import Moves
 from autosparse.sparsity.slim_rewrite import rewrite
 
@@ -29,6 +31,8 @@ CHANNELS = 4
 (onnxruntime/core/optimizer/nchwc_transformer.cc), and 9 channels take longer than 12."""
 TOLERANCE = 1e-5
 """How far logits may be from those of before, relative to their size, in float32."""
+EXACT, LEAST = 1e-7, 1e-4
+"""The same in float64, before new tensors are rounded; logits below the second count as that."""
 
 
 def slim(
@@ -48,20 +52,57 @@ def slim(
     that changed, and which operators kept all they read as it was.
     Raises UsageError where the network cannot be traced, RunFailed should logits differ.
     """
+    if not isinstance(multiple, int) or multiple < 1:
+        raise UsageError(f"multiple {multiple}: give a whole number from 1 on")
     model = unwrapped(model)
     check_values(model)
     images = random_images(model, images)
     small = traced(model, images)
+    try:
+        _make_smaller(small, images, multiple)
+    except Exception as error:
+        if isinstance(error, UsageError | RunFailed) or of_the_machine(error):
+            raise
+        line = " ".join(str(error).split())[:200]
+        raise RunFailed(
+            f"slimming {type(model).__name__} broke ({type(error).__name__}: {line}): that is a "
+            "fault of slimming; export it without"
+        ) from error
+    check_logits(model, small, images, "export it without")
+    return small
+
+
+def _make_smaller(small: fx.GraphModule, images: Tensor, multiple: int) -> None:
+    """Make a graph smaller, in place, and tell in its `slimmed` how much."""
     before = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
-    dtype = next(model.parameters()).dtype
-    found = facts(small, images)
-    fold(small, found, dtype)
+    first = facts(small, images)
+    fold(small, first)
     found = facts(small, images)
     rules = Moves(small, found)
     rewrite(small, found, rules, Choice(rules, multiple))
-    check_logits(model, small, images, "export it without")
+    _check_exactly(first.output, facts(small, images).output)
+    rounded(small)
     small.slimmed = _report(before, small, dict(rules.kept_whole))  # type: ignore[assignment]
-    return small
+
+
+def _check_exactly(expected: Any, given: Any) -> None:
+    """Raise RunFailed where what the smaller graph gives in float64 is something else."""
+    off = [
+        float((one - other).abs().max() / one.abs().max().clamp(min=LEAST))
+        for one, other in zip(_tensors(expected), _tensors(given), strict=True)
+        if one.numel()
+    ]
+    if not all(each <= EXACT for each in off):
+        raise RunFailed(
+            f"slimming changed a logit by {max(off):.3g} of the largest in float64: that is a "
+            "fault of slimming; export it without"
+        )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, list | tuple):
+        return [tensor for each in output for tensor in _tensors(each)]
+    return [output] if isinstance(output, Tensor) else []
 
 
 def random_images(model: nn.Module, images: Tensor | None = None) -> Tensor:
@@ -88,9 +129,8 @@ def check_logits(
     `small` is in eval mode; `model` is put into it for a moment. What differs is held against the
     largest logit, or `least` where all are smaller.
     """
-    was_training = model.training
-    expected = model.eval()(images)
-    model.train(was_training)
+    with evaluating(model):
+        expected = model(images)
     if not isinstance(expected, Tensor):
         raise UsageError(f"{type(model).__name__} gives no tensor of logits, so it is not slimmed")
     off = float((small(images) - expected).abs().max())

@@ -14,13 +14,15 @@ class Choice:
 
     To begin with all go but those that some operator needs whole. A unit comes back where a sum
     that stays needs one of its channels, until nothing changes: the largest set of units that can
-    go together. Then some come back, so that convolutions have channels by the `multiple`.
+    go together. Then some come back, so that convolutions have channels by the `multiple`; these
+    fill up what nobody needs, so they bring no others back.
     """
 
     def __init__(self, rules: Rules, multiple: int = 1) -> None:
         self.units = rules.units
         self.stays = np.zeros(len(rules.units.parent), dtype=bool)
         self.stays[STAYS] = True
+        self.fills = np.zeros_like(self.stays)
         self._parts: dict[int, tuple[int, ...]] = {}
         sites = [(site, self._table(site.reads), self._rows(site)) for site in rules.sites]
         axes = {p.tobytes(): p for dims in rules.dims.values() for p in _all(dims)}
@@ -70,6 +72,8 @@ class Choice:
         """Bring back the units that a site needs; return whether there were any."""
         count = 0 if site.used is None else site.used.shape[0] * site.used.shape[1]
         rows_stay = np.ones(count, dtype=bool) if rows is None else self._staying(rows)
+        if rows is not None:
+            rows_stay &= ~self.fills[rows].any(1)  # What they give is heard by nobody.
         needed = site.needed(rows_stay) & ~site.can_go & ~self._staying(reads)
         self.stays[reads[needed]] = True
         return bool(needed.any())
@@ -83,11 +87,15 @@ class Choice:
         return False
 
     def _round(self, table: np.ndarray, multiple: int) -> bool:
-        """Bring the first units of a dimension back whose number is no multiple."""
+        """Bring the first units of a dimension back whose number is no multiple.
+
+        Not where two units have to stay for a place, as around grouped convolutions.
+        """
         stay = self._staying(table)
         alone = np.flatnonzero(~stay & ((table != STAYS).sum(1) == 1))
         missing = alone[: -int(stay.sum()) % multiple]
         self.stays[table[missing]] = True
+        self.fills[table[missing]] = table[missing] != STAYS
         return bool(len(missing))
 
 

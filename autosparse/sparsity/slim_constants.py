@@ -20,6 +20,7 @@ from autosparse.sparsity.slim_graph import (
     is_pointwise,
     op_name,
     tensor_at,
+    unbiased,
 )
 
 MOVES = {
@@ -61,6 +62,8 @@ class Facts:
     """Shape of every tensor (a list of them where an operator gives several)."""
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     """Tensors that do not depend on the image at all."""
+    output: Any = None
+    """What the graph gives for the images, in float64."""
     heard: dict[fx.Node, Heard] = field(default_factory=dict)
     zero_products: dict[fx.Node, Tensor] = field(default_factory=dict)
     """Per product of two signals, bool [summed]: what is not missed: one of both factors is zero
@@ -91,6 +94,8 @@ def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
         elif node.op == "call_function":
             run.compute(node)
             _note(found, run, node)
+        elif node.op == "output":
+            found.output = fx.node.map_arg(node.args[0], run.values.__getitem__)
         if node in run.values:
             found.shapes[node] = _shapes(run.values[node])
         for gone in last.get(node, ()):
@@ -200,8 +205,8 @@ class _Run:
     def _call(self, node: fx.Node, of: Any) -> Any:
         args = fx.node.map_arg(node.args, of)
         kwargs = fx.node.map_arg(node.kwargs, of)
-        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        args = tuple(torch.float64 if _is_float(each) else each for each in args)
+        kwargs = {k: torch.float64 if _is_float(v) else v for k, v in kwargs.items()}
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _of(self, node: fx.Node) -> Any:
@@ -233,7 +238,7 @@ class _Run:
             self._pass_shares(node, name)
             return _marks(self._call(node, self._of))
         if name in POOLS:
-            return self._call(node, self._of) > 0
+            return self._pooled(node)
         if name in ("constant_pad_nd", "pad"):
             return self._padded(node, value)
         if is_pointwise(node) or name in CASTS:
@@ -244,6 +249,12 @@ class _Run:
                     found = found | self.hears[each]
             return found
         return _everything(value)
+
+    def _pooled(self, node: fx.Node) -> Any:
+        found = self._call(node, self._of)
+        if isinstance(found, Tensor):
+            return found > 0
+        return [found[0] > 0] * len(found)  # Of a maximum, its place too.
 
     def _pass_shares(self, node: fx.Node, name: str) -> None:
         same = name in ("dropout", "clone", "contiguous", "alias", "detach", *CASTS)
@@ -262,8 +273,7 @@ class _Run:
             return torch.ones_like(value, dtype=torch.bool)
         signal = self._of(node.args[0])  # type: ignore[arg-type]
         weight = (self.values[node.args[1]] != 0).float()  # type: ignore[index]
-        rest = fx.node.map_arg(node.args[3:], self.values.__getitem__)
-        return node.target(signal, weight, None, *rest, **node.kwargs) > 0.5  # type: ignore
+        return unbiased(node, signal, weight, self.values.__getitem__) > 0.5
 
     def _mul(self, node: fx.Node, value: Tensor) -> Tensor:
         """Zero times anything is zero."""
@@ -340,6 +350,10 @@ class _Run:
         if self.values[key].shape[:-2] != self.values[query].shape[:-2]:  # type: ignore[index]
             return _everything(value)  # Heads that share keys.
         return self._averaged(moves > 0, values)
+
+
+def _is_float(kind: Any) -> bool:
+    return isinstance(kind, torch.dtype) and kind.is_floating_point
 
 
 def _has_floats(value: Any) -> bool:

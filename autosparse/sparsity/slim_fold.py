@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from autosparse.sparsity.slim_constants import CLOSE, Facts
-from autosparse.sparsity.slim_graph import free_name, is_pointwise, op_name, put_tensor
+from autosparse.sparsity.slim_graph import free_name, is_pointwise, op_name, put_exact, put_tensor
 
 ALIKE = 1e-10
 """Rows of a constant are one row if they differ by less, relative to the largest value."""
 
 
-def fold(module: fx.GraphModule, facts: Facts, dtype: torch.dtype) -> None:
+def fold(module: fx.GraphModule, facts: Facts) -> None:
     """Replace what does not depend on the image by its value, where something else hears it."""
     for node, value in facts.constants.items():
         heard = [user for user in node.users if user not in facts.constants]
         if heard and value.is_floating_point() and value.numel() and _whole(node) is not None:
-            _replace(module, node, value, facts, dtype)
+            _replace(module, node, value, facts)
     _clean(module)
 
 
@@ -34,9 +36,7 @@ def _whole(node: fx.Node) -> list[bool] | None:
     return free
 
 
-def _replace(
-    module: fx.GraphModule, node: fx.Node, value: Tensor, facts: Facts, dtype: torch.dtype
-) -> None:
+def _replace(module: fx.GraphModule, node: fx.Node, value: Tensor, facts: Facts) -> None:
     free = _whole(node)
     assert free is not None
     for place, each in enumerate(free):
@@ -51,7 +51,7 @@ def _replace(
     if not node.users:
         return
     with module.graph.inserting_before(node):
-        found = stored(module, value, dtype, f"constants.{node.name}")
+        found = stored(module, value, node.meta["val"], f"constants.{node.name}")
         if any(not _broadcasts(user, node, facts) for user in node.users):
             sizes = [
                 _batch(module) if f else n for f, n in zip(free, facts.shapes[node], strict=True)
@@ -88,8 +88,10 @@ def _batch(module: fx.GraphModule) -> fx.Node:
         return module.graph.call_function(sizes, (images, 0))
 
 
-def stored(module: fx.GraphModule, value: Tensor, dtype: torch.dtype, name: str) -> fx.Node:
+def stored(module: fx.GraphModule, value: Tensor, like: Any, name: str) -> fx.Node:
     """Insert a constant; dimensions that repeat are stored once and spread by indices.
+
+    `like` has the precision that it gets in the end.
 
     A border of zeros around a picture makes a constant channel differ at the edges only, so a few
     rows and columns hold all of it.
@@ -102,7 +104,7 @@ def stored(module: fx.GraphModule, value: Tensor, dtype: torch.dtype, name: str)
         elif value.dim() == 4 and dim > 1 and 2 * smaller.shape[dim] <= len(places):
             value, indices[dim] = smaller, places
     name = free_name(module, name)
-    put_tensor(module, name, value.to(dtype).contiguous(), trained=False)
+    put_exact(module, name, value.contiguous(), like, trained=False)
     found = module.graph.get_attr(name)
     for dim, places in indices.items():
         index = free_name(module, f"{name}_places_{dim}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from autosparse.core.errors import UsageError
+from autosparse.models.restore import evaluating
 
 GUARDS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size")
 """Checks that an export writes into the graph; they name shapes and precisions of before."""
@@ -26,12 +28,11 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """
     if len(images) < 2:
         raise ValueError("a batch of one would be traced as a constant; give two images")
-    was_training = model.training
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), evaluating(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+                model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
             module = program.module()
             if not _without_side_effects(module.graph):  # type: ignore[arg-type]
@@ -42,8 +43,6 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
             f"{type(model).__name__} cannot be traced by torch.export, so it cannot be slimmed "
             f"({type(error).__name__}: {line.strip()[:200]})"
         ) from None
-    finally:
-        model.train(was_training)
     if not isinstance(module, fx.GraphModule):
         raise UsageError(f"{type(model).__name__}: torch.export gave no graph")
     for name in ("train", "eval"):  # An export's own ones raise.
@@ -52,6 +51,8 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if (node.op == "call_module" and not node.users) or op_name(node) in GUARDS:
             module.graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:  # It fails where memory lies otherwise.
+            node.target = torch.ops.aten.reshape.default
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -148,10 +149,17 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Replace an argument by the name that the operator's schema gives it."""
     names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
     place = names.index(name)
-    if name not in node.kwargs and place < len(node.args):
-        node.update_arg(place, value)
-    else:
+    if name in node.kwargs or place > len(node.args):
         node.update_kwarg(name, value)
+    else:
+        node.args = (*node.args[:place], value, *node.args[place + 1 :])
+
+
+def unbiased(node: fx.Node, signal: Any, weight: Any, of: Callable[[fx.Node], Any]) -> Tensor:
+    """Return what a convolution or linear layer makes of a signal, without its bias."""
+    rest, others = fx.node.map_arg((node.args[3:], node.kwargs), of)
+    kwargs = {name: value for name, value in others.items() if name != "bias"}
+    return node.target(signal, weight, None, *rest, **kwargs)  # type: ignore[operator]
 
 
 def dimension(index: int, count: int) -> int:
@@ -162,6 +170,28 @@ def dimension(index: int, count: int) -> int:
 def tensor_at(module: nn.Module, name: str) -> Tensor:
     """Return the parameter or buffer that a `get_attr` node names."""
     return operator.attrgetter(name)(module)
+
+
+LATER = "precisions"
+"""Key of a graph's `meta`: name of a tensor that slimming made -> its precision in the end."""
+
+
+def put_exact(
+    module: fx.GraphModule, name: str, value: Tensor, like: Any, *, trained: bool
+) -> None:
+    """Set a tensor that slimming made, in float64 until `rounded`; `like` has its precision."""
+    module.meta.setdefault(LATER, {})[name] = like.dtype
+    put_tensor(module, name, value.double(), trained=trained)
+
+
+def rounded(module: fx.GraphModule) -> None:
+    """Give all tensors that slimming made the precision that they are to have."""
+    for name, dtype in module.meta.pop(LATER, {}).items():
+        path, _, attribute = name.rpartition(".")
+        value = getattr(module.get_submodule(path), attribute, None)
+        if value is not None:  # Else nobody reads it any more.
+            trained = isinstance(value, nn.Parameter)
+            put_tensor(module, name, value.detach().to(dtype), trained=trained)
 
 
 def put_tensor(module: nn.Module, name: str, value: Tensor, *, trained: bool) -> None:
@@ -182,13 +212,22 @@ def put_tensor(module: nn.Module, name: str, value: Tensor, *, trained: bool) ->
 
 
 def free_name(module: nn.Module, wanted: str) -> str:
-    """Return `wanted`, or that with a number, such that no tensor has the name yet."""
-    taken = {name for name, _ in module.named_parameters()}
-    taken |= {name for name, _ in module.named_buffers()}
-    number, name = 1, wanted
-    while name in taken:
-        number, name = number + 1, f"{wanted}_{number}"
-    return name
+    """Return `wanted`, or that with numbers, such that nothing has the name yet.
+
+    Modules on the way may be there. Methods of modules are names, too.
+    """
+    owner: Any = module
+    *path, last = wanted.split(".")
+    found = []
+    for part in (*path, last):
+        number, name = 1, part
+        while (there := getattr(owner, name, None)) is not None:
+            if isinstance(there, nn.Module) and len(found) < len(path):
+                break
+            number, name = number + 1, f"{part}_{number}"
+        found.append(name)
+        owner = nn.Module() if there is None else there
+    return ".".join(found)
 
 
 def size(shape: tuple[int, ...]) -> int:

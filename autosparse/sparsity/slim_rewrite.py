@@ -15,9 +15,11 @@ from autosparse.sparsity.slim_graph import (
     dimension,
     free_name,
     op_name,
+    put_exact,
     put_tensor,
     set_argument,
     tensor_at,
+    unbiased,
 )
 from autosparse.sparsity.slim_rules import Rules, Site
 
@@ -58,9 +60,7 @@ def _removed_constant(
     keep = torch.from_numpy(goes).to(heard.values.device)
     weight = tensor_at(module, str(node.args[1].target)).detach().double()  # type: ignore
     with torch.no_grad():
-        found = node.target(  # type: ignore[operator]
-            heard.values * keep.view(shape), weight, None, *node.args[3:], **node.kwargs
-        )
+        found = unbiased(node, heard.values * keep.view(shape), weight, lambda each: each)
     return found if found.any() else None
 
 
@@ -73,7 +73,15 @@ def _cut(module: fx.GraphModule, name: str, dims: list, choice: Choice) -> None:
             index = torch.from_numpy(places).to(value.device)
             value = value.index_select(dim, index)
     if value.shape != tensor.shape:
+        if _channels_last(tensor):
+            like = torch.empty_like(value, memory_format=torch.channels_last)
+            value = like.copy_(value)
         put_tensor(module, name, value, trained=isinstance(tensor, torch.nn.Parameter))
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    """Are channels what lies side by side? Strides tell, also where a kernel has one place."""
+    return tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1] > 1
 
 
 def _add_constant(
@@ -81,9 +89,10 @@ def _add_constant(
 ) -> None:
     """Add a constant to what a layer gives: in its bias, or where it differs by place, after it."""
     channel = 1 if op_name(node) in CONVOLUTIONS else value.dim() - 1
-    places = choice.kept(rules.dims[node][channel])
-    if places is not None:
-        value = value.index_select(channel, torch.from_numpy(places).to(value.device))
+    for dim, positions in enumerate(rules.dims[node]):
+        places = choice.kept(positions)
+        if places is not None and value.shape[dim] > 1:
+            value = value.index_select(dim, torch.from_numpy(places).to(value.device))
     others = [dim for dim in range(value.dim()) if dim != channel]
     first = value
     for dim in others:
@@ -97,7 +106,7 @@ def _add_constant(
         sum_node = module.graph.call_function(torch.ops.aten.add.Tensor, (node, node))
     node.replace_all_uses_with(sum_node, lambda user: user is not sum_node)
     with module.graph.inserting_before(sum_node):
-        map_node = stored(module, value, weight.dtype, f"constants.{node.name}")
+        map_node = stored(module, value, weight, f"constants.{node.name}")
     sum_node.args = (node, map_node)
 
 
@@ -110,8 +119,11 @@ def _behind_norm(module: fx.GraphModule, node: fx.Node, value: Tensor) -> tuple[
     if len(node.users) > 1 or op_name(user) != "batch_norm":
         return node, value
     gain, variance = argument(user, "weight"), argument(user, "running_var")
-    if not isinstance(variance, fx.Node):  # It goes by the batch.
-        return node, value
+    read = [each for each in (gain, variance) if isinstance(each, fx.Node)]
+    if argument(user, "training") or not isinstance(variance, fx.Node):
+        return node, value  # It goes by the batch.
+    if any(each.op != "get_attr" for each in read):
+        return node, value  # They are computed.
     scale = (tensor_at(module, str(variance.target)).double() + argument(user, "eps")).rsqrt()
     if isinstance(gain, fx.Node):
         scale = scale * tensor_at(module, str(gain.target)).detach().double()
@@ -127,7 +139,7 @@ def _add_to_bias(module: fx.GraphModule, node: fx.Node, value: Tensor, weight: T
         named = [each for each in module.graph.nodes if each.target == bias.target]
         if len(named) == 1 == len(bias.users):
             name = str(bias.target)
-    put_tensor(module, name, value.to(weight.dtype), trained=True)
+    put_exact(module, name, value, weight, trained=True)
     with module.graph.inserting_before(node):
         set_argument(node, "bias", module.graph.get_attr(name))
 

@@ -141,13 +141,15 @@ class Rules:
             found.append(positions)
         return found
 
-    def _per_channel(self, node: fx.Node) -> Dims:
+    def _per_channel(self, node: fx.Node) -> Any:
         dims = self.dims[node.args[0]]  # type: ignore[index]
         channel = 1 if len(dims) > 2 else 0
         for place, positions in enumerate(dims):
             if place > channel:
                 self._keep(positions, node)
-        shape = self._shape(node)
+        shape: Any = self._shape(node)
+        if isinstance(shape, list):  # A maximum, and its place.
+            return [[*dims[: channel + 1], *[None] * (len(s) - channel - 1)] for s in shape]
         return [*dims[: channel + 1], *[None] * (len(shape) - channel - 1)]
 
     def _prelu(self, node: fx.Node) -> Dims:

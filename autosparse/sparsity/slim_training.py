@@ -111,7 +111,9 @@ def slim_for_training(
     places = _cut(small, rules, choice)
     _tell_layers(small, rules, choice)
     _check(whole, small, images)
-    return Slimmed(small.train(model.training), _cut_ticket(ticket, places), ticket, places)
+    for one, other in zip(small.modules(), model.modules(), strict=True):
+        one.training = other.training
+    return Slimmed(small, _cut_ticket(ticket, places), ticket, places)
 
 
 class _Rules(Moves):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autosparse import slim
-from autosparse.core.errors import UsageError
+from autosparse.core.errors import RunFailed, UsageError
 from tests.sparsity.slimming import images_of, same_logits, spoilt
 
 
@@ -95,6 +95,13 @@ def test_a_hidden_unit_without_input_goes_into_the_next_bias() -> None:
     torch.testing.assert_close(small.get_parameter("3.bias"), model[3].bias + added)
 
 
+def test_modes_of_frozen_norms_are_put_back() -> None:
+    model = convs().train()
+    model.norm.eval()
+    slim(model, torch.zeros(2, 1, 6, 6))
+    assert model.training and model.conv1.training and not model.norm.training
+
+
 class Wide(nn.Module):
     """Two convolutions with twelve channels between them, behind a norm, and a classifier."""
 
@@ -107,14 +114,16 @@ class Wide(nn.Module):
         self.head = nn.Linear(6, 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = F.relu(self.norm1(self.conv1(images)))
-        return self.head(F.relu(self.norm2(self.conv2(hidden))).mean((2, 3)))
+        return self.head(F.relu(self.second(F.relu(self.norm1(self.conv1(images))))).mean((2, 3)))
+
+    def second(self, hidden: Tensor) -> Tensor:
+        return self.norm2(self.conv2(hidden))
 
 
-def wide() -> Wide:
+def wide(kind: type[Wide] = Wide) -> Wide:
     """Return it in eval mode, with statistics and biases that are no initial ones."""
     torch.manual_seed(0)
-    model = Wide().eval()
+    model = kind().eval()
     with torch.no_grad():
         for norm in (model.norm1, model.norm2):
             norm.running_mean.uniform_(-1, 1)
@@ -136,6 +145,134 @@ def test_channels_of_convolutions_stay_multiples(gone: int, multiple: int, left:
     assert shapes(small)["norm1.weight"] == [left]
     assert shapes(small)["conv2.weight"] == [6, left, 3, 3]  # 6 is no multiple, and stays.
     same_logits(small, model, images)
+
+
+class ByTheBatch(Wide):
+    """Its second norm goes by the batch in eval mode, too, and is given statistics all the same."""
+
+    def second(self, hidden: Tensor) -> Tensor:
+        norm = self.norm2
+        statistics = norm.running_mean, norm.running_var
+        return F.batch_norm(self.conv2(hidden), *statistics, norm.weight, norm.bias, True, 0.0)
+
+
+class Computed(Wide):
+    """Gain and variance of its second norm are computed."""
+
+    def second(self, hidden: Tensor) -> Tensor:
+        norm = self.norm2
+        gain, variance = F.softplus(norm.weight), norm.running_var * 1.5 + 0.1
+        return F.batch_norm(self.conv2(hidden), norm.running_mean, variance, gain, norm.bias)
+
+
+class Cast(Wide):
+    """A part without weights is cast: what is stored of it cannot be called `to`, as a method."""
+
+    def second(self, hidden: Tensor) -> Tensor:
+        return self.norm2(self.conv2(hidden)) + self.conv1.weight[0, 0, 0, 0].to(hidden.dtype)
+
+
+class Largest(Wide):
+    """It gives the largest value of every channel."""
+
+    def second(self, hidden: Tensor) -> Tensor:
+        return F.adaptive_max_pool2d(self.norm2(self.conv2(hidden)), 1)
+
+
+class Viewed(Wide):
+    """What it views lies side by side only where channels do."""
+
+    def second(self, hidden: Tensor) -> Tensor:
+        last = self.norm2(self.conv2(hidden)).permute(0, 2, 3, 1)
+        return last.view(hidden.shape[0], 36, 6).transpose(1, 2)[..., None]
+
+
+@pytest.mark.parametrize("kind", [ByTheBatch, Computed, Cast, Largest, Viewed])
+def test_norms_casts_and_views_of_other_kinds(kind: type[Wide]) -> None:
+    """Channels 0 to 4 are constant behind the first norm, and differ at the edges after that."""
+    model, images = wide(kind), torch.randn(2, 1, 6, 6)
+    zero(model.conv1.weight, slice(0, 5))
+    if kind is Cast:
+        model.conv1.weight.data[0, 0, 0, 0] = 0.3
+    if kind is Viewed:
+        model = model.to(memory_format=torch.channels_last)
+    small = slim(model, images, multiple=1)
+    assert shapes(small)["conv2.weight"][1] == (8 if kind is Cast else 7)
+    same_logits(small, model, images)
+
+
+def test_memory_formats_stay() -> None:
+    model = wide().to(memory_format=torch.channels_last)
+    zero(model.conv1.weight, slice(0, 5))
+    small = slim(model, torch.zeros(2, 1, 6, 6))
+    weight = small.get_parameter("conv2.weight")
+    assert list(weight.shape) == [6, 8, 3, 3]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_rounds_up_needs_nothing_more() -> None:
+    """Five channels are heard all along. The others, of which three come back, hear all of them."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4, 2)).eval()
+    zero(model[5].weight.view(2, 64, 4), slice(None), slice(0, -5))
+    zero(model[2].weight, slice(-5, None), slice(0, -5))
+    images = torch.randn(2, 3, 2, 2)
+    small = slim(model, images)
+    assert shapes(small)["0.weight"] == [8, 3, 1, 1]
+    assert shapes(small)["2.weight"] == [8, 8, 1, 1]
+    same_logits(small, model, images)
+
+
+def test_a_picture_is_cut_along_all_dimensions() -> None:
+    """Half of the channels are constants that differ by token, and five of the tokens go."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.channels1, self.tokens1 = nn.Linear(3, 6), nn.Linear(16, 12)
+            self.channels2, self.tokens2 = nn.Linear(6, 10), nn.Linear(12, 5)
+            self.head = nn.Linear(10, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            signal = self.channels1(images.flatten(2).transpose(1, 2)).sigmoid()
+            signal = self.tokens1(signal.transpose(1, 2)).sigmoid().transpose(1, 2)
+            signal = self.channels2(signal).sigmoid()
+            signal = self.tokens2(signal.transpose(1, 2)).sigmoid().transpose(1, 2)
+            return self.head(signal).mean(1)
+
+    torch.manual_seed(0)
+    model, images = Mixer().eval(), torch.randn(2, 3, 4, 4)
+    zero(model.channels1.weight, slice(0, 3))
+    zero(model.tokens2.weight, slice(None), slice(4, 9))
+    small = slim(model, images)
+    assert shapes(small)["tokens1.weight"] == [7, 16]
+    assert shapes(small)["channels2.weight"] == [10, 3]
+    same_logits(small, model, images)
+
+
+@pytest.mark.parametrize("multiple", [0, -4, 2.5])
+def test_a_multiple_is_a_whole_number(multiple: float) -> None:
+    with pytest.raises(UsageError, match="give a whole number from 1 on"):
+        slim(convs(), torch.zeros(2, 1, 6, 6), multiple=multiple)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [0.5, 1 + 1e-6])
+def test_wrong_logits_are_an_error(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny ones, too: a layer is spoilt while the graph is made smaller."""
+    from autosparse.sparsity import slim as module
+
+    def spoils(small: nn.Module, *_: object) -> None:
+        with torch.no_grad():
+            small.get_parameter("head.weight").mul_(wrong)
+
+    model = copy.deepcopy(convs())
+    with torch.no_grad():
+        model.head.weight.mul_(1e-3)
+        model.head.bias.mul_(1e-3)
+    monkeypatch.setattr(module, "rewrite", spoils)
+    with pytest.raises(RunFailed, match="of the largest in float64: that is a fault of slimming"):
+        slim(model, torch.zeros(2, 1, 6, 6))
 
 
 def test_a_picture_is_added_behind_the_norm_that_engines_make_one_with_its_layer() -> None:
