@@ -186,12 +186,11 @@ def put_exact(
 
 def rounded(module: fx.GraphModule) -> None:
     """Give all tensors that slimming made the precision that they are to have."""
+    left = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, dtype in module.meta.pop(LATER, {}).items():
-        path, _, attribute = name.rpartition(".")
-        value = getattr(module.get_submodule(path), attribute, None)
-        if value is not None:  # Else nobody reads it any more.
-            trained = isinstance(value, nn.Parameter)
-            put_tensor(module, name, value.detach().to(dtype), trained=trained)
+        if name in left:  # Else nobody reads it any more.
+            trained = isinstance(left[name], nn.Parameter)
+            put_tensor(module, name, left[name].detach().to(dtype), trained=trained)
 
 
 def put_tensor(module: nn.Module, name: str, value: Tensor, *, trained: bool) -> None:
