@@ -32,8 +32,9 @@ from autosparse.sparsity import masks, paths, reach
 from autosparse.sparsity.counts import keep_count
 
 PRETRAINED = Path(__file__).parent.parent / "autos" / "pretrained" / "autos.safetensors"
-CHOICES = ("live", "random")
-DENSITIES = ("auto", "learned", "erk")
+AUTO = "auto"
+CHOICES = (AUTO, "live", "random")
+DENSITIES = (AUTO, "learned", "erk")
 TILT = 1.0
 """Exponent of the path sums by which weights are drawn (see reach.thinned): in proportion to them.
 0.5 and 1 differed by less than seeds do (docs/results/log.md)."""
@@ -62,9 +63,9 @@ def autos(
     *,
     sparsity: float,
     scorer: str | None = None,
-    choice: str = "live",
+    choice: str = AUTO,
     reuse: float = 0.25,
-    densities: str = "auto",
+    densities: str = AUTO,
     seed: int = 0,
     units: Dial | None = None,
 ) -> Scores | Masks:
@@ -75,11 +76,15 @@ def autos(
         scorer: an AutoS file; by default the environment's AUTOSPARSE_SCORER, then the one that
             comes with the package.
         choice: which weights a layer keeps (two heads only): drawn among those on paths from input
-            to output (live), or among all (random).
+            to output (live), or among all (random). auto: live, but random in transformers, where
+            drawing on paths cost four to six points (docs/autos.md).
         reuse: how much layers are favoured whose weights are used at many places of an image: added
             to their log-odds is reuse * log(places) (two heads only). 0: densities as iterative
             pruning has them, which are better in very short trainings of networks with depthwise
             layers.
+        densities: how dense layers are (two heads only): as AutoS has learned, or as ERK has them,
+            without `reuse`. auto: learned, but ERK's for transformers with the AutoS of the
+            package, which has learned from one of them only. (Both auto: not where units go.)
         seed: of what is drawn.
         units: filled in from the selection (two heads only): what is drawn at units 0 says which
             units stay and how much layers keep, and it is drawn again inside of them.
@@ -93,6 +98,11 @@ def autos(
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
+    asked = AUTO in (choice, densities) and units is None
+    if asked and of_tokens(model, parameters, batches):
+        choice = "random" if choice == AUTO else choice
+        densities = "erk" if densities == AUTO and path_of(scorer) == PRETRAINED else densities
+        note("of_tokens", {"choice": choice, "densities": densities})
     if densities == "erk":
         raw = {name: raw_density(weight.shape) for name, weight in parameters.items()}
     else:
@@ -121,10 +131,29 @@ def use_lift(model, parameters, batches, reuse: float) -> dict[str, float] | Non
     """Return what `reuse` adds to the log-odds of each layer; None if that is nothing."""
     if not reuse:
         return None
+    places = places_of(model, parameters, batches)
+    return {name: reuse * math.log(count) for name, count in places.items()}
+
+
+def places_of(model, parameters, batches) -> dict[str, float]:
+    """Return at how many places of an image every layer's weights are used (see features.uses)."""
     first = next(iter(batches), None)
     image = torch.zeros(1, *paths.image_shape(model)) if first is None else first[0][:1]
-    places = features.uses(model, parameters, image.to(next(iter(parameters.values())).device))
-    return {name: reuse * math.log(count) for name, count in places.items()}
+    return features.uses(model, parameters, image.to(next(iter(parameters.values())).device))
+
+
+def of_tokens(model, parameters, batches) -> bool:
+    """Return whether it is a transformer: most layers that are used at several places are linear.
+
+    More than three of four: where a block has a depthwise convolution to two linear layers, as in
+    ConvNeXt, AutoS's densities are better than ERK's. Without linear layers that costs no pass.
+    """
+    linear = {name for name, weight in parameters.items() if weight.ndim == 2}
+    if len(linear) * 4 <= len(parameters) * 3:
+        return False
+    places = places_of(model, parameters, batches)
+    repeated = [name for name in parameters if places[name] > 1]
+    return 4 * sum(name in linear for name in repeated) > 3 * len(repeated)
 
 
 def counts(
@@ -146,9 +175,14 @@ def noise_for(choice: str, weight: Tensor, generator: torch.Generator) -> Tensor
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
 
 
+def path_of(scorer: str | None) -> Path:
+    """Return where an AutoS file is: as asked for, as the environment says, or the package's."""
+    return Path(scorer or os.environ.get("AUTOSPARSE_SCORER") or PRETRAINED)
+
+
 def load_scorer(scorer: str | None) -> AutoS:
     """Return the network of an AutoS file, by default the package's."""
-    path = Path(scorer or os.environ.get("AUTOSPARSE_SCORER") or PRETRAINED)
+    path = path_of(scorer)
     if not path.is_file():
         raise UsageError(
             f"no AutoS file at {path}; fit one with `autosparse fit` and name it in options.scorer"

@@ -16,7 +16,9 @@ from autosparse.autos.heads import erk_log_odds
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria import short_irp as levels
-from autosparse.criteria.autos import PRETRAINED, counts, load_scorer, use_lift
+from autosparse.criteria.autos import PRETRAINED, counts, load_scorer, of_tokens, use_lift
+from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.models.gradients import mean_gradients
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks, reach
@@ -61,6 +63,66 @@ def test_layers_keep_what_is_expected(choice: str, scorer: AutoS, tmp_path: Path
     assert {name: int(mask.sum()) for name, mask in chosen.items()} == kept
     again = autos(model, data(), cross_entropy, choice=choice, seed=1, **options)
     assert not any(torch.equal(chosen[n], again[n]) for n in chosen)
+
+
+def of_timm(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Return a model and a batch of random images."""
+    generator = torch.Generator().manual_seed(2)
+    batch = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 4
+    return zoo.create(ModelConfig(name), num_classes=4, in_chans=3, image_size=32, seed=0), [batch]
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_transformers_get_the_densities_of_erk(scorer: AutoS, tmp_path: Path) -> None:
+    """With the AutoS of the package; any other one has its own. Weights are drawn from all."""
+    model, batches = of_timm("test_vit")
+    autos, path = criteria.get("autos"), str(tmp_path / "autos.safetensors")
+    weights = prunable(model)
+    found = autos(model, batches, cross_entropy, sparsity=0.9)
+    kept = {
+        n: int((s > 0).sum()) for n, s in criteria.get("erk")(model, [], None, sparsity=0.9).items()
+    }
+    assert {name: int(mask.sum()) for name, mask in found.items()} == kept
+    options = {"choice": "random", "densities": "erk"}
+    assert equal(found, autos(model, batches, cross_entropy, sparsity=0.9, **options))
+    own = autos(model, batches, cross_entropy, sparsity=0.9, scorer=path)
+    gradients = mean_gradients(model.train(), weights, batches, cross_entropy)
+    lift = use_lift(model, weights, batches, autos.options["reuse"])
+    expected = counts(scorer.layer_densities(weights, gradients, 0.1, lift), weights, 0.9)
+    assert {name: int(mask.sum()) for name, mask in own.items()} == expected != kept
+    options = {"choice": "random", "densities": "learned", "scorer": path}
+    assert equal(own, autos(model, batches, cross_entropy, sparsity=0.9, **options))
+
+
+def test_what_transformers_get_can_be_refused() -> None:
+    model, batches = of_timm("test_vit")
+    autos = criteria.get("autos")
+    asked = {"choice": "live", "densities": "learned"}
+    found = autos(model, batches, cross_entropy, sparsity=0.9, **asked)
+    alive = reach.live(model, found, (3, 32, 32))
+    assert masks.kept(alive) == masks.kept(found)
+    assert not equal(found, autos(model, batches, cross_entropy, sparsity=0.9))
+    with pytest.raises(UsageError, match="densities 'lerned'"):
+        autos(model, batches, cross_entropy, sparsity=0.9, densities="lerned")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("test_vit", True), ("test_convnext", False), ("test_byobnet", False)]
+)
+def test_what_counts_as_a_transformer(name: str, tokens: bool) -> None:
+    model, batches = of_timm(name)
+    assert of_tokens(model, prunable(model), batches) is tokens
+    if not tokens:
+        autos, asked = criteria.get("autos"), {"choice": "live", "densities": "learned"}
+        found = autos(model, batches, cross_entropy, sparsity=0.9)
+        assert equal(found, autos(model, batches, cross_entropy, sparsity=0.9, **asked))
+
+
+def test_a_linear_layer_for_whole_images_reads_no_tokens() -> None:
+    assert not of_tokens(net(), prunable(net()), data())
 
 
 def test_any_weights_of_a_layer_are_drawn_alike(scorer: AutoS, tmp_path: Path) -> None:
