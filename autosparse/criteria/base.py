@@ -39,6 +39,8 @@ FIRST: dict[str, dict[str, Any]] = {
     "autos": {
         "autos": "46f37190ccfe987d",
         "corpus": "57c4fb23d0759c3d",
+        "choice": "live",
+        "densities": "learned",
         **FORMER["autos"],
     },
     "autos_irp": {"autos": "46f37190ccfe987d", "corpus": "57c4fb23d0759c3d"},

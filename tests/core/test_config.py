@@ -206,15 +206,18 @@ def test_a_default_that_changes_makes_new_ids_and_keeps_the_old(monkeypatch):
 
 
 def test_a_criterions_default_and_file_count_once_they_are_not_the_first(monkeypatch):
-    for name in ("autos", "autos_irp", "iter_snip"):
+    for name in ("autos_irp", "iter_snip"):
         assert criteria.get(name).beyond({}) == {}
+    changed = {"choice": "auto", "densities": "auto"}
+    assert criteria.get("autos").beyond({}) == changed
+    assert criteria.get("autos").beyond({"choice": "live", "densities": "learned"}) == {}
     monkeypatch.setitem(base.FIRST, "iter_snip", {"rounds": 1})
     rounds = criteria.get("iter_snip").options["rounds"]
     assert criteria.get("iter_snip").beyond({}) == {"rounds": rounds}
     assert criteria.get("iter_snip").beyond({"rounds": 1}) == {}
     file = base.FIRST["autos"]["autos"]
     monkeypatch.setitem(base.FIRST, "autos", {**base.FIRST["autos"], "autos": "earlier"})
-    assert criteria.get("autos").beyond({}) == {"autos": file}
+    assert criteria.get("autos").beyond({}) == {"autos": file, **changed}
 
 
 def test_run_id_tells_kinds_of_config_and_further_keys_apart():
