@@ -76,15 +76,16 @@ def autos(
         scorer: an AutoS file; by default the environment's AUTOSPARSE_SCORER, then the one that
             comes with the package.
         choice: which weights a layer keeps (two heads only): drawn among those on paths from input
-            to output (live), or among all (random). auto: live, but random in transformers, where
-            drawing on paths cost four to six points (docs/autos.md).
+            to output (live), or among all (random). auto: live, but random where a network is
+            `of_tokens` and no units go: there drawing on paths cost four to five points
+            (docs/autos.md).
         reuse: how much layers are favoured whose weights are used at many places of an image: added
             to their log-odds is reuse * log(places) (two heads only). 0: densities as iterative
             pruning has them, which are better in very short trainings of networks with depthwise
             layers.
         densities: how dense layers are (two heads only): as AutoS has learned, or as ERK has them,
-            without `reuse`. auto: learned, but ERK's for transformers with the AutoS of the
-            package, which has learned from one of them only. (Both auto: not where units go.)
+            without `reuse`. auto: learned, but where `choice` is auto, too, ERK's for networks
+            `of_tokens` with the AutoS of the package, which has learned from one of them only.
         seed: of what is drawn.
         units: filled in from the selection (two heads only): what is drawn at units 0 says which
             units stay and how much layers keep, and it is drawn again inside of them.
@@ -98,10 +99,11 @@ def autos(
     gradients = mean_gradients(model, parameters, batches, loss_fn)
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
-    asked = AUTO in (choice, densities) and units is None
-    if asked and of_tokens(model, parameters, batches):
-        choice = "random" if choice == AUTO else choice
-        densities = "erk" if densities == AUTO and path_of(scorer) == PRETRAINED else densities
+    if choice == AUTO and units is None and of_tokens(model, parameters, batches):
+        packaged = network.fingerprint == load_scorer(str(PRETRAINED)).fingerprint
+        choice = "random"
+        if densities == AUTO:
+            densities = "erk" if packaged else "learned"
         note("of_tokens", {"choice": choice, "densities": densities})
     if densities == "erk":
         raw = {name: raw_density(weight.shape) for name, weight in parameters.items()}

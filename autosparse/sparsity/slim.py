@@ -10,6 +10,7 @@ the names of before: `layer1.0.conv1.weight`, smaller. See docs/slimming.md.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def slim(
     that changed, and which operators kept all they read as it was.
     Raises UsageError where the network cannot be traced, RunFailed should logits differ.
     """
-    if not isinstance(multiple, int) or multiple < 1:
+    if not isinstance(multiple, Integral) or multiple < 1:
         raise UsageError(f"multiple {multiple}: give a whole number from 1 on")
     model = unwrapped(model)
     check_values(model)

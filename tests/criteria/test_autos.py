@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ def test_transformers_get_the_densities_of_erk(scorer: AutoS, tmp_path: Path) ->
     assert {name: int(mask.sum()) for name, mask in found.items()} == kept
     options = {"choice": "random", "densities": "erk"}
     assert equal(found, autos(model, batches, cross_entropy, sparsity=0.9, **options))
+    copied = shutil.copy(PRETRAINED, tmp_path / "copied.safetensors")
+    assert equal(found, autos(model, batches, cross_entropy, sparsity=0.9, scorer=str(copied)))
     own = autos(model, batches, cross_entropy, sparsity=0.9, scorer=path)
     gradients = mean_gradients(model.train(), weights, batches, cross_entropy)
     lift = use_lift(model, weights, batches, autos.options["reuse"])
@@ -105,6 +108,7 @@ def test_what_transformers_get_can_be_refused() -> None:
     alive = reach.live(model, found, (3, 32, 32))
     assert masks.kept(alive) == masks.kept(found)
     assert not equal(found, autos(model, batches, cross_entropy, sparsity=0.9))
+    assert equal(found, autos(model, batches, cross_entropy, sparsity=0.9, choice="live"))
     with pytest.raises(UsageError, match="densities 'lerned'"):
         autos(model, batches, cross_entropy, sparsity=0.9, densities="lerned")
 
