@@ -25,8 +25,8 @@ from benchmarks.gpu.measure import Recorder, Setting
 PICTURES, COPIES, BATCH = 480, 12, 256
 TINY_PICTURES, TINY_COPIES, TINY_BATCH = 20, 2, 4
 SIDE, RUNS, PACKERS = 224, 3, 8
-SHARE = 1280
-"""Images per worker and run, at most: some four seconds, however many workers."""
+SHARE = 640
+"""Images per worker and run, at most: some two seconds, however many workers."""
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
