@@ -109,8 +109,8 @@ def test_what_transformers_get_can_be_refused() -> None:
     assert masks.kept(alive) == masks.kept(found)
     assert not equal(found, autos(model, batches, cross_entropy, sparsity=0.9))
     assert equal(found, autos(model, batches, cross_entropy, sparsity=0.9, choice="live"))
-    with pytest.raises(UsageError, match="densities 'lerned'"):
-        autos(model, batches, cross_entropy, sparsity=0.9, densities="lerned")
+    with pytest.raises(UsageError, match="densities 'dense'"):
+        autos(model, batches, cross_entropy, sparsity=0.9, densities="dense")
 
 
 @pytest.mark.parametrize(
