@@ -67,7 +67,8 @@ def work(cells: list[StudyCell], source: DataSource, following: Synchronized, en
             cell.failed(told)
         seconds = time.monotonic() - started
         longest = max(longest, seconds)
-        print(f"{cell.name} {cell.point or ''}: {told}, {seconds:.1f} s", flush=True)
+        line = f"{cell.name} {cell.point or ''}: {told}, {seconds:.1f} s\n"
+        os.write(1, line.encode())  # At once, so that lines of several processes stay lines.
 
 
 def rows(cells: list[StudyCell]) -> list[dict[str, Any]]:

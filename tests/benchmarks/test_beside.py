@@ -52,7 +52,7 @@ def test_two_processes_share_the_cells(tmp_path: Path) -> None:
     said = beside(config, folder, 5.0)
     assert "10 of 10 trainings" in said
     named = [line.split(" ")[0] for line in said.splitlines() if "seed" in line]
-    assert sorted(named) == sorted({*named}) and len(named) == 10
+    assert sorted(named) == sorted({*named}) and len(named) == 10, said
     study = parse(StudyConfig, ["--config", str(config), "--out", str(folder)], "study", "")
     cells = in_order(study)
     assert [cell.name for cell in cells[:6]] == [
