@@ -434,7 +434,7 @@ def test_however_weights_are_scattered_the_training_is_bit_equal(
 
         flat_kernels.try_out(device)
     images, labels = digits.to(device).score_batches(3)[0]
-    # Twice as large: PyTorch 2.14 on a CPU with bf16 (avx512_bf16) leaves the weight gradient of a
+    # Twice as large: PyTorch 2.14 on a CPU with avx512_bf16 leaves the weight gradient of a
     # convolution with stride 2 over images of one pixel undefined.
     images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     trained = []

@@ -150,10 +150,30 @@ def test_moments_follow_wherever_they_are_kept(group: Group, name: str) -> None:
                     close_to_rounding(mine, other)
 
 
+def strided_bf16_is_defined() -> bool:
+    """Whether a convolution with stride 2 over images of one pixel has a weight gradient in bf16.
+
+    The last stage of test_byobnet at 16 px is such a one. With PyTorch 2.14 and avx512_bf16 the
+    gradient holds whatever was in memory before.
+    """
+    weight, signal = torch.ones(64, 64, 3, 3).bfloat16(), torch.ones(8, 64, 1, 1).bfloat16()
+    weight.requires_grad_()
+    for _ in range(20):
+        spoilt = [torch.full((size,), torch.nan) for size in (1000, 10_000, 100_000)]
+        del spoilt
+        output = torch.nn.functional.conv2d(signal, weight, stride=2, padding=1)
+        (found,) = torch.autograd.grad(output.sum(), weight)
+        if not (found[:, :, 1, 1] == 8).all() or found.sum() != 8 * 64 * 64:
+            return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(CASES))
 def test_bf16_exchanges_too(group: Group, name: str) -> None:
+    if name == "test_byobnet" and not strided_bf16_is_defined():
+        pytest.skip("PyTorch leaves bf16 gradients of images of one pixel undefined on this CPU")
     exact = losses_of(on_ranks(group, name, 1, {}))
     one, other = on_ranks(group, name, 1, {"precision": "bf16"})
     for mine, expected in zip(losses_of([one, other]), exact, strict=True):
