@@ -100,10 +100,7 @@ def autos(
     if network.head == "mean":
         return network.to(device).score(parameters, gradients)
     if choice == AUTO and units is None and of_tokens(model, parameters, batches):
-        packaged = network.fingerprint == load_scorer(str(PRETRAINED)).fingerprint
-        choice = "random"
-        if densities == AUTO:
-            densities = "erk" if packaged else "learned"
+        choice, densities = "random", densities_for_tokens(densities, network)
         note("of_tokens", {"choice": choice, "densities": densities})
     if densities == "erk":
         raw = {name: raw_density(weight.shape) for name, weight in parameters.items()}
@@ -127,6 +124,12 @@ def autos(
     found = rooms(units, votes, chosen)
     note("units_left", [found.left, found.of])
     return drawn(found.counts, found.within)
+
+
+def densities_for_tokens(asked: str, network: AutoS) -> str:
+    """Return which densities networks `of_tokens` get: ERK's if the AutoS is the package's."""
+    packaged = network.fingerprint == load_scorer(str(PRETRAINED)).fingerprint
+    return asked if asked != AUTO else "erk" if packaged else "learned"
 
 
 def use_lift(model, parameters, batches, reuse: float) -> dict[str, float] | None:
