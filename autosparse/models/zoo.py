@@ -124,7 +124,11 @@ def revealing(model: nn.Module, image: torch.Tensor, limit: float) -> dict[str, 
         image: [1, C, H, W], on the model's device.
         limit: 0 for gains that are zero; roles.FAINT for those that are near zero, too.
     """
-    layers = {id(weight) for weight in prunable(model).values()}
+    layers = {
+        id(module._parameters.get(attribute))
+        for module in model.modules()
+        for attribute in _prunable_attributes(module)
+    }
     gains = set(roles.faint(model, image, limit))
     values = {}
     for name, parameter in model.named_parameters():

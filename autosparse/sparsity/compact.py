@@ -392,6 +392,12 @@ def values_of(model: nn.Module, name: str) -> nn.Parameter:
     return module.parametrizations[attribute].original  # type: ignore[index, return-value]
 
 
+def stored_name(name: str) -> str:
+    """Return the name under which a compact model's state dict holds a weight's values."""
+    path, _, attribute = name.rpartition(".")
+    return f"{path}.{MARK}{attribute}{SUFFIX}".removeprefix(".")
+
+
 def dense_name(name: str) -> str:
     """Return the dense parameter's name for a name in a compact model's `named_parameters`."""
     made_compact = MARK in name and name.endswith(SUFFIX)

@@ -20,7 +20,7 @@ from autosparse.core.files import read_tensors, require, write_tensors
 from autosparse.models.zoo import unwrapped
 from autosparse.sparsity import masks as masks_module
 from autosparse.sparsity import packs
-from autosparse.sparsity.compact import compact_weights, dense_name, hold_compact
+from autosparse.sparsity.compact import compact_weights, hold_compact, stored_name
 from autosparse.sparsity.mask_codes import decoded, encoded
 
 FORMAT = 3
@@ -101,8 +101,9 @@ class Ticket:
         model remembers of that (see training/topology).
         """
         state = state or unwrapped(model).state_dict()
-        state = {dense_name(name): tensor.detach().cpu() for name, tensor in state.items()}
         made_compact = {name: weight.mask().cpu() for name, weight in compact_weights(model)}
+        plain = {stored_name(name): name for name in made_compact}
+        state = {plain.get(name, name): each.detach().cpu() for name, each in state.items()}
         pruned = {name: m.bool().cpu() for name, m in getattr(unwrapped(model), MASKS, {}).items()}
         masks = start.masks | {n: m for n, m in (pruned | made_compact).items() if n in start.masks}
         values = {

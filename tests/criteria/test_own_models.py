@@ -134,6 +134,17 @@ def test_a_weight_that_is_computed_is_named_and_what_undoes_it(apply: Callable) 
     assert "deep.weight" in pruned(model).masks
 
 
+@pytest.mark.parametrize("apply", COMPUTED)
+def test_a_layer_whose_weight_is_computed_can_be_excluded(apply: Callable) -> None:
+    model = small()
+    apply(model.deep)
+    ticket = pruned(model, exclude=["deep"])
+    assert ticket.masks.keys() == {"conv.weight", "head.weight"}
+    assert Ticket.from_compact(autosparse.compact(model, ticket), ticket, {}).rest.keys() == (
+        ticket.rest.keys()
+    )
+
+
 @pytest.mark.parametrize("criterion", ["dense", "snip", "random"])
 def test_a_compact_model_is_not_pruned_again(criterion: str) -> None:
     model = small()
