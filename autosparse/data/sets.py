@@ -109,6 +109,8 @@ def if_there(config: DataConfig) -> DataSource | None:
     """Load a set that is known by its name, unless it would have to be downloaded; else None."""
     if config.name not in _SETS or _SETS[config.name][0] != "torchvision":
         return None
+    if _REMEMBERED is not None and repr(config) in _REMEMBERED:
+        return _REMEMBERED[repr(config)]
     from autosparse.data.torchvision import is_there
 
     return load(config) if is_there(config) else None

@@ -114,12 +114,9 @@ def grow(config: CorpusConfig) -> Grown:
 
 def _check_found(runs: dict[str, IRPConfig], grown: Grown) -> None:
     """Raise UsageError if finished runs are of other data of the same name than are there now."""
-    there = {}
-    for name in grown.found:
-        wanted = runs[name].data
-        if wanted not in there:
-            there[wanted] = sets.if_there(wanted)
-        irp.check_found(grown.folder / name, there[wanted])
+    with sets.remembered():
+        for name in grown.found:
+            irp.check_found(grown.folder / name, sets.if_there(runs[name].data))
 
 
 def check_fits(cpus: float, gpus: float, memory_gb: float, what: str, per: str) -> None:

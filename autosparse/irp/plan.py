@@ -35,6 +35,8 @@ USUAL_IMAGES = 10_000
 """Images per epoch where the settings do not say; only the order of runs hangs on it."""
 BYTES_STORED, BYTES_REMADE = 5, 1
 """Per prunable weight: fp32 initial value and uint8 survival, or survival alone."""
+Known = tuple[float, str]
+"""Seconds per image of a level, and where that is known from: corpus or probe."""
 
 
 @dataclass(frozen=True)
@@ -102,36 +104,38 @@ def table(config: CorpusConfig, folder: str | Path) -> list[dict[str, Any]]:
     model, data and batch size that the corpus holds (`measured`: corpus), or else from a few
     training steps made now (`measured`: probe). `bytes` is what the run will take on disk.
     """
-    plan, sources = runs(config, folder), {}
+    plan = runs(config, folder)
     known = _seconds_per_image(folder, plan)
-    rows = []
-    for name, run in plan.items():
-        if run.data not in sources:
-            sources[run.data] = sets.load(run.data)
-        source = sources[run.data]
-        model = zoo.create_for(source, run.model, run.seed)
-        weights = sum(each.numel() for each in zoo.prunable(model, run.model.exclude).values())
-        rest = sum(each.numel() * each.element_size() for each in model.state_dict().values())
-        done = levels_done(place(folder) / name, run)
-        key = _kind(run)
-        per_image = known.get(key)
-        if per_image is None:
-            taken = probed(model, source, run.training, run.device, config.cpus_per_run, run.seed)
-            per_image = known[key] = (taken, "probe")
-        epochs = steps_per_epoch(source.train, run.training) * run.training.epochs
-        images = (run.steps_per_level or epochs) * run.training.batch_size
-        bytes_ = weights * BYTES_REMADE
-        if config.store_initial:
-            bytes_ = weights * (BYTES_STORED - 4) + rest
-        if run.rewind_steps:
-            bytes_ += rest  # The whole state after step k.
-        rows.append({
-            "run_id": name, "model": run.model.name, "data": source.name, "seed": run.seed,
-            "label": run.label, "levels": f"{done}/{run.levels + 1}", "weights": weights,
-            "seconds": per_image[0] * images * (run.levels + 1 - done),
-            "bytes": bytes_, "measured": per_image[1],
-        })  # fmt: skip
-    return rows
+    with sets.remembered():
+        return [_row(config, place(folder) / name, run, known) for name, run in plan.items()]
+
+
+def _row(
+    config: CorpusConfig, folder: Path, run: IRPConfig, known: dict[tuple[Any, ...], Known]
+) -> dict[str, Any]:
+    source = sets.load(run.data)
+    model = zoo.create_for(source, run.model, run.seed)
+    weights = sum(each.numel() for each in zoo.prunable(model, run.model.exclude).values())
+    rest = sum(each.numel() * each.element_size() for each in model.state_dict().values())
+    done = levels_done(folder, run)
+    key = _kind(run)
+    per_image = known.get(key)
+    if per_image is None:
+        taken = probed(model, source, run.training, run.device, config.cpus_per_run, run.seed)
+        per_image = known[key] = (taken, "probe")
+    epochs = steps_per_epoch(source.train, run.training) * run.training.epochs
+    images = (run.steps_per_level or epochs) * run.training.batch_size
+    bytes_ = weights * BYTES_REMADE
+    if config.store_initial:
+        bytes_ = weights * (BYTES_STORED - 4) + rest
+    if run.rewind_steps:
+        bytes_ += rest  # The whole state after step k.
+    return {
+        "run_id": folder.name, "model": run.model.name, "data": source.name, "seed": run.seed,
+        "label": run.label, "levels": f"{done}/{run.levels + 1}", "weights": weights,
+        "seconds": per_image[0] * images * (run.levels + 1 - done),
+        "bytes": bytes_, "measured": per_image[1],
+    }  # fmt: skip
 
 
 def _kind(run: IRPConfig) -> tuple[Any, ...]:
@@ -141,7 +145,7 @@ def _kind(run: IRPConfig) -> tuple[Any, ...]:
 
 def _seconds_per_image(
     folder: str | Path, plan: dict[str, IRPConfig]
-) -> dict[tuple[Any, ...], tuple[float, str]]:
+) -> dict[tuple[Any, ...], Known]:
     """Return seconds per image of a level, by kind, from the levels that the corpus holds."""
     seconds: dict[tuple[Any, ...], list[float]] = {}
     for name, run in plan.items():

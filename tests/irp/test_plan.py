@@ -196,6 +196,18 @@ def test_the_rest_is_estimated_from_what_the_corpus_holds(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_constants_of_the_normalisation_may_be_given(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from autosparse.integrations import ray
+
+    data = replace(SMALL_DIGITS, normalisation=[0.5, 0.5])
+    config = replace(TINY, data=[data], seeds=[0, 1])
+    rows = plan.table(config, tmp_path)
+    assert [row["levels"] for row in rows] == ["0/2", "0/2"]
+    runs = plan.runs(config, tmp_path)
+    ray._check_found(runs, ray.Grown(tmp_path, found=list(runs)))
+
+
 def test_a_plan_of_a_remote_corpus(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autosparse.core.locks.SETTLE", 0.01)
     (run,) = plan.runs(replace(TINY, levels=2), str(remote)).values()
