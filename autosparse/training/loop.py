@@ -27,6 +27,8 @@ EVALUATION_BATCH = 256
 EVALUATION_PIXELS = 1 << 21
 """On a GPU a batch may be larger: as many images as have so many pixels (32 of 256 x 256). Only
 speed and memory hang on it."""
+REMEDY = "lower training.learning_rate or set training.clip_grad"
+"""What helps against a loss that is not finite."""
 
 
 def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
@@ -81,7 +83,7 @@ def fit(
 
     The order of images and their augmentation come from (seed, epoch), so that a run that was
     interrupted goes on with the images that remain, and ends as an unbroken one does. Raises
-    RunFailed, naming the step, on a NaN loss.
+    RunFailed, naming the step, on a loss that is not finite.
 
     Args:
         stepper: makes the steps.
@@ -208,7 +210,7 @@ class _Fit:
                 step = self.stepper.updates - len(values) + place + 1
                 raise RunFailed(
                     f"the loss is {value} at step {step} (epoch {-(-step // self.per_epoch)}); "
-                    "lower training.learning_rate or set training.clip_grad"
+                    f"{REMEDY}"
                 )
         self.history.losses += values
         self.losses = []
@@ -264,6 +266,7 @@ def evaluate(
 
     The precision is that of `config`, as in training; by default the model's own. The model stays
     in eval mode. Ranks talk only after their last batch, so that they may have different numbers.
+    Raises RunFailed, on every rank, where the loss is not finite.
     """
     ranks = ranks or Ranks()
     model.eval()
@@ -282,6 +285,8 @@ def evaluate(
     loss, right, images = sums.tolist()
     if not images:
         raise UsageError("there is no image to evaluate on")
+    if not math.isfinite(loss):
+        raise RunFailed(f"the loss over {int(images)} held-out images is {loss}; {REMEDY}")
     return Evaluation(loss / images, right / images, int(images))
 
 

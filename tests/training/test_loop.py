@@ -231,6 +231,16 @@ def test_a_nan_loss_after_a_resume(
     assert (tmp_path / "checkpoint.pt").read_bytes() == content, "NaN was saved"
 
 
+def test_a_loss_that_overflows_in_evaluation_only_is_told(digits: DataSource) -> None:
+    """Running statistics, which training does not look at, may be the first to overflow."""
+    model = make_model()
+    norm = next(each for each in model.modules() if isinstance(each, nn.BatchNorm2d))
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(float("nan"))
+    with pytest.raises(RunFailed, match=r"loss over \d+ held-out images is nan; lower training"):
+        _trained(model, digits, QUICK)
+
+
 def test_activation_checkpointing_gives_the_same_gradients(digits: DataSource) -> None:
     images, labels = digits.score_batches(2)[0]
     stepped = []
