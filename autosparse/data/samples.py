@@ -42,6 +42,7 @@ def scan(path: Path, reading: Reading | None = None) -> Tensor:
         with tarfile.open(path, "r:") as tar:
             for number, member in enumerate(tar):
                 _add(samples, number, member, reading, path)
+            _check_end(tar)
             rows = [
                 (*_image(parts, where), _label(tar, parts, reading, where))
                 for key, parts in samples.items()
@@ -61,6 +62,14 @@ def _check_plain(path: Path) -> None:
     if kind:
         raise UsageError(f"shard {path} is compressed ({kind}), so its images cannot be read at "
                          "random: unpack it to a plain .tar")  # fmt: skip
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError unless a block of zeros follows the members: tarfile stops at any other."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no member and no end of the archive at byte {tar.offset}")
 
 
 def _add(

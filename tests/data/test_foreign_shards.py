@@ -4,6 +4,8 @@ import gc
 import gzip
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
 import warnings
@@ -24,6 +26,7 @@ from autosparse.data.manifest import MANIFEST, Reading, read_manifest
 from autosparse.data.samples import scan
 from autosparse.data.tars import INDEX
 from tests.cli.test_main import refuse, run
+from tests.conftest import flip
 from tests.data.packed import write_shards
 from tests.data.test_shards import CLASSES, COUNTS, expected, pairs, picture, samples
 
@@ -267,6 +270,32 @@ def test_compressed_tars_are_refused_in_one_line(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content))
     with pytest.raises(UsageError, match=rf"{name} is compressed.*unpack it to a plain \.tar"):
         adopt(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in a header", "flipped"])
+def test_a_tar_that_ends_early_is_not_taken_for_whole(tmp_path, damage):
+    path = write_tar(tmp_path / "train-0.tar", plain([1, 2, 3]))
+    with tarfile.open(path) as tar:
+        third = tar.getmember("003.png").offset
+    if damage == "flipped":
+        flip(path, third + 5)
+    else:
+        os.truncate(path, third + 100 * (damage == "cut in a header"))
+    with pytest.raises(UsageError, match=rf"cut or damaged after 2 samples .*at byte {third}\)"):
+        scan(path)
+
+
+def test_tars_of_other_tools_are_whole(tmp_path):
+    for name, content in plain([1, 2, 3]):
+        (tmp_path / name).write_bytes(content)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    for number, options in enumerate((["-b1"], [], ["--format=pax"], ["--format=ustar"])):
+        path = tmp_path / f"{number}.tar"
+        subprocess.run(["tar", "-cf", path, *options, *files], cwd=tmp_path, check=True)
+        assert greys(path) == [(1, 0), (2, 1), (3, 2)]
+    with TarWriter(str(tmp_path / "w.tar")) as tar:
+        tar.write({"__key__": "a", "png": image(4), "cls": b"1"})
+    assert greys(tmp_path / "w.tar") == [(4, 1)]
 
 
 def test_shards_in_folders_are_read(tmp_path):
