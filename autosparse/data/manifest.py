@@ -103,6 +103,8 @@ def _shard(name: str, split: str, count: int, bytes: int, sha256: str) -> Shard:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name.startswith("/"):
         raise ValueError(f"shard {name!r} does not lie in the manifest's folder")
+    if not str(sha256).isalnum():  # The cache's files are named by it.
+        raise ValueError(f"{name}: {sha256!r} is no SHA-256")
     return Shard(str(name), split, int(count), int(bytes), str(sha256))
 
 

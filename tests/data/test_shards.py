@@ -716,6 +716,7 @@ BAD_MANIFESTS = {
     "unknown split": change_first(split="val"),
     "newer format": lambda manifest: manifest.update(format=2),
     "shard elsewhere": change_first(name="../train-000000.tar"),
+    "hash elsewhere": change_first(sha256="../../train-000000"),
     "no test": lambda manifest: manifest.update(
         shards=[entry for entry in manifest["shards"] if entry["split"] != "test"]
     ),
