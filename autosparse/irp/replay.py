@@ -6,11 +6,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.corpus import store
+from autosparse.data import identity
 from autosparse.data.sets import DataSource
+from autosparse.irp.config import IRPConfig
 from autosparse.irp.levels import MASKED
 from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
 from autosparse.sparsity.compact import densify
 from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training.config import TrainingConfig
@@ -31,7 +35,7 @@ def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dic
     It is the run's own state bit for bit on the same hardware, versions and number of threads.
     Raises UsageError if the data are others, or the level has fewer steps.
     """
-    if source.fingerprint != run.card["data_fingerprint"]:
+    if source.fingerprint != run.card["data_fingerprint"] and not _of_same_content(run, source):
         raise UsageError(f"run {run.card['run_id']} was made on other data")
     config = run.card["config"]
     training = TrainingConfig(**config["training"])
@@ -52,6 +56,19 @@ def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dic
     with seeded(config["seed"]):
         fit(stepper, source, training, seed=config["seed"], span=Span(first, first + steps))
     return (dense if masked else densify(dense)).state_dict()
+
+
+def _of_same_content(run: store.IRPRun, source: DataSource) -> bool:
+    """Whether own data are the run's, also where one was held in memory and the other streamed."""
+    config = run.card["config"]
+    if source.config.name not in identity.OWN:
+        return False
+    parts = {
+        "model": ModelConfig(**config["model"]),
+        "training": TrainingConfig(**config["training"]),
+        "data": source.config,
+    }
+    return run_id(IRPConfig(**{**config, **parts})) == run.card["run_id"]
 
 
 def _dense_ticket(run: store.IRPRun) -> Ticket:

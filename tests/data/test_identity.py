@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.core.files import write_json
+from autosparse.corpus.store import read_run
 from autosparse.data import identity, sets
 from autosparse.data import remote as remote_shards
 from autosparse.data.config import DataConfig
 from autosparse.data.identity import content, looked_at_once
 from autosparse.irp import run
 from autosparse.irp.config import IRPConfig
+from autosparse.irp.replay import replay
 from tests.conftest import QUICK, quick_irp
 from tests.data.test_data import write_mnist
 
@@ -247,6 +250,28 @@ def test_data_of_ones_own_are_known_by_content_however_they_are_held(folder: Dat
     assert held.fingerprint != streamed.fingerprint
     for source in (held, streamed):
         sets.check_found(held.fingerprint, source, Path("cell"))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_of_own_data_goes_on_however_they_are_held(tmp_path: Path) -> None:
+    def stop(entry: dict) -> None:
+        raise Stop
+
+    config = small(pets(tmp_path / "pets"), tmp_path)
+    with pytest.raises(Stop):
+        run.run_irp(config, on_level=stop)
+    streamed = replace(config.data, memory_limit_gb=0.0)
+    folder = run.run_irp(replace(config, data=streamed))
+    assert folder == run.run_folder(config)
+    finished = read_run(folder)
+    first, second = (replay(finished, 1, 1, sets.load(data)) for data in (config.data, streamed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = wanted(pets(tmp_path / "others", shade=7), tmp_path)
+    with pytest.raises(UsageError, match="other data"):
+        replay(finished, 1, 1, sets.load(other))
 
 
 def test_a_named_set_with_other_images_is_not_taken_for_the_same(tmp_path: Path):
