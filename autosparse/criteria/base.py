@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ FIRST: dict[str, dict[str, Any]] = {
 
 Scores that rest on these keep the ids of earlier versions; see config.FIRST_DEFAULTS.
 """
+NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a number")}
+"""Kind of an option's default -> the kind that is wanted of its value, and its name."""
 UNITS = "units"
 """Argument of a criterion that `takes_units`: a `units.Dial`, or None; it is no option."""
 EMPTY = inspect.Parameter.empty
@@ -133,17 +136,30 @@ class Criterion:
             if key not in self.options:
                 raise unknown(f"option of {self.name}", key, self.options)
 
+    def check_asked(self, options: Mapping[str, Any]) -> None:
+        """Raise UsageError for options of `prune` that the criterion does not take.
+
+        Sparsity is no such option: it is told beside them, and the card says it.
+        """
+        self.check(options)
+        if "sparsity" in options:
+            raise UsageError(f"give sparsity by itself, not among the options of {self.name}")
+        for key, value in options.items():
+            kind, wanted = NUMBERS.get(type(self.options[key]), (object, ""))
+            if not isinstance(value, kind) or (wanted and isinstance(value, bool)):
+                raise UsageError(f"option {key} of {self.name} must be {wanted}, got {value!r}")
+
     def _check_none_lacks(self, given: Collection[str]) -> None:
         for key, value in self.options.items():
             if value is EMPTY and key not in given:
                 raise UsageError(f"criterion {self.name} needs the option {key}")
 
     def check_whole(self, options: Mapping[str, Any], filled: Collection[str] = ()) -> None:
-        """Raise UsageError for options that are unknown or lacking, and files that are not there.
+        """Raise UsageError for options that are wrong or lacking, and files that are not there.
 
         `filled` are options that are given when it is called.
         """
-        self.check(options)
+        self.check_asked(options)
         self._check_none_lacks((*options, *filled))
         if self.provenance:
             self.provenance(**options)

@@ -69,7 +69,7 @@ def score(
         sparsity = 1 - n / m
     check_sparsity(sparsity)
     main = criteria.get(criterion)
-    main.check(asked)
+    main.check_asked(asked)
     selection.check_for(main, asked)
     exclude = excluded(model, exclude)
     source: Any = sets.load(data) if isinstance(data, str | DataConfig) else data

@@ -59,7 +59,7 @@ class Selection:
                 raise UsageError("a pattern n:m settles where weights may be; leave out guard live")
 
     def _check_allocation(self, other: criteria.Criterion) -> None:
-        other.check(self.allocation_options)
+        other.check_asked(self.allocation_options)
         if self.guard in ("channel", "none") and other.makes_choice(self.allocation_options):
             raise UsageError(
                 f"allocation {other.name} chooses how much layers keep, so guard {self.guard} does "

@@ -162,6 +162,37 @@ def test_the_other_criterion_takes_its_own_options_and_the_sparsity(digits: Data
     assert ticket.card["selection"]["allocation_options"] == options
 
 
+def test_sparsity_is_not_told_a_second_time_among_the_options(digits: DataSource) -> None:
+    said = "give sparsity by itself, not among the options of synflow"
+    with pytest.raises(UsageError, match=said):
+        prune(make_model(), digits, "synflow", 0.9, options={"sparsity": 0.5})
+    selection = Selection(allocation="synflow", allocation_options={"sparsity": 0.5})
+    with pytest.raises(UsageError, match=said):
+        prune(make_model(), digits, "random", 0.9, selection=selection)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "options", "said"),
+    [
+        ("synflow", {"rounds": "1e2"}, "rounds of synflow must be a whole number, got '1e2'"),
+        ("synflow", {"rounds": 2.5}, "rounds of synflow must be a whole number, got 2.5"),
+        ("synflow", {"rounds": True}, "rounds of synflow must be a whole number, got True"),
+        ("grasp", {"temperature": "hot"}, "temperature of grasp must be a number, got 'hot'"),
+    ],
+)
+def test_options_of_another_kind(
+    digits: DataSource, criterion: str, options: dict, said: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^option {said}$"):
+        prune(make_model(), digits, criterion, 0.9, options=options)
+
+
+def test_whole_numbers_are_numbers(digits: DataSource) -> None:
+    whole = prune(make_model(), digits, "grasp", 0.9, options={"temperature": 2})
+    same = prune(make_model(), digits, "grasp", 0.9, options={"temperature": 2.0})
+    assert whole.fingerprint == same.fingerprint
+
+
 # Selection: guards
 
 
