@@ -11,11 +11,13 @@ The authors' published versions differ in how they treat batch norm and inputs; 
 formula above, with the trace's squared inputs. Departures: norms are left out of both sums (at
 initialization they only rescale), pooling takes means, and gates such as those of
 squeeze-and-excitation stay as they are; attention is no sum over paths, and there the score is
-what the formula gives.
+what the formula gives. Only activations that are modules close units; one that is a function
+(F.relu) leaves all open, and a warning says so where a model has no such module at all.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -55,6 +57,12 @@ def px(
     """
     network = without_shifts(model, parameters)
     gates = only_paths(network)
+    if not gates and len(parameters) > 1:
+        warnings.warn(
+            f"px finds no activation among the modules of {type(model).__name__}, so every unit "
+            "counts as open; use modules such as nn.ReLU in place of functions",
+            stacklevel=2,
+        )
     squares = {name: network.get_parameter(name) for name in parameters}
     _raise_to(2, squares, parameters)
     like = next(iter(squares.values()))

@@ -200,7 +200,7 @@ def _marked(marks: Tensor, dimension: int) -> Tensor:
 def _without_relu(linear: nn.Module) -> None:
     """Take out the ReLUs of a network in which nothing is negative."""
     for module in list(linear.modules()):
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.Identity())
 
@@ -212,11 +212,11 @@ def _simplify(linear: nn.Module) -> None:
     mode, differs from the identity by its epsilon only, which is left out.
     """
     for module in list(linear.modules()):
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):
             if isinstance(child, nn.Hardtanh):
                 setattr(module, name, nn.ReLU())
     for module in list(linear.modules()):  # Then, as timm's norms hold what follows them as `act`.
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):
             if isinstance(child, nn.BatchNorm2d) and _is_unit(child):
                 setattr(module, name, getattr(child, "act", nn.Identity()))
 

@@ -110,7 +110,7 @@ def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Modu
 
 
 class Gate(nn.Module):
-    """In place of an activation: the identity, or a recorded pattern of where it was above zero."""
+    """In place of an activation: the identity, or recorded patterns of where it was above zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,18 +126,23 @@ class Gate(nn.Module):
 def only_paths(model: nn.Module, *, mixing: bool = False) -> dict[str, Gate]:
     """Take norms, dropout and activations out of a model, in place; return the gates by name.
 
-    An activation's gate has the name that the activation had.
+    An activation's gate has the name that the activation had, the first if it has several.
 
     Args:
         model: is changed.
         mixing: put a `Mixing` where a norm computes with several channels, instead of nothing.
     """
     gates: dict[str, Gate] = {}
+    stand_ins: dict[nn.Module, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             path = f"{parent_name}.{name}" if parent_name else name
-            if _is_activation(child):
-                gates[path] = Gate()
+            if child is None:
+                continue
+            if child in stand_ins:
+                setattr(parent, name, stand_ins[child])
+            elif _is_activation(child):
+                gates[path] = stand_ins[child] = Gate()
                 setattr(parent, name, gates[path])
             elif _is_norm(child):
                 inner = getattr(child, "act", None)
@@ -145,6 +150,7 @@ def only_paths(model: nn.Module, *, mixing: bool = False) -> dict[str, Gate]:
                 if inner is not None and _is_activation(inner):
                     gates[f"{path}.act"] = gate = Gate()
                     stand_in = nn.Sequential(stand_in, gate) if mixing else gate
+                stand_ins[child] = stand_in
                 setattr(parent, name, stand_in)
             elif _is_pool(child):
                 setattr(parent, name, _average_like(child))

@@ -44,6 +44,22 @@ def test_by_hand() -> None:
     torch.testing.assert_close(shares(flat(scores)), shares(expected), rtol=1e-6, atol=0)
 
 
+def test_one_activation_object_held_twice_is_as_two() -> None:
+    weights = [[[1.0, 2.0], [3.0, -1.0]], [[2.0, -3.0], [1.0, 3.0]], [[1.0, 0.0], [1.0, 3.0]]]
+    two, one = (chain(*weights, between=nn.ReLU) for _ in range(2))
+    one[3] = one[1]
+    batch = samples(([1, 1], [0]), ([1, -2], [0]))
+    options = {"sparsity": 0.0, "rounds": 1}
+    expected, found = (flat(px(each, [batch], cross_entropy, **options)) for each in (two, one))
+    torch.testing.assert_close(shares(found), shares(expected))
+
+
+def test_functions_in_place_of_modules_are_warned_of() -> None:
+    batch = samples(([1, 1], [0]))
+    with pytest.warns(UserWarning, match="px finds no activation among the modules of Sequential"):
+        px(chain([[1.0, 2.0]], [[2.0]]), [batch], cross_entropy, sparsity=0.0, rounds=1)
+
+
 WIDTHS = (3, 4, 3, 2)
 NAMES = ("0.weight", "2.weight", "4.weight")
 

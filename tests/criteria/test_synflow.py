@@ -305,6 +305,21 @@ def test_relu6_is_scored_as_relu() -> None:
     torch.testing.assert_close(found / found.sum(), expected / expected.sum(), rtol=1e-4, atol=0)
 
 
+def test_a_shared_relu6_is_scored_as_relu_wherever_it_is_held() -> None:
+    found = []
+    for clipped in (nn.ReLU6(), nn.ReLU()):
+        model = convolutions()
+        with torch.no_grad():
+            for place in (0, 3, 5):
+                model[place].weight.mul_(10)
+        for place in (2, 4, 7):
+            model[place] = clipped
+        options = {"sparsity": 0.0, "rounds": 1}
+        scores = flat(synflow(model, a_batch(3, 16, 16), cross_entropy, **options))
+        found.append(scores / scores.sum())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0, check_dtype=False)
+
+
 def test_a_relu6_inside_a_norm_is_scored_as_relu() -> None:
     """As timm's MobileNetV2 has them. What is clipped at six has no gradient."""
     options = {"sparsity": 0.0, "rounds": 1}

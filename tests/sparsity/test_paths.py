@@ -118,6 +118,36 @@ def test_patterns_make_the_linear_map_the_network() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class Shares(nn.Module):
+    """Two sequences that share one activation, which the first holds twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        act = nn.ReLU()
+        self.first = nn.Sequential(nn.Linear(4, 6), act, nn.Linear(6, 5), act)
+        self.second = nn.Sequential(nn.Linear(5, 5), act, nn.Linear(5, 2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.first(inputs))
+
+
+def test_an_activation_that_is_held_at_several_places_has_one_gate() -> None:
+    model = Shares()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    images = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
+    linear = copy.deepcopy(model)
+    gates = paths.only_paths(linear)
+    assert list(gates) == ["first.1"]
+    assert not any(isinstance(module, nn.ReLU) for module in linear.modules())
+    gates["first.1"].patterns = paths.activation_patterns(model, gates, lambda: model(images))[
+        "first.1"
+    ]
+    torch.testing.assert_close(linear(images), model(images))
+
+
 def test_an_activation_that_is_used_twice_has_two_patterns() -> None:
     model = Named(
         lambda net, x: net.act(net.b(net.act(net.a(x)))),
