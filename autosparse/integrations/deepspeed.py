@@ -304,12 +304,18 @@ def train(config: SparseTrainConfig, observer: Observer | None = None) -> list[d
     with Progress(enabled=first) as progress:
         for cell in list(cells(config, ranks=ranks, device=device)):
             data = run_id(cell.data)
-            if first and cell.done and data not in there:
-                there[data] = sets.if_there(cell.data)
+
+            def look(cell: Cell = cell, data: str = data) -> None:
+                if cell.done and data not in there:
+                    there[data] = sets.if_there(cell.data)
+
+            ranks.first_says(look)
             result = finished(cell, ranks, there.get(data))
             if result is None:
                 if data not in sources:
-                    sources[data] = sets.load(cell.data).to(torch.device(device))
+                    sources[data] = ranks.together(
+                        lambda cell=cell: sets.load(cell.data).to(torch.device(device))
+                    )
                 watch = StepWatch(progress, cell.name)
                 result = train_one(
                     cell, config, sources[data], ranks, device, stop, watch, observer

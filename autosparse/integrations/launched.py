@@ -71,7 +71,8 @@ def train(config: StudyConfig) -> None:
         for cell in ranks.first_says(lambda: plan.cells(config)):
             if ranks.first_says(lambda cell=cell: cell.over):
                 continue
-            source = local.load(replace(cell.config, device=device))
+            here = replace(cell.config, device=device)
+            source = ranks.together(lambda here=here: local.load(here))
             ready = ranks.first_says(lambda cell=cell, source=source: local.ready(cell, source))
             watch = StepWatch(progress, cell.name)
             deepspeed.train_one(

@@ -168,8 +168,7 @@ class _Training:
             self.observer.begin(cell, config, settings)
 
         def note(epoch: Epoch) -> None:
-            if self.claim:
-                self.claim.check()
+            ranks.first_says(self.check_claim)
             if self.observer:
                 self.observer.epoch(cell, epoch)
             if on_epoch:
@@ -188,28 +187,36 @@ class _Training:
                 watch=watch,
                 stop=stop,
             )
-        test = evaluate(stepper.evaluated(), source, source.test, ranks, self.config.training)
-        state = stepper.state_dict()
-        result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
-        result["training_passes"] = training_images(source.train, config.training, ranks.world_size)
-        result["device"] = zoo.device_name(zoo.device_of(model))
-        result["data_fingerprint"] = source.fingerprint
-        result["test_fingerprint"] = test_fingerprint(source)
-        if ranks.rank == 0:
-            ticket = Ticket.from_compact(
-                model, slimmed.ticket if slimmed else cell.ticket, _card_to_train(cell), state
-            )
-            self.finish(slimmed.whole(ticket) if slimmed else ticket, settings, result)
+            test = evaluate(stepper.evaluated(), source, source.test, ranks, config.training)
+            state = stepper.state_dict()
+            result = _result(cell, parameters, history.plain(), test.accuracy, test.loss)
+            passes = training_images(source.train, config.training, ranks.world_size)
+            result["training_passes"] = passes
+            result["device"] = zoo.device_name(zoo.device_of(model))
+            result["data_fingerprint"] = source.fingerprint
+            result["test_fingerprint"] = test_fingerprint(source)
+
+            def finish() -> None:
+                ticket = Ticket.from_compact(
+                    model, slimmed.ticket if slimmed else cell.ticket, _card_to_train(cell), state
+                )
+                self.finish(slimmed.whole(ticket) if slimmed else ticket, settings, result)
+
+            ranks.first_says(finish)
+        if self.observer:
+            self.observer.end(cell, result)
         return result
+
+    def check_claim(self) -> None:
+        """Raise RunFailed where another process has taken the cell's folder; on rank 0."""
+        if self.claim:
+            self.claim.check()
 
     def finish(self, ticket: Ticket, settings: dict[str, Any], result: dict[str, Any]) -> None:
         """Write all files, the result last; then remove checkpoints."""
-        if self.claim:
-            self.claim.check()
+        self.check_claim()
         write_json(self.cell.folder / SETTINGS, settings)
         _finish(self.cell, self.config, ticket, result)
-        if self.observer:
-            self.observer.end(self.cell, result)
 
 
 def test_fingerprint(source: DataSource) -> str:

@@ -201,11 +201,20 @@ class _Fit:
             )
 
     def check(self) -> None:
-        """Move the losses to the CPU; raise RunFailed at the first that is not finite."""
+        """Move the losses to the CPU; raise RunFailed at the first that is not finite.
+
+        A rank's loss is that of its own images: what is not finite on one is told on all, where
+        the others would wait for it.
+        """
         if not self.losses:
             return
-        values = torch.stack(self.losses).tolist()
-        for place, value in enumerate(values):
+        losses = torch.stack(self.losses)
+        values = losses.tolist()
+        ranks = self.stepper.ranks.world_size
+        mean = losses.double()
+        if ranks > 1:
+            torch.distributed.all_reduce(mean)
+        for place, value in enumerate((mean / ranks).tolist()):
             if not math.isfinite(value):
                 step = self.stepper.updates - len(values) + place + 1
                 raise RunFailed(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autosparse.core.errors import UsageError, UserError
+from autosparse.core.errors import RunFailed, UsageError, UserError
 from autosparse.core.files import write_bytes
 from autosparse.models.contract import in_single, outputs_of
 from autosparse.models.zoo import device_of
@@ -41,7 +41,7 @@ class Ranks:
     world_size: int = 1
 
     def first_says(self, ask: Callable[[], Answer]) -> Answer:
-        """Return rank 0's answer on every rank; a UserError of rank 0 is raised on all.
+        """Return rank 0's answer on every rank; an error of rank 0 is raised on all.
 
         For questions about files, which other nodes may see late or never. Called by all ranks.
         """
@@ -51,12 +51,39 @@ class Ranks:
         if self.rank == 0:
             try:
                 answer[0] = ask()
-            except UserError as error:
-                answer[1] = error
+            except Exception as error:
+                answer[1] = self._told(error)
+                dist.broadcast_object_list(answer, src=0)
+                raise
         dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
+
+    def together(self, make: Callable[[], Answer]) -> Answer:
+        """Return what `make` gives on this rank; an error of one rank is raised on all.
+
+        For what each rank does by itself, before they wait for each other. Called by all ranks.
+        """
+        if self.world_size == 1:
+            return make()
+        told: list[Any] = [None] * self.world_size
+        try:
+            made = make()
+        except Exception as error:
+            dist.all_gather_object(told, self._told(error))
+            raise
+        dist.all_gather_object(told, None)
+        for error in told:
+            if error is not None:
+                raise error
+        return made
+
+    def _told(self, error: Exception) -> UserError:
+        """Return what the other ranks raise."""
+        if isinstance(error, UserError):
+            return error
+        return RunFailed(f"rank {self.rank} failed: {type(error).__name__}: {error}")
 
 
 @dataclass

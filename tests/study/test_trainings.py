@@ -28,6 +28,7 @@ from autosparse.data.sets import DataSource
 from autosparse.models.config import ModelConfig
 from autosparse.sparsity.ticket import Ticket, load_state
 from autosparse.study import cells as study_cells
+from autosparse.study import trainings
 from autosparse.study.cells import Cell, cells, check_config
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, train_cell
@@ -136,6 +137,24 @@ def test_without_a_ticket_the_model_is_trained_dense(config, digits: DataSource)
     result = _train(cell, dense, digits)
     assert result["sparsity"] == 0.0
     assert result["parameters"] == sum(p.numel() for p in make_model().parameters())
+
+
+def test_a_failure_after_the_last_epoch_is_told_to_the_observer(
+    config, digits: DataSource, monkeypatch
+) -> None:
+    class Told:
+        def __getattr__(self, name: str):
+            return lambda *_: heard.append(name)
+
+    def full(*_) -> None:
+        raise RunFailed("the disk is full")
+
+    heard: list[str] = []
+    monkeypatch.setattr(trainings, "_finish", full)
+    (cell,) = cells(config)
+    with pytest.raises(RunFailed, match="disk is full"):
+        _train(cell, config, digits, observer=Told())
+    assert heard == ["begin", "epoch", "failed"]
 
 
 def test_nothing_to_train_is_an_error(config) -> None:
