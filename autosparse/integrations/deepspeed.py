@@ -23,7 +23,7 @@ from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
 from autosparse.integrations.deepspeed_ranks import Stopping, on_gpu, start
-from autosparse.integrations.deepspeed_values import kept_by, loss_scale
+from autosparse.integrations.deepspeed_values import kept_by, loss_scale, scaler_of
 from autosparse.models.contract import in_single
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import rescattering
@@ -94,7 +94,8 @@ class DeepSpeedStepper:
         if training.compile:
             self.engine.compile()
         self.model = self.engine
-        self.updates = 0
+        self.updates = self.skipped = 0
+        self.scale = loss_scale(self.engine)
         self.kept = kept_by(self.engine, self.optimizer)
         self.scattered = self._scatterer()
 
@@ -113,7 +114,7 @@ class DeepSpeedStepper:
         total = torch.zeros((), device=images.device)
         parts = self.config.deepspeed.gradient_accumulation
         micro = len(images) // parts
-        hears, scale = self.topology.hears(self.updates), loss_scale(self.engine)
+        hears, scale = self.topology.hears(self.updates), self.scale
         with self.topology.listening(self.updates):
             for part, wanted in zip(images.split(micro), targets.split(micro), strict=True):
                 with (
@@ -125,6 +126,8 @@ class DeepSpeedStepper:
                 self.engine.backward(loss)
                 self.engine.step()
                 total += loss.detach() / parts
+        self.scale = loss_scale(self.engine)
+        self.skipped += self.scale < scale
         self.updates += 1
         advance(self.scheduler, self.updates)
         if self.ema is not None:
@@ -136,11 +139,6 @@ class DeepSpeedStepper:
             self.scattered = nullcontext  # Free its memory before the new one takes its own.
             self.scattered = self._scatterer()
         return total
-
-    @property
-    def skipped(self) -> int:
-        """Steps that DeepSpeed skipped, as gradients had overflown."""
-        return int(self.engine.skipped_steps)
 
     def evaluated(self) -> nn.Module:
         networks = [self.module] if self.ema is None else [self.module, self.ema.module]
@@ -168,6 +166,8 @@ class DeepSpeedStepper:
             "history": history.state(),
             "updates": self.updates,
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "scaler": scaler.state_dict() if (scaler := scaler_of(self.engine)) else None,
+            "skipped": self.skipped,
         }
         checkpoints.begin(parent, self.updates, self.ranks)
         self.engine.save_checkpoint(str(parent), tag=tag, client_state=client, save_latest=False)
@@ -208,6 +208,10 @@ class DeepSpeedStepper:
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 buffer.copy_(tensors[name])
+        scaler = scaler_of(self.engine)
+        if scaler is not None and client.get("scaler"):  # Earlier versions kept none.
+            scaler.load_state_dict(client["scaler"])
+            self.scale, self.skipped = scaler.get_scale(), client["skipped"]
         self.updates = client["updates"]
         advance(self.scheduler, self.updates)
         return History.of_state(client["history"])
@@ -252,6 +256,11 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     for name in ("compile", "ema", "grad_checkpointing"):
         if stage == 3 and getattr(config.training, name):
             raise UsageError(f"training.{name} does not work with deepspeed.zero_stage 3")
+    if stage and config.training.precision == "fp16":
+        raise UsageError(
+            "DeepSpeed never lowers the loss scale of training.precision fp16 under ZeRO; take "
+            "bf16, or set deepspeed.zero_stage 0"
+        )
     if config.training.topology in SCHEDULES:
         raise UsageError(
             f"training.topology {config.training.topology} trains in one process, without "

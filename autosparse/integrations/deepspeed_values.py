@@ -118,8 +118,10 @@ def _share(parameter: Any, whole: Tensor) -> Tensor:
 
 def loss_scale(engine: Any) -> float:
     """Return what losses are multiplied by before their gradients are taken (fp16)."""
-    scalers = (
-        getattr(engine, "torch_autocast_z0_gradscaler", None),
-        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
-    )
-    return next((each.get_scale() for each in scalers if each is not None), 1.0)
+    scaler = scaler_of(engine)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
+def scaler_of(engine: Any) -> torch.amp.GradScaler | None:
+    """Return what scales losses under fp16, without ZeRO."""
+    return engine.torch_autocast_z0_gradscaler

@@ -74,6 +74,11 @@ def check(config: StudyConfig) -> None:
             )
         if config.executor != DEEPSPEED:
             check_plain(each.training)
+        elif each.training.precision == "fp16":
+            raise UsageError(
+                "executor deepspeed trains under ZeRO 1, where training.precision fp16 does not "
+                "work; use bf16"
+            )
         labels.selection(each).check()
         scoring.check_scoring(each.scoring)
         labels.check(each)

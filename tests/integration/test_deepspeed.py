@@ -22,6 +22,7 @@ from tests.integration.evaluations import evaluations
 from tests.integration.losses_on_ranks import losses
 from tests.integration.masked_dense import CASES, STEPS, reference, rounding
 from tests.integration.ranks import ROOT, SCRIPT, Group, ended, launcher, started
+from tests.integration.scaled_on_ranks import refused, scales
 from tests.integration.slimmed_on_ranks import slimmed
 
 FEW = 8
@@ -140,6 +141,21 @@ def test_without_zero_all_gradients_are_sent_in_fp32(communicated: dict[int, dic
     """That is DeepSpeed's way with autocast, for dense models too."""
     found = communicated[0]
     assert (found["float32"], found.get("bfloat16")) == (found["all"], None)
+
+
+def test_the_loss_scale_falls_where_gradients_overflow_and_is_kept(
+    group: Group, tmp_path: Path
+) -> None:
+    for found, skipped in group.call(scales, tmp_path):
+        assert found == [2.0**59, 2.0**58, 2.0**57, 2.0**57]
+        assert skipped == [3, 3]
+
+
+def test_fp16_is_refused_under_zero(group: Group) -> None:
+    """In DeepSpeed 0.19 a step that overflows leaves the scale as it is: all are skipped."""
+    for said in group.call(refused):
+        assert [bool(each) for each in said] == [False, True, True, True]
+        assert all("set deepspeed.zero_stage 0" in each for each in said[1:])
 
 
 def test_plain_pytorch_and_deepspeed_evaluate_alike(group: Group) -> None:

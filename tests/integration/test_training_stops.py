@@ -275,10 +275,10 @@ def test_what_zero_3_cannot_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "stage"), [("fp16", 0), ("bf16", 1)])
+def test_half_precision(tmp_path: Path, precision: str, stage: int) -> None:
     more = [*PLAIN, "--training.precision", precision, "--training.epochs", "1"]
-    arguments = settings(tmp_path / "out", 1, *more, "--data.train_limit", "40")
+    arguments = settings(tmp_path / "out", stage, *more, "--data.train_limit", "40")
     finish(arguments, tmp_path / "log")
     trained(tmp_path / "out")
     (path,) = tmp_path.glob("out/*/result.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from autosparse.core.errors import UsageError
 from autosparse.core.files import write_json
 from autosparse.models.config import ModelConfig
 from autosparse.study import grid, plan
+from tests.conftest import QUICK
 from tests.study.small import comparison, result, sweep
 
 
@@ -62,6 +64,10 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path: Path, changes, 
         ({"asha": True, "twins": ["shuffled"]}, "stop controls early"),
         ({"asha": True, "asha_factor": 1}, "asha_factor"),
         ({"out": "memory://x"}, "no URL"),
+        (
+            {"executor": "deepspeed", "training": replace(QUICK, precision="fp16")},
+            "fp16 does not work; use bf16",
+        ),
     ],
 )
 def test_mistakes_of_sweeps_are_found_before_anything_is_trained(tmp_path: Path, changes, message):
