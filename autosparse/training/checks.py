@@ -24,7 +24,10 @@ CHOICES = {
 RANGES = {
     "epochs": "at least 1",
     "batch_size": "at least 1",
+    "weight_decay": "at least 0",
     "bias_rate": "above 0",
+    "warmup_epochs": "at least 0",
+    "clip_grad": "above 0",
     "checkpoint_epochs": "at least 0",
     "checkpoint_steps": "at least 0",
     "mixup": "at least 0",

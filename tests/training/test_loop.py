@@ -367,6 +367,10 @@ def test_outputs_in_float64_stay_so(digits: DataSource) -> None:
         ({"batch_size": 75, "cutmix": 1.0}, "need an even number"),
         ({"checkpoint_steps": -1}, "training.checkpoint_steps must be at least 0, got -1"),
         ({"checkpoint_epochs": -1}, "training.checkpoint_epochs must be at least 0, got -1"),
+        ({"clip_grad": -1.0}, "training.clip_grad must be above 0, got -1.0"),
+        ({"clip_grad": 0.0}, "training.clip_grad must be above 0, got 0.0"),
+        ({"weight_decay": -0.05}, "training.weight_decay must be at least 0, got -0.05"),
+        ({"warmup_epochs": -1.0}, "training.warmup_epochs must be at least 0, got -1.0"),
     ],
 )
 def test_bad_settings_are_named(digits: DataSource, changes: dict, named: str) -> None:
