@@ -22,7 +22,7 @@ from autosparse.cli.arguments import parse
 from autosparse.cli.config import QuickstartConfig
 from autosparse.core.config import plain
 from autosparse.core.errors import RunFailed, UsageError
-from autosparse.core.files import check_folder, read_card
+from autosparse.core.files import check_folder, local_place, read_card
 from autosparse.core.locks import claimed
 from autosparse.core.progress import print_table
 from autosparse.corpus.store import Corpus, is_finished
@@ -42,7 +42,7 @@ def run(config: QuickstartConfig) -> None:
     started = time.perf_counter()
     if config.seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {config.seeds}")
-    out = Path(config.out).absolute()
+    out = local_place(config.out).absolute()
     _check(out)
     with claimed(out):
         _run(out, config.seeds, started)

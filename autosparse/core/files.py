@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 
 def place(path: str | Path) -> Path:
-    """Return a Path for a local path, and a UPath, which behaves like one, for a URL."""
+    """Return a Path for a local path, `~` replaced, and a UPath, which behaves alike, for a URL."""
     if isinstance(path, Path) or "://" not in str(path):
-        return Path(path)
+        path = Path(path)
+        return path.expanduser() if path.parts[:1] == ("~",) else path
     from upath import UPath
 
     try:
@@ -41,6 +42,13 @@ def place(path: str | Path) -> Path:
 def is_local(path: str | Path) -> bool:
     """Return whether a place lies in the local file system."""
     return isinstance(path, str | os.PathLike) and isinstance(place(cast(Path, path)), Path)
+
+
+def local_place(path: str | Path) -> Path:
+    """Return a Path; raise UsageError for a URL, where only a local path will do."""
+    if not is_local(path):
+        raise UsageError(f"{path} is a URL; a local folder is needed")
+    return place(path)
 
 
 def remove_tree(folder: Path) -> None:
@@ -99,21 +107,26 @@ def check_folder(path: str | Path) -> None:
 
 def check_file(path: str | Path) -> None:
     """Raise RunFailed unless a file can be made (or replaced) at a local path."""
-    check_writable(path)
-    if is_local(path) and place(path).is_dir():
+    if not is_local(path):
+        return
+    if place(path).is_dir():
         raise RunFailed(f"cannot write {path}: it is a folder; name a file")
+    check_folder(place(path).parent)
 
 
 @contextmanager
 def _uploading(path: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        try:
+    where = path
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = where = Path(folder) / path.name
+            yield temporary
+            content = temporary.read_bytes()
+            where = path
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(temporary.read_bytes())
-        except OSError as error:
-            raise _disk_error(error, path) from error
+            path.write_bytes(content)
+    except OSError as error:
+        raise _disk_error(error, where) from error
 
 
 def _sync(path: Path) -> None:

@@ -20,7 +20,14 @@ import torch
 
 from autosparse.core.config import identity
 from autosparse.core.errors import RunFailed, UsageError
-from autosparse.core.files import read_json, remove_tree, replacing, sha256_of_file, write_json
+from autosparse.core.files import (
+    local_place,
+    read_json,
+    remove_tree,
+    replacing,
+    sha256_of_file,
+    write_json,
+)
 from autosparse.core.locks import claimed
 from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.decode import BadImage, count_bad, too_many
@@ -72,9 +79,10 @@ def pack(
     """
     config = config or PackConfig()
     _check(config)
+    root = local_place(folder)
     parts, classes = _listed(source, config)
     tasks = _plan(parts, config)
-    return write(tasks, classes, Path(folder), config, on_start=on_start, on_shard=on_shard)
+    return write(tasks, classes, root, config, on_start=on_start, on_shard=on_shard)
 
 
 def _check(config: PackConfig) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from filelock import FileLock
 
-from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.errors import RunFailed, UsageError, UserError
 from autosparse.core.files import check_writable, replacing
 from autosparse.data.manifest import (
     MANIFEST,
@@ -104,11 +104,26 @@ class RemoteFolder(Folder):
                 replacing(path) as temporary,
                 temporary.open("wb") as file,
             ):
-                shutil.copyfileobj(cast(BinaryIO, content), file, 1 << 20)
+                file.writelines(_blocks(cast(BinaryIO, content), url))
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UsageError(f"{url} is not there, or its server cannot be reached") from None
         except Exception as error:  # Each file system of fsspec raises errors of its own.
-            raise UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}") from None
+            raise _unfetched(url, error) from None
+
+
+def _blocks(content: BinaryIO, url: str) -> Iterator[bytes]:
+    """Yield a remote file block by block; an error of the network is not one of the disk."""
+    try:
+        while block := content.read(1 << 20):
+            yield block
+    except Exception as error:
+        raise _unfetched(url, error) from None
+
+
+def _unfetched(url: str, error: Exception) -> UsageError:
+    return UsageError(f"cannot fetch {url}: {' '.join(str(error).split())}")
 
 
 def _locked(path: Path) -> FileLock:

@@ -17,7 +17,7 @@ from typing import Any
 from autosparse import criteria
 from autosparse.core.config import from_plain, plain, run_id
 from autosparse.core.errors import UsageError
-from autosparse.core.files import check_folder, read_json
+from autosparse.core.files import check_folder, local_place, read_json
 from autosparse.core.locks import claimed
 from autosparse.corpus.store import data_name
 from autosparse.criteria import pruning
@@ -105,7 +105,7 @@ def settled(config: SparseTrainConfig) -> SparseTrainConfig:
 def check_config(config: SparseTrainConfig, world_size: int = 1) -> None:
     """Raise UsageError for all that the settings alone show to be wrong, before work begins."""
     check_whole(config.training, world_size)
-    check_folder(config.out)
+    check_folder(local_place(config.out))
     config = settled(config)
     if config.training.topology in SCHEDULES and (config.tickets or config.prune):
         raise UsageError(
@@ -176,7 +176,7 @@ def _scored_path(config: SparseTrainConfig, asked: PruneConfig) -> Path:
     more = [json.dumps(each, sort_keys=True) for each in beyond if each]
     key = run_id(asked, *more)
     name = f"{asked.model.name}-{asked.criterion}-{asked.sparsity:g}-{key}"
-    return Path(config.out) / "tickets" / f"{name}.safetensors"
+    return local_place(config.out) / "tickets" / f"{name}.safetensors"
 
 
 def _scored(config: SparseTrainConfig, asked: PruneConfig, path: Path) -> Cell | None:
@@ -216,7 +216,7 @@ def _cell(
 
     def folder() -> Path:
         key = run_id(config, ticket.content_hash, run_id(data), str(seed))
-        return Path(config.out) / f"{name}-{key}"
+        return local_place(config.out) / f"{name}-{key}"
 
     identity.tell_of_former(folder, RESULT)
     return Cell(name, ticket, data, seed, folder())

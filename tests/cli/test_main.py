@@ -27,7 +27,7 @@ from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models.config import ModelConfig
-from autosparse.study import local
+from autosparse.study import export, local
 from autosparse.study.config import SparseTrainConfig
 from tests.conftest import flip, holder, quick_irp, tiny_run
 
@@ -247,6 +247,12 @@ def test_a_place_that_cannot_be_written_is_told_before_work_begins(
     (folder / "folder").mkdir()
     (folder / "file").write_text("")
     refuse(capsys, arguments, arguments[-1], code=1)
+
+
+def test_a_ticket_is_exported_to_local_places_only(capsys, monkeypatch):
+    monkeypatch.setattr(export, "trained_ticket", lambda _: pytest.fail("work has begun"))
+    given = ["export", "--ticket", "here", "--out", "memory://x/model.onnx"]
+    refuse(capsys, given, "memory://x/model.onnx is a URL; a local folder is needed")
 
 
 @pytest.mark.parametrize("key", ["--model.name test_resnett", "--model.exclude [nothing]",

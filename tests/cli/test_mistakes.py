@@ -85,6 +85,9 @@ MISTAKES = [
     ("prune --config nowhere.yaml", "nowhere.yaml", "No such file"),
     ("prune --config notes.yaml", "notes.yaml", "key: value"),
     ("train --tracking false", "tickets", "--model.name"),
+    (f"{TRAIN} --out memory://x", "memory://x is a URL", "a local folder is needed"),
+    ("shards pack empty memory://x", "memory://x is a URL", "a local folder is needed"),
+    ("quickstart --out memory://x", "memory://x is a URL", "a local folder is needed"),
     ("export --ticket empty", "empty", "not finished"),
 ]
 

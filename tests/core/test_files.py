@@ -15,7 +15,9 @@ import torch
 
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import (
+    check_file,
     is_local,
+    local_place,
     place,
     read_card,
     read_json,
@@ -192,6 +194,18 @@ def test_file_that_is_a_folder_is_said_in_one_line(tmp_path):
     assert names(tmp_path) == ["taken"]
 
 
+@pytest.mark.parametrize("locked", ["file", "folder"])
+def test_a_file_is_replaced_where_its_folder_may_be_written_to(tmp_path, monkeypatch, locked):
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, "access", lambda asked, _: (asked == path) == (locked == "folder"))
+    if locked == "file":
+        check_file(path)
+    else:
+        with pytest.raises(RunFailed, match=f"cannot write {tmp_path}: .* may not be written to"):
+            check_file(path)
+
+
 # JSON
 
 
@@ -321,6 +335,24 @@ def test_local_paths_are_paths(tmp_path):
     assert is_local("corpus")
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for given in ("~/corpus", Path("~/corpus")):
+        assert place(given) == tmp_path / "corpus"
+    assert place("~corpus") == Path("~corpus")
+    write_text("~/corpus/file", "new")
+    assert (tmp_path / "corpus" / "file").read_text() == "new"
+
+
+def test_where_only_a_local_place_will_do_a_url_is_refused(tmp_path, remote):
+    for given in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
+        assert local_place(given) == tmp_path
+    for given in (remote, str(remote)):
+        with pytest.raises(UsageError, match=f"{remote} is a URL; a local folder is needed"):
+            local_place(given)
+
+
 def test_urls_are_places_that_are_not_local(remote):
     for given in (remote, str(remote), "memory://elsewhere/corpus"):
         found = place(given)
@@ -411,6 +443,13 @@ def test_an_upload_that_fails_is_said_in_one_line(remote, monkeypatch):
     with pytest.raises(RunFailed) as caught:
         write_text(remote / "file", "new")
     assert "no room on disk" in one_line(caught.value, remote / "file")
+
+
+def test_too_little_room_for_what_is_to_be_uploaded_is_said_in_one_line(remote):
+    with small_disk(1000), pytest.raises(RunFailed) as caught:
+        write_bytes(remote / "file", bytes(5000))
+    assert os.strerror(errno.EFBIG) in one_line(caught.value, "/file")
+    assert not (remote / "file").exists()
 
 
 def test_remote_tensors_round_trip(remote, tmp_path):

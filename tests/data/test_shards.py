@@ -1,5 +1,6 @@
 """Shards: written and read whole, shared out exactly once, and every damage named."""
 
+import errno
 import gc
 import hashlib
 import http.server
@@ -678,6 +679,22 @@ def test_missing_remote_shard_is_named(root, served):
     (root / VICTIM).unlink()
     with pytest.raises(UsageError, match=rf"{url}/{VICTIM} is not there"):
         pairs(sets.load(remote_config(url, root)).test.once(4))
+
+
+def test_a_network_that_fails_is_not_blamed_on_the_disk(root, served, monkeypatch):
+    from fsspec.implementations.http import HTTPFile
+
+    def fails(self, length=-1):
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    url, _ = served
+    source = sets.load(remote_config(url, root))
+    monkeypatch.setattr(HTTPFile, "read", fails)
+    with pytest.raises(UsageError) as caught:
+        pairs(source.test.once(4))
+    assert "Connection reset" in str(caught.value)
+    assert str(caught.value).startswith(f"cannot fetch {url}/test-00000")
+    assert "cannot write" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

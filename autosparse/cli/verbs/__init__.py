@@ -11,7 +11,7 @@ from typing import Any
 from autosparse.autos.config import FitConfig
 from autosparse.cli.verbs.inspection import level_rows
 from autosparse.core.errors import unknown
-from autosparse.core.files import is_local, place
+from autosparse.core.files import is_local, local_place, place
 from autosparse.core.progress import Progress, print_table
 from autosparse.criteria.config import PruneConfig
 from autosparse.irp.config import IRPConfig
@@ -130,12 +130,13 @@ def export_ticket(config: ExportConfig) -> None:
     """Write a trained ticket in another format."""
     from autosparse.study import export
 
+    out = local_place(config.out) if config.out else None
     source = _local_ticket(config.ticket)
     ticket = export.trained_ticket(source)
     if config.format not in export.FORMATS:
         raise unknown("format", config.format, export.FORMATS)
     beside = source / "trained" if source.is_dir() else source.with_suffix("")
-    out = Path(config.out or f"{beside}{export.ENDINGS[config.format]}")
+    out = out or Path(f"{beside}{export.ENDINGS[config.format]}")
     written = export.write(ticket, config.format, out, slimmed=config.slim)
     print(f"{out}: {written['bytes']:,} bytes, {ticket.kept:,} weights kept")
     if "parameters" in written:
