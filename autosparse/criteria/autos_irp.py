@@ -21,6 +21,7 @@ from autosparse.criteria import autos
 from autosparse.criteria.base import Masks, Scores, register
 from autosparse.criteria.short_irp import Best, Horizon, short_levels
 from autosparse.models.gradients import mean_gradients
+from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks, paths, reach
 from autosparse.sparsity.counts import keep_density
 from autosparse.training.config import TrainingConfig
@@ -81,11 +82,12 @@ def autos_irp(
     _check(network, start, fall)
     if iter(batches) is batches:
         batches = list(islice(batches, max(steps_per_level, BATCHES)))
-    first = list(islice(batches, BATCHES))
+    device = device_of(model)
+    first = [(images.to(device), labels.to(device)) for images, labels in islice(batches, BATCHES)]
     if not first:
         raise UsageError("criterion autos_irp needs data, and there is no batch")
     layers = _Layers(
-        network.to(next(iter(parameters.values())).device),
+        network.to(device),
         parameters,
         mean_gradients(model, parameters, first, loss_fn),
         _followed(model, first, live),
