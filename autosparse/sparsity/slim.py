@@ -20,6 +20,7 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.models.contract import of_the_machine
 from autosparse.models.restore import evaluating
 from autosparse.models.zoo import check_values, device_of, expected_shape, unwrapped
+from autosparse.sparsity.compact import compact_weights
 from autosparse.sparsity.slim_choice import Choice
 from autosparse.sparsity.slim_constants import facts
 from autosparse.sparsity.slim_fold import fold
@@ -57,6 +58,11 @@ def slim(
         raise UsageError(f"multiple {multiple}: give a whole number from 1 on")
     model = unwrapped(model)
     check_values(model)
+    made_compact = next(compact_weights(model), None)
+    if made_compact is not None:
+        raise UsageError(
+            f"the model is compact (at {made_compact[0]}); slim autosparse.densify(model)"
+        )
     images = random_images(model, images)
     small = traced(model, images)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autosparse import slim
+from autosparse import compact, densify, prune, slim
 from autosparse.core.errors import RunFailed, UsageError
 from tests.sparsity.slimming import images_of, same_logits, spoilt
 
@@ -588,3 +588,13 @@ def test_what_all_keys_share_moves_no_attention(fused: bool) -> None:
     rows = small.get_parameter("blocks.0.attn.qkv.weight").shape[0]
     assert rows == len(attention.qkv.weight) * (width - 1) // width
     same_logits(small, model, images)
+
+
+def test_a_compact_model_is_to_be_densified_first() -> None:
+    model = convs()
+    images = torch.randn(2, 1, 8, 8)
+    compact(model, prune(model, [(images, torch.tensor([0, 1]))], "magnitude", 0.5))
+    with pytest.raises(UsageError, match=r"compact \(at conv1.weight\); slim autosparse.densify"):
+        slim(model, images)
+    densify(model)
+    same_logits(model, slim(model, images), images)
