@@ -76,6 +76,8 @@ def reinitialised_twin(ticket: Ticket) -> Ticket:
 
 def _card(ticket: Ticket, twin: str) -> dict:
     """Return the ticket's card as the twin's, without the entries on the ticket's own mask."""
-    own = ("live", "effective_density")
+    own = ["live", "effective_density"]
+    if twin != REINITIALISED:
+        own += ["dead", "units_left"]
     kept = {key: value for key, value in ticket.card.items() if key not in own}
     return {**kept, "twin": twin, "twin_of": ticket.fingerprint, "seed": kept.get("seed", 0)}

@@ -97,6 +97,14 @@ def test_twins_say_whose_they_are(snip: Ticket):
     assert "effective_density" in snip.card and "effective_density" not in twin.card
 
 
+def test_what_a_card_says_of_other_masks_is_left_out(snip: Ticket):
+    marked = snip.with_card(dead="conv1.weight", units_left=[3, 4])
+    shuffled = twins.shuffled_twin(marked, make_model(seed=5)).card
+    assert "dead" not in shuffled and "units_left" not in shuffled
+    reinitialised = twins.reinitialised_twin(marked).card
+    assert (reinitialised["dead"], reinitialised["units_left"]) == ("conv1.weight", [3, 4])
+
+
 def test_a_ticket_of_batches_cannot_be_drawn_anew(digits: DataSource):
     ticket = Ticket.from_model(make_model(), {}, {})
     with pytest.raises(UsageError, match="does not say how its model was initialised"):
