@@ -32,7 +32,7 @@ MASKS = "autosparse_masks"
 """Attribute of a model: the masks of ordinary weights that were pruned in training, by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ticket:
     """A mask per prunable parameter, the values that it keeps, and how it came about."""
 

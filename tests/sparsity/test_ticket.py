@@ -116,6 +116,12 @@ def test_with_card_adds_entries_and_leaves_the_first_ticket() -> None:
     assert ticket.card == {"note": "by hand"}
 
 
+def test_a_ticket_is_equal_to_itself_only() -> None:
+    ticket = example()
+    assert ticket == ticket and ticket != example()
+    assert len({ticket, ticket, example()}) == 2
+
+
 def test_from_compact_takes_the_trained_values() -> None:
     model = norm_net()
     start = ticket_of(model)
