@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from autosparse.core.config import plain
@@ -15,6 +17,17 @@ from autosparse.data.sets import DataSource
 from autosparse.sparsity import masks, reach
 from autosparse.sparsity.masks import Masks
 from autosparse.sparsity.paths import CannotFollow
+
+
+def plain_values(value: Any) -> Any:
+    """Return a setting as a file can hold it: paths as text, numbers of NumPy as plain ones."""
+    if isinstance(value, Mapping):
+        return {key: plain_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(each) for each in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def begin_card(
@@ -39,9 +52,9 @@ def begin_card(
         card["data"] = {"name": "batches"}
     return card | {
         "criterion": criterion,
-        "options": options,
-        "sparsity": sparsity,
-        "seed": seed,
+        "options": plain_values(options),
+        "sparsity": plain_values(sparsity),
+        "seed": plain_values(seed),
         "exclude": list(exclude),
         "image_passes": round(image_passes, 3),
         "seconds": round(seconds, 3),

@@ -198,6 +198,7 @@ def choose(
 
 def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> Ticket:
     exclude = excluded(model, exclude)
+    whole = masks.dense(zoo.prunable(model, exclude))
     if isinstance(data, str | DataConfig):
         data = sets.load(data)
     data = data if isinstance(data, sets.DataSource) else list(islice(Checked(data, None), 1))
@@ -205,4 +206,4 @@ def _dense(model: nn.Module, data: Data, exclude: Sequence[str], seed: int) -> T
     begun = begin_card(
         model, data, criterion=DENSE, options={}, sparsity=0.0, seed=seed, exclude=exclude
     )
-    return Ticket.from_model(model, masks.dense(zoo.prunable(model, exclude)), begun)
+    return Ticket.from_model(model, whole, begun)

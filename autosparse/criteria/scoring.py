@@ -21,7 +21,7 @@ from autosparse.core.errors import RunFailed, UsageError, UserError, unknown
 from autosparse.core.ranges import check_ranges
 from autosparse.criteria import own_models
 from autosparse.criteria.base import as_on_rank_0
-from autosparse.criteria.card import begin_card
+from autosparse.criteria.card import begin_card, plain_values
 from autosparse.criteria.config import ScoringConfig
 from autosparse.criteria.selection import UNIFORM, Scored, Selection, dial_of
 from autosparse.criteria.units import Dial
@@ -62,7 +62,8 @@ def score(
     selection.check()
     model = zoo.unwrapped(model)
     zoo.check_values(model)
-    scoring, asked = scoring or ScoringConfig(), dict(options or {})
+    scoring, asked = scoring or ScoringConfig(), plain_values(options or {})
+    sparsity = plain_values(sparsity)
     check_scoring(scoring)
     if selection.pattern is not None:
         n, m = selection.n_of_m()
@@ -72,6 +73,7 @@ def score(
     main.check_asked(asked)
     selection.check_for(main, asked)
     exclude = excluded(model, exclude)
+    prunable = zoo.prunable(model, exclude)
     source: Any = sets.load(data) if isinstance(data, str | DataConfig) else data
     others = [] if selection.allocation in (None, UNIFORM) else [criteria.get(selection.allocation)]
     if not isinstance(source, DataSource):
@@ -84,7 +86,7 @@ def score(
     started = time.perf_counter()
     dial = None
     if selection.units:  # Only then a batch is read for its shape.
-        dial = dial_of(model, selection, zoo.prunable(model, exclude), context.shape())
+        dial = dial_of(model, selection, prunable, context.shape())
     with counting() as cost:
         scored = context.scored(main, asked, sparsity, selection, dial)
     changed = main.changed_defaults(asked)
@@ -96,7 +98,7 @@ def score(
         **begun,
         "device": zoo.device_name(zoo.device_of(model)),
         **({"changed_defaults": changed} if changed else {}),
-        "selection": plain(selection),
+        "selection": plain_values(plain(selection)),
         "scoring": plain(scoring),
         **(main.provenance(**asked) if main.provenance else {}),
         **cost.notes,

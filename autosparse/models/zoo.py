@@ -196,11 +196,13 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
     """Return the prunable parameters by name, in the model's order, tied ones once.
 
     Prunable are the weights of every Conv and Linear layer and the projections of
-    `nn.MultiheadAttention`. `exclude` leaves some of them out: `head` and `stem` mean the
-    classifier and first layer that timm records for the model; anything else is a shell pattern
-    for the parameter's name or for one of the modules it lies in. A compiled or parallel model is
-    looked into. Raises UsageError for a pattern without a match, and for a weight that is
-    computed from others: under weight or spectral norm, `torch.nn.utils.prune`, or compact.
+    `nn.MultiheadAttention`, but for those without elements. `exclude` leaves some of them out:
+    `head` and `stem` mean the classifier and first layer that timm records for the model; anything
+    else is a shell pattern for the parameter's name or for one of the modules it lies in. A
+    compiled or parallel model is looked into.
+
+    Raises UsageError for a pattern without a match, and for a weight that is computed from others:
+    under weight or spectral norm, `torch.nn.utils.prune`, or compact.
     """
     model = unwrapped(model)
     weights: dict[str, nn.Parameter] = {}
@@ -225,7 +227,11 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Para
             }
             raise unknown("layer to exclude", pattern, parts)
         left_out.update(names)
-    weights = {name: weight for name, weight in weights.items() if name not in left_out}
+    weights = {
+        name: weight
+        for name, weight in weights.items()
+        if name not in left_out and (nn.parameter.is_lazy(weight) or weight.numel())
+    }
     if not weights:
         raise UsageError(f"{type(model).__name__} has no prunable weight")
     for name in weights:

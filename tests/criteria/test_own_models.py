@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 
 import autosparse
 from autosparse import criteria
+from autosparse.autos.network import AutoS
 from autosparse.core.errors import UsageError
 from autosparse.criteria.config import ScoringConfig
 from autosparse.models import zoo
@@ -590,3 +593,46 @@ def test_last_statistics_end_with_the_error() -> None:
         assert norms[0].momentum == 1.0
         raise KeyError
     assert norms[0].momentum == 0.3
+
+
+# What there is nothing to prune in
+
+
+class Bare(nn.Module):
+    """Without parameters."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+@pytest.mark.parametrize("criterion", ["dense", "snip", "random"])
+def test_a_model_without_parameters(criterion: str) -> None:
+    with pytest.raises(UsageError, match="Bare has no prunable weight") as error:
+        autosparse.prune(Bare(), [batch()], criterion, 0.5)
+    one_line(error)
+
+
+@pytest.mark.parametrize("criterion", ["dense", "random", "magnitude"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_without_elements_is_left_out(criterion: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 4), nn.Linear(4, 0))
+    ticket = autosparse.prune(model, [batch()], criterion, 0.5)
+    assert list(ticket.masks) == ["1.weight"]
+    assert "2.weight" in ticket.rest
+    autosparse.compact(model, ticket)
+
+
+# Settings of other kinds
+
+
+def test_paths_and_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
+    scorer = tmp_path / "autos.safetensors"
+    autos = AutoS("context")
+    autos.card = {"corpus": "0123456789abcdef"}
+    autos.save(scorer)
+    ticket = autosparse.prune(
+        small(), [batch()], "autos", np.float32(0.5), seed=np.int64(3), options={"scorer": scorer}
+    )
+    ticket.save(tmp_path / "ticket.safetensors")
+    card = Ticket.load(tmp_path / "ticket.safetensors").card
+    assert (card["options"], card["sparsity"], card["seed"]) == ({"scorer": str(scorer)}, 0.5, 3)
