@@ -240,7 +240,11 @@ class CompactWeight(nn.Module):
         return dense.reshape(-1).index_select(0, self.index)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        """Refuse the values of another mask; nothing is loaded."""
+        """Load nothing: the state is the mask's fingerprint, which stays."""
+        self.refuse_another(state_dict, prefix)
+
+    def refuse_another(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Raise UsageError for the values of another mask."""
         theirs = state_dict.get(f"{prefix}fingerprint", self.fingerprint)
         if not torch.equal(theirs.to(self.fingerprint), self.fingerprint):
             name = prefix.removesuffix(".").rpartition(".")[0].replace(MARK, "")
@@ -261,6 +265,13 @@ def _mark(mask: Tensor) -> Tensor:
     return torch.frombuffer(digits, dtype=torch.uint8).to(mask.device)
 
 
+def _refuse_other_tickets(model: nn.Module, state: Any, prefix: str, *others: Any) -> None:
+    """Refuse the values of other masks before any is loaded: torch loads layer by layer."""
+    for path, module in model.named_modules():
+        if isinstance(module, CompactWeight):
+            module.refuse_another(state, f"{prefix}{path}.")
+
+
 @torch.inference_mode(False)
 def hold_compact(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
     """Make the weights that masks do not keep whole compact; in place.
@@ -270,6 +281,8 @@ def hold_compact(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
         chosen: bool masks by parameter name, True = kept. What is pruned need not be zero.
     """
     unmask(model)
+    if next(compact_weights(model), None) is None:
+        model.register_load_state_dict_pre_hook(_refuse_other_tickets)
     for name, mask in chosen.items():
         if not mask.all():
             _register(model, name, mask)

@@ -286,6 +286,26 @@ def test_a_state_dict_of_another_ticket_is_refused() -> None:
         other.load_state_dict(state, strict=False)
 
 
+def test_where_a_state_dict_is_refused_nothing_is_loaded() -> None:
+    """Only the last layer has another mask; the first ones come before it."""
+    model, other = conv_net(), conv_net()
+    ticket = random_ticket(model)
+    compact(model, ticket)
+    turned = {**ticket.masks, "5.weight": ticket.masks["5.weight"].flip(0)}
+    compact(other, Ticket.from_model(other, turned, {}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    holder = nn.ModuleDict({"net": other})
+    with pytest.raises(UsageError, match=r"it keeps other weights of net\.5\.weight"):
+        holder.load_state_dict({f"net.{key}": each for key, each in model.state_dict().items()})
+    assert all(torch.equal(each, before[key]) for key, each in other.state_dict().items())
+    assert nn.ModuleDict({"net": densify(other)}).load_state_dict(
+        {f"net.{key}": each for key, each in conv_net().state_dict().items()}
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_state_dict_survives_casts_and_files(tmp_path: Path, dtype: torch.dtype) -> None:
     """Some libraries cast whatever a state dict holds; a mask's eight bytes are exact in all."""
