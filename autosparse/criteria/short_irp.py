@@ -9,7 +9,6 @@ docs/results/log.md has figures.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +21,7 @@ from autosparse.criteria.base import Masks, Scores, register
 from autosparse.criteria.lamp import layer_scores
 from autosparse.criteria.rounds import counts
 from autosparse.models.gradients import Batch, Batches, spend
+from autosparse.models.restore import copied
 from autosparse.models.zoo import device_of
 from autosparse.sparsity import masks
 from autosparse.sparsity.compact import densify
@@ -62,7 +62,7 @@ def short_irp(
         learning_rate: constant.
         weight_decay: as in training: not on biases and norms.
         label: what ranks the trained weights: magnitude or lamp.
-        seed: fixes dropout.
+        seed: fixes dropout, and the order in which a loader shuffles by torch's own generator.
     """
     if label not in LABELS:
         raise unknown("label", label, LABELS)
@@ -126,12 +126,13 @@ def _counts(alive: Masks, horizon: Horizon) -> list[int]:
 
 def _trained(model: nn.Module, alive: Masks, horizon: Horizon, batches, loss_fn) -> Scores:
     """Return the subnetwork's weights, dense and on the CPU, after the steps of one level."""
-    network = compact(copy.deepcopy(model), Ticket.from_model(model, alive, {}))
+    network = compact(copied(model), Ticket.from_model(model, alive, {})).train()
     stepper = PlainStepper(network, horizon.training, horizon.steps)
     device = device_of(network)
     stepper.recipe.hard = stepper.recipe.soft = loss_fn
     stepper.seed = horizon.seed
     loss = torch.zeros(())
+    torch.manual_seed(horizon.seed)  # A loader that shuffles begins as at the level before.
     for images, labels in islice(endless(batches), horizon.steps):
         loss = stepper.step(images.to(device), labels.to(device))
         spend(len(labels))

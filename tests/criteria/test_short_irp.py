@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from autosparse import criteria
 from autosparse.core.errors import RunFailed, UsageError
@@ -215,3 +216,44 @@ def test_an_iterator_is_rewound_too() -> None:
         options = {"sparsity": 0.5, "levels": 2, "steps_per_level": 3}
         found.append(short_irp(net(), each, cross_entropy, **options))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+# Models and batches of all kinds
+
+
+class Watched(nn.Module):
+    """Keeps its last output, which has a graph, and notes in which modes it is called."""
+
+    modes: ClassVar[list[bool]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.last = self.layer(torch.ones(1, 4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        Watched.modes.append(self.training)
+        self.last = self.layer(inputs)
+        return self.last
+
+
+def test_a_model_that_keeps_a_tensor_with_a_graph_is_trained_in_train_mode() -> None:
+    batch = (torch.randn(4, 4), torch.arange(4) % 3)
+    options = {"sparsity": 0.5, "levels": 2, "steps_per_level": 2}
+    short_irp(Watched(), [batch], cross_entropy, training_mode=False, **options)
+    assert Watched.modes == [True] * 4
+
+
+def test_a_loader_that_shuffles_gives_every_level_the_same_order() -> None:
+    seen: list[int] = []
+
+    def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
+        seen.extend(labels.tolist())
+        return cross_entropy(outputs, labels)
+
+    samples = [(torch.randn(4), label) for label in range(16)]
+    loader = DataLoader(samples, batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    options = {"sparsity": 0.9, "levels": 3, "steps_per_level": 6}
+    short_irp(nn.Linear(4, 16), loader, loss_fn, **options)
+    assert seen[:24] == seen[24:48] == seen[48:]
+    assert seen[:16] != sorted(seen[:16])
