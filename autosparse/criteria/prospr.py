@@ -25,6 +25,7 @@ from autosparse.models.gradients import (
     with_weights,
 )
 from autosparse.models.numerics import twice_differentiable
+from autosparse.models.zoo import device_of
 
 Weights = dict[str, Tensor]
 
@@ -52,7 +53,7 @@ def prospr(
     """
     if steps < 0:
         raise UsageError(f"prospr: steps must be at least 0, got {steps}")
-    batches = gathered(batches)
+    batches = gathered(batches, device_of(model))
     start = dict(model.named_parameters())
 
     def loss(weights: Weights, number: int) -> Tensor:

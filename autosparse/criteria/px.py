@@ -87,7 +87,7 @@ def open_paths(model, network, parameters, squares, batches, gates, rescaling, o
     Meanwhile the squares hold other powers of the weights, so that no further copy is needed.
     """
     _raise_to(0, squares, parameters)
-    reference = _scaled(rescaling, network, ones)[1]
+    outputs, reference = _scaled(rescaling, network, ones)
 
     def part(images: Tensor, labels: Tensor) -> list[Tensor]:
         _raise_to(1, squares, parameters)
@@ -100,7 +100,7 @@ def open_paths(model, network, parameters, squares, batches, gates, rescaling, o
             gate.patterns = None
         return [sums.double().mean(0, keepdim=True) * 2.0 ** (power - reference)]
 
-    like = {"z1": ones.new_zeros((), dtype=torch.float64)}
+    like = {"z1": torch.zeros_like(outputs, dtype=torch.float64)}
     mean = mean_of(batches, part, like, passes=2 / 3)["z1"]
     _raise_to(2, squares, parameters)
     return (mean / mean.abs().amax().clamp(min=1e-300)).to(ones.dtype)

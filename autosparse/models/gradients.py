@@ -168,14 +168,16 @@ def settle(sums: Sequence[Tensor], samples: int, shared: bool, passes: float) ->
     return samples
 
 
-def gathered(batches: Batches) -> Sequence[Batch]:
-    """Return the batches of all ranks, in the order of the ranks; they need not be `Shared`."""
+def gathered(batches: Batches, device: torch.device) -> Sequence[Batch]:
+    """Return the batches of all ranks, in the order of the ranks; they need not be `Shared`.
+
+    Those that were shared are on `device`, also on a rank without a share.
+    """
     if not isinstance(batches, Shared):
         return batches if isinstance(batches, Sequence) else list(batches)
     everyone: list[list[Batch]] = [[] for _ in range(dist.get_world_size())]
     mine = [(images.cpu(), labels.cpu()) for images, labels in batches]
     dist.all_gather_object(everyone, mine)
-    device = batches[0][0].device if batches else torch.device("cpu")
     return [(images.to(device), labels.to(device)) for part in everyone for images, labels in part]
 
 

@@ -48,6 +48,7 @@ ADDING: dict[str, Callable] = {
     "subtract_": Tensor.add_,
 }
 """Name in torch of a subtraction -> the addition in its place."""
+HALF = (torch.float16, torch.bfloat16)
 DOUBLED = 64
 """How many blocks are doubled in one test: 2^64 is far below float32's largest, 2^128."""
 
@@ -89,9 +90,11 @@ def without_shifts(model: nn.Module, trainable: Mapping[str, Tensor]) -> nn.Modu
     """Return a copy with absolute weights and no biases, in eval mode.
 
     Only the parameters named in `trainable` need a gradient. Kernels are not standardised, and
-    activations are not in place, as their input may be needed elsewhere once norms are gone.
+    activations are not in place, as their input may be needed elsewhere once norms are gone. Half
+    precision becomes float32.
     """
     plain = as_plain(copied(model)).eval()
+    plain._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
     with torch.no_grad():
         for name, tensor in plain.state_dict().items():
             if name.rpartition(".")[2] in ("bias", "running_mean"):

@@ -6,12 +6,14 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from autosparse import criteria
 from autosparse.core.errors import UsageError
-from autosparse.models.gradients import counting
+from autosparse.models.gradients import Shared, counting
+from autosparse.sparsity import paths
 from tests.criteria.plain import (
     chain,
     convnet,
@@ -197,3 +199,32 @@ def test_it_needs_a_round(rounds: int) -> None:
 def test_a_sparsity_out_of_range() -> None:
     with pytest.raises(UsageError, match="sparsity must be at least 0 and below 1"):
         px(relu_net(), data(4), cross_entropy, sparsity=1.0, rounds=1)
+
+
+def test_half_precision_is_scored_in_float32() -> None:
+    model = relu_net().bfloat16()
+    inputs, labels = data(20)[0]
+    options = {"sparsity": 0.5, "rounds": 1}
+    found = px(model, [(inputs.bfloat16(), labels)], cross_entropy, **options)
+    rounded = [(inputs.bfloat16().float(), labels)]
+    expected = px(model.float(), rounded, cross_entropy, **options)
+    assert all(torch.equal(score, expected[name]) for name, score in found.items())
+
+
+def test_what_ranks_add_up_has_one_shape_with_and_without_batches(monkeypatch) -> None:
+    """A rank's share may be empty; all-reduce wants the same shape on all."""
+    shapes: list[torch.Size] = []
+
+    def add_up(tensor: Tensor) -> None:
+        shapes.append(tensor.shape)
+        if not tensor.is_floating_point():
+            tensor.fill_(2)  # As if another rank had two samples.
+
+    monkeypatch.setattr(dist, "all_reduce", add_up)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, rank: None)
+    model = chain([[1.0, 2.0], [3.0, -1.0]], [[2.0, 0.0], [1.0, 3.0]], between=nn.ReLU)
+    monkeypatch.setattr(paths, "expected_shape", lambda model: (2,))
+    for share in ([samples(([1, 1], [0]))], []):
+        px(model, Shared(share), cross_entropy, sparsity=0.5, rounds=1)
+    assert shapes[0] == shapes[2] == (1,)
+    assert shapes[1] == shapes[3] == (1, 2)

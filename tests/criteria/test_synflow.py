@@ -363,3 +363,12 @@ def test_leaving_out_dead_channels_changes_nothing(name: str, monkeypatch) -> No
     expected = synflow(*arguments, sparsity=0.98, rounds=30)
     assert narrowed[4:] == [whole] * 4
     close(flat(scores).double(), flat(expected).double())
+
+
+def test_half_precision_is_scored_in_float32() -> None:
+    model = convolutions().bfloat16()
+    options = {"sparsity": 0.9, "rounds": 3}
+    found = synflow(model, a_batch(3, 16, 16), cross_entropy, **options)
+    expected = synflow(copy.deepcopy(model).float(), a_batch(3, 16, 16), cross_entropy, **options)
+    assert all(torch.equal(score, expected[name]) for name, score in found.items())
+    assert {score.dtype for score in found.values()} == {torch.float32}
