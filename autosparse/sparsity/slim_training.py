@@ -223,7 +223,7 @@ def _put_back(whole: Tensor, small: Tensor, places: Places | None) -> Tensor:
     for dim, (each, size) in enumerate(zip(places, whole.shape, strict=True)):
         there = torch.arange(size) if each is None else each
         index.append(there.view(-1, *[1] * (whole.dim() - 1 - dim)))
-    found = whole.clone()
+    found = whole.to(small.dtype, copy=True)
     found[tuple(index)] = small
     return found
 
@@ -260,8 +260,11 @@ def _tell_layers(model: nn.Module, rules: _Rules, choice: Choice) -> None:
 
 def _check(whole: nn.Module, small: nn.Module, images: Tensor) -> None:
     """Raise UsageError if the smaller model does not run, RunFailed if it says something else."""
+    small.eval()
+    if images.dtype in (torch.float16, torch.bfloat16):  # Their rounding would hide faults.
+        whole, small, images = copied(whole).double(), copied(small).double(), images.double()
     try:
-        check_logits(whole, small.eval(), images, "train it without training.slim", LEAST_LOGIT)
+        check_logits(whole, small, images, "train it without training.slim", LEAST_LOGIT)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         if of_the_machine(error):
             raise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import slim_for_training
-from autosparse.core.errors import UsageError, UserError
+from autosparse.core.errors import RunFailed, UsageError, UserError
 from autosparse.models.zoo import prunable
 from autosparse.sparsity import masks
 from autosparse.sparsity.ticket import Ticket, compact
@@ -102,6 +102,30 @@ def test_training_is_the_same_and_the_network_smaller(name: str, config: Trainin
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     one, other = (compact(net(name), each).eval()(images) for each in (whole, theirs))
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_ticket_trained_in_another_precision_is_put_back() -> None:
+    start = random_ticket(net("test_resnet").float(), 0.99)
+    small = slim_for_training(net("test_resnet").float(), start, (3, 32, 32))
+    values = {name: each.bfloat16() for name, each in small.ticket.values.items()}
+    whole = small.whole(replace(small.ticket, values=values))
+    assert {each.dtype for each in whole.values.values()} == {torch.bfloat16}
+    assert all(torch.equal(each, start.values[n].bfloat16()) for n, each in whole.values.items())
+
+
+def test_a_fault_shows_in_half_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autosparse.sparsity import slim_training as module
+
+    def spoils(small: nn.Module, *_: object) -> None:
+        with torch.no_grad():
+            small.get_parameter("fc.weight").mul_(1.1)
+
+    model = net("test_resnet").bfloat16()
+    start = random_ticket(model, 0.5)
+    slim_for_training(model, start, (3, 32, 32))
+    monkeypatch.setattr(module, "_tell_layers", spoils)
+    with pytest.raises(RunFailed, match="changed a logit"):
+        slim_for_training(model, start, (3, 32, 32))
 
 
 def two_layers(second: list[list[float]]) -> tuple[nn.Sequential, Ticket]:
