@@ -8,8 +8,7 @@ from typing import Any
 
 from mlflow.entities import Metric
 
-from autosparse.core.files import read_json
-from autosparse.integrations.mlflow import RUN_FILE, client
+from autosparse.integrations.mlflow import client, run_of
 
 
 def metrics(found: dict[str, Any]) -> dict[str, float]:
@@ -36,8 +35,7 @@ def log_measured(source: str, found: dict[str, Any]) -> str:
     That is the training's own run where `source` is its folder and it was tracked, else a new one.
     """
     server, experiment = client()
-    known = Path(source) / RUN_FILE
-    own = read_json(known).get("run_id") if known.is_file() else None
+    own = run_of(server, Path(source))
     run = own or server.create_run(experiment, run_name=f"measure {source}").info.run_id
     now = round(1000 * time.time())
     server.log_batch(run, [Metric(key, value, now, 0) for key, value in metrics(found).items()])

@@ -11,18 +11,19 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from autosparse.core.config import plain
@@ -39,6 +40,12 @@ for chatty in ("mlflow", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # Spooled warns, once.
 
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+_AWAY: set[Path] = set()
+"""Folders of studies and corpora that MLflow could not be told of."""
+ACTIVE = LifecycleStage.ACTIVE
 EXPERIMENT = "autosparse"
 CELL = "cell"
 """Tag that names the cell of a study's run."""
@@ -72,7 +79,7 @@ def client(folder: Path | None = None) -> tuple[MlflowClient, str]:
         return server, experiment.experiment_id
     location = None
     if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
     return server, server.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
 
 
@@ -84,9 +91,13 @@ class Tracker:
         self.monitors: dict[Path, SystemMetricsMonitor] = {}
 
     @cached_property
-    def client(self) -> MlflowClient:
+    def server(self) -> tuple[MlflowClient, str]:
         """The connection; made when the first run begins, so that a mistake leaves no database."""
-        return client()[0]
+        return client()
+
+    @property
+    def client(self) -> MlflowClient:
+        return self.server[0]
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
         """Do nothing: a finished cell was logged when it was trained."""
@@ -100,7 +111,7 @@ class Tracker:
             "ticket": cell.ticket.fingerprint,
             **{key: card[key] for key in ("autos", "corpus") if key in card},
         }
-        run, made = found_or_made(self.client, client()[1], cell.folder, cell.name, tags)
+        run, made = found_or_made(*self.server, cell.folder, cell.name, tags)
         self.runs[cell.folder] = run
         if not made:
             self.client.update_run(run, status="RUNNING")
@@ -249,8 +260,14 @@ def log_settings(server: MlflowClient, run: str, settings: dict[str, Any]) -> No
 
 def log_figures(owner: Path, folder: Path) -> None:
     """Log a folder of figures to the run that `parent_run` has opened for `owner`."""
-    server, _ = client(owner)
-    server.log_artifacts(read_json(owner / RUN_FILE)["run_id"], str(folder), "report")
+
+    def send() -> None:
+        server, _ = client(owner)
+        run = run_of(server, owner)
+        if run is not None:
+            server.log_artifacts(run, str(folder), "report")
+
+    tried(owner, send)
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -264,18 +281,34 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def run_of(server: MlflowClient, folder: Path) -> str | None:
+    """Return the run that a folder names; None if it names none, or one that is not there."""
+    path = folder / RUN_FILE
+    named = read_json(path).get("run_id") if path.is_file() else None
+    if named is None:
+        return None
+    try:
+        return named if server.get_run(named).info.lifecycle_stage == ACTIVE else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
 def found_or_made(
     server: MlflowClient, experiment: str, folder: Path, name: str, tags: dict[str, str]
 ) -> tuple[str, bool]:
     """Return the run that belongs to a folder, and whether it was made now.
 
+    A new one is made where the server does not have, or no more, the run that the folder names.
     A key is written to the folder first and then to the run's tags, so a kill in between does
     not lead to a second run.
     """
     path = folder / RUN_FILE
     known = read_json(path) if path.is_file() else {"key": secrets.token_hex(8)}
-    if "run_id" in known:
-        return known["run_id"], False
+    there = run_of(server, folder)
+    if there is not None:
+        return there, False
     write_json(path, known)
     runs = server.search_runs([experiment], f"tags.folder_key = '{known['key']}'", max_results=1)
     made = not runs
@@ -289,19 +322,52 @@ def found_or_made(
     return run.info.run_id, made
 
 
+def tried(folder: Path, send: Callable[[], Answer]) -> Answer | None:
+    """Return what `send` does for a study or corpus; None, told once, where MLflow is away.
+
+    This command does not ask again then: every time may take minutes.
+    """
+    if folder in _AWAY:
+        return None
+    try:
+        return send()
+    except (MlflowException, OSError) as error:
+        _AWAY.add(folder)
+        logger.warning(
+            "MLflow cannot be told (%s); %s goes on without it",
+            " ".join(str(error).split())[:200], folder.name,
+        )  # fmt: skip
+        return None
+
+
 @contextmanager
-def parent_run(name: str, folder: Path) -> Iterator[str]:
-    """Open a run that others are nested in; the same one every time."""
-    server, experiment = client(folder)
-    run, made = found_or_made(server, experiment, folder, name, {})
-    if not made:
-        server.update_run(run, status="RUNNING")
+def parent_run(
+    name: str, folder: Path, tracker: Callable[[str], Answer]
+) -> Iterator[Answer | None]:
+    """Open a run that others are nested in, the same one every time, and give what tracks those.
+
+    Gives None where MLflow cannot be reached.
+    """
+    _AWAY.discard(folder)
+
+    def opened() -> tuple[MlflowClient, str, Answer]:
+        server, experiment = client(folder)
+        run, made = found_or_made(server, experiment, folder, name, {})
+        if not made:
+            server.update_run(run, status="RUNNING")
+        return server, run, tracker(run)
+
+    found = tried(folder, opened)
+    if found is None:
+        yield None
+        return
+    server, run, tracks = found
     status = "FAILED"
     try:
-        yield run
+        yield tracks
         status = "FINISHED"
     finally:
-        server.set_terminated(run, status)
+        tried(folder, lambda: server.set_terminated(run, status))
 
 
 def log_data(server: MlflowClient, run: str, source: DataSource) -> None:

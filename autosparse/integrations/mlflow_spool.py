@@ -30,6 +30,10 @@ PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before the second try, the third …; the last for all that follow."""
 
 
+REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+"""Errors of MLflow that are the same at every try: a run that was deleted, a value it takes not."""
+
+
 @dataclass
 class _Event:
     method: str
@@ -121,15 +125,25 @@ class Spooled:
             try:
                 self._send(event)
             except Exception as error:
+                if event.method != "begin" and getattr(error, "error_code", "") in REFUSED:
+                    logger.warning(
+                        "MLflow refuses %s of %s: %s", event.method, event.cell.folder.name, error
+                    )
+                    self._over(event)
+                    continue
                 self._warn(error)
                 time.sleep(PAUSES[min(tries, len(PAUSES) - 1)])
                 tries += 1
                 continue
             tries = 0
-            with self.changed:
-                if self.waiting and self.waiting[0] is event:
-                    self.waiting.popleft()
-                self.changed.notify_all()
+            self._over(event)
+
+    def _over(self, event: _Event) -> None:
+        """Take an event from those that wait."""
+        with self.changed:
+            if self.waiting and self.waiting[0] is event:
+                self.waiting.popleft()
+            self.changed.notify_all()
 
     def _send(self, event: _Event) -> None:
         arguments = event.arguments

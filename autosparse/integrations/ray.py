@@ -236,10 +236,10 @@ def _tracked(config: CorpusConfig, folder: Path, runs: dict[str, IRPConfig]) -> 
     if not config.tracking:
         yield None
         return
-    from autosparse.integrations import mlflow, tracking
+    from autosparse.integrations import tracking
 
-    with mlflow.parent_run(f"corpus {folder.name}", folder) as parent:
-        yield tracking.CorpusTracker(parent, runs)
+    with tracking.corpus_tracker(runs, folder) as tracker:
+        yield tracker
 
 
 def _one_run(run: IRPConfig, cpus: float) -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from autosparse.data.config import DataConfig
 from autosparse.data.sets import DataSource
 from autosparse.integrations.mlflow import (
     CELL,
-    RUN_FILE,
     NestedRuns,
     client,
     log_data,
     log_result,
     nested_run,
     parent_run,
+    run_of,
+    tried,
 )
 from autosparse.irp.config import IRPConfig
 from autosparse.study import table
@@ -35,17 +37,30 @@ LEVEL = ("level", "validation_accuracy", "density", "seconds", "train_loss")
 """What is logged of a level of IRP."""
 
 
+def sent(method: Callable[..., None]) -> Callable[..., None]:
+    """Make a tracker's method do nothing once MLflow is away; see `tried`."""
+
+    @wraps(method)
+    def told(self: Any, *arguments: Any) -> None:
+        tried(self.folder, lambda: method(self, *arguments))
+
+    return told
+
+
 class CorpusTracker:
     """Logs IRP runs: one that was begun before goes on in its own run."""
 
-    def __init__(self, parent: str, configs: Mapping[str, IRPConfig]) -> None:
-        self.configs, self.nested = configs, NestedRuns(parent, "run_id", "level")
+    def __init__(self, parent: str, configs: Mapping[str, IRPConfig], folder: Path) -> None:
+        self.configs, self.folder = configs, folder
+        self.nested = NestedRuns(parent, "run_id", "level", folder)
 
+    @sent
     def levels(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
         """Log levels: accuracy, density and seconds, the level as the step."""
         self._open(name)
         self.nested.log(name, [{key: entry[key] for key in LEVEL} for entry in entries])
 
+    @sent
     def end(self, name: str, error: str | None) -> None:
         """Close a run; `error` says why it failed."""
         self._open(name)
@@ -62,21 +77,24 @@ class StudyTracker:
     """Logs the cells of a study; what MLflow holds already is looked up, and not logged again."""
 
     def __init__(self, parent: str, folder: Path) -> None:
-        self.nested = NestedRuns(parent, CELL, "epoch", folder)
+        self.folder, self.nested = folder, NestedRuns(parent, CELL, "epoch", folder)
         self.client = self.nested.client
         self.sources: dict[str, DataSource] = {}
 
+    @sent
     def catch_up(self, cells: Sequence[StudyCell]) -> None:
         """Log cells that were over before, as far as MLflow does not know of it."""
         for cell in cells:
             if cell.key not in self.nested.finished:
                 self.end(cell)
 
+    @sent
     def epochs(self, cell: StudyCell, entries: Sequence[dict[str, Any]]) -> None:
         """Log epochs that are new."""
         self._open(cell)
         self.nested.log(cell.key, entries)
 
+    @sent
     def end(self, cell: StudyCell) -> None:
         """Close the run of a cell that is over, or has failed."""
         run = self._open(cell)
@@ -125,12 +143,33 @@ def _lineage(cell: StudyCell) -> dict[str, str]:
 
 
 @contextmanager
-def study_tracker(config: StudyConfig, folder: Path) -> Iterator[StudyTracker]:
-    """Open the study's run, the same one every time, and give a tracker of its cells."""
+def study_tracker(config: StudyConfig, folder: Path) -> Iterator[StudyTracker | None]:
+    """Open the study's run, the same one every time, and give a tracker of its cells.
+
+    Gives None where MLflow cannot be reached.
+    """
     kind = config.report.removesuffix(".json")
-    with parent_run(f"{kind} {folder.name}", folder) as parent:
+
+    def tracker_of(parent: str) -> StudyTracker:
         tracker = StudyTracker(parent, folder)
         log_data(tracker.client, parent, tracker.source(config.data))
+        return tracker
+
+    with parent_run(f"{kind} {folder.name}", folder, tracker_of) as tracker:
+        yield tracker
+
+
+@contextmanager
+def corpus_tracker(
+    configs: Mapping[str, IRPConfig], folder: Path
+) -> Iterator[CorpusTracker | None]:
+    """Open a corpus's run, the same one every time, and give a tracker of its IRP runs.
+
+    Gives None where MLflow cannot be reached.
+    """
+    with parent_run(
+        f"corpus {folder.name}", folder, lambda parent: CorpusTracker(parent, configs, folder)
+    ) as tracker:
         yield tracker
 
 
@@ -139,9 +178,15 @@ def log_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     `path` is the study's report, e.g. sweep.json.
     """
+    tried(path.parent, lambda: _log_study(path, rows))
+
+
+def _log_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     folder = path.parent
     server, experiment = client(folder)
-    run = read_json(folder / RUN_FILE)["run_id"]
+    run = run_of(server, folder)
+    if run is None:
+        return
     content = list(table.shown(rows))
     name = f"results-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}.json"
     if name not in [each.path for each in server.list_artifacts(run)]:  # Else it would be longer.

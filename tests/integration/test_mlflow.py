@@ -14,7 +14,7 @@ import torch
 from autosparse import prune
 from autosparse.autos.network import AutoS
 from autosparse.core.errors import RunFailed
-from autosparse.core.files import read_json
+from autosparse.core.files import read_json, write_json
 from autosparse.data.sets import DataSource
 from autosparse.study.cells import Cell, cells
 from autosparse.study.config import SparseTrainConfig
@@ -90,6 +90,35 @@ def test_a_resumed_cell_goes_on_in_the_same_run(trained: Cell, folder: Path) -> 
     assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
 
 
+def test_a_run_that_was_deleted_is_made_anew(
+    config: SparseTrainConfig, trained: Cell, tmp_path: Path
+) -> None:
+    from autosparse.integrations.mlflow import RUN_FILE, Tracker, client
+
+    cell = replace(trained, folder=tmp_path)
+    Tracker().begin(cell, config, {})
+    first = read_json(tmp_path / RUN_FILE)
+    client()[0].delete_run(first["run_id"])
+    for missing in (first["run_id"], "0" * 32):
+        write_json(tmp_path / RUN_FILE, {**first, "run_id": missing})
+        tracker = Tracker()
+        tracker.begin(cell, config, {})
+        tracker.stopped(cell)
+        again = read_json(tmp_path / RUN_FILE)
+        assert again["key"] == first["key"] and again["run_id"] != missing
+    client()[0].delete_run(again["run_id"])
+
+
+def test_a_database_may_be_named_relative_to_here(tmp_path: Path, monkeypatch) -> None:
+    from autosparse.integrations.mlflow import client
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    server, experiment = client()
+    place = (tmp_path / "mlartifacts").as_uri()
+    assert server.get_experiment(experiment).artifact_location == place
+
+
 def test_settings_say_what_was_asked_and_where_it_ran(trained: Cell) -> None:
     settings = read_json(trained.folder / SETTINGS)
     assert settings["config"]["training"]["optimizer"] == "adamw"
@@ -144,7 +173,8 @@ def test_champions_load_without_pickle_and_compute_the_same(
     from autosparse.sparsity.ticket import Ticket, load_state
 
     path = trained.folder / TRAINED
-    with mlflow.parent_run("parent", folder) as run:
+    with mlflow.parent_run("parent", folder, str) as run:
+        assert run is not None
         autos = registry.register_autos(folder / "autos.safetensors", run)
         sparse = registry.register_ticket(path, trained.result(), run)
         assert registry.register_ticket(path, trained.result(), run) == sparse

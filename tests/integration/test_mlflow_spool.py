@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from autosparse.core.files import read_json
 from autosparse.integrations import mlflow_spool
@@ -64,6 +66,19 @@ def test_failures_are_tried_again_in_order_with_one_warning(tmp_path: Path, caps
     assert capsys.readouterr().err.count("warning") == 1
     assert not spool.thread.is_alive()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_mlflow_refuses_is_named_and_not_tried_again(tmp_path: Path, capsys) -> None:
+    class Refusing(Flaky):
+        def epoch(self, *_: Any) -> None:
+            raise MlflowException("the run was deleted", INVALID_PARAMETER_VALUE)
+
+    observer = Refusing(failures=0)
+    spool = Spooled(observer)
+    told(spool, Folder(tmp_path))
+    spool.close(5)
+    assert observer.heard == [EVERYTHING[0], EVERYTHING[2]]
+    assert f"MLflow refuses epoch of {tmp_path.name}: the run was" in capsys.readouterr().err
 
 
 def test_what_cannot_be_sent_is_kept_and_sent_the_next_time(tmp_path: Path, capsys) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from autosparse.core.errors import RunFailed
 from autosparse.core.files import read_json
-from autosparse.integrations import registry, studies
+from autosparse.integrations import registry, studies, tracking
 from autosparse.integrations.mlflow import client
 from autosparse.study import plan, table
 from autosparse.study.trainings import RESULT
+from tests.conftest import quick_irp
+from tests.integration.ranks import free_port
 from tests.study.small import comparison
 
 
@@ -46,6 +49,48 @@ def test_a_comparison_goes_on_after_a_failure_and_its_best_is_registered(
     assert [(row["model"], row["aliases"]) for row in rows] == [
         ("test_byobnet-sparse", "champion, sparsity-50")
     ]
+
+
+def test_a_comparison_goes_on_without_mlflow_and_tells_it_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    settings = comparison(
+        tmp_path / "out", criteria=["magnitude"], seeds=[0], twins=[], tracking=True
+    )
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    studies.run(settings)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    (tmp_path / "out/cells").rename(tmp_path / "cells")
+
+    def fails(*_):
+        raise MlflowException("the database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "log_result", fails)
+        done = studies.run(settings)
+    assert [cell.state for cell in done.cells] == ["finished"] * 2
+    table.write_report(settings, table.table(done.cells), done.cells)
+    tracking.log_study(tmp_path / "out/comparison.json", table.table(done.cells))
+    assert capsys.readouterr().err.count("MLflow cannot be told") == 2
+    done = studies.run(settings)
+    found, experiment = client(done.folder)
+    runs = found.search_runs([experiment], "tags.cell LIKE '%'")
+    assert {run.data.tags["cell"] for run in runs} == {cell.key for cell in done.cells}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_corpus_is_tracked_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = quick_irp(str(tmp_path / "corpus"))
+    with tracking.corpus_tracker({"run": run}, tmp_path / "corpus") as tracker:
+        assert tracker is not None
+        tracker.levels("run", [dict.fromkeys(tracking.LEVEL, 0)])
+        tracker.end("run", None)
+    assert not (tmp_path / "mlflow.db").exists()
+    found, experiment = client(tmp_path / "corpus")
+    assert len(found.search_runs([experiment])) == 2
 
 
 @pytest.mark.slow
