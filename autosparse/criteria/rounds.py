@@ -111,6 +111,8 @@ class _Left:
         """Where it lies in the tensor that `narrow` put in the layer's place."""
         self.values = self.fell[:0]
         """The weights there."""
+        self.ever_short: list[int] = []
+        """Layers that would have kept too few weights in some round: their best are spared."""
         self._lay_out(self.all_sizes)
 
     def _lay_out(self, sizes: list[int]) -> None:
@@ -192,19 +194,28 @@ class _Left:
         Of equal scores the last go. Only scores below an estimated bound are compared; if the
         estimate is too low, all are.
         """
-        excess = int(self.per_layer.sum()) - count
-        lost = self._lowest_of_all(excess)
         if count < min_per_layer * len(self.weights):
             raise UsageError(
                 f"{count} weights are too few for {len(self.weights)} layers of at "
                 f"least {min_per_layer} each; lower the sparsity or set min_per_layer to 0"
             )
-        if min_per_layer and int((self.per_layer - self._count(lost)).min()) < min_per_layer:
-            best = self._best_of_each(min_per_layer)
-            self.alive.index_fill_(0, best, False)
+        excess, spared = int(self.per_layer.sum()) - count, self.ends[:0]
+        short = self.ever_short
+        while True:
+            best = self._best_of(short, min_per_layer)
+            self.alive.index_fill_(0, best, False)  # So it is not found among the lowest.
+            spared = torch.cat([spared, best])
             lost = self._lowest_of_all(excess)
-            self.alive.index_fill_(0, best, True)
-        return lost
+            short = self._short(lost, min_per_layer)
+            if not short:
+                self.alive.index_fill_(0, spared, True)
+                return lost
+            self.ever_short = self.ever_short + short
+
+    def _short(self, lost: Tensor, least: int) -> list[int]:
+        """Return the layers that would keep fewer than `least` weights without those lost."""
+        left = self.per_layer - self._count(lost)
+        return nonzero((left < least).logical_and_(left < self.per_layer)).tolist()
 
     def _lowest_of_all(self, excess: int) -> Tensor:
         near, values = self._up_to(self._guess(excess / max(int(self.per_layer.sum()), 1)))
@@ -213,13 +224,15 @@ class _Left:
             values = self.scores[near].abs_()
         return near[_lowest(values, excess)]
 
-    def _best_of_each(self, count: int) -> Tensor:
-        """Return the places of the `count` best of those alive in every layer."""
-        best = []
-        for layer, alive in zip(self.layers, self.alive.split(self.sizes), strict=True):
-            sizes = layer.abs().masked_fill_(~alive, -1)
-            best.append(masks.top(sizes, count).logical_and_(alive))
-        return nonzero(torch.cat(best))
+    def _best_of(self, layers: list[int], count: int) -> Tensor:
+        """Return the places of the `count` best of those alive in each of these layers."""
+        best, alive = [self.ends[:0]], self.alive.split(self.sizes)
+        for each in layers:
+            there = nonzero(alive[each])
+            sizes = self.layers[each].index_select(0, there).abs_()
+            start = int(self.ends[each]) - self.sizes[each]
+            best.append(there[masks.top(sizes, count)] + start)
+        return torch.cat(best)
 
     def remove(self, lost: Tensor, number: int) -> None:
         """Set the weights at these places to zero."""

@@ -480,3 +480,26 @@ def test_none_of_those_sampled_is_alive(chance: bool) -> None:
         scores = torch.rand(sum(SIZES)) + 1
         scores[::STEP] = 0
         check(ones(), [large(scores), large(scores)], 0.9)
+
+
+def test_a_layer_that_is_always_short_costs_no_second_search_in_every_round(monkeypatch) -> None:
+    """SynFlow on a ResNet: what the identities bypass is down to one weight after few rounds."""
+    searches = []
+    search = rounds._Left._lowest_of_all
+
+    def counted(left: rounds._Left, excess: int) -> Tensor:
+        searches.append(excess)
+        return search(left, excess)
+
+    monkeypatch.setattr(rounds._Left, "_lowest_of_all", counted)
+    weights = {"poor": torch.full((40,), 1e-6), "rich": torch.rand(40) + 1}
+    ones = [torch.ones(40), torch.ones(40)]
+
+    def gradient(take: Take) -> None:
+        for place, one in enumerate(ones):
+            take(place, one.clone())
+
+    scores = shrink(weights, gradient, 0.9, 20)
+    assert int((scores["poor"] >= 0).sum()) == 1
+    assert int((scores["rich"] >= 0).sum()) == 7
+    assert len(searches) == 21, "one a round, and one when the layer became short"
