@@ -192,6 +192,25 @@ def top_of(layers: Sequence[Tensor], count: int) -> list[Tensor]:
     size = sum(len(layer) for layer in layers)
     if count <= 0 or count >= size:
         return [torch.full_like(layer, count > 0, dtype=torch.bool) for layer in layers]
+    return _top_of_few(layers, count, size) or _top_of_all(layers, count)
+
+
+def _top_of_few(layers: Sequence[Tensor], count: int, size: int) -> list[Tensor] | None:
+    """Do it among the values above a bound, if few of many are wanted, in a third of the time."""
+    if size <= 8 * SAMPLE or 8 * count > size:
+        return None
+    low, _ = bounds(layers, count)
+    above = [layer >= low for layer in layers]
+    if not count <= sum(int(each.count_nonzero()) for each in above) <= size // 4:
+        return None  # The bound is a bad estimate, or many values equal it.
+    places = [_places(each) for each in above]
+    values = [layer.index_select(0, at) for layer, at in zip(layers, places, strict=True)]
+    for each, at, best in zip(above, places, _top_of_all(values, count), strict=True):
+        each.index_copy_(0, at, best)
+    return above
+
+
+def _top_of_all(layers: Sequence[Tensor], count: int) -> list[Tensor]:
     threshold = _highest(layers, count)
     chosen = [layer >= threshold for layer in layers]
     excess = sum(int(each.count_nonzero()) for each in chosen) - count
@@ -224,16 +243,29 @@ def _where(flat: Tensor, chosen: Tensor) -> Tensor:
     return torch.from_numpy(flat.numpy()[chosen.numpy()])
 
 
+def _places(chosen: Tensor) -> Tensor:
+    """Return where a 1-D bool tensor is True, ascending, int64."""
+    if chosen.device.type != "cpu":
+        return chosen.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(chosen.numpy()))
+
+
 def bounds(layers: Sequence[Tensor], count: int) -> tuple[float, float]:
     """Estimate two values between which the `count`-th highest lies, from every n-th value.
 
-    Callers must be right even if the estimate is wrong. For few values the bounds are infinite.
+    They are four standard deviations of such a sample away. Callers must be right even if the
+    estimate is wrong. For few values the bounds are infinite. n has no factor of 2, 3, 5 or 7, or
+    the sample could be one place of every 3x3 kernel.
     """
     size = sum(len(layer) for layer in layers)
     if size <= 8 * SAMPLE:
         return -torch.inf, torch.inf
-    sample = torch.cat([layer[:: size // SAMPLE] for layer in layers]).float().cpu().numpy()
-    place, margin = len(sample) - 1 - count * len(sample) // size, 4 * int(SAMPLE**0.5)
+    step = size // SAMPLE
+    while math.gcd(step, 2 * 3 * 5 * 7) > 1:
+        step += 1
+    sample = torch.cat([layer[::step] for layer in layers]).float().cpu().numpy()
+    place, share = len(sample) - 1 - count * len(sample) // size, count / size
+    margin = 2 + int(4 * (len(sample) * share * (1 - share)) ** 0.5)
     first, last = max(place - margin, 0), min(place + margin, len(sample) - 1)
     parted = np.partition(sample, (first, last))
     return float(parted[first]), float(parted[last])

@@ -355,7 +355,8 @@ def test_fingerprint_does_not_depend_on_the_order_of_names() -> None:
 # Large tensors: the threshold is guessed first
 
 LARGE = 64 * masks.SAMPLE + 4321
-STRIDE = LARGE // masks.SAMPLE
+STRIDE = 67
+"""Which values are sampled: the first number from 64 on without a factor of 2, 3, 5 or 7."""
 
 
 def sampled_places_are_high() -> Tensor:
@@ -419,6 +420,16 @@ def test_bounds_are_close_around_the_threshold(name: str, share: float) -> None:
     if name != "many ties" and threshold > -torch.inf:
         between = int(((flat >= max(low, -1e30)) & (flat <= high)).sum())
         assert between < 0.15 * LARGE
+
+
+def test_bounds_are_close_where_one_place_of_every_kernel_has_a_gradient() -> None:
+    """As in 3x3 kernels over images of one pixel, where every 9th value was the sample."""
+    flat = torch.zeros(72 * masks.SAMPLE)
+    flat[4::9] = torch.rand(8 * masks.SAMPLE, generator=torch.Generator().manual_seed(0))
+    count = masks.SAMPLE
+    low, high = masks.bounds([flat], count)
+    assert low <= flat.sort(descending=True).values[count - 1] <= high
+    assert int((flat >= low).sum()) < 2 * count
 
 
 def test_a_layer_of_that_size_is_pruned_exactly() -> None:
