@@ -26,7 +26,8 @@ class Layer:
     size: int
     """Weights of the layer, pruned ones too."""
     gradient: Tensor | None = None
-    """Of the dense weight, [size]: mean over the batch of the step, at the values before it."""
+    """Sizes of the dense weight's, [size]: |mean over the batch of the step|, at the values before
+    it."""
 
 
 def fraction_at(step: int, fraction: float, end: float) -> float:
@@ -43,18 +44,20 @@ def grow(layer: Layer, stays: Tensor, scores: Tensor, reach: Tensor | None = Non
     Args:
         layer: before the exchange.
         stays: bool [kept], which survivors stay.
-        scores: [size], finite; the highest grow, among all weights that do not stay.
+        scores: [size], finite, and overwritten; the highest grow, among all that do not stay.
         reach: bool [size], where weights may grow. If there are too few such places, the largest of
             those that were to go stay.
     """
-    free = torch.ones(layer.size, dtype=torch.bool, device=layer.index.device)
-    free[layer.index[stays]] = False
+    staying = layer.index[stays]
+    scores[staying] = -torch.inf
+    free = layer.size - len(staying)
     if reach is not None:
-        free &= reach
-    wanted = len(layer.index) - int(stays.count_nonzero())
-    possible = min(wanted, int(free.count_nonzero()))
-    chosen = top(scores.masked_fill(~free, -torch.inf), possible) & free
-    chosen[layer.index[stays]] = True
+        scores.masked_fill_(~reach, -torch.inf)
+        free = int((scores > -torch.inf).count_nonzero())
+    wanted = len(layer.index) - len(staying)
+    possible = min(wanted, free)
+    chosen = top(scores, possible)
+    chosen[staying] = True
     if possible < wanted:
         going = ~stays & ~chosen[layer.index]
         size = layer.values.abs().masked_fill(~going, -torch.inf)

@@ -20,5 +20,5 @@ from autosparse.training.topology.growth import Layer
 def stays(layer: Layer, count: int, gradient_weight: float = 1.0) -> Tensor:
     """Return which survivors stay, bool [kept]; `count` of them go."""
     assert layer.gradient is not None
-    worth = layer.values.abs() + gradient_weight * layer.gradient[layer.index].abs()
+    worth = layer.values.abs() + gradient_weight * layer.gradient[layer.index]
     return top(worth, len(layer.values) - count)

@@ -67,7 +67,7 @@ class _MovingWeight:
     parameter: nn.Parameter
     weights: list[CompactWeight]
     first: Tensor
-    """Where its survivors were in the ticket, int64 [kept], on the CPU."""
+    """Where its survivors were in the ticket, int32 [kept], on the CPU."""
     listener: DenseGradient = field(default_factory=DenseGradient)
 
     @property
@@ -87,7 +87,7 @@ def moving_weights(model: nn.Module) -> dict[str, _MovingWeight]:
         if parameter in by_parameter:
             by_parameter[parameter][1].weights.append(weight)
         else:
-            moving = _MovingWeight(parameter, [weight], weight.index.long().cpu())
+            moving = _MovingWeight(parameter, [weight], weight.index.cpu().clone())
             by_parameter[parameter] = (name, moving)
     return dict(by_parameter.values())
 
@@ -168,7 +168,7 @@ class Moving(Topology):
     ) -> None:
         """Exchange survivors after step `step`, and note how many in the history."""
         gradients = self._gradients(loss_scale)
-        finite = all(bool(torch.isfinite(each).all()) for each in gradients.values())
+        finite = all(bool(each.amax().isfinite()) for each in gradients.values())
         exchanged = 0
         if finite:  # Otherwise the step was skipped, or the loss is not finite.
             layers = {
@@ -185,7 +185,7 @@ class Moving(Topology):
         self.record()
 
     def _gradients(self, loss_scale: float) -> dict[str, Tensor]:
-        """Return the mean dense gradients over all ranks, [size] each; {} if none are needed."""
+        """Return |mean dense gradient| over all ranks, [size] each; {} if none are needed."""
         if not self.listens:
             return {}
         means = {}
@@ -196,7 +196,7 @@ class Moving(Topology):
             each.listener.total = None
             if self.world_size > 1:
                 dist.all_reduce(total)
-            means[name] = total.div_(self.world_size * loss_scale)
+            means[name] = total.div_(self.world_size * loss_scale).abs_()
         return means
 
     def _chosen(
@@ -214,7 +214,7 @@ class Moving(Topology):
         for number, (name, layer) in enumerate(layers.items()):
             if self.grows_from == GRADIENT:
                 assert layer.gradient is not None
-                scores = layer.gradient.abs()
+                scores = layer.gradient
             else:
                 drawn = torch.Generator().manual_seed(step_seed(seed, step, number) ^ DRAWN)
                 scores = torch.rand(layer.size, generator=drawn).to(layer.index.device)
@@ -278,7 +278,8 @@ class Moving(Topology):
         """Return the share of the ticket's own survivors, among compact weights, that survive."""
         same = total = 0
         for each in self.weights.values():
-            same += int((sources(each.index.cpu(), each.first) >= 0).count_nonzero())
+            now = each.weights[0].mask().view(-1)
+            same += int(now[each.first.long().to(now.device)].count_nonzero())
             total += len(each.first)
         return same / max(total, 1)
 
