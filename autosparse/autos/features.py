@@ -81,7 +81,7 @@ def contexts(
     """Return the context of every layer of one model, from all of its prunable weights."""
     total = sum(weight.numel() for weight in weights.values())
     mass = {
-        name: float((weight.detach() * gradients[name]).abs().mean())
+        name: float((_precise(weight.detach()) * gradients[name]).abs().mean())
         for name, weight in weights.items()
     }
     mean_mass = sum(mass[name] * weight.numel() for name, weight in weights.items()) / total
@@ -109,7 +109,8 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
     """Return at how many places of its output a layer's weights are used, for one image.
 
     For a convolution the pixels of its output, for a linear layer of a transformer the tokens.
-    Layers whose module is not called get the geometric mean of the others.
+    Modules that share a weight are added up. Layers whose module is not called get the geometric
+    mean of the others.
 
     Args:
         model: it is called once, in eval mode, and left as it was.
@@ -127,7 +128,12 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
 
         return hook
 
-    hooks = [called(model, name).register_forward_hook(note(name)) for name in places]
+    first = {id(model.get_parameter(name)): name for name in places}
+    hooks = [
+        called(model, name).register_forward_hook(note(first[id(parameter)]))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in first
+    ]
     try:
         with evaluating(model):
             outputs_of(model, image)
@@ -196,6 +202,11 @@ def _context_piece(
     for place, constant in enumerate(constants, start=VARYING):
         piece[place] = constant
     return piece.view(len(piece), -1)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, unless it is in float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _rms(tensor: Tensor) -> Tensor:

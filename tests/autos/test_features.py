@@ -275,3 +275,19 @@ def test_uses_in_torchs_attention() -> None:
 def test_an_unknown_kind_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"unknown kind of features 'contxt'.*'context'"):
         features.names_of("contxt")
+
+
+def test_what_half_precision_cannot_hold_is_weighed_in_float32() -> None:
+    """A weight of 1e-3 with a gradient of 1e-5: their product is below float16's least."""
+    weights = {name: torch.full((2, 3), size).half() for name, size in (("a", 1e-3), ("b", 1.0))}
+    gradients = {"a": torch.full((2, 3), 1e-5).half(), "b": torch.full((2, 3), 1e-7).half()}
+    in_float32 = [{n: t.float() for n, t in each.items()} for each in (weights, gradients)]
+    assert features.contexts(weights, gradients) == features.contexts(*in_float32)
+
+
+def test_a_weight_is_used_wherever_it_is_held() -> None:
+    """3 x 3 pixels in the first convolution, 1 in the second, which shares its weight."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    found = features.uses(model, zoo.prunable(model), torch.ones(1, 2, 5, 5))
+    assert found == {"0.weight": 10, "3.weight": 1}
