@@ -47,8 +47,8 @@ def create(
         shape_only = _build(config.name, options)
     if not config.zero_init and "zero_init_last" in inspect.signature(type(shape_only)).parameters:
         options.setdefault("zero_init_last", False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = _build(config.name, options)
         if config.small_stem:
             _shrink_stem(model)
@@ -347,7 +347,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise unknown("device", name, ["auto", "cpu", "cuda", "mps"]) from None
+        raise unknown("device", name, ["auto", "cpu", "cuda"]) from None
+    if device.type == "mps":
+        raise UsageError(f"device {name} lacks float64, which scores are computed in; use cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name} was asked for, but torch sees no GPU")
     return device

@@ -204,6 +204,14 @@ def test_creation_leaves_the_global_rngs_alone(name: str) -> None:
     assert np.random.get_state()[1].tolist() == before[2]
 
 
+def test_creation_seeds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    config = ModelConfig("test_byobnet", {})
+    zoo.create(config, num_classes=3, in_chans=3, image_size=32, seed=5)
+    assert not seeds
+
+
 def test_the_weights_do_not_depend_on_the_global_rng() -> None:
     torch.manual_seed(5)
     first = build("test_resnet")
@@ -302,6 +310,11 @@ def test_devices() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_a_device_without_float64() -> None:
+    with pytest.raises(UsageError, match="device mps lacks float64"):
+        zoo.choose_device("mps")
+
+
 def test_a_device_that_is_not_there() -> None:
     assert zoo.choose_device("auto") == torch.device("cpu")
     with pytest.raises(UsageError, match="sees no GPU"):
