@@ -174,7 +174,7 @@ def noise_for(choice: str, weight: Tensor, generator: torch.Generator) -> Tensor
 
     The highest of log(sum) + Gumbel noise are a draw in proportion to the sums (see reach.thinned).
     """
-    uniform = torch.rand(weight.shape, generator=generator).to(weight.device)
+    uniform = torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device)
     if choice == "random":
         return uniform
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))

@@ -42,7 +42,7 @@ def raw_density(shape: torch.Size) -> float:
 
 
 def _ranked(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    place = torch.empty(weight.numel())
-    order = torch.randperm(weight.numel(), generator=generator)
-    place[order] = torch.arange(weight.numel(), dtype=place.dtype)
+    place = torch.empty(weight.numel(), device="cpu")
+    order = torch.randperm(weight.numel(), generator=generator, device="cpu")
+    place[order] = torch.arange(weight.numel(), dtype=place.dtype, device="cpu")
     return ((count - 0.5 - place) / weight.numel()).view(weight.shape).to(weight.device)

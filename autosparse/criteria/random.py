@@ -17,6 +17,6 @@ def random(model, parameters, batches, loss_fn, *, seed: int = 0) -> Scores:
     """Return uniform numbers in [0, 1), drawn on the CPU so that every device agrees."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.rand(weight.shape, generator=generator).to(weight.device)
+        name: torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device)
         for name, weight in parameters.items()
     }

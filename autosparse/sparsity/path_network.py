@@ -51,10 +51,13 @@ class PathNetwork:
         with torch.no_grad():
             for name, parameter in self.copy.named_parameters():
                 if name in masks:
-                    drawn = torch.rand(parameter.shape, generator=generator, dtype=dtype)
+                    drawn = torch.rand(
+                        parameter.shape, generator=generator, dtype=dtype, device="cpu"
+                    )
                     parameter.copy_(drawn.add_(0.5))
         device = next(iter(self.weights.values())).device
-        self.images = (torch.rand(2, *shape, generator=generator, dtype=dtype) + 0.5).to(device)
+        images = torch.rand(2, *shape, generator=generator, dtype=dtype, device="cpu")
+        self.images = images.add_(0.5).to(device)
         with followed(model):
             seen = roles.of(self.copy, self.images[:1])
         with torch.no_grad():

@@ -124,7 +124,7 @@ def random_images(model: nn.Module, images: Tensor | None = None) -> Tensor:
         images = torch.zeros(2, *shape)
     generator = torch.Generator().manual_seed(0)
     shape = (max(2, len(images)), *images.shape[1:])
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
 
 @torch.no_grad()

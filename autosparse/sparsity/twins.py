@@ -33,7 +33,7 @@ def shuffled(chosen: Mapping[str, Tensor], seed: int) -> Masks:
     generator = torch.Generator().manual_seed(seed * SALT + 1)
     permuted = {}
     for name, mask in chosen.items():
-        order = torch.randperm(mask.numel(), generator=generator)
+        order = torch.randperm(mask.numel(), generator=generator, device="cpu")
         permuted[name] = mask.cpu().flatten()[order].view(mask.shape)
     return permuted
 
@@ -48,7 +48,7 @@ def survival_scores(survival: Mapping[str, Tensor], seed: int) -> dict[str, Tens
     """Return IRP's survival as scores, ties broken by chance (positions would make patterns)."""
     generator = torch.Generator().manual_seed(seed * SALT + 2)
     return {
-        name: levels.float() + torch.rand(levels.shape, generator=generator)
+        name: levels.float() + torch.rand(levels.shape, generator=generator, device="cpu")
         for name, levels in survival.items()
     }
 

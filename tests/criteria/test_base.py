@@ -589,3 +589,13 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
         found.append(criteria.get("autos").provenance(scorer=str(path))["autos"])
         assert found[-1] == network.fingerprint
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("name", ["random", "erk"])
+def test_draws_do_not_depend_on_the_default_device(name: str) -> None:
+    model = mlp(4, 3, 2)
+    given = {"sparsity": 0.5} if name == "erk" else {}
+    expected = criteria.get(name)(model, [], cross_entropy, **given)
+    with torch.device("meta"):
+        found = criteria.get(name)(model, [], cross_entropy, **given)
+    assert all(torch.equal(score, expected[key]) for key, score in found.items())

@@ -117,3 +117,12 @@ def test_survival_breaks_ties_by_chance_and_keeps_the_order_of_levels():
     assert (scores.floor() == survival["a"]).all()
     assert len(scores.unique()) == 8
     assert scores[:4].argsort().tolist() != [0, 1, 2, 3]
+
+
+def test_another_default_device_does_not_matter(snip: Ticket):
+    expected = twins.shuffled(snip.masks, 1)
+    with torch.device("meta"):
+        found = twins.shuffled(snip.masks, 1)
+        survival = twins.survival_scores({"a": torch.zeros(4, device="cpu")}, 1)["a"]
+    assert masks.fingerprint(found) == masks.fingerprint(expected)
+    assert survival.device.type == "cpu"
