@@ -23,7 +23,8 @@ class FitConfig:
     exclude: list[dict[str, Any]] = field(default_factory=list)
     """Runs of the corpus to leave out, e.g. [{model: test_nfnet, label: magnitude}]."""
     holdout: float = 0.25
-    """Share of the runs held out whole for validation (at least one); 0: none, for good."""
+    """Share of the runs held out whole for validation (at least one); 0 holds out no run and fits
+    on all of them; errors are then measured on the training rows."""
     rows_per_run: int = 200_000
     """Weights sampled from each run."""
     epochs: int = 20

@@ -233,7 +233,7 @@ class GradBalance:
 
         Args:
             odds: log-odds [d]; the expected count is the sum of their sigmoids.
-            task: the objective's gradient by them [d].
+            task: the objective's gradient with respect to them [d].
         """
         chance = odds.sigmoid()
         over = chance.sum(dtype=torch.float64) > self.limit

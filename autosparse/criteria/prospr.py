@@ -93,7 +93,7 @@ def prospr(
 
 
 def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradients by all weights; zero for a weight that is not used."""
+    """Return the gradients with respect to all weights; zero for a weight that is not used."""
     slopes = torch.autograd.grad(
         value, list(weights.values()), create_graph=create_graph, materialize_grads=True
     )

@@ -299,9 +299,9 @@ def _warn_of_level_scores(scores: Mapping[str, Tensor], criterion: str, sparsity
     if level and sparsity:
         note("level", level)
         warnings.warn(
-            f"{criterion} tells no weight from another in {len(level)} of {len(scores)} layers "
+            f"{criterion} gives all weights the same score in {len(level)} of {len(scores)} layers "
             f"({', '.join(level[:3])}{' …' if len(level) > 3 else ''}): no signal or gradient "
-            "comes through there; give larger images, or exclude these layers",
+            "reaches them; use larger images, or exclude these layers",
             stacklevel=5,
         )
 

@@ -128,7 +128,7 @@ class _Channels:
                 self.layers[name] = _Layer(module)
 
     def weights(self) -> list[Tensor]:
-        """Return the tensors that the gradient is taken by at present."""
+        """Return the tensors that the gradient is taken with respect to at present."""
         return [self.linear.get_parameter(name) for name in self.names]
 
     def narrow(

@@ -6,8 +6,9 @@ the density inside the units that stay is density ** (1 - units), 14 % for a tic
 
 Which units: those with the highest sums of scores, as SNIP is made structured (J. van Amersfoort et
 al. 2020, arXiv 2007.00389; S. Rachwan et al. 2022, arXiv 2206.10451), each layer's scores taken as
-shares of their sum. How many: layers shrink as the ticket at 0 says. Every layer asks its outputs
-and inputs to shrink alike, and units that several layers share go by the mean of what these ask.
+shares of their sum. How many: each layer shrinks its outputs and inputs by the same factor, set by
+how dense the ticket at units 0 leaves it. Units shared by several layers shrink by the mean of what
+those layers ask for.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]
 Network = Callable[[Tensor], Any]
 Take = Callable[[int, Tensor], None]
-"""(place among the tensors that are differentiated by, gradient, which may be overwritten)."""
+"""(place among the tensors, gradient with respect to it, which may be overwritten)."""
 
 
 class Shared(Sequence[Batch]):
@@ -188,7 +188,7 @@ def mean_gradients(
 
     Args:
         model: in the mode that is wanted; its buffers may change (see `untouched`).
-        parameters: those to differentiate by, by name.
+        parameters: those to differentiate with respect to, by name.
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
     """
@@ -208,7 +208,7 @@ def mean_over_gradients(
 
     Args:
         model: as for `mean_gradients`, which this is for parts = [gradient].
-        parameters: leaf tensors to differentiate by, by name.
+        parameters: leaf tensors to differentiate with respect to, by name.
         batches: (images, labels) on the model's device; sizes may differ.
         loss_fn: (outputs, labels) -> mean loss of the batch.
         parts: a gradient, summed over the samples of a batch (it may be overwritten) -> the tensors
@@ -239,7 +239,7 @@ def mean_hessian_times(
     batches: Batches,
     loss_fn: LossFn,
 ) -> dict[str, Tensor]:
-    """Return H v, the mean over all samples, H the Hessian of the loss by `parameters`.
+    """Return H v, the mean over all samples; H is the loss's Hessian with respect to `parameters`.
 
     Args:
         vectors: v, a tensor per parameter.

@@ -1,4 +1,4 @@
-"""Which weights lie on a path from input to output, and choosing such that do.
+"""Finds the weights that lie on a path from input to output, and chooses masks whose weights do.
 
 At a density of one per cent a random ticket has half of its weights on no path, and none on a path
 where layers are narrow. Such a weight is worth nothing: it adds a constant to the output at most.
@@ -100,7 +100,7 @@ def within_reach(
     """Return which weights lie on a path, or would if they were kept too.
 
     That is told by a PathNetwork, in which every kept weight has a random positive value: a weight
-    is in reach if the gradient of the output by it depends on the image.
+    is in reach if the output's gradient with respect to it depends on the image.
 
     Raises CannotFollow where such a network cannot be computed.
     """

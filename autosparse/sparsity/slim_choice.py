@@ -73,7 +73,7 @@ class Choice:
         count = 0 if site.used is None else site.used.shape[0] * site.used.shape[1]
         rows_stay = np.ones(count, dtype=bool) if rows is None else self._staying(rows)
         if rows is not None:
-            rows_stay &= ~self.fills[rows].any(1)  # What they give is heard by nobody.
+            rows_stay &= ~self.fills[rows].any(1)  # Nobody reads what they give.
         needed = site.needed(rows_stay) & ~site.can_go & ~self._staying(reads)
         self.stays[reads[needed]] = True
         return bool(needed.any())

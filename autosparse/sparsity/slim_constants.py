@@ -1,8 +1,8 @@
 """What a network computes whatever the image is: constants, element by element.
 
-The graph is computed once in float64. Beside each tensor runs a bool tensor of its shape: does the
-element hear of the image? What does not is a constant, and its value is known. Nothing is guessed:
-an operator without a rule lets everything hear that could.
+The graph is computed once in float64. For each tensor a bool tensor of the same shape records which
+elements depend on the image. An element that does not is a constant, and its value is known.
+Nothing is guessed: behind an operator without a rule everything depends on the image that could.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ MOVES = {
     "im2col", "unfold", "narrow", "index", "index_select", "dropout", "lift_fresh_copy",
     "tile", "rot90", "view_as", "reshape_as", "expand_as", "feature_dropout", "alpha_dropout",
 }  # fmt: skip
-"""They only move elements, so what hears moves alike."""
+"""They only move elements, so what depends on the image moves alike."""
 POOLS = {
     "max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool1d",
     "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "mean", "sum", "amax",
 }  # fmt: skip
-"""Weighted with what is never negative: an output hears if one of its inputs does."""
+"""Weighted with what is never negative: an output depends if one of its inputs does."""
 CASTS = {"to", "_to_copy", "type_as"}
 CLOSE = 1e-12
 """Two float64 values are one constant if they differ by less, relative to the largest."""
 
 
 @dataclass
-class Heard:
+class ConstantInputs:
     """What a convolution or linear layer reads, along the dimension that it sums over."""
 
     constant: Tensor
-    """bool [channels]: at no place does the channel hear of the image."""
+    """bool [channels]: at no place does the channel depend on the image."""
     zero: Tensor
     """bool [channels]: constant, and zero everywhere."""
     values: Tensor
@@ -64,7 +64,7 @@ class Facts:
     """Tensors that do not depend on the image at all."""
     output: Any = None
     """What the graph gives for the images, in float64."""
-    heard: dict[fx.Node, Heard] = field(default_factory=dict)
+    constant_inputs: dict[fx.Node, ConstantInputs] = field(default_factory=dict)
     zero_products: dict[fx.Node, Tensor] = field(default_factory=dict)
     """Per product of two signals, bool [summed]: what is not missed: one of both factors is zero
     there, or in attention all keys are alike."""
@@ -87,7 +87,7 @@ def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
     for node in module.graph.nodes:
         if node.op == "placeholder":
             value = images.double()
-            run.values[node], run.hears[node] = value, torch.ones_like(value, dtype=torch.bool)
+            run.values[node], run.depends[node] = value, torch.ones_like(value, dtype=torch.bool)
         elif node.op == "get_attr":
             value = tensor_at(module, str(node.target)).detach()
             run.values[node] = value.double() if value.is_floating_point() else value
@@ -100,7 +100,7 @@ def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
             found.shapes[node] = _shapes(run.values[node])
         for gone in last.get(node, ()):
             run.values.pop(gone, None)
-            run.hears.pop(gone, None)
+            run.depends.pop(gone, None)
     return found
 
 
@@ -124,10 +124,11 @@ def _shapes(value: Any) -> Any:
 def _note(found: Facts, run: _Run, node: fx.Node) -> None:
     value, name = run.values[node], op_name(node)
     args: Any = node.args
-    if isinstance(value, Tensor) and run.hears.get(node) is None:
+    if isinstance(value, Tensor) and run.depends.get(node) is None:
         found.constants[node] = value
     if (name in CONVOLUTIONS or name == "linear") and len(found.shapes[args[0]]) > 1:
-        found.heard[node] = _heard(run, args[0], 1 if name in CONVOLUTIONS else -1)
+        dim = 1 if name in CONVOLUTIONS else -1
+        found.constant_inputs[node] = _constant_inputs(run, args[0], dim)
     elif name in ("matmul", "bmm"):
         first, second = args[:2]
         if len(found.shapes[first]) > 1 and len(found.shapes[second]) > 1:
@@ -156,50 +157,50 @@ def _into_softmax(node: fx.Node, count: int) -> bool:
     return bool(node.users) and all(map(ends, node.users))
 
 
-def _heard(run: _Run, node: Any, dim: int) -> Heard:
-    value, hears = run.values[node].movedim(dim, 1), run.hears.get(node)
+def _constant_inputs(run: _Run, node: Any, dim: int) -> ConstantInputs:
+    value, depends = run.values[node].movedim(dim, 1), run.depends.get(node)
     spread = value.amax(0) - value.amin(0)
     alike = spread <= CLOSE * value.abs().amax().clamp(min=1)
     constant = alike.reshape(len(alike), -1).all(1)
-    if hears is not None:
-        constant = constant & ~hears.movedim(dim, 0).flatten(1).any(1)
+    if depends is not None:
+        constant = constant & ~depends.movedim(dim, 0).flatten(1).any(1)
     zero = constant & (value == 0).transpose(0, 1).flatten(1).all(1)
     values = value[:1] * constant.view(1, -1, *[1] * (value.dim() - 2))
-    return Heard(constant, zero, values.movedim(1, dim))
+    return ConstantInputs(constant, zero, values.movedim(1, dim))
 
 
 class _Run:
-    """Values so far, and which of their elements hear of the image (absent: none does)."""
+    """Values so far, and which of their elements depend on the image (absent: none does)."""
 
     def __init__(self) -> None:
         self.values: dict[fx.Node, Any] = {}
-        self.hears: dict[fx.Node, Any] = {}
+        self.depends: dict[fx.Node, Any] = {}
         self.shares: set[fx.Node] = set()
         """Softmax over the last dimension: rows that sum to one."""
 
     def compute(self, node: fx.Node) -> None:
-        """Compute a node's value and which of its elements hear."""
+        """Compute a node's value and which of its elements depend on the image."""
         value = self._call(node, self.values.__getitem__)
         self.values[node] = value
-        heard = [each for each in node.all_input_nodes if self.hears.get(each) is not None]
-        if not heard or not _has_floats(value):
+        inputs = [each for each in node.all_input_nodes if self.depends.get(each) is not None]
+        if not inputs or not _has_floats(value):
             return
-        hears = self._hears(node, value)
-        if isinstance(hears, Tensor):
-            hears = None if not hears.any() else hears.expand(value.shape)
-        self.hears[node] = hears
+        depends = self._depends(node, value)
+        if isinstance(depends, Tensor):
+            depends = None if not depends.any() else depends.expand(value.shape)
+        self.depends[node] = depends
 
     def zeros(self, node: fx.Node, dim: int) -> Tensor:
         """Return bool [size of `dim`]: constant zero at every other place."""
-        value, hears = self.values[node], self.hears.get(node)
-        quiet = value == 0 if hears is None else (value == 0) & ~hears
+        value, depends = self.values[node], self.depends.get(node)
+        quiet = value == 0 if depends is None else (value == 0) & ~depends
         return quiet.movedim(dim, 0).flatten(1).all(1)
 
     def alike(self, node: fx.Node, dim: int, keys: int) -> Tensor:
         """Return bool [size of `dim`]: constant, and alike for all keys: a softmax ignores it."""
-        value, hears = self.values[node], self.hears.get(node)
+        value, depends = self.values[node], self.depends.get(node)
         alike = value == value.narrow(keys, 0, 1)
-        quiet = alike if hears is None else alike & ~hears
+        quiet = alike if depends is None else alike & ~depends
         return quiet.movedim(dim, 0).flatten(1).all(1)
 
     def _call(self, node: fx.Node, of: Any) -> Any:
@@ -210,20 +211,20 @@ class _Run:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _of(self, node: fx.Node) -> Any:
-        """Return 1.0 where an element hears, else 0.0; what is no signal as it is."""
-        hears, value = self.hears.get(node), self.values[node]
-        if isinstance(hears, list):
+        """Return 1.0 where an element depends on the image, else 0.0; others as they are."""
+        depends, value = self.depends.get(node), self.values[node]
+        if isinstance(depends, list):
             return [
                 torch.zeros_like(v, dtype=torch.float32) if h is None else h.float()
-                for h, v in zip(hears, value, strict=True)
+                for h, v in zip(depends, value, strict=True)
             ]
-        if hears is not None:
-            return hears.float()
+        if depends is not None:
+            return depends.float()
         if isinstance(value, Tensor) and value.is_floating_point():
             return torch.zeros_like(value, dtype=torch.float32)
         return value
 
-    def _hears(self, node: fx.Node, value: Any) -> Any:
+    def _depends(self, node: fx.Node, value: Any) -> Any:
         name = op_name(node)
         rule = getattr(self, f"_{name.lstrip('_')}", None)
         if rule is not None:
@@ -231,7 +232,7 @@ class _Run:
         if name in CONVOLUTIONS or name == "linear":
             return self._weighted(node, value)
         if name in ("index", "index_select") and any(
-            self.hears.get(each) is not None for each in node.all_input_nodes[1:]
+            self.depends.get(each) is not None for each in node.all_input_nodes[1:]
         ):
             return _everything(value)  # The image says what is picked.
         if name in MOVES:
@@ -245,8 +246,8 @@ class _Run:
             self._pass_shares(node, name)
             found = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
             for each in node.all_input_nodes:
-                if self.hears.get(each) is not None:
-                    found = found | self.hears[each]
+                if self.depends.get(each) is not None:
+                    found = found | self.depends[each]
             return found
         return _everything(value)
 
@@ -269,7 +270,7 @@ class _Run:
         return torch.nn.functional.pad(self._of(node.args[0]), padding) > 0  # type: ignore
 
     def _weighted(self, node: fx.Node, value: Tensor) -> Tensor:
-        if self.hears.get(node.args[1]) is not None:  # type: ignore[arg-type]
+        if self.depends.get(node.args[1]) is not None:  # type: ignore[arg-type]
             return torch.ones_like(value, dtype=torch.bool)
         signal = self._of(node.args[0])  # type: ignore[arg-type]
         weight = (self.values[node.args[1]] != 0).float()  # type: ignore[index]
@@ -280,30 +281,30 @@ class _Run:
         first, second = node.args[:2]
         found = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
         for one, other in ((first, second), (second, first)):
-            hears = self.hears.get(one) if isinstance(one, fx.Node) else None
-            if hears is not None:
-                found = found | (hears & self._may_differ_from_zero(other))
+            depends = self.depends.get(one) if isinstance(one, fx.Node) else None
+            if depends is not None:
+                found = found | (depends & self._may_differ_from_zero(other))
         return found
 
     def _may_differ_from_zero(self, operand: Any) -> Any:
         if not isinstance(operand, fx.Node):
             return torch.tensor(operand != 0)
-        hears, value = self.hears.get(operand), self.values[operand]
+        depends, value = self.depends.get(operand), self.values[operand]
         if not isinstance(value, Tensor):
             return torch.tensor(value != 0)
-        return value != 0 if hears is None else (value != 0) | hears
+        return value != 0 if depends is None else (value != 0) | depends
 
     def _batch_norm(self, node: fx.Node, value: Tensor) -> Tensor:
-        hears = self.hears[node.args[0]]  # type: ignore[index]
+        depends = self.depends[node.args[0]]  # type: ignore[index]
         weight = node.args[1]
         if weight is None or argument(node, "training"):
-            return _everything(value) if argument(node, "training") else hears
+            return _everything(value) if argument(node, "training") else depends
         scale = self.values[weight]  # type: ignore[index]
-        return hears & (scale != 0).view(1, -1, *[1] * (hears.dim() - 2))
+        return depends & (scale != 0).view(1, -1, *[1] * (depends.dim() - 2))
 
     def _native_batch_norm_legit_no_training(self, node: fx.Node, value: Any) -> list[Tensor]:
-        hears, scale = self.hears[node.args[0]], self.values[node.args[1]]  # type: ignore
-        found = hears & (scale != 0).view(1, -1, *[1] * (hears.dim() - 2))
+        depends, scale = self.depends[node.args[0]], self.values[node.args[1]]  # type: ignore
+        found = depends & (scale != 0).view(1, -1, *[1] * (depends.dim() - 2))
         return [found, *(torch.zeros_like(each, dtype=torch.bool) for each in value[1:])]
 
     def _layer_norm(self, node: fx.Node, value: Tensor) -> Tensor:
@@ -321,8 +322,8 @@ class _Run:
     _log_softmax = _softmax
 
     def _over(self, node: Any, dims: tuple[int, ...]) -> Tensor:
-        hears = self.hears[node]
-        return hears.float().amax(dims, keepdim=True).bool().expand(hears.shape)
+        depends = self.depends[node]
+        return depends.float().amax(dims, keepdim=True).bool().expand(depends.shape)
 
     def _matmul(self, node: fx.Node, value: Tensor) -> Tensor:
         first, second = node.args[:2]
@@ -335,17 +336,17 @@ class _Run:
     _bmm = _matmul
 
     def _averaged(self, moves: Tensor, node: Any) -> Tensor:
-        """Which means of rows hear, where `moves` says which means are taken otherwise."""
-        value, hears = self.values[node], self._of(node).bool()
+        """Which means of rows depend on the image; `moves` says which means are taken otherwise."""
+        value, depends = self.values[node], self._of(node).bool()
         spread = value.amax(-2, keepdim=True) - value.amin(-2, keepdim=True)
         alike = spread <= CLOSE * value.abs().amax().clamp(min=1)
-        return hears.any(-2, keepdim=True) | (moves & ~alike)
+        return depends.any(-2, keepdim=True) | (moves & ~alike)
 
     def _scaled_dot_product_attention(self, node: fx.Node, value: Tensor) -> Tensor:
         query, key, values = node.args[:3]
         moves = self._of(query).amax(-1, keepdim=True) + self._of(key).amax((-1, -2), True)  # type: ignore
         mask = argument(node, "attn_mask")
-        if isinstance(mask, fx.Node) and self.hears.get(mask) is not None:
+        if isinstance(mask, fx.Node) and self.depends.get(mask) is not None:
             return _everything(value)
         if self.values[key].shape[:-2] != self.values[query].shape[:-2]:  # type: ignore[index]
             return _everything(value)  # Heads that share keys.

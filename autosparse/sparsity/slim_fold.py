@@ -15,10 +15,10 @@ ALIKE = 1e-10
 
 
 def fold(module: fx.GraphModule, facts: Facts) -> None:
-    """Replace what does not depend on the image by its value, where something else hears it."""
+    """Replace what does not depend on the image by its value, where something else reads it."""
     for node, value in facts.constants.items():
-        heard = [user for user in node.users if user not in facts.constants]
-        if heard and value.is_floating_point() and value.numel() and _whole(node) is not None:
+        readers = [user for user in node.users if user not in facts.constants]
+        if readers and value.is_floating_point() and value.numel() and _whole(node) is not None:
             _replace(module, node, value, facts)
     _clean(module)
 

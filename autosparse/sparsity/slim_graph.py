@@ -131,7 +131,7 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Does every output element hear of the input elements at its own place only?"""
+    """Does every output element depend on the input elements at its own place only?"""
     tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return tagged or op_name(node) in UNTAGGED
 

@@ -48,19 +48,19 @@ def _removed_constant(
     module: fx.GraphModule, facts: Facts, site: Site, choice: Choice
 ) -> Tensor | None:
     """Return what the channels that go add to a sum: float64 [1, …], or None for nothing."""
-    heard = facts.heard.get(site.node)
-    if heard is None or site.used is None:
+    inputs = facts.constant_inputs.get(site.node)
+    if inputs is None or site.used is None:
         return None
-    goes = ~choice.staying(site.reads) & heard.constant.cpu().numpy() & ~heard.zero.cpu().numpy()
+    goes = ~choice.staying(site.reads) & inputs.constant.cpu().numpy() & ~inputs.zero.cpu().numpy()
     if not goes.any():
         return None
     node = site.node
-    dim = 1 if op_name(node) in CONVOLUTIONS else heard.values.dim() - 1
-    shape = [-1 if place == dim else 1 for place in range(heard.values.dim())]
-    keep = torch.from_numpy(goes).to(heard.values.device)
+    dim = 1 if op_name(node) in CONVOLUTIONS else inputs.values.dim() - 1
+    shape = [-1 if place == dim else 1 for place in range(inputs.values.dim())]
+    keep = torch.from_numpy(goes).to(inputs.values.device)
     weight = tensor_at(module, str(node.args[1].target)).detach().double()  # type: ignore
     with torch.no_grad():
-        found = unbiased(node, heard.values * keep.view(shape), weight, lambda each: each)
+        found = unbiased(node, inputs.values * keep.view(shape), weight, lambda each: each)
     return found if found.any() else None
 
 
@@ -111,7 +111,7 @@ def _add_constant(
 
 
 def _behind_norm(module: fx.GraphModule, node: fx.Node, value: Tensor) -> tuple[fx.Node, Tensor]:
-    """Return the norm that alone hears a layer, and a constant [1, C, …] as it comes out of it.
+    """Return the norm that alone reads a layer, and a constant [1, C, …] as it comes out of it.
 
     So that engines can go on making one layer of the two. Other users get both as they are.
     """

@@ -170,7 +170,7 @@ class Rules:
         return [dims, [None], [None]]
 
     def _layer_norm(self, node: fx.Node) -> Dims:
-        """Channels hear of each other here, dead ones too: all stay."""
+        """Channels depend on each other here, dead ones too: all stay."""
         count = len(argument(node, "normalized_shape"))
         for each in node.all_input_nodes:
             for positions in self.dims[each][-count:]:
@@ -242,17 +242,17 @@ class Rules:
         reads = self.units.same(read, wanted)
         if reads is None:
             return gives
-        heard = self.facts.heard[node]
+        inputs = self.facts.constant_inputs[node]
         used = tensor_at(self.module, str(weight_node.target)).detach() != 0  # type: ignore[union-attr]
         used = used.reshape(groups, shape[0] // groups, shape[1], -1).any(-1)
         self.sites.append(
-            Site(node, reads, gives, used.cpu().numpy(), heard.constant.cpu().numpy())
+            Site(node, reads, gives, used.cpu().numpy(), inputs.constant.cpu().numpy())
         )
         return gives
 
     def _linear(self, node: fx.Node) -> Dims:
         signal, weight, bias = node.args[0], node.args[1], argument(node, "bias")
-        if weight.op != "get_attr" or node not in self.facts.heard:  # type: ignore[union-attr]
+        if weight.op != "get_attr" or node not in self.facts.constant_inputs:  # type: ignore[union-attr]
             return self._unknown(node)
         read, rows = self.dims[signal], self.dims[weight]  # type: ignore[index]
         gives = self._adds_up(node, read[-1], rows[0], rows[1], 1)

@@ -2,7 +2,7 @@
 
 A unit whose readers have all lost their weights gets no gradient and gives none, so training is the
 same without it, but for rounding: under an optimizer that treats every weight by itself, and where
-dropout draws nothing for such units. Its own weights would decay at most, unheard.
+dropout draws nothing for such units. Its own weights would decay at most, and nothing reads it.
 
 A unit that is read stays, even if no weight of its own is left: a norm turns its zeros into its
 shift, which is trained.
@@ -176,8 +176,8 @@ class _Rules(Moves):
 
 def _without_constants(found: Facts) -> Facts:
     """Let no channel go that is read, whether it is a constant or not."""
-    for heard in found.heard.values():
-        heard.constant.zero_()
+    for inputs in found.constant_inputs.values():
+        inputs.constant.zero_()
     for product in found.zero_products.values():
         product.zero_()
     return found

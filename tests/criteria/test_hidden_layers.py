@@ -166,6 +166,6 @@ def test_a_layer_that_hears_nothing_is_named() -> None:
         return net.head(x.mean((2, 3))) + 0 * net.unheard(x.mean((2, 3)))
 
     model = Named(forward, head=nn.Linear(3, 4), unheard=nn.Linear(3, 4))
-    with pytest.warns(UserWarning, match=r"tells no weight .* in 1 of 2 layers \(unheard.weight\)"):
+    with pytest.warns(UserWarning, match=r"the same score in 1 of 2 layers \(unheard.weight\)"):
         ticket = prune(model, batches(), "snip", 0.5)
     assert ticket.card["level"] == ["unheard.weight"]
