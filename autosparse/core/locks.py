@@ -156,14 +156,17 @@ class RemoteClaim(Claim):
         return False  # Unknown; only its heartbeat shows that it lives.
 
     def _renew(self) -> None:
-        beats = 0
-        while not self._stop.wait(BEAT):
-            if not self._is_ours():
-                self._lost = True
-                return
-            beats += 1
-            with suppress(RunFailed, OSError):  # A full store; whoever writes next reports it.
+        beats, renewed = 0, time.monotonic()
+        while not (self._lost or self._stop.wait(BEAT)):
+            try:
+                if not self._is_ours():
+                    self._lost = True
+                    return
+                beats += 1
                 self._write(beats)
+                renewed = time.monotonic()
+            except Exception:  # Each file system of fsspec raises errors of its own.
+                self._lost = time.monotonic() - renewed > EXPIRY - BEAT
 
     def _write(self, beats: int) -> None:
         owner = {"host": socket.gethostname(), "pid": os.getpid()}

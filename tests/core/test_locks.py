@@ -358,6 +358,30 @@ def test_a_remote_claim_expires(remote: Path, quick: None) -> None:
         assert content(remote)["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("failures", [2, 10**9])
+def test_a_heartbeat_lives_through_a_network_that_fails_for_a_while(
+    remote: Path, quick: None, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    left = [failures]
+
+    def read(self: Path, **_: object) -> str:
+        if threading.current_thread() is threading.main_thread() or left[0] == 0:
+            return self.read_bytes().decode()
+        left[0] -= 1
+        raise ValueError("the network is down")
+
+    with claimed(remote / "run") as claim:
+        assert claim is not None
+        monkeypatch.setattr(type(remote), "read_text", read)
+        if failures == 2:
+            wait_until(lambda: left == [0])
+            beats = content(remote / "run")["beats"]
+            wait_until(lambda: content(remote / "run")["beats"] > beats)
+        else:
+            wait_until(lambda: claim.lost)
+        assert claim.lost == (failures > 2)
+
+
 def test_of_several_who_want_a_remote_folder_one_gets_it(
     remote: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
