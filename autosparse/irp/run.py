@@ -51,9 +51,10 @@ LABELS = ("magnitude", "snip", "lamp")
 SCHEDULES = ("exponential", "linear")
 RANGES = {
     "final_density": "above 0 and below 1",
-    "levels": "at least 1 and at most 255",  # Survival is stored as a byte.
-    "rewind_steps": "at least 0",
-    "steps_per_level": "at least 1",
+    "levels": "whole and at least 1 and at most 255",  # Survival is stored as a byte.
+    "samples_per_class": "whole and at least 1",
+    "rewind_steps": "whole and at least 0",
+    "steps_per_level": "whole and at least 1",
 }
 
 

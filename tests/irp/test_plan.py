@@ -72,7 +72,7 @@ def test_a_run_that_is_planned_twice_is_done_once(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"labels": ["snop"]}, "'snip'"),
-        ({"schedules": [{"levels": 0}]}, "levels must be at least 1 and at most 255"),
+        ({"schedules": [{"levels": 0}]}, "levels must be whole and at least 1 and at most 255"),
     ],
 )
 def test_a_wrong_run_is_refused_before_any_begins(changes: dict, named: str) -> None:

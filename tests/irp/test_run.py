@@ -321,8 +321,10 @@ def test_a_late_run_goes_on_from_its_levels(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"rewind_steps": 3}, "rewind_steps 3: a level has 3 steps only"),
-        ({"rewind_steps": -1}, "rewind_steps must be at least 0"),
-        ({"steps_per_level": 0}, "steps_per_level must be at least 1"),
+        ({"rewind_steps": -1}, "rewind_steps must be whole and at least 0"),
+        ({"steps_per_level": 0}, "steps_per_level must be whole and at least 1"),
+        ({"samples_per_class": 0}, "samples_per_class must be whole and at least 1"),
+        ({"levels": 2.0}, "levels must be whole and at least 1"),
     ],
 )
 def test_horizons_that_cannot_be(tmp_path: Path, changes: dict, message: str) -> None:
