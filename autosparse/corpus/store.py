@@ -139,6 +139,8 @@ def read_run(folder: Path) -> IRPRun:
     """Read a finished run; raise UsageError when it is unfinished or its file was changed."""
     if not is_finished(folder):
         raise UsageError(f"{folder} holds no finished IRP run")
+    if not (folder / RUN).is_file():
+        raise UsageError(f"{folder} is half copied: {FINISHED} is there, {RUN} is not")
     if sha256_of_file(folder / RUN) != marker_of(folder)["sha256"]:
         raise UsageError(f"{folder / RUN} is not what was written (its SHA-256 differs)")
     tensors, card = read_tensors(folder / RUN)

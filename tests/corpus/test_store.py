@@ -58,6 +58,12 @@ def test_a_changed_file_is_noticed(folder: Path) -> None:
         store.read_run(folder / "run1")
 
 
+def test_a_run_that_was_copied_in_part_is_said(folder: Path) -> None:
+    (folder / "run1" / store.RUN).unlink()
+    with pytest.raises(UsageError, match=r"is half copied: finished\.json is there, run\.safet"):
+        store.read_run(folder / "run1")
+
+
 def test_a_corpus_without_finished_runs_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished run"):
         Corpus(tmp_path).cards()
