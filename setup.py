@@ -45,7 +45,7 @@ setup(
         "simplejpeg>=1.8",
         "pyarrow>=15",
         "pyyaml>=6",
-        "universal-pathlib>=0.2",
+        "universal-pathlib>=0.3",
         "rich>=13",
         "setuptools",
     ],
