@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autosparse.core.errors import UsageError, unknown
 from autosparse.core.files import sha256_of_file, write_json
+from autosparse.core.ranges import check_ranges
 from autosparse.data.class_folders import SPLIT_WORDS
 from autosparse.data.config import IndexConfig
 from autosparse.data.manifest import (
@@ -76,6 +77,7 @@ def adopt(
     training tars become the validation split.
     """
     config = config or IndexConfig()
+    check_ranges(config, {"validation_fraction": "at least 0 and below 1"})
     names, listed = _classes(config), tars(root)
     folder = listed[0]
     if (folder / MANIFEST).exists():
@@ -108,7 +110,7 @@ def tars(root: str | Path) -> tuple[Path, list[str]]:
     if names is None:
         paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
         plain = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-        names = [str(path) for path in plain if path.suffix == ".tar"]
+        names = [str(path) for path in plain if path.suffix.lower() == ".tar"]
         for path in map(str, plain):
             packed = COMPRESSED.fullmatch(path)
             if packed and f"{packed[1]}.tar" not in names:

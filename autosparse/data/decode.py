@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ SIZES = (0xC0, 0xC1, 0xC2)
 APP1, ORIENTATION = 0xE1, 0x0112
 MOST_PIXELS = 1 << 26
 """Larger JPEGs are left to PIL, which warns of decompression bombs from 89 million pixels on."""
+
+
+DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What PIL raises where an image is damaged."""
 
 
 class BadImage(UsageError):
@@ -83,7 +91,7 @@ def decode(
         raise BadImage(f"{where} is empty")
     try:
         return _decoded(content, size, crop, into)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise BadImage(f"{where} cannot be decoded ({error})") from error
 
 
@@ -188,6 +196,9 @@ def _turned(segment: bytes) -> bool:
     """Whether by this metadata segment the image must, or may have to, be rotated."""
     if segment.startswith(b"Exif\0"):
         exif = Image.Exif()
-        exif.load(segment)
+        try:
+            exif.load(segment)
+        except DAMAGED:
+            return True  # PIL may still find the image whole.
         return exif.get(ORIENTATION, 1) != 1
     return b"Orientation" in segment

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from autosparse.data.config import PackConfig
-from autosparse.data.decode import BadImage, decode, eight_bit, read_image
+from autosparse.data.decode import DAMAGED, BadImage, decode, eight_bit, read_image
 
 Picture = Path | np.ndarray | bytes
 """An image file, pixels [H, W] or [H, W, 3], or an encoded image."""
@@ -43,7 +43,7 @@ def encoded(picture: Picture, config: PackConfig) -> tuple[bytes, str]:
             else Image.fromarray(content)
         ) as image:
             return _encoded(image, content, config, where)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise BadImage(f"{where} cannot be packed ({error})") from None
 
 

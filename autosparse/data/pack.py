@@ -29,6 +29,7 @@ from autosparse.core.files import (
     write_json,
 )
 from autosparse.core.locks import claimed
+from autosparse.core.ranges import check_ranges
 from autosparse.data.config import DataConfig, PackConfig
 from autosparse.data.decode import BadImage, count_bad, too_many
 from autosparse.data.encode import Picture, encoded
@@ -48,6 +49,15 @@ Sample = tuple[Picture, int]
 RECORDS, INFO = ".packing", "_info.json"
 BAD_IMAGES = "max_bad_images"
 """The setting that says how many images may be left out."""
+RANGES = {
+    "resize": "whole and at least 1",
+    "quality": "whole and at least 1 and at most 100",
+    "per_shard": "whole and at least 1",
+    "seed": "whole and at least 0 and at most 4294967295",
+    "validation_fraction": "above 0 and below 1",
+    "workers": "whole and at least 1",
+    "max_bad_images": "whole and at least 0",
+}
 
 
 @dataclass(frozen=True)
@@ -78,23 +88,11 @@ def pack(
         on_shard: called with every shard, when it is written, or was there already.
     """
     config = config or PackConfig()
-    _check(config)
+    check_ranges(config, RANGES)
     root = local_place(folder)
     parts, classes = _listed(source, config)
     tasks = _plan(parts, config)
     return write(tasks, classes, root, config, on_start=on_start, on_shard=on_shard)
-
-
-def _check(config: PackConfig) -> None:
-    least = {"resize": 1, "quality": 1, "per_shard": 1, "workers": 1, "max_bad_images": 0}
-    for name, value in least.items():
-        given = getattr(config, name)
-        if given is not None and given < value:
-            raise UsageError(f"{name} must be at least {value}: {given}")
-    if (config.quality or 1) > 100:
-        raise UsageError(f"quality must be at most 100: {config.quality}")
-    if not 0 < config.validation_fraction < 1:
-        raise UsageError(f"validation_fraction must be in (0, 1): {config.validation_fraction}")
 
 
 def _listed(source: str, config: PackConfig) -> tuple[dict[str, list[Sample]], list[str]]:

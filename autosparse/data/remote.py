@@ -144,7 +144,7 @@ def expanded(root: str) -> tuple[str, list[str] | None]:
     from braceexpand import UnbalancedBracesError, braceexpand
 
     local = "://" not in root
-    if not (".tar" in root or "{" in root) or (local and Path(root).expanduser().is_dir()):
+    if not (".tar" in root.lower() or "{" in root) or (local and Path(root).expanduser().is_dir()):
         return root, None
     try:
         tars = list(braceexpand(root))

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from autosparse.core.errors import UsageError, unknown
+from autosparse.core.ranges import check_ranges
 from autosparse.data import identity, normalisation, remote
 from autosparse.data.config import DataConfig
 from autosparse.data.normalisation import prepare
@@ -64,6 +65,15 @@ _SETS = {
 }
 """Name -> the module MODULE whose load_MODULE loads it, imported when asked for; its shape."""
 
+RANGES = {
+    "image_size": "whole and at least 1",
+    "validation_fraction": "above 0 and below 1",
+    "workers": "whole and at least 0",
+    "memory_limit_gb": "at least 0",
+    "lanes": "whole and at least 1",
+    "max_bad_images": "whole and at least 0",
+}
+
 
 def shape(config: DataConfig) -> Shape:
     """Return what is known from the settings alone, without a look at the images."""
@@ -78,10 +88,7 @@ def check_config(config: DataConfig) -> None:
         raise unknown("data set", config.name, names())
     if config.name in identity.OWN and not config.root:
         raise UsageError(f"data.name {config.name} needs data.root, the folder to read")
-    if not 0 < config.validation_fraction < 1:
-        raise UsageError(
-            f"data.validation_fraction must be in (0, 1): {config.validation_fraction}"
-        )
+    check_ranges(config, RANGES, "data.")
     normalisation.check(config.normalisation)
     if config.name == "shards":
         remote.folder_of(config)

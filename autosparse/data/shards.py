@@ -42,8 +42,6 @@ def load_shards(config: DataConfig) -> DataSource:
     for shard in manifest.shards:
         folder.check(shard)
     folder.file(INDEX, needed=False)
-    if config.lanes < 1:
-        raise UsageError(f"data.lanes must be at least 1: {config.lanes}")
     classes = len(manifest.classes)
     samples = {
         split: ShardSamples(

@@ -18,8 +18,11 @@ would do; splits that are made with the same seed and differ in purpose have sal
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return one number for a seed and an epoch, or another number below a million.
 
-    1,000,003 is the first prime above a million: no two pairs give the same.
+    1,000,003 is the first prime above a million: no two pairs give the same. What data make of it
+    fits into torch's 64 bits for seeds of 32 bits.
     """
+    if not -(1 << 31) <= seed < 1 << 32:
+        raise UsageError(f"seed must be at most {(1 << 32) - 1}, got {seed}")
     return seed * 1_000_003 + epoch
 
 
@@ -29,17 +32,19 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tensor, Tensor]:
+def stratified(
+    labels: Tensor, fraction: float, *, salt: int = 0, at_most: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Split positions into (rest, chosen): `fraction` of every class chosen, always the same.
 
     The total is exact (rounded); what the classes' fractions leave over goes to the largest
     remainders. Every class of two or more images has at least one in each part if that is
-    possible.
+    possible; many small classes may thus make the total larger, unless `at_most` is given.
     """
     generator = torch.Generator().manual_seed(SPLIT_SEED + salt)
     classes = labels.unique().tolist()
     places = {label: (labels == label).nonzero().squeeze(1) for label in classes}
-    counts = _shares({label: len(places[label]) for label in classes}, fraction)
+    counts = _shares({label: len(places[label]) for label in classes}, fraction, at_most)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in classes:
         order = torch.randperm(len(places[label]), generator=generator)
@@ -47,7 +52,7 @@ def stratified(labels: Tensor, fraction: float, *, salt: int = 0) -> tuple[Tenso
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
+def _shares(sizes: dict[int, int], fraction: float, at_most: int | None = None) -> dict[int, int]:
     """Divide round(fraction * total) among classes in proportion; each keeps an image or more."""
     total = round(fraction * sum(sizes.values()))
     ideal = {label: size * fraction for label, size in sizes.items()}
@@ -61,6 +66,9 @@ def _shares(sizes: dict[int, int], fraction: float) -> dict[int, int]:
         not_full.sort(key=lambda label: counts[label] - ideal[label])
         for label in not_full[:missing]:
             counts[label] += 1
+    while at_most is not None and sum(counts.values()) > at_most:
+        spare = [label for label in sizes if counts[label] > least[label]]
+        counts[max(spare, key=lambda label: counts[label] - ideal[label])] -= 1
     return counts
 
 
@@ -71,7 +79,7 @@ def limited_places(labels: Tensor, limit: int | None) -> Tensor:
     classes = len(labels.unique())
     if limit < classes:
         raise UsageError(f"data.train_limit must be at least {classes}, one per class: {limit}")
-    return stratified(labels, limit / len(labels), salt=1)[1]
+    return stratified(labels, limit / len(labels), salt=1, at_most=limit)[1]
 
 
 def warn_of_empty(labels: Tensor, classes: Iterable[str], where: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from autosparse.core.errors import UsageError
 from autosparse.data.augment import choose
@@ -69,18 +72,9 @@ def _split(config: DataConfig, train: bool) -> MemorySplit:
     kind, root = SETS[config.name][0], _root(config)
     try:
         dataset = _dataset(config, train=train)
-    except (ValueError, AssertionError, EOFError) as error:
-        raise UsageError(
-            f"{kind} in {root} is damaged ({error}); remove it and start again"
-        ) from error
-    except RuntimeError:
-        try:
-            dataset = _dataset(config, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise UsageError(
-                f"{kind} is not in {root} and could not be downloaded ({error}); "
-                "set data.root to a folder that holds it"
-            ) from error
+    except (RuntimeError, ValueError, AssertionError, EOFError):
+        with _alone(root):  # Another process may be downloading it just now.
+            dataset = _fetched(config, train)
     if len(dataset.data) != len(dataset.targets):
         raise UsageError(
             f"{kind} in {root} has {len(dataset.data)} images and {len(dataset.targets)} labels"
@@ -89,3 +83,34 @@ def _split(config: DataConfig, train: bool) -> MemorySplit:
     images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
     labels = torch.as_tensor(dataset.targets).long()
     return MemorySplit(resized(images.contiguous(), config.image_size or images.shape[-1]), labels)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep other processes from downloading into the folder; where it is read-only, none does."""
+    lock = FileLock(root / ".download.lock")
+    with suppress(OSError, NotImplementedError):
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetched(config: DataConfig, train: bool) -> Any:
+    kind, root = SETS[config.name][0], _root(config)
+    try:
+        return _dataset(config, train=train)
+    except (ValueError, AssertionError, EOFError) as error:
+        raise UsageError(
+            f"{kind} in {root} is damaged ({error}); remove it and start again"
+        ) from error
+    except RuntimeError:
+        try:
+            return _dataset(config, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                f"{kind} is not in {root} and could not be downloaded ({error}); "
+                "set data.root to a folder that holds it"
+            ) from error

@@ -3,8 +3,11 @@
 import hashlib
 import io
 import struct
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from urllib.error import URLError
@@ -12,6 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
@@ -19,10 +23,12 @@ from torchvision import datasets
 from autosparse.core.errors import UsageError
 from autosparse.data import sets
 from autosparse.data.augment import augmented, parse
-from autosparse.data.config import DataConfig
-from autosparse.data.decode import decode
+from autosparse.data.config import DataConfig, PackConfig
+from autosparse.data.decode import BadImage, decode
+from autosparse.data.encode import encoded as pack_encoded
 from autosparse.data.memory import MemorySplit
 from autosparse.data.source import DataSource
+from autosparse.data.splitting import limited_places
 from autosparse.data.stream import Stream
 from autosparse.training import loop, steppers
 from autosparse.training.config import TrainingConfig
@@ -140,6 +146,24 @@ def test_train_limit_is_exact_and_stratified(limit):
     counts = Counter(limited.train.labels.tolist())
     for label, total in Counter(whole.train.labels.tolist()).items():
         assert abs(counts[label] - limit * total / len(whole.train)) <= 1
+
+
+def test_train_limit_is_exact_where_most_classes_are_small():
+    """The small classes keep one image each, the large one gives way."""
+    labels = torch.cat([torch.zeros(10_000), torch.arange(1, 100).repeat(2)]).long()
+    for limit, large in ((100, 1), (150, 51)):
+        counts = torch.bincount(labels[limited_places(labels, limit)])
+        assert counts.tolist() == [large, *[1] * 99]
+
+
+@pytest.mark.parametrize("seed", [1 << 32, 10**20])
+def test_a_seed_that_is_too_large_is_said(seed):
+    source = sets.load(DIGITS)
+    for use in (source.score_batches, partial(source.augmentation, epoch=0)):
+        arguments = (1,) if use == source.score_batches else ()
+        with pytest.raises(UsageError, match=f"seed must be at most 4294967295, got {seed}"):
+            use(*arguments, seed=seed)
+    source.augmentation((1 << 32) - 1, 1000, 64)
 
 
 def test_train_limit_takes_the_same_training_images_and_no_others():
@@ -544,6 +568,25 @@ def test_decode_names_a_damaged_file(tmp_path, damage):
         decode(path, 8)
 
 
+def test_decode_takes_a_jpeg_whose_metadata_are_cut():
+    whole = DECODED["JPEG"][0]
+    segment = b"Exif\0\0II*\0\x08\0"  # Of the offset of its first entry two bytes are missing.
+    cut = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + whole[2:]
+    assert torch.equal(decode(cut, 16), decode(whole, 16))
+
+
+@pytest.mark.parametrize("error", [struct.error, EOFError, IndexError, KeyError, TypeError])
+def test_whatever_pil_raises_the_image_is_bad(monkeypatch, error):
+    def fails(*_):
+        raise error("damaged")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(BadImage, match=r"cannot be decoded .*damaged"):
+        decode(DAMAGED["cut PNG"], 8)
+    with pytest.raises(BadImage, match=r"cannot be packed .*damaged"):
+        pack_encoded(DAMAGED["cut PNG"], PackConfig(resize=8))
+
+
 # image folders
 
 
@@ -775,6 +818,22 @@ def test_no_data_and_no_network_names_the_folder(tmp_path, monkeypatch, name, ki
     assert kind in str(caught.value)
 
 
+def test_a_set_is_not_downloaded_twice_at_a_time(tmp_path, monkeypatch):
+    """What one process downloads, another waits for."""
+    monkeypatch.setattr(datasets.MNIST, "download", lambda self: pytest.fail("downloaded twice"))
+    other = FileLock(tmp_path / ".download.lock")
+    config = DataConfig("mnist", str(tmp_path))
+    with ThreadPoolExecutor(1) as pool:
+        with other:
+            waiting = pool.submit(sets.load, config)
+            time.sleep(0.3)
+            assert not waiting.done()
+            write_mnist(tmp_path)
+        assert len(waiting.result(20).test) == 20
+    with other.acquire(timeout=0):
+        pass
+
+
 @pytest.mark.parametrize("kept", [0, 10, 500])
 def test_cut_mnist_file_names_the_folder(tmp_path, kept):
     write_mnist(tmp_path)
@@ -795,6 +854,11 @@ def test_cut_mnist_file_names_the_folder(tmp_path, kept):
         (DataConfig("shards"), "data.root"),
         (DataConfig(validation_fraction=0.0), "validation_fraction"),
         (DataConfig(validation_fraction=1.0), "validation_fraction"),
+        (DataConfig(image_size=0), "data.image_size must be whole and at least 1, got 0"),
+        (DataConfig(image_size=-8), "data.image_size must be"),
+        (DataConfig(workers=-1), "data.workers must be"),
+        (DataConfig(memory_limit_gb=-1), "data.memory_limit_gb must be"),
+        (DataConfig(max_bad_images=-1), "data.max_bad_images must be"),
         (DataConfig(augment="rotate"), "rotate"),
     ],
 )

@@ -310,6 +310,11 @@ def test_shards_in_folders_are_read(tmp_path):
     assert pairs(source.validation.once(4)) == [(10, 0), (11, 1)]
 
 
+def test_a_share_of_the_tars_is_less_than_all_of_them(tmp_path):
+    with pytest.raises(UsageError, match="validation_fraction must be at least 0 and below 1"):
+        adopt(foreign(tmp_path), IndexConfig(validation_fraction=-0.5))
+
+
 def test_a_pattern_or_a_tar_as_root_takes_these_shards_of_the_manifest(tmp_path):
     root = tmp_path / "s"
     for number in range(3):
@@ -328,6 +333,14 @@ def test_a_pattern_or_a_tar_as_root_takes_these_shards_of_the_manifest(tmp_path)
         sets.load(config(f"{root}/train-{{002..003}}.tar", tmp_path))
     with pytest.raises(UsageError, match="lists no test shard"):
         sets.load(config(f"{root}/train-001.tar", tmp_path))
+
+
+def test_endings_of_tars_may_be_upper_case(tmp_path):
+    for word in ("TRAIN", "VAL", "TEST"):
+        write_tar(tmp_path / "s" / f"{word}-0.TAR", plain([1, 2]))
+    assert len(adopt(tmp_path / "s")) == 3
+    pattern = f"{tmp_path}/s/{{TRAIN,VAL,TEST}}-0.TAR"
+    assert len(sets.load(config(pattern, tmp_path)).train) == 2
 
 
 def test_a_pattern_is_indexed(tmp_path):

@@ -267,7 +267,8 @@ def test_worker_names_the_image_and_nothing_looks_finished(pets, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"per_shard": 0}, {"resize": 0}, {"quality": 101}, {"workers": 0}]
+    "options",
+    [{"per_shard": 0}, {"resize": 0}, {"quality": 101}, {"workers": 0}, {"seed": 1 << 64}],
 )
 def test_options_that_cannot_be_are_refused(pets, tmp_path, options):
     with pytest.raises(UsageError, match=next(iter(options))):
