@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +58,8 @@ Set by hand, about a middle layer of a small network; the fit standardises its i
 """
 LIMIT = 3.0
 """Largest size of inputs that are logarithms of ratios: e^3 is twenty times. Set by hand."""
-
-
-@dataclass(frozen=True)
-class LayerContext:
-    """What is the same for all weights of a layer; `constants` are inputs, already scaled."""
-
-    constants: tuple[float, ...]
+Constants: TypeAlias = "tuple[float, ...]"
+"""Inputs that are the same for all weights of a layer, already scaled."""
 
 
 def names_of(kind: str) -> tuple[str, ...]:
@@ -77,8 +71,8 @@ def names_of(kind: str) -> tuple[str, ...]:
 
 def contexts(
     weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-) -> dict[str, LayerContext]:
-    """Return the context of every layer of one model, from all of its prunable weights."""
+) -> dict[str, Constants]:
+    """Return the constants of every layer of one model, from all of its prunable weights."""
     total = sum(weight.numel() for weight in weights.values())
     mass = {
         name: float((_precise(weight.detach()) * gradients[name]).abs().mean())
@@ -90,16 +84,14 @@ def contexts(
         fan_out, fan_in = weight.shape[0], weight.shape[1]
         kernel = math.prod(weight.shape[2:])
         sensitivity = math.log10(max(mass[name], TINY) / max(mean_mass, TINY))
-        by_layer[name] = LayerContext(
-            (
-                math.log10(weight.numel()) - LOG_SIZE,
-                math.log10(weight.numel() / total) - LOG_SHARE,
-                math.log10(fan_in * kernel) - LOG_FAN_IN,
-                math.log10(fan_out) - LOG_FAN_OUT,
-                math.log10(kernel),
-                place / max(len(weights) - 1, 1),
-                min(max(sensitivity, -LIMIT), LIMIT),
-            )
+        by_layer[name] = (
+            math.log10(weight.numel()) - LOG_SIZE,
+            math.log10(weight.numel() / total) - LOG_SHARE,
+            math.log10(fan_in * kernel) - LOG_FAN_IN,
+            math.log10(fan_out) - LOG_FAN_OUT,
+            math.log10(kernel),
+            place / max(len(weights) - 1, 1),
+            min(max(sensitivity, -LIMIT), LIMIT),
         )
     return by_layer
 
@@ -147,7 +139,7 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
 
 
 def layer_features(
-    kind: str, weight: Tensor, gradient: Tensor, context: LayerContext | None
+    kind: str, weight: Tensor, gradient: Tensor, constants: Constants | None
 ) -> Iterator[Tensor]:
     """Yield the features of one layer in pieces of shape [F, n], weights in row-major order.
 
@@ -155,8 +147,7 @@ def layer_features(
         kind: a key of KINDS; F is the number of its inputs.
         weight: initial weight [out, in, *kernel].
         gradient: initial gradient, of the same shape.
-        context: of this layer, from `contexts`; None leaves its constants, the last of `context`,
-            out.
+        constants: of this layer, from `contexts`; None leaves these inputs, the last, out.
     """
     weight, gradient = weight.detach().float(), gradient.detach().float()
     if names_of(kind) == KINDS["paper"]:
@@ -177,7 +168,7 @@ def layer_features(
     for start in range(0, w.shape[0], rows):
         part = slice(start, start + rows)
         yield _context_piece(
-            w[part], g[part], part, (scale_w, scale_g, scale_wg), channels, context
+            w[part], g[part], part, (scale_w, scale_g, scale_wg), channels, constants or ()
         )
 
 
@@ -187,12 +178,11 @@ def _context_piece(
     part: slice,
     scales: tuple[Tensor, Tensor, Tensor],
     channels: tuple[Tensor, Tensor, Tensor, Tensor],
-    context: LayerContext | None,
+    constants: Constants,
 ) -> Tensor:
     """Fill [F, n] for some output channels; w and g are [rows, in, kernel]."""
     scale_w, scale_g, scale_wg = scales
     out_w, out_g, in_w, in_g = channels
-    constants = context.constants if context else ()
     piece = w.new_empty(VARYING + len(constants), *w.shape)
     torch.div(w.abs(), scale_w, out=piece[0])
     torch.asinh(g.abs() / scale_g, out=piece[1])

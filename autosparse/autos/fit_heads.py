@@ -126,7 +126,7 @@ def sample(run: IRPRun, config: FitConfig, run_id: str, heads: Heads) -> Part:
     return layers, Weights(torch.cat(inputs), torch.cat(survival), torch.cat(layer))
 
 
-def _layers(run: IRPRun, contexts: dict[str, features.LayerContext], heads: Heads) -> Layers:
+def _layers(run: IRPRun, contexts: dict[str, features.Constants], heads: Heads) -> Layers:
     shapes = {name: weight.shape for name, weight in run.initial.items()}
     total = sum(weight.numel() for weight in run.initial.values())
     densities, erk, truth = [], [], []
@@ -136,7 +136,7 @@ def _layers(run: IRPRun, contexts: dict[str, features.LayerContext], heads: Head
         erk.append(list(erk_log_odds(shapes, densities[-1]).values()))
         truth.append([alive[name] / shape.numel() for name, shape in shapes.items()])
     return Layers(
-        torch.tensor([contexts[name].constants for name in shapes]),
+        torch.tensor([contexts[name] for name in shapes]),
         torch.tensor(erk).T,
         torch.tensor(truth).T,
         torch.tensor([float(shape.numel()) for shape in shapes.values()]),

@@ -74,13 +74,16 @@ def apply_mlp(matrices: Sequence[Tensor], biases: Sequence[Tensor], piece: Tenso
     return torch.addmm(biases[-1], matrices[-1], piece)[0]
 
 
+ALLOCATION_HIDDEN = 8
+"""Width of the allocation head's hidden layer."""
+
+
 class Heads(nn.Module):
     """The two networks and the normalisation of their inputs.
 
     Args:
         hidden: widths of the hidden layers of the selection head.
         densities: those that both heads have outputs for, falling.
-        allocation_hidden: width of the allocation head's hidden layer.
     """
 
     mean: Tensor
@@ -90,7 +93,6 @@ class Heads(nn.Module):
         self,
         hidden: Sequence[int] = (16, 16),
         densities: Sequence[float] = DENSITIES,
-        allocation_hidden: int = 8,
     ) -> None:
         super().__init__()
         self.densities = tuple(densities)
@@ -98,7 +100,7 @@ class Heads(nn.Module):
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.ones(inputs))
         self.selection = mlp([inputs, *hidden, len(self.densities)])
-        self.allocation = mlp([CONSTANTS, allocation_hidden, len(self.densities)])
+        self.allocation = mlp([CONSTANTS, ALLOCATION_HIDDEN, len(self.densities)])
         nn.init.zeros_(self.allocation[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.allocation[-1].bias)  # type: ignore[arg-type]
 
@@ -129,7 +131,7 @@ class Heads(nn.Module):
         the expected survivors add up to the budget.
         """
         kind = self.mean.dtype
-        rows = torch.tensor([contexts[name].constants for name in shapes], dtype=kind)
+        rows = torch.tensor([contexts[name] for name in shapes], dtype=kind)
         mix = torch.tensor(interpolation(density, self.densities), dtype=kind)
         start = erk_log_odds(shapes, density)
         odds = (self.layers_say(rows.to(self.mean.device)).cpu() @ mix).double()
@@ -141,7 +143,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def weight_scores(
-        self, weight: Tensor, gradient: Tensor, context: features.LayerContext, density: float
+        self, weight: Tensor, gradient: Tensor, constants: features.Constants, density: float
     ) -> Tensor:
         """Return the selection head's log-odds at `density`, in the shape of the weight."""
         like = {"dtype": self.mean.dtype, "device": self.mean.device}
@@ -150,8 +152,8 @@ class Heads(nn.Module):
         matrices = [layer.weight for layer in linears]
         biases = [layer.bias[:, None] for layer in linears]
         matrices[-1], biases[-1] = mix[None] @ matrices[-1], mix[None] @ biases[-1]
-        constants = torch.tensor(context.constants, **like)
-        scaled = (constants - self.mean[-CONSTANTS:]) / self.std[-CONSTANTS:]
+        inputs = torch.tensor(constants, **like)
+        scaled = (inputs - self.mean[-CONSTANTS:]) / self.std[-CONSTANTS:]
         fixed = matrices[0][:, -CONSTANTS:] @ scaled.clamp(-LIMIT, LIMIT)
         matrices[0], biases[0] = matrices[0][:, :-CONSTANTS], biases[0] + fixed[:, None]
         mean, std = self.mean[:-CONSTANTS, None], self.std[:-CONSTANTS, None]

@@ -244,23 +244,11 @@ def as_on_rank_0(tensors: dict[str, Tensor]) -> None:
         dist.broadcast(tensors[name], 0)
 
 
-def register(
-    name: str,
-    *,
-    needs_data: bool,
-    trains: bool = False,
-    provenance: Callable[..., dict[str, str]] | None = None,
-    learned: bool = False,
-    chooses: bool | Callable[..., bool] = False,
-    allocates: bool = False,
-    takes_units: bool = False,
-) -> Callable:
+def register(name: str, *, needs_data: bool, **fields: Any) -> Callable:
     """Register the decorated function as the criterion `name`; see Criterion for the fields."""
 
     def add(function: Callable[..., Scores | Masks]) -> Callable[..., Scores | Masks]:
-        _REGISTRY[name] = Criterion(
-            name, function, needs_data, trains, provenance, learned, chooses, allocates, takes_units
-        )
+        _REGISTRY[name] = Criterion(name, function, needs_data, **fields)
         return function
 
     return add

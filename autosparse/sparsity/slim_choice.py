@@ -6,7 +6,7 @@ import numpy as np
 
 from autosparse.sparsity.slim_graph import CONVOLUTIONS, op_name
 from autosparse.sparsity.slim_rules import Rules, Site
-from autosparse.sparsity.slim_units import STAYS, Positions
+from autosparse.sparsity.slim_units import STAYS, Positions, padded
 
 
 class Choice:
@@ -60,10 +60,7 @@ class Choice:
             if unit not in self._parts:
                 self._parts[unit] = self.units.parts(unit)
             parts.append(self._parts[unit])
-        table = np.full((len(parts), max(map(len, parts), default=1) or 1), STAYS)
-        for row, each in zip(table, parts, strict=True):
-            row[: len(each)] = each
-        return table
+        return padded(parts, len(parts))
 
     def _rows(self, site: Site) -> np.ndarray | None:
         return None if site.gives is None else self._table(site.gives)

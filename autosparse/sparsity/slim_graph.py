@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -227,8 +226,3 @@ def free_name(module: nn.Module, wanted: str) -> str:
         found.append(name)
         owner = nn.Module() if there is None else there
     return ".".join(found)
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """Return the number of elements of a shape."""
-    return math.prod(shape)

@@ -21,7 +21,7 @@ from autosparse.models.zoo import device_of
 from autosparse.sparsity.slim_constants import facts
 from autosparse.sparsity.slim_graph import CONVOLUTIONS, argument, op_name, traced
 from autosparse.sparsity.slim_moves import Moves
-from autosparse.sparsity.slim_units import STAYS, Positions, Units
+from autosparse.sparsity.slim_units import STAYS, Positions, Units, padded
 
 Table: TypeAlias = np.ndarray
 """int [positions, parts]: a place along a dimension stays if all of its units do; rows are filled
@@ -88,11 +88,7 @@ def _keep_what_others_write(module: fx.GraphModule, rules: Moves, names: set[str
 
 def _table(units: Units, positions: Positions, size: int) -> Table:
     parts = [units.parts(unit) for unit in ([] if positions is None else positions.tolist())]
-    width = max(map(len, parts), default=0) or 1
-    found = np.full((size, width), STAYS)
-    for row, each in zip(found, parts, strict=False):
-        row[: len(each)] = each
-    return found
+    return padded(parts, size)
 
 
 def _numbered(tables: Mapping[str, tuple[Table, Table]]) -> Coupled:

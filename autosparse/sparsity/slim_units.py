@@ -20,6 +20,14 @@ Dims: TypeAlias = "list[Positions]"
 """A tensor's dimensions."""
 
 
+def padded(parts: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """Return `count` rows that begin with the parts and are filled up with `STAYS`."""
+    table = np.full((count, max(map(len, parts), default=0) or 1), STAYS)
+    for row, each in zip(table, parts, strict=False):
+        row[: len(each)] = each
+    return table
+
+
 class Units:
     """Which positions go together: union-find over numbers."""
 

@@ -77,7 +77,7 @@ class Ticket:
         model = unwrapped(model)
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         masks = {name: mask.detach().cpu() for name, mask in masks.items()}
-        values = {name: state[name][mask].clone() for name, mask in masks.items()}
+        values = {name: state[name][mask] for name, mask in masks.items()}
         shared = _tied_names(model, masks)
         rest = {
             name: tensor.clone()
@@ -107,7 +107,7 @@ class Ticket:
         pruned = {name: m.bool().cpu() for name, m in getattr(unwrapped(model), MASKS, {}).items()}
         masks = start.masks | {n: m for n, m in (pruned | made_compact).items() if n in start.masks}
         values = {
-            name: state[name].clone() if name in made_compact else state[name][mask].clone()
+            name: state[name].clone() if name in made_compact else state[name][mask]
             for name, mask in masks.items()
         }
         rest = {name: state[name].clone() for name in start.rest}
