@@ -18,6 +18,9 @@ Added after seed 0 was known, since timm's narrower resnet18 keeps its stem of 6
 half of its latency is: `uniform`, the net with fewer channels in all layers, stem included (the
 criterion `random` with `units` 1: as many random channels everywhere).
 
+Added after all other rows were known, to be fair to a rival: `torch_pruning_…_of_4`, the same with
+Torch-Pruning's option `round_to=4`, as ONNX Runtime has quick kernels for multiples of four only.
+
 Test accuracy is read once. Latency is that of the trained network itself, slimmed where it is a
 ticket, in ONNX Runtime: one image, one thread, in turn with the dense one, median of `--runs`, mean
 over the seeds. Nothing is changed after a row is known. The question: at equal latency, is a
@@ -77,6 +80,8 @@ UNIFORM: dict[str, tuple[float, ...]] = {"resnet18": (0.5, 0.25, 0.125)}
 SPARSITIES, UNITS = (0.95, 0.98), (0.0, 0.5, 1.0)
 KEPT = (0.5, 0.25)
 """Share of the channels that Torch-Pruning keeps."""
+RIVAL, OF_4 = "torch_pruning_", "_of_4"
+"""Begin and end of the names of its rows; the end where channels are kept in multiples of four."""
 TRAINING = TrainingConfig(epochs=6, batch_size=128, learning_rate=0.01, checkpoint_epochs=0)
 
 
@@ -100,7 +105,9 @@ class Table:
         self.labels += [f"uniform_{width:g}" for width in UNIFORM.get(net, ())]
         self.labels += [f"{s * 100:g}_units_{u:g}" for s in SPARSITIES for u in UNITS]
         if importlib.util.find_spec("torch_pruning"):
-            self.labels += [f"torch_pruning_{kept:g}" for kept in KEPT]
+            self.labels += [f"{RIVAL}{kept:g}{of}" for of in ("", OF_4) for kept in KEPT]
+        if arguments.rows:
+            self.labels = [each for each in self.labels if each in ("dense", *arguments.rows)]
 
     def cell(self, label: str, seed: int) -> grid.StudyCell:
         """Return a row's training: a dense network, or a ticket."""
@@ -130,10 +137,10 @@ class Table:
 
     def train(self, label: str, seed: int) -> Part | None:
         """Return a row's accuracy with this seed, trained now if there is time."""
-        if label.startswith("torch_pruning"):
+        if label.startswith(RIVAL):
             if self.train("dense", seed) is None:
                 return None
-            measure = partial(self.retrained, float(label.rsplit("_", 1)[1]), seed)
+            measure = partial(self.retrained, label, seed)
         else:
             measure = partial(self.trained, label, seed)
         return self.parts.get(f"{self.net}_{label}_seed{seed}", self.settings(), measure)
@@ -149,27 +156,27 @@ class Table:
         result = local.run_cell(cell, local.load(cell.config))
         return {"accuracy": 100 * result["test_accuracy"], "dead": bool(result.get("dead"))}
 
-    def retrained(self, kept: float, seed: int) -> Part:
+    def retrained(self, label: str, seed: int) -> Part:
         """Prune the trained dense network by Torch-Pruning and train it again."""
         cell = self.cell("dense", seed)
         source = local.load(cell.config)
-        model = self.fewer_channels(kept, seed)
+        model = self.fewer_channels(label, seed)
         config = cell.config.training
         steps = steps_per_epoch(source.train, config)
         with seeded(seed):
             stepper = PlainStepper(model, config, steps)
             fit(stepper, source, config, seed=seed)
         test = evaluate(stepper.evaluated(), source, source.test, config=config)
-        self.kept_file(kept, seed).parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.kept_file(kept, seed), model.state_dict(), {})
+        self.kept_file(label, seed).parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.kept_file(label, seed), model.state_dict(), {})
         return {"accuracy": 100 * test.accuracy}
 
-    def kept_file(self, kept: float, seed: int) -> Path:
+    def kept_file(self, label: str, seed: int) -> Path:
         """Return where the values of a network that Torch-Pruning made are kept."""
-        name = f"{self.net}_{kept:g}_seed{seed}.safetensors"
+        name = f"{self.net}_{label.removeprefix(RIVAL)}_seed{seed}.safetensors"
         return self.arguments.out / "torch_pruning" / name
 
-    def fewer_channels(self, kept: float, seed: int) -> nn.Module:
+    def fewer_channels(self, label: str, seed: int) -> nn.Module:
         """Return the trained dense network without the channels that Torch-Pruning takes away."""
         import torch_pruning
 
@@ -180,18 +187,18 @@ class Table:
             images,
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             global_pruning=True,
-            pruning_ratio=1 - kept,
+            pruning_ratio=1 - float(label.removeprefix(RIVAL).removesuffix(OF_4)),
             max_pruning_ratio=0.95,
+            round_to=4 if label.endswith(OF_4) else None,
             ignored_layers=[model.get_classifier()],
         ).step()
         return model
 
     def network(self, label: str, seed: int) -> nn.Module:
         """Return a trained network as it is run: slimmed, where it is a ticket."""
-        if label.startswith("torch_pruning"):
-            kept = float(label.rsplit("_", 1)[1])
-            model = self.fewer_channels(kept, seed)
-            model.load_state_dict(load_file(self.kept_file(kept, seed)))
+        if label.startswith(RIVAL):
+            model = self.fewer_channels(label, seed)
+            model.load_state_dict(load_file(self.kept_file(label, seed)))
             return model.eval()
         model = dense_model(trained_ticket(self.cell(label, seed).folder))
         return slim(model, self.images()) if asked(label) else model
@@ -240,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     found = options(__doc__)
     found.add_argument("--data", type=Path, required=True, help="folder with train/CLASS")
     found.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    found.add_argument("--rows", nargs="+", help="only these rows; dense is always among them")
     found.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     found.add_argument("--side", type=int, default=32, help="of the images, in pixels")
     found.add_argument("--images", type=int, default=20000, help="to train on")
