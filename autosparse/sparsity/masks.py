@@ -196,7 +196,7 @@ def top_of(layers: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def _top_of_few(layers: Sequence[Tensor], count: int, size: int) -> list[Tensor] | None:
-    """Do it among the values above a bound, if few of many are wanted, in a third of the time."""
+    """Do it among the values above a bound, if few of many are wanted, in half of the time."""
     if size <= 8 * SAMPLE or 8 * count > size:
         return None
     low, _ = bounds(layers, count)
