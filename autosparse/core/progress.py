@@ -138,7 +138,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str = "", spare: Sequence
             below names those that were left out.
     """
     width = terminal_width()
-    lines = [{key: _shown(value) for key, value in row.items()} for row in rows]
+    lines = [{key: as_text(value) for key, value in row.items()} for row in rows]
     widths = _widths(lines)
     left_out = _left_out(widths, width, spare)
     if title:
@@ -205,7 +205,8 @@ def shortened(text: str, width: int) -> str:
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
-def _shown(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Return a value of a table as text, numbers short."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -14,6 +14,7 @@ import yaml
 
 from autosparse.core.errors import UsageError
 from autosparse.core.files import is_local, place, write_text
+from autosparse.core.progress import as_text
 from autosparse.core.versions import library_versions
 from autosparse.corpus.store import Corpus, shown
 from autosparse.report import drawing
@@ -36,11 +37,13 @@ LABELS = {
 LABELS["comparison"] = LABELS["twins"]
 """Caption of a figure, by the end of its file's name."""
 MEANING = {
-    "selection matters": "surely above its shuffled twin: which weights it keeps matters",
-    "only allocation": "no better than its shuffled twin, which is surely above uniform random "
-    "pruning: only how many weights each layer keeps matters",
-    "worse": "surely below its shuffled twin, or below uniform random pruning",
-    "neither": "no sure difference to its shuffled twin, nor of that to uniform random pruning",
+    "selection matters": "significantly above its shuffled twin (paired 95 % interval over seeds): "
+    "which weights it keeps matters",
+    "only allocation": "no better than its shuffled twin, which is significantly above uniform "
+    "random pruning: only how many weights each layer keeps matters",
+    "worse": "significantly below its shuffled twin, or below uniform random pruning",
+    "neither": "no significant difference to its shuffled twin, nor of that to uniform random "
+    "pruning",
     "one seed": "a verdict needs two seeds",
     "no twins": "a verdict needs the shuffled twin and uniform random pruning",
 }
@@ -101,10 +104,11 @@ def _study(folder: Path, figures: list[Path]) -> Page:
 def _corpus(folder: Path, figures: list[Path]) -> Page:
     corpus = Corpus(folder)
     rows, cards = corpus.table(), corpus.cards()
-    weights = sum(row["weights"] for row in rows if "weights" in row)
-    summary = f"{len(rows)} finished IRP runs, fingerprint {corpus.fingerprint}."
-    if weights:
-        summary += f" {weights:,} weights with survival."
+    weights = sum(row["prunable_weights"] for row in rows)
+    summary = (
+        f"{len(rows)} finished IRP runs, fingerprint {corpus.fingerprint}. {weights:,} weights "
+        "with survival."
+    )
     settings = {each["run_id"]: {**each["config"], "out": ""} for each in cards}
     return Page(
         f"Corpus {folder.name}",
@@ -257,15 +261,9 @@ def _columns(rows: Table) -> str:
 
 def _cells(tag: str, values: Iterable[Any], kinds: list[str]) -> str:
     return "".join(
-        f'<{tag} class="{kind}">{html.escape(_text(value))}</{tag}>'
+        f'<{tag} class="{kind}">{html.escape(as_text(value))}</{tag}>'
         for value, kind in zip(values, kinds, strict=True)
     )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _figure(path: Path) -> str:

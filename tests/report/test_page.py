@@ -121,6 +121,7 @@ def test_a_corpus_has_its_page_too(tmp_path: Path):
     page = Page(report.write(tmp_path).read_text())
     assert page.tags.count("img") == 3
     assert "1 finished IRP runs" in page.text and "test_byobnet" in page.text
+    assert ". 199,256 weights with survival." in page.text
 
 
 def test_figures_of_a_quickstart_are_drawn_from_its_study(tmp_path: Path, digits: DataSource):
