@@ -80,8 +80,8 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def criterion_of(label: str) -> str:
     """Return the criterion that a row's label is a variant of: autos_irp_100 -> autos_irp."""
-    known = sorted((each for each in COLOURS if label.startswith(each)), key=len)
-    return known[-1] if known else "short_irp" if label.startswith("short_") else label
+    other = "short_irp" if label.startswith("short_") else label
+    return max((each for each in COLOURS if label.startswith(each)), key=len, default=other)
 
 
 def spread(places: Sequence[float], apart: float) -> list[float]:
@@ -154,15 +154,12 @@ def panels(
     size: tuple[float, float] = COLUMN, lines: int = 1, columns: int = 1, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
     """Give a figure and its grid of axes [lines, columns], in the style."""
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(STYLE):
-        yield pyplot.subplots(
-            lines, columns, figsize=size, squeeze=False, layout="constrained", **options
-        )
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(lines, columns, squeeze=False, **options)
 
 
 def density_ticks(lowest: float) -> dict[str, list]:
@@ -212,12 +209,9 @@ def density_axis(axes: Any, densities: Sequence[float]) -> None:
 
 
 def save(figure: Figure, rows: Sequence[dict[str, Any]], path: Path, dpi: int = 160) -> Path:
-    """Write the PNG, and the data as CSV beside it; close the figure."""
-    from matplotlib import pyplot
-
+    """Write the PNG, and the data as CSV beside it."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
-    pyplot.close(figure)
     with replacing(path.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

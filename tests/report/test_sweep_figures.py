@@ -6,6 +6,7 @@ import csv
 import itertools
 from pathlib import Path
 
+import matplotlib
 import pytest
 from PIL import Image
 
@@ -154,3 +155,18 @@ def test_accuracy_over_flops_joins_the_best_at_their_cost(tmp_path: Path, drawn)
     frontier = axes.lines[-1]
     assert list(frontier.get_xdata()) == [1e9, 2e9]
     assert list(frontier.get_ydata()) == [60, 70]
+
+
+def test_a_notebooks_own_figures_are_left_alone(tmp_path: Path, monkeypatch):
+    from matplotlib import pyplot
+
+    before = matplotlib.get_backend()
+    pyplot.switch_backend("svg")
+    try:
+        sweep_figures.accuracy_against_density(ROWS, tmp_path / "a.png", "t")
+        with pytest.raises(KeyError), style.panels():
+            raise KeyError("drawing failed")
+        assert matplotlib.get_backend() == "svg"
+        assert pyplot.get_fignums() == []
+    finally:
+        pyplot.switch_backend(before)
