@@ -23,7 +23,9 @@ from autosparse.training.masked_stepper import MaskedStepper
 from autosparse.training.steppers import PlainStepper
 
 
-def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dict[str, Tensor]:
+def replay(
+    run: store.IRPRun, level: int, steps: int, source: DataSource, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Train a level of a finished run again; return the dense state dict, zero where pruned.
 
     Args:
@@ -31,8 +33,10 @@ def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dic
         level: 0 (dense) to N.
         steps: how many of the level's steps to make, at least 1.
         source: the data that the run was made on.
+        device: where to train, cpu or cuda; the state dict lies there too.
 
-    It is the run's own state bit for bit on the same hardware, versions and number of threads.
+    It is the run's own state bit for bit on the device that the level's card names, with the same
+    hardware, versions and number of threads; on another it differs by rounding.
     Raises UsageError if the data are others, or the level has fewer steps.
     """
     if source.fingerprint != run.card["data_fingerprint"] and not _of_same_content(run, source):
@@ -42,7 +46,9 @@ def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dic
     if config.get("steps_per_level") is not None:
         training = replace(training, schedule="none")
     first = config.get("rewind_steps", 0) if level else 0
-    dense = zoo.from_recipe(run.card["model"])
+    where = zoo.choose_device(device)
+    source = source.to(where)
+    dense = zoo.from_recipe(run.card["model"]).to(where)
     ticket = run.ticket(level) if level else _dense_ticket(run)
     most = run.card["levels"][level].get("image_passes", 0) // training.batch_size
     if most and not 1 <= steps <= most:
@@ -52,7 +58,7 @@ def replay(run: store.IRPRun, level: int, steps: int, source: DataSource) -> dic
     if masked:
         stepper = MaskedStepper(dense, training, per_epoch, list(ticket.masks)).begin(ticket)
     else:
-        stepper = PlainStepper(compact(dense, ticket), training, per_epoch)
+        stepper = PlainStepper(compact(dense, ticket).to(where), training, per_epoch)
     with seeded(config["seed"]):
         fit(stepper, source, training, seed=config["seed"], span=Span(first, first + steps))
     return (dense if masked else densify(dense)).state_dict()

@@ -551,6 +551,15 @@ def test_some_steps_of_the_dense_level_are_those_of_the_training(
         assert torch.equal(tensor, expected[name])
 
 
+def test_a_level_is_replayed_on_the_device_that_is_asked_for(
+    run: store.IRPRun, digits: DataSource, device: torch.device
+) -> None:
+    found, expected = replay(run, 1, 1, digits, str(device)), replay(run, 1, 1, digits)
+    for name, tensor in expected.items():
+        assert found[name].device.type == device.type
+        assert torch.allclose(found[name].cpu(), tensor, atol=1e-4)
+
+
 def test_replay_on_other_data_is_refused(run: store.IRPRun) -> None:
     other = sets.load(DataConfig(train_limit=310))
     with pytest.raises(UsageError, match=f"run {run.card['run_id']} was made on other data"):
