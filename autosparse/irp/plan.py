@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from autosparse.core.errors import UserError
 from autosparse.core.files import place, read_card
 from autosparse.corpus import store
 from autosparse.data import sets
-from autosparse.data.sets import DataSource
+from autosparse.data.sets import DataSource, Shape
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models import zoo
@@ -31,21 +31,13 @@ from autosparse.training.steppers import PlainStepper
 
 PROBED_STEPS = 3
 """Training steps that are timed, for an estimate; set by hand."""
-USUAL_IMAGES = 10_000
-"""Images per epoch where the settings do not say; only the order of runs hangs on it."""
+USUAL_IMAGES, USUAL_CLASSES = 10_000, 1000
+"""Images per epoch, and classes, where the settings do not say; only the order of runs depends on
+them."""
 BYTES_STORED, BYTES_REMADE = 5, 1
 """Per prunable weight: fp32 initial value and uint8 survival, or survival alone."""
 Known = tuple[float, str]
 """Seconds per image of a level, and where that is known from: corpus or probe."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model is built for: classes, channels and pixels."""
-
-    num_classes: int = 10
-    in_chans: int = 3
-    image_size: int = 32
 
 
 def runs(config: CorpusConfig, folder: str | Path) -> dict[str, IRPConfig]:
@@ -69,13 +61,14 @@ def largest_first(todo: dict[str, IRPConfig]) -> list[str]:
 
 
 def _arithmetic(run: IRPConfig) -> float:
-    """Estimate the operations of a run; only the order of runs hangs on it."""
-    shape = Shape(1000, 3, run.data.image_size or 32)  # The number of classes hardly matters.
+    """Estimate the operations of a run; only the order of runs depends on it."""
     images = run.data.train_limit or USUAL_IMAGES
     per_level = images * run.training.epochs
     if run.steps_per_level is not None:
         per_level = run.steps_per_level * run.training.batch_size
     try:
+        shape = sets.shape(run.data)
+        shape = replace(shape, num_classes=shape.num_classes or USUAL_CLASSES)
         per_image = operations(run.model.name, _frozen(run.model.options), shape)
     except (UserError, ValueError, TypeError, AssertionError, RuntimeError):
         return 0.0  # The run itself will report a wrong option or an image that is too small.

@@ -135,6 +135,14 @@ def test_the_largest_runs_come_first() -> None:
     assert plan.largest_first(runs) == ["steps", "resnet18", "levels", "epochs", "images", "small"]
 
 
+def test_images_have_the_size_of_their_set(tmp_path: Path) -> None:
+    """Those of a folder 224 pixels, digits 16."""
+    digits = quick_irp("x", model=ModelConfig("resnet18"))
+    data = DataConfig("folder", str(tmp_path), train_limit=SMALL_DIGITS.train_limit)
+    runs = {"digits": digits, "folder": replace(digits, data=data)}
+    assert plan.largest_first(runs) == ["folder", "digits"]
+
+
 @pytest.mark.parametrize(
     "model",
     [
