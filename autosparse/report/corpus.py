@@ -36,7 +36,8 @@ def write_report(
     corpus = Corpus(path)
     name = corpus.path.name
     out = out or (corpus.path / REPORT if is_local(corpus.path) else Path(f"{name}-{REPORT}"))
-    rows = [row for card in corpus.cards() for row in level_rows(card)]
+    cards = corpus.cards()
+    rows = [row for card in cards for row in level_rows(card)]
     figures = [level_curves(rows, out / "levels.png", f"IRP runs of {name}")]
     shown: set[tuple[Any, ...]] = set()
 
@@ -48,14 +49,14 @@ def write_report(
             if on_run:
                 on_run()
 
-    for folder in corpus.folders():
-        run = corpus.read(folder.name)
-        config = run.card["config"]
+    for folder, card in zip(corpus.folders(), cards, strict=True):
+        config = card["config"]
         data = data_name(config["data"])
         kind = (str(config["model"]), data, config["label"], config["scope"])
         if kind not in shown:
             shown.add(kind)
             title = f"{config['model']['name']} on {data}, {config['label']}"
+            run = corpus.read(folder.name)
             figures.append(layer_densities(run, out / f"layers-{folder.name}.png", title))
     try:
         figures.append(survival_map(runs(), out / "survival.png", f"Survival in {name}"))

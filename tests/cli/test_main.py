@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from autosparse.data.config import DataConfig
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
 from autosparse.models.config import ModelConfig
+from autosparse.report import corpus as corpus_report
 from autosparse.study import export, local
 from autosparse.study.config import SparseTrainConfig
 from tests.conftest import flip, holder, quick_irp, tiny_run
@@ -489,7 +491,7 @@ def test_corpus_verify_says_that_all_is_well(grown, capsys):
     assert run("corpus", "verify", "grown") == 0
     said = capsys.readouterr()
     assert said.err == "next: autosparse fit --corpus grown\n"
-    assert said.out == "2 runs in grown: every byte is what was written\n"
+    assert said.out == "1 finished runs in grown: every byte is what was written; 1 unfinished\n"
     assert contents(grown) == before
 
 
@@ -538,6 +540,34 @@ def test_corpus_merge(grown, folder, capsys):
     (line,) = said.err.splitlines()
     assert line.startswith("error: 1 runs copied; run run1: run.safetensors: parameter b.weight")
     assert sorted(path.name for path in (folder / "more").iterdir()) == ["index.parquet", "run2"]
+
+
+def test_a_corpus_report_reads_runs_of_one_kind_once_beside_the_map(folder, monkeypatch):
+    for seed in (0, 1):
+        irp.run_irp(quick_irp("grown", levels=1, seed=seed))
+    read, asked = corpora.Corpus.read, []
+    monkeypatch.setattr(corpora.Corpus, "read", lambda *a: (asked.append(a[1]), read(*a))[1])
+
+    def no_data(_: object) -> None:
+        raise UsageError("no data")
+
+    monkeypatch.setattr(corpus_report, "initial_gradients", no_data)
+    figures = corpus_report.write_report("grown")
+    assert len([path for path in figures if path.name.startswith("layers-")]) == 1
+    assert len(asked) == 2, "once for the densities; the map stops at its first run"
+
+
+def test_data_of_tickets_that_are_trained_one_by_one_are_loaded_once(folder, monkeypatch):
+    data, given = DataConfig(train_limit=300), []
+    planned = [SimpleNamespace(data=data, done=False, name=name) for name in "ab"]
+    monkeypatch.setattr("autosparse.study.cells.cells", lambda *_, **__: planned)
+    monkeypatch.setattr("autosparse.study.cells.check_config", lambda *_: None)
+    monkeypatch.setattr("autosparse.study.table.show_trainings", lambda _: None)
+    monkeypatch.setattr("autosparse.study.trainings.train_cell",
+                        lambda cell, config, source, *_, **__: given.append(source))  # fmt: skip
+    assert run("train", "--tracking", "false", "--tickets", "x", "--device", "cpu") == 0
+    first, second = given
+    assert first.train.images is second.train.images
 
 
 def test_corpus_report_draws_figures(folder, capsys):

@@ -107,22 +107,23 @@ def train_tickets(config: SparseTrainConfig) -> None:
     device = zoo.choose_device(config.device)
     check_plain(config.training)
     check_config(config)
-    planned = list(cells(fetched(config), device=str(device)))
-    trained = []
-    wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)
-    with tracking(wanted) as observer, Progress() as progress, told_to_stop() as stop:
-        for cell in planned:
-            result = train_cell(
-                cell,
-                config,
-                sets.load(cell.data).to(device),
-                lambda model, steps: PlainStepper(model, config.training, steps),
-                device=str(device),
-                observer=observer,
-                watch=StepWatch(progress, cell.name),
-                stop=stop,
-            )
-            trained.append(result)
+    with sets.remembered():
+        planned = list(cells(fetched(config), device=str(device)))
+        trained = []
+        wanted = config.tracking and not all(cell.done and not unsent(cell) for cell in planned)
+        with tracking(wanted) as observer, Progress() as progress, told_to_stop() as stop:
+            for cell in planned:
+                result = train_cell(
+                    cell,
+                    config,
+                    sets.load(cell.data).to(device),
+                    lambda model, steps: PlainStepper(model, config.training, steps),
+                    device=str(device),
+                    observer=observer,
+                    watch=StepWatch(progress, cell.name),
+                    stop=stop,
+                )
+                trained.append(result)
     show_trainings(trained)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autosparse.core.errors import RunFailed
+from autosparse.core.files import place
 from autosparse.core.progress import Progress, print_table
 
 
@@ -17,10 +18,12 @@ def ls(path: str) -> None:
 def verify(path: str) -> None:
     """Check every byte of every finished run."""
     from autosparse.corpus import upkeep
+    from autosparse.corpus.store import is_finished
 
-    damaged, total = 0, 0
-    for _, problems in upkeep.verify(path):
+    damaged, total, unfinished = 0, 0, 0
+    for run_id, problems in upkeep.verify(path):
         total += 1
+        unfinished += not is_finished(place(path) / run_id)
         damaged += bool(problems)
         for problem in problems:
             print(problem)
@@ -29,7 +32,8 @@ def verify(path: str) -> None:
             f"{damaged} of {total} runs in {path} are damaged: remove their folders (nothing else "
             "is touched) and grow the corpus again, or merge a good copy"
         )
-    print(f"{total} runs in {path}: every byte is what was written")
+    rest = f"; {unfinished} unfinished" if unfinished else ""
+    print(f"{total - unfinished} finished runs in {path}: every byte is what was written{rest}")
 
 
 def index(path: str) -> None:
