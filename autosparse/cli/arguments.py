@@ -38,7 +38,9 @@ def guarded(run: Callable[[list[str]], Any], arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(
+            "interrupted; run the same command again (what was finished is kept)", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -55,7 +55,7 @@ NEXT: dict[str, str | dict[str, str]] = {
 }
 """Command -> what most people want next; in braces a setting, or a path that came before them.
 
-Where it hangs on what the path holds, what may be there -> what is next; "" is anything else.
+Where it depends on what the path holds, what may be there -> what is next; "" is anything else.
 """
 
 

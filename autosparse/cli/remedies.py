@@ -1,4 +1,4 @@
-"""What was most likely meant by a name or a value on the command line that is none."""
+"""Suggestions for mistyped option names and values."""
 
 from __future__ import annotations
 

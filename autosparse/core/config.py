@@ -17,8 +17,9 @@ FIRST_DEFAULTS: dict[str, Any] = {}
 """Where a default has changed: "TrainingConfig.epochs" -> its first value.
 
 A run's id leaves out every value that equals the first default, even if today's differs. So
-earlier runs keep their ids, and none is mistaken for a run with the new default. A new field whose
-default changes results has an entry too: the value that stands for the computation before.
+earlier runs keep their ids, and none is mistaken for a run with the new default. A new field that
+changes results also gets an entry: the value that reproduces what was computed before the field
+existed.
 """
 
 

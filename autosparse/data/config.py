@@ -64,7 +64,8 @@ class DataConfig:
     lanes: int = 16
     """Lanes in which streamed shards are shuffled, best a multiple of the number of ranks."""
     max_bad_images: int = local(0)
-    """Images that may be damaged: a neighbour stands in for each in training; one more: stop."""
+    """How many undecodable images to tolerate. In training the next image stands in for each; in
+    evaluation it is left out. One more stops the run."""
     allow_remote: bool = local(False)
     """Let data.root be a URL (http, https, gs, s3) that shards are fetched from."""
     cache: str = local("~/.cache/autosparse")
@@ -78,7 +79,8 @@ class PackConfig:
     resize: int | None = None
     """Shrink larger images to this many pixels on their shorter side; by default, keep them."""
     quality: int | None = None
-    """Encode all as JPEG of this quality; by default bytes are copied; resized: 90."""
+    """Re-encode every image as JPEG at this quality. By default files are copied unchanged, and
+    images shrunk by `resize` are saved at 90."""
     per_shard: int = 1000
     """Images per shard."""
     seed: int = 0
@@ -86,7 +88,7 @@ class PackConfig:
     validation_fraction: float = 0.15
     """Share of the training images that becomes validation, where there is none; stratified."""
     max_bad_images: int = local(0)
-    """Images that may be damaged or missing, and are left out; one more: stop."""
+    """How many damaged or missing images to leave out before packing stops."""
     workers: int = local(2)
     """Processes that pack; with 1 it is this process."""
     root: str | None = local(None)

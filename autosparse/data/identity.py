@@ -82,8 +82,8 @@ def tell_of_former(folder: Callable[[], Path], finished: str) -> None:
         _by_name = False
     if former != now and (former / finished).is_file() and not (now / finished).is_file():
         logger.warning(
-            "%s is of data of that folder's name, which may have been others; it is not used, and "
-            "%s is made anew", former, now.name,
+            "%s was made by an earlier version, which knew data only by the folder's name, so it "
+            "may belong to other data; it is ignored, and %s is computed again.", former, now.name,
         )  # fmt: skip
 
 

@@ -224,8 +224,9 @@ def _finished(root: Path, plan: str) -> list[Shard]:
 
 def _tidy(root: Path, tasks: list[Task]) -> None:
     """Remove half-written files of a process that was killed."""
-    for name in (INDEX, INFO, MANIFEST, *(task.name for task in tasks)):
-        for left in root.glob(f".{name}.*.tmp"):
+    names = {INDEX, INFO, MANIFEST, *(task.name for task in tasks)}
+    for left in root.glob(".*.tmp"):
+        if left.name[1:].rsplit(".", 2)[0] in names:
             left.unlink(missing_ok=True)
 
 

@@ -137,6 +137,7 @@ def check_found(recorded: str | None, source: DataSource | None, where: Path) ->
     if recorded not in (None, source.fingerprint):
         place = source.config.root or "where it is looked for"
         raise UsageError(
-            f"{where} is of other images (fingerprint {recorded}) than {source.name} in {place} "
-            f"holds now ({source.fingerprint}); set data.root, or choose another out"
+            f"{where} was made from different images (fingerprint {recorded}) than {source.name} "
+            f"in {place} holds now ({source.fingerprint}); point data.root at the original images, "
+            "or use another out"
         )

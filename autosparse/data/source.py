@@ -85,7 +85,9 @@ class DataSource:
     augment: str
     """`data.augment`, with auto resolved."""
     fingerprint: str
-    """16 hex digits of the training images and labels (of the manifest, for shards)."""
+    """16 hex digits that identify the training data: pixels and labels if held in memory, the
+    manifest if shards are streamed, file names and labels (not the images) if a folder is
+    streamed."""
     config: DataConfig = DataConfig()
     """The settings it was loaded with."""
 

@@ -27,7 +27,7 @@ class LevelsConfig:
     schedule: str = "exponential"
     """Density at level i: exponential final^(i/N), or linear 1 - (1 - final) i/N."""
     scope: str = "global"
-    """Over what weights are compared: global or layer."""
+    """global: weights compete across the whole network; layer: only inside their own layer."""
     samples_per_class: int = 10
     """Images per class that gradients at init (features) and SNIP labels are taken on."""
     rewind_steps: int = 0

@@ -39,8 +39,8 @@ from autosparse.training.masked_stepper import MaskedStepper, can_train
 from autosparse.training.steppers import Epoch, PlainStepper
 
 ROUNDS = 4
-"""Rounds in which `live` removes weights; those that lose their paths in one go first in the next.
-As in criteria/autos_irp.py."""
+"""`live` removes weights in this many rounds; a weight that lost its last path in one round is
+removed first in the next. As in criteria/autos_irp.py."""
 REWIND, MASK = "rewind/", "mask/"
 MASKED, COMPACT = "masked", "compact"
 """The two ways to train a level: dense weights under masks, or compact weights."""

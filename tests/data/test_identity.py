@@ -240,8 +240,8 @@ def test_a_run_of_data_known_by_name_is_told_of(tmp_path: Path, caplog):
     finished.rename(former[1])
     caplog.clear()
     assert run.run_irp(settings) == finished != former[1]
-    (line,) = [each for each in caplog.messages if "is not used" in each]
-    assert f"{former[1]} is of data of that folder's name" in line
+    (line,) = [each for each in caplog.messages if "is ignored" in each]
+    assert f"{former[1]} was made by an earlier version" in line
 
 
 def test_data_of_ones_own_are_known_by_content_however_they_are_held(folder: DataConfig):
@@ -286,7 +286,9 @@ def test_a_named_set_with_other_images_is_not_taken_for_the_same(tmp_path: Path)
     assert run.run_irp(settings) == finished
     write_mnist(tmp_path / "two", grey=9)
     other = replace(settings, data=replace(settings.data, root=str(tmp_path / "two")))
-    with pytest.raises(UsageError, match=f"{finished} is of other images .*two holds now") as told:
+    with pytest.raises(
+        UsageError, match=f"{finished} was made from different images .*two holds now"
+    ) as told:
         run.run_irp(other)
     assert "\n" not in str(told.value)
     gone = replace(settings, data=replace(settings.data, root=str(tmp_path / "nowhere")))

@@ -214,7 +214,7 @@ def test_a_second_comparison_in_the_folder_is_told_of_the_first(tmp_path: Path):
 def test_a_comparison_of_other_images_is_not_taken(done: StudyConfig, digits: DataSource):
     cell = StudyCell(done, "snip", "ticket", 0.5, 0)
     assert local.run_cell(cell, digits)["label"] == "snip"
-    with pytest.raises(UsageError, match="is of other images"):
+    with pytest.raises(UsageError, match="was made from different images"):
         local.run_cell(cell, replace(digits, fingerprint="another"))
 
 
@@ -227,7 +227,7 @@ def test_a_study_of_other_images_is_told_before_anything_is_trained(tmp_path: Pa
     found = read_json(cell.folder / RESULT)
     write_json(cell.folder / RESULT, {**found, "data_fingerprint": "another"})
     monkeypatch.setattr(local, "train_cell", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(UsageError, match=f"{cell.key} is of other images .fingerprint another"):
+    with pytest.raises(UsageError, match=rf"{cell.key} was made from .*\(fingerprint another"):
         studies.run(settings)
 
 
@@ -237,7 +237,7 @@ def test_a_ticket_of_other_images_is_not_taken(tmp_path: Path, digits: DataSourc
     for twin in ("ticket", "inverted"):
         cell = StudyCell(settings, "magnitude", twin, 0.5, 0)
         tickets.ticket_of(cell, digits)
-        with pytest.raises(UsageError, match=r"tickets/magnitude\S+ is of other images"):
+        with pytest.raises(UsageError, match=r"tickets/magnitude\S+ was made from different"):
             tickets.ticket_of(cell, replace(digits, fingerprint="another"))
 
 

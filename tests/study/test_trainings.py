@@ -422,7 +422,7 @@ def test_a_result_of_other_images_is_not_taken(config, digits: DataSource) -> No
     assert result["data_fingerprint"] == digits.fingerprint
     assert isinstance(digits.test, MemorySplit)
     assert result["test_fingerprint"] == digits.test.fingerprint() != digits.fingerprint
-    with pytest.raises(UsageError, match=f"{cell.folder} is of other images"):
+    with pytest.raises(UsageError, match=f"{cell.folder} was made from different images"):
         _train(cell, config, replace(digits, fingerprint="another"))
 
 
@@ -437,7 +437,7 @@ def test_a_ticket_that_was_scored_on_other_images_is_not_taken(
     (cell,), (again,) = cells(by_name), cells(by_name)
     assert cell.ticket.content_hash == again.ticket.content_hash
     monkeypatch.setenv("AUTOSPARSE_DATA", str(tmp_path / "9"))
-    with pytest.raises(UsageError, match=r"tickets/test_byobnet\S+ is of other images"):
+    with pytest.raises(UsageError, match=r"tickets/test_byobnet\S+ was made from different images"):
         list(cells(by_name))
 
 
