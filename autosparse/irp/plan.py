@@ -67,9 +67,7 @@ def _arithmetic(run: IRPConfig) -> float:
     if run.steps_per_level is not None:
         per_level = run.steps_per_level * run.training.batch_size
     try:
-        shape = sets.shape(run.data)
-        shape = replace(shape, num_classes=shape.num_classes or USUAL_CLASSES)
-        per_image = operations(run.model.name, _frozen(run.model.options), shape)
+        per_image = operations(run.model.name, _frozen(run.model.options), sets.shape(run.data))
     except (UserError, ValueError, TypeError, AssertionError, RuntimeError):
         return 0.0  # The run itself will report a wrong option or an image that is too small.
     return per_image * per_level * (run.levels + 1)
@@ -79,7 +77,11 @@ def _arithmetic(run: IRPConfig) -> float:
 def operations(name: str, options: str, shape: Shape) -> int:
     """Return the floating-point operations of a forward pass of one image; options are JSON."""
     config = ModelConfig(name, json.loads(options))
-    model = zoo.create_for(shape, config, 0).to("meta").eval()
+    classes, channels = shape.num_classes or USUAL_CLASSES, shape.in_chans
+    model = zoo.create(
+        config, num_classes=classes, in_chans=channels, image_size=shape.image_size, seed=0
+    )
+    model = model.to("meta").eval()
     image = torch.zeros(1, shape.in_chans, shape.image_size, shape.image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
