@@ -22,8 +22,8 @@ from torch.nn import functional
 from autosparse.core.errors import UsageError
 from autosparse.models import zoo
 from autosparse.models.zoo import device_of
-from autosparse.sparsity.compact import lay_out
-from autosparse.sparsity.ticket import Ticket, load_state
+from autosparse.sparsity.compact import densify, lay_out
+from autosparse.sparsity.ticket import Ticket, compact
 from autosparse.training.config import TrainingConfig
 
 
@@ -101,8 +101,19 @@ def load_teacher(path: str, student: nn.Module) -> nn.Module:
     wanted, taught = (getattr(each, "num_classes", None) for each in (student, model))
     if wanted is not None and wanted != taught:
         raise UsageError(f"training.teacher {path} has {taught} classes, the model {wanted}")
-    load_state(model, ticket)
-    return model.to(device_of(student)).eval().requires_grad_(False)
+    model = densify(compact(model, ticket)).eval().requires_grad_(False)
+    recipe: Any = getattr(student, "autosparse_recipe", None)
+    if recipe is not None:
+        channels, side = recipe["in_chans"], recipe["image_size"]
+        own: Any = model.autosparse_recipe
+        try:
+            model(torch.zeros(1, channels, side, side))
+        except (RuntimeError, AssertionError):
+            raise UsageError(
+                f"training.teacher {path} takes no images of {channels} channels and {side} "
+                f"pixels, as the model does; it has {own['in_chans']} and {own['image_size']}"
+            ) from None
+    return model.to(device_of(student))
 
 
 class Average(ModelEmaV3):

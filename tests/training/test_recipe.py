@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ from autosparse import compact, prune
 from autosparse.core.config import run_id
 from autosparse.core.errors import UsageError
 from autosparse.data.sets import DataSource
+from autosparse.models import zoo
+from autosparse.models.config import ModelConfig
+from autosparse.models.zoo import prunable
 from autosparse.sparsity.compact import compact_weights
+from autosparse.sparsity.ticket import Ticket
 from autosparse.training.checks import check
 from autosparse.training.config import TrainingConfig
 from autosparse.training.recipe import Recipe, load_teacher, make_ema, step_seed
@@ -166,6 +171,35 @@ def test_a_teacher_of_other_classes_or_none_is_named(tmp_path: Path, teacher: Pa
         load_teacher(str(teacher), student)
     with pytest.raises(UsageError, match=r"no such file: .*nobody"):
         load_teacher(str(tmp_path / "nobody.safetensors"), student)
+
+
+def test_a_teacher_of_other_images_is_named(teacher: Path, tmp_path: Path) -> None:
+    small = {"patch_size": 4, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    config = ModelConfig("vit_tiny_patch16_224", small)
+    vit = zoo.create(config, num_classes=10, in_chans=1, image_size=24, seed=0)
+    masks = {name: torch.ones_like(each, dtype=torch.bool) for name, each in prunable(vit).items()}
+    recipe: Any = vit.autosparse_recipe
+    Ticket.from_model(vit, masks, {"model": recipe}).save(tmp_path / "vit.safetensors")
+    with pytest.raises(UsageError, match=r"no images of 1 channels and 16 pixels.* has 1 and 24"):
+        load_teacher(str(tmp_path / "vit.safetensors"), make_model())
+    config = ModelConfig("test_byobnet")
+    coloured = zoo.create(config, num_classes=10, in_chans=3, image_size=16, seed=0)
+    with pytest.raises(UsageError, match="no images of 3 channels and 16 pixels"):
+        load_teacher(str(teacher), coloured)
+    larger = zoo.create(config, num_classes=10, in_chans=1, image_size=32, seed=0)
+    load_teacher(str(teacher), larger)
+
+
+def test_a_teacher_with_standardised_kernels_says_what_it_learned(
+    batch, digits: DataSource, tmp_path: Path
+) -> None:
+    """Its kernels are masked once more after they are standardised."""
+    ticket = prune(make_model("test_nfnet"), digits, "magnitude", 0.9)
+    ticket.save(tmp_path / "ticket.safetensors")
+    trained = compact(make_model("test_nfnet"), ticket).eval()
+    found = load_teacher(str(tmp_path / "ticket.safetensors"), make_model())
+    with torch.no_grad():
+        torch.testing.assert_close(found(batch[0]), trained(batch[0]))
 
 
 def _decay(step: int, most: float) -> float:
