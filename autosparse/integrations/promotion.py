@@ -36,10 +36,8 @@ def set_alias(name: str, alias: str, version: int) -> None:
 
 def alias_of(name: str, alias: str) -> int | None:
     """Return the version that an alias points at, or None."""
-    try:
-        return int(MlflowClient().get_model_version_by_alias(name, alias).version)
-    except MlflowException:
-        return None
+    number = MlflowClient().get_registered_model(name).aliases.get(alias)
+    return None if number is None else int(number)
 
 
 def contend(name: str, version: int) -> None:

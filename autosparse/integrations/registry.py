@@ -30,9 +30,9 @@ from autosparse.integrations import registry_pages
 from autosparse.integrations.mlflow import RUN_FILE, client, log_corpus, log_steps, nested_run
 from autosparse.integrations.promotion import contend, set_alias
 from autosparse.integrations.registry_pages import AUTOS
-from autosparse.models import zoo
 from autosparse.report import drawing
-from autosparse.sparsity.ticket import Ticket, load_state
+from autosparse.sparsity.ticket import Ticket
+from autosparse.study.export import dense_model
 from autosparse.study.table import best_results
 from autosparse.study.trainings import RESULT, TRAINED
 
@@ -72,8 +72,7 @@ def register_ticket(path: Path, result: dict[str, Any], run: str) -> int:
     """
     ticket, server = Ticket.load(path), MlflowClient()
     recipe, card = ticket.card["model"], ticket.card
-    model = zoo.from_recipe(recipe)
-    load_state(model, ticket)
+    model = dense_model(ticket)
     example = torch.randn(2, recipe["in_chans"], recipe["image_size"], recipe["image_size"])
     tags = {
         "sparsity": f"{result['sparsity']:g}",
@@ -247,7 +246,9 @@ def fetch_ticket(uri: str) -> Path:
             version = server.get_model_version(name, number)
     except MlflowException as error:
         raise UsageError(f"{uri}: {error.message}") from None
-    target = CACHE / f"{name}-{version.version}-{version.tags.get('ticket', 'ticket')}"
+    tags = version.tags
+    content = tags.get("fingerprint") or tags.get("ticket", "ticket")
+    target = CACHE / f"{name}-{version.version}-{content}"
     if not list(target.glob("*.safetensors")):
         run = version.run_id or ""
         listed = server.list_artifacts(run, "tickets") if run else []

@@ -12,7 +12,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
+from autosparse import compact, prune
 from autosparse.autos import features
 from autosparse.autos.config import FitConfig
 from autosparse.autos.fit import fit
@@ -27,9 +29,10 @@ from autosparse.integrations.mlflow import client
 from autosparse.integrations.tracking import study_tracker
 from autosparse.irp.run import run_irp
 from autosparse.models.config import ModelConfig
+from autosparse.sparsity.ticket import Ticket
 from autosparse.study import local, plan, table
 from autosparse.study.config import SweepConfig
-from tests.conftest import QUICK, SMALL_DIGITS, few, quick_irp
+from tests.conftest import QUICK, SMALL_DIGITS, few, make_model, quick_irp
 
 NAME = "test_byobnet-sparse"
 
@@ -272,3 +275,47 @@ def test_mistakes_are_one_line(added: list[dict], arguments, named, capsys):
     assert guarded(_main, ["registry", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
+
+
+def test_tickets_of_the_same_masks_are_fetched_each_by_itself(
+    added: list[dict], folder: Path, tmp_path: Path, monkeypatch
+):
+    """A database that was made anew counts versions from one again."""
+    monkeypatch.setattr(registry, "CACHE", tmp_path)
+    fetched = []
+    for content in ("one", "another"):
+        registry.MlflowClient().set_model_version_tag(NAME, "1", "fingerprint", content)
+        fetched.append(registry.fetch_ticket(f"models:/{NAME}/1"))
+    assert fetched[0] != fetched[1]
+    kept = Ticket.load(fetched[0])
+    registry.MlflowClient().set_model_version_tag(NAME, "1", "fingerprint", kept.content_hash)
+
+
+def test_a_version_with_standardised_kernels_says_what_was_measured(
+    added: list[dict], digits: DataSource, tmp_path: Path
+):
+    ticket = prune(make_model("test_nfnet"), digits, "magnitude", 0.9)
+    ticket.save(tmp_path / "ticket.safetensors")
+    result = {
+        "sparsity": 0.9, "criterion": "magnitude", "test_accuracy": 0.5, "seed": 0,
+        "validation_accuracy": 0.5, "parameters": 1, "checkpoint_bytes": 1,
+    }  # fmt: skip
+    made = registry.register_ticket(tmp_path / "ticket.safetensors", result, version(2).run_id)
+    images = digits.prepare(digits.test.images[:5])
+    loaded = mlflow.pytorch.load_model(f"models:/test_nfnet-sparse/{made}")
+    with torch.no_grad():
+        expected = compact(make_model("test_nfnet"), ticket).eval()(images)
+        torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_server_that_fails_does_not_make_a_champion(added: list[dict], monkeypatch):
+    def fails(*_):
+        raise MlflowException("try again later")
+
+    before = promotion.alias_of(NAME, promotion.CHAMPION)
+    with monkeypatch.context() as patch:
+        for name in ("get_registered_model", "get_model_version_by_alias"):
+            patch.setattr(registry.MlflowClient, name, fails)
+        with pytest.raises(MlflowException, match="try again later"):
+            promotion.contend(NAME, 1)
+    assert promotion.alias_of(NAME, promotion.CHAMPION) == before == 2
