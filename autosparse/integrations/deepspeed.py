@@ -19,6 +19,7 @@ from autosparse.core.config import run_id
 from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import read_tensors, write_tensors
 from autosparse.core.progress import Progress
+from autosparse.core.ranges import check_ranges
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.integrations import deepspeed_checkpoints as checkpoints
@@ -45,6 +46,10 @@ NEVER = 2**31 - 1
 """Steps between two lines that DeepSpeed prints of its own."""
 TOPOLOGY_FILE = "topology.safetensors"
 """In a checkpoint, where `training.topology` moves: which weights survive, and the history."""
+RANGES = {
+    "zero_stage": "whole and at least 0 and at most 3",
+    "gradient_accumulation": "whole and at least 1",
+}
 LOW_PRECISION = [
     *get_default_autocast_lower_precision_modules(),
     f"{ParametrizationList.__module__}.{ParametrizationList.__name__}",
@@ -252,6 +257,7 @@ def _buffers_file(rank: int) -> str:
 
 def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
     """Translate our config into DeepSpeed's; raise UsageError for what it cannot do."""
+    check_ranges(config.deepspeed, RANGES, "deepspeed.")
     stage = config.deepspeed.zero_stage
     for name in ("compile", "ema", "grad_checkpointing"):
         if stage == 3 and getattr(config.training, name):
@@ -278,8 +284,6 @@ def engine_config(config: SparseTrainConfig, ranks: Ranks) -> dict[str, Any]:
             f"batch_size {config.training.batch_size} does not divide by {ranks.world_size} ranks "
             f"times {config.deepspeed.gradient_accumulation} accumulation steps"
         )
-    if stage not in (0, 1, 2, 3):
-        raise UsageError(f"deepspeed.zero_stage must be 0 to 3: {config.deepspeed.zero_stage}")
     several = on_gpu() and ranks.world_size > 1
     overlapping = {"overlap_comm": config.deepspeed.overlap_comm} if several else {}
     return {

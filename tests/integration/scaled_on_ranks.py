@@ -46,13 +46,11 @@ def scales(ranks: Ranks, folder: Path) -> tuple[list[float], list[int]]:
     return found, skipped
 
 
-def refused(ranks: Ranks) -> list[str]:
-    """Return what is said of fp16 at each stage of ZeRO; nothing where it works."""
+def refused(ranks: Ranks, precision: str, asked: list[DeepSpeedConfig]) -> list[str]:
+    """Return what is said of each of the settings; nothing where it works."""
     said = []
-    for stage in range(4):
-        config = SparseTrainConfig(
-            training=replace(QUICK, precision="fp16"), deepspeed=DeepSpeedConfig(stage)
-        )
+    for each in asked:
+        config = SparseTrainConfig(training=replace(QUICK, precision=precision), deepspeed=each)
         try:
             deepspeed.engine_config(config, ranks)
             said.append("")

@@ -16,6 +16,7 @@ from autosparse import prune
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
 from autosparse.sparsity.ticket import Ticket
+from autosparse.study.config import DeepSpeedConfig
 from tests.conftest import SMALL_DIGITS, few, make_model
 from tests.integration.dtypes_on_ranks import reduced
 from tests.integration.evaluations import evaluations
@@ -153,9 +154,20 @@ def test_the_loss_scale_falls_where_gradients_overflow_and_is_kept(
 
 def test_fp16_is_refused_under_zero(group: Group) -> None:
     """In DeepSpeed 0.19 a step that overflows leaves the scale as it is: all are skipped."""
-    for said in group.call(refused):
+    stages = [DeepSpeedConfig(stage) for stage in range(4)]
+    for said in group.call(refused, "fp16", stages):
         assert [bool(each) for each in said] == [False, True, True, True]
         assert all("set deepspeed.zero_stage 0" in each for each in said[1:])
+
+
+def test_settings_of_deepspeed_that_cannot_be(group: Group) -> None:
+    wrong = [DeepSpeedConfig(5), DeepSpeedConfig(1, 0), DeepSpeedConfig(1, -1)]
+    for said in group.call(refused, "fp32", wrong):
+        assert said == [
+            "deepspeed.zero_stage must be whole and at least 0 and at most 3, got 5",
+            "deepspeed.gradient_accumulation must be whole and at least 1, got 0",
+            "deepspeed.gradient_accumulation must be whole and at least 1, got -1",
+        ]
 
 
 def test_plain_pytorch_and_deepspeed_evaluate_alike(group: Group) -> None:
