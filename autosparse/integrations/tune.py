@@ -181,8 +181,7 @@ def _train(begin: Resolve, cpus: float, suggestion: dict[str, Any]) -> None:
             )
         tune.report({"cell": "finished", METRIC: cell.history()[-1][METRIC]})
     except Exception as error:
-        line = " ".join(str(error).split()) or type(error).__name__
-        tune.report({"error": line, METRIC: float("nan")})
+        tune.report({"error": local.in_one_line(error), METRIC: float("nan")})
 
 
 class PerGroup(FIFOScheduler):

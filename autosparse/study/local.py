@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from autosparse.core.config import run_id
-from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.errors import Stopped, UserError
 from autosparse.core.progress import Progress
 from autosparse.data import identity, sets
 from autosparse.data.sets import DataSource
@@ -18,6 +18,13 @@ from autosparse.study.grid import FAILED, StudyCell
 from autosparse.study.tickets import ticket_of
 from autosparse.study.trainings import RESULT, train_cell
 from autosparse.training.steppers import Epoch, PlainStepper
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what is written down of a cell that failed; a user's mistake explains itself."""
+    line = " ".join(str(error).split())
+    kind = "" if isinstance(error, UserError) else type(error).__name__
+    return ": ".join(part for part in (kind, line) if part)
 
 
 class Tracker(Protocol):
@@ -31,7 +38,7 @@ class Tracker(Protocol):
 def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None = None) -> None:
     """Train every cell that is not over; one that fails is written down, and the others go on.
 
-    The same holds for a cell whose ticket cannot be made, e.g. of scores that are not finite.
+    Whatever it failed of: scores that are not finite, or a GPU's memory.
     """
     todo = [cell for cell in planned if not cell.over]
     with Progress() as progress:
@@ -45,8 +52,10 @@ def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None =
 
             try:
                 run_cell(cell, load(cell.config), on_epoch=note)
-            except (RunFailed, UsageError) as error:
-                cell.failed(" ".join(str(error).split()))
+            except Stopped:
+                raise
+            except Exception as error:
+                cell.failed(in_one_line(error))
             else:
                 (cell.folder / FAILED).unlink(missing_ok=True)
             if tracker:

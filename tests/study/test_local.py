@@ -153,13 +153,22 @@ def test_the_dense_cells_of_a_study_have_no_topology_to_move(tmp_path: Path):
     assert [each["step"] for each in found["snip"]["topology"]["updates"]] == [1, 2], "of 3"
 
 
-def test_a_cell_that_cannot_be_does_not_hold_up_the_others(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UsageError("the scores of\nstem are not finite"), "the scores of stem are not finite"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
+    ],
+)
+def test_a_cell_that_cannot_be_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch, error: Exception, said: str
+):
     settings = comparison(tmp_path / "out", seeds=[0], twins=[])
     make = tickets.scoring.score
 
     def refuse(model, source, name, *rest, **options):
         if name == "snip":
-            raise UsageError("snip: the scores of\nstem are not finite")
+            raise error
         return make(model, source, name, *rest, **options)
 
     monkeypatch.setattr(tickets.scoring, "score", refuse)
@@ -167,7 +176,7 @@ def test_a_cell_that_cannot_be_does_not_hold_up_the_others(tmp_path: Path, monke
         studies.run(settings)
     report = read_json(tmp_path / "out/comparison.json")
     assert [each["label"] for each in report["results"]] == ["dense", "magnitude"]
-    assert list(report["failed"].values()) == ["snip: the scores of stem are not finite"]
+    assert list(report["failed"].values()) == [said]
 
 
 # Side by side
