@@ -120,9 +120,14 @@ def check_whole(config: StudyConfig) -> None:
 
 def dry_run(config: StudyConfig) -> tuple[list[dict[str, Any]], str]:
     """Return a row per model, point, criterion and sparsity, and in one line what is left."""
-    cost = _Cost()
+    with sets.remembered():
+        return _dry_run(config)
+
+
+def _dry_run(config: StudyConfig) -> tuple[list[dict[str, Any]], str]:
+    planned, cost = cells(config), _Cost()
     groups: dict[tuple, list[StudyCell]] = {}
-    for cell in cells(config):
+    for cell in planned:
         if config.search == GRID or cell.label == DENSE:
             key = (run_id(cell.config.model), str(cell.point), cell.sparsity, cell.label)
             groups.setdefault(key, []).append(cell)
@@ -142,7 +147,7 @@ def dry_run(config: StudyConfig) -> tuple[list[dict[str, Any]], str]:
         seconds += spent
         place = {"model": first.model.name, "training": "optuna", "at %": f"{100 * sparsity:g}"}
         rows.append({**place, "criterion": "optuna", **_states(mine, config.samples, spent)})
-    total, todo = sum(row["cells"] for row in rows), left(config, cells(config))
+    total, todo = sum(row["cells"] for row in rows), left(config, planned)
     unit = "GPU" if config.gpus_per_trial else "CPU"
     per_cell = config.gpus_per_trial or config.cpus_per_trial
     most = " at most (ASHA stops some early)" if config.asha else ""

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from autosparse.core.config import local
+from autosparse.core.files import sha256_of_file
 
 
 def _teacher_identity(config: TrainingConfig) -> str | None:
     """A teacher is known by its file's content, wherever it lies."""
     if config.teacher is None or not Path(config.teacher).is_file():
         return config.teacher
-    return hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()
+    found = Path(config.teacher).stat()
+    return _content(Path(config.teacher).absolute(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """Return a file's hash; read once, as names of cells ask for it again and again."""
+    return sha256_of_file(path)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from autosparse.core.errors import UsageError
 from autosparse.core.files import write_json
+from autosparse.data import digits
 from autosparse.models.config import ModelConfig
 from autosparse.study import grid, plan
 from tests.conftest import QUICK
@@ -84,7 +85,10 @@ def test_a_choice_names_what_does_not_apply_before_anything_is_trained(tmp_path:
         plan.check(comparison(tmp_path, criteria="short", options=labelled, guard="live"))
 
 
-def test_the_dry_run_counts_what_is_left(tmp_path: Path):
+def test_the_dry_run_counts_what_is_left(tmp_path: Path, monkeypatch):
+    loaded = []
+    load = digits.load_digits
+    monkeypatch.setattr(digits, "load_digits", lambda *given: loaded.append(1) or load(*given))
     settings = sweep(tmp_path, criteria=["snip"], sparsities=[0.5])
     cells = plan.cells(settings)
     result(cells[0], 0.5)
@@ -94,3 +98,4 @@ def test_the_dry_run_counts_what_is_left(tmp_path: Path):
         ("dense", 2, 1, 0), ("snip", 2, 0, 1),
     ]  # fmt: skip
     assert line.startswith("4 cells, 1 over, 3 to do")
+    assert loaded == [1], "once for all cells"

@@ -21,6 +21,7 @@ from autosparse.models.config import ModelConfig
 from autosparse.models.zoo import prunable
 from autosparse.sparsity.compact import compact_weights
 from autosparse.sparsity.ticket import Ticket
+from autosparse.training import config as training_config
 from autosparse.training.checks import check
 from autosparse.training.config import TrainingConfig
 from autosparse.training.recipe import Recipe, load_teacher, make_ema, step_seed
@@ -156,12 +157,14 @@ def test_a_teacher_is_frozen_and_learns_nothing(batch, teacher: Path) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_teacher_is_known_by_its_content(teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_is_known_by_its_content(teacher: Path, tmp_path: Path, monkeypatch) -> None:
     elsewhere, other = tmp_path / "elsewhere.safetensors", tmp_path / "other.safetensors"
     elsewhere.write_bytes(teacher.read_bytes())
     other.write_bytes(teacher.read_bytes() + b" ")
     ids = [run_id(TrainingConfig(teacher=str(path))) for path in (teacher, elsewhere, other)]
     assert ids[0] == ids[1] != ids[2]
+    monkeypatch.setattr(training_config, "sha256_of_file", lambda _: pytest.fail("read again"))
+    assert run_id(TrainingConfig(teacher=str(teacher))) == ids[0]
 
 
 def test_a_teacher_of_other_classes_or_none_is_named(tmp_path: Path, teacher: Path) -> None:
