@@ -151,7 +151,9 @@ def only_paths(model: nn.Module, *, mixing: bool = False) -> dict[str, Gate]:
                 inner = getattr(child, "act", None)
                 stand_in = _mixing_like(child) if mixing else nn.Identity()
                 if inner is not None and _is_activation(inner):
-                    gates[f"{path}.act"] = gate = Gate()
+                    if inner not in stand_ins:
+                        gates[f"{path}.act"] = stand_ins[inner] = Gate()
+                    gate = stand_ins[inner]
                     stand_in = nn.Sequential(stand_in, gate) if mixing else gate
                 stand_ins[child] = stand_in
                 setattr(parent, name, stand_in)

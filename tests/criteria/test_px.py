@@ -7,6 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -53,6 +54,24 @@ def test_one_activation_object_held_twice_is_as_two() -> None:
     batch = samples(([1, 1], [0]), ([1, -2], [0]))
     options = {"sparsity": 0.0, "rounds": 1}
     expected, found = (flat(px(each, [batch], cross_entropy, **options)) for each in (two, one))
+    torch.testing.assert_close(shares(found), shares(expected))
+
+
+def test_the_activation_inside_a_norm_is_as_one_behind_it() -> None:
+    """timm's BatchNormAct2d holds its activation. Class 0 hears of one place in four."""
+
+    def network(*behind: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        last = nn.Linear(12, 2)
+        last.weight.data[0, torch.arange(12) % 4 > 0] = 0
+        layers = nn.Conv2d(2, 4, 3), *behind, nn.Conv2d(4, 3, 3), nn.Flatten(), last
+        return nn.Sequential(*layers).double().eval()
+
+    batch = torch.randn(2, 2, 6, 6).double(), torch.tensor([0, 1])
+    plain = network(nn.BatchNorm2d(4), nn.ReLU())
+    inside = network(BatchNormAct2d(4))
+    options = {"sparsity": 0.0, "rounds": 1}
+    expected, found = (flat(px(m, [batch], cross_entropy, **options)) for m in (plain, inside))
     torch.testing.assert_close(shares(found), shares(expected))
 
 
