@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autosparse.core.errors import RunFailed, UsageError, UserError
-from autosparse.core.files import write_bytes
+from autosparse.core.files import set_aside, write_bytes
 from autosparse.models.contract import in_single, outputs_of
 from autosparse.models.zoo import device_of
 from autosparse.sparsity.compact import lay_out, multiply_sparse, rescattering
@@ -114,10 +115,6 @@ class History:
     """Of the steps made so far in the present epoch (on rank 0)."""
     seconds_before: float = 0.0
     """Time spent on the present epoch before it was interrupted."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(epoch.seconds for epoch in self.epochs)
 
     def plain(self) -> list[dict[str, float]]:
         return [vars(epoch) for epoch in self.epochs]
@@ -254,8 +251,12 @@ class PlainStepper:
         path = folder / "checkpoint.pt"
         if not path.is_file():
             return None
-        # On the CPU: an optimizer whose step counters lie on a GPU waits for it at every step.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            # On the CPU: an optimizer whose step counters lie on a GPU waits for it at every step.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            problem = UsageError(f"{path} is damaged ({' '.join(str(error).split())[:100]})")
+            raise set_aside(path, "train anew", problem) from None
         indices, history = state.get("topology") or ({}, [])
         if indices:
             average = None if self.ema is None else self.ema.module

@@ -156,6 +156,21 @@ def test_killed_it_goes_on_from_the_last_checkpoint(
     _assert_same((stepper, history), unbroken)
 
 
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_damaged_checkpoint_is_named_and_set_aside(
+    digits: DataSource, unbroken, tmp_path: Path, part: float
+) -> None:
+    first, path = _rich_stepper(digits), tmp_path / "checkpoint.pt"
+    with pytest.raises(Stopped):
+        _fitted(first, digits, folder=tmp_path, stop=lambda: first.updates == 2)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(UsageError, match=r"checkpoint\.pt is damaged .* start again to train anew"):
+        _fitted(_rich_stepper(digits), digits, folder=tmp_path)
+    stepper = _rich_stepper(digits)
+    _assert_same((stepper, _fitted(stepper, digits, folder=tmp_path)), unbroken)
+
+
 def test_checkpoints_change_nothing(digits: DataSource, unbroken, tmp_path: Path) -> None:
     stepper = _rich_stepper(digits)
     config = replace(RICH, checkpoint_steps=1, checkpoint_epochs=1)
