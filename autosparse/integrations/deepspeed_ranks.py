@@ -20,6 +20,9 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 """Variables in which srun and OpenMPI's mpirun give rank, local rank and world size."""
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
+"""Variables in which torchrun, DeepSpeed and mpirun give the ranks of this machine, and the last
+resort: all ranks."""
 
 
 def on_gpu() -> bool:
@@ -62,11 +65,17 @@ def start() -> tuple[Ranks, str]:
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+            torch.set_num_threads(threads())
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     if gpu:
         torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def threads() -> int:
+    """Return this rank's share of the cores that the ranks of this machine may use."""
+    ranks = next(os.environ[name] for name in LOCAL_SIZES if name in os.environ)
+    return max(1, len(os.sched_getaffinity(0)) // int(ranks))
 
 
 def own_gpu(visible: int) -> str:

@@ -78,7 +78,6 @@ def connect() -> None:
         return
     ray.init(
         address="local",
-        num_cpus=os.cpu_count(),
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
         log_to_driver=False,

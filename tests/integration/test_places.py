@@ -30,6 +30,19 @@ def test_a_rank_takes_one_of_the_gpus_that_it_sees(
     assert os.environ.get(OPENMPI) == (expected if openmpi else None)
 
 
+@pytest.mark.parametrize("name", deepspeed_ranks.LOCAL_SIZES)
+def test_the_ranks_of_a_machine_share_the_cores_that_they_may_use(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for each in deepspeed_ranks.LOCAL_SIZES:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setenv(name, "4")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert deepspeed_ranks.threads() == 2
+
+
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize(("gpu", "ranks"), [(True, 2), (True, 1), (False, 2)])
 def test_gradients_are_sent_meanwhile_on_several_gpus(
