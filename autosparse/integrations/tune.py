@@ -87,9 +87,9 @@ def _search(config: StudyConfig, part: tuple[int, float], watch: _Watch) -> None
     """Let Optuna choose the cells of one model and sparsity; it is told of those that are over."""
     cells = search.begun(config, *part)
     over = [cell for cell in cells if cell.over]
-    left = config.samples - len(over)
-    if left < 1:
+    if len(over) >= search.samples(config):
         return
+    left = config.samples - len(over)  # Of a few choices, Optuna suggests some again.
     space = {"label": tune.choice(labels.labels(config))}
     space |= {key: _domain(values) for key, values in config.space.items()}
     begun = [_suggestion(cell) for cell in cells if not cell.over][:left]

@@ -44,8 +44,9 @@ def left(config: StudyConfig, planned: list[StudyCell]) -> int:
     if config.search == GRID:
         return sum(not cell.over for cell in planned)
     todo = sum(not cell.over for cell in planned if cell.label == DENSE)
+    wanted = search.samples(config)
     for part in search.parts(config):
-        todo += max(config.samples - sum(cell.over for cell in search.begun(config, *part)), 0)
+        todo += max(wanted - sum(cell.over for cell in search.begun(config, *part)), 0)
     return todo
 
 
@@ -140,13 +141,14 @@ def _dry_run(config: StudyConfig) -> tuple[list[dict[str, Any]], str]:
         rows.append({**place, "criterion": label, **_states(mine, len(mine), spent)})
     for number, sparsity in search.parts(config) if config.search == OPTUNA else ():
         mine = search.begun(config, number, sparsity)
-        rest = max(config.samples - sum(cell.over for cell in mine), 0)
+        wanted = search.samples(config)
+        rest = max(wanted - sum(cell.over for cell in mine), 0)
         first = settled(config, number, {})
         some = StudyCell(first, labels.labels(first)[0], labels.TICKET, sparsity, 0)
         spent = rest * cost.seconds(some)
         seconds += spent
         place = {"model": first.model.name, "training": "optuna", "at %": f"{100 * sparsity:g}"}
-        rows.append({**place, "criterion": "optuna", **_states(mine, config.samples, spent)})
+        rows.append({**place, "criterion": "optuna", **_states(mine, wanted, spent)})
     total, todo = sum(row["cells"] for row in rows), left(config, planned)
     unit = "GPU" if config.gpus_per_trial else "CPU"
     per_cell = config.gpus_per_trial or config.cpus_per_trial

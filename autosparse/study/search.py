@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def check(config: StudyConfig) -> None:
             raise UsageError(
                 f"space.{key} must be a list of choices or {{low: …, high: …, log: true}}"
             )
+
+
+def samples(config: StudyConfig) -> int:
+    """Return how many cells of each model and sparsity: no more than there are to choose from."""
+    choices = [labels.labels(config), *config.space.values()]
+    if not all(isinstance(each, list) for each in choices):
+        return config.samples
+    return min(config.samples, math.prod(map(_distinct, choices)))
+
+
+def _distinct(choices: list[Any]) -> int:
+    return len({json.dumps(each, sort_keys=True) for each in choices})
 
 
 def offered(config: StudyConfig) -> list[axes.Point]:
