@@ -123,12 +123,12 @@ class StudyConfig:
     search: str = local("grid")
     """grid: every cell; or optuna: `samples` cells of each model and sparsity, chosen by TPE."""
     samples: int = local(20)
-    """Optuna: how many cells of each model and sparsity."""
+    """Optuna: how many cells of each model and sparsity; no more than there are choices."""
     space: dict[str, Any] = local({})
     """Optuna: setting -> list of choices, or {low: 0.001, high: 0.03, log: true}."""
     asha: bool = local(False)
-    """Stop the worst early; only cells of one model, data, sparsity and seed are held against
-    another."""
+    """Stop the worst early; cells are compared only with those of the same model, data, sparsity
+    and seed."""
     asha_epochs: int = local(1)
     """ASHA: no cell is stopped before so many epochs."""
     asha_factor: int = local(3)

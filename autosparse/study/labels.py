@@ -118,7 +118,7 @@ def _listed(value: Any, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(each) for each in value]
     except ValueError:
-        wanted = "whole numbers" if kind is int else "numbers"
+        wanted, such = ("whole numbers", "0,1,2") if kind is int else ("numbers", "0.9,0.95")
         raise UsageError(
-            f"{', '.join(map(str, value))}: a list of {wanted} is wanted, such as 0.9,0.95"
+            f"{', '.join(map(str, value))}: a list of {wanted} is wanted, such as {such}"
         ) from None

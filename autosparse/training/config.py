@@ -52,8 +52,8 @@ class TrainingConfig:
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up, counted in the total."""
     topology: str = "static"
-    """Which weights survive: static, as the ticket says; set, rigl, mest: some are exchanged in
-    training, as many in every layer as before; gmp, ac_dc: from the dense model to a sparse one."""
+    """Which weights survive: static keeps the ticket's; set, rigl and mest exchange some during
+    training, keeping every layer's count; gmp and ac_dc prune a dense model while it trains."""
     topology_every: int = 100
     """Steps from one exchange to the next; gmp: from mask to mask; ac_dc: of a phase."""
     topology_fraction: float = 0.3
@@ -63,12 +63,13 @@ class TrainingConfig:
     topology_sparsity: float = 0.9
     """gmp and ac_dc: sparsity at the end."""
     topology_grow_from: str = "auto"
-    """Where others come: gradient (the largest of the dense weight), random, or auto: gradient for
-    rigl, random for set and mest."""
+    """Which pruned weights come in: gradient (largest gradient), random, or auto (gradient for
+    rigl, random for set and mest)."""
     topology_on_paths: bool = False
-    """Let only such come as lie on a path from input to output; holds a dense copy on the CPU."""
+    """Bring in only weights that lie on a path from input to output; keeps a dense copy of the
+    model on the CPU."""
     topology_gradient_weight: float = 1.0
-    """mest: what goes has the least |weight| + this times |gradient|."""
+    """mest removes the weights with the smallest |weight| + this x |gradient|."""
     clip_grad: float | None = None
     """Largest norm of the gradient; none by default."""
     label_smoothing: float = 0.0
@@ -86,7 +87,8 @@ class TrainingConfig:
     temperature: float = 1.0
     """Of the softmax of teacher and student when distilling."""
     precision: str = "fp32"
-    """fp32, or autocast over fp32 weights: bf16; fp16 (with loss scaling) under DeepSpeed."""
+    """fp32, or autocast over fp32 weights: bf16; fp16 (with loss scaling) under DeepSpeed
+    without ZeRO."""
     channels_last: bool = False
     """Lay images and kernels out with channels last, which GPUs like for convolutions."""
     compile: bool = False

@@ -42,7 +42,8 @@ def steps_per_epoch(train: Split, config: TrainingConfig, world_size: int = 1) -
 
 
 def training_images(train: Split, config: TrainingConfig, world_size: int = 1) -> int:
-    """Return the images of a whole training over all ranks, those of later epochs again."""
+    """Return how many images a whole training processes over all ranks; each epoch counts its
+    images again."""
     return steps_per_epoch(train, config, world_size) * config.batch_size * config.epochs
 
 

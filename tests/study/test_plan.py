@@ -24,6 +24,7 @@ from tests.study.small import comparison, result, sweep
         ({"sparsities": [1.0]}, "sparsity must be"),
         ({"sparsities": "0.9,x"}, "a list of numbers is wanted"),
         ({"seeds": []}, "at least one"),
+        ({"seeds": "0,x"}, "a list of whole numbers is wanted, such as 0,1,2"),
         ({"options": {"snap": {}}}, "unknown label in options 'snap'"),
         ({"options": {"snip": {"rounds": 3}}}, "unknown option of snip 'rounds'"),
         ({"criteria": ["irp"], "options": {"irp": {"leveis": 3}}}, "leveis"),
