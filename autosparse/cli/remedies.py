@@ -105,8 +105,8 @@ def _settings_class(hint: Any) -> type | None:
     """Return the class of settings that a setting holds, alone or beside None."""
     if get_origin(hint) in (list, dict):
         return None
-    found = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
-    return found[0] if found and isinstance(found[0], type) else None
+    classes = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
+    return classes[0] if classes and isinstance(classes[0], type) else None
 
 
 def _mapping(value: str) -> bool:

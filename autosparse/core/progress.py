@@ -184,13 +184,13 @@ def _total(widths: dict[str, int]) -> int:
 
 def _left_out(widths: dict[str, int], width: int, spare: Sequence[str]) -> list[str]:
     """Take columns out of `widths` until no cell of the rest is folded; return their names."""
-    found: list[str] = []
+    dropped: list[str] = []
     for key in spare:
         if _total(widths) <= width:
             break
         if widths.pop(key, None) is not None:
-            found.append(key)
-    return found
+            dropped.append(key)
+    return dropped
 
 
 def _longest_word(text: str) -> int:

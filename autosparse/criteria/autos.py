@@ -121,9 +121,9 @@ def autos(
     if units is None:
         return chosen
     votes = {name: mask.float() for name, mask in chosen.items()}
-    found = rooms(units, votes, chosen)
-    note("units_left", [found.left, found.of])
-    return drawn(found.counts, found.within)
+    quota = rooms(units, votes, chosen)
+    note("units_left", [quota.left, quota.of])
+    return drawn(quota.counts, quota.within)
 
 
 def densities_for_tokens(asked: str, network: AutoS) -> str:

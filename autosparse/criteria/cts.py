@@ -178,8 +178,8 @@ def probabilities(
     known = {"sparsity": settings.sparsity, "seed": settings.seed}
     options = {key: value for key, value in known.items() if key in other.options}
     with untouched(model):
-        found = other.function(model, parameters, batches, loss_fn, **options)
-    chosen = found if other.makes_choice(options) else masks.keep(found, count)
+        scores = other.function(model, parameters, batches, loss_fn, **options)
+    chosen = scores if other.makes_choice(options) else masks.keep(scores, count)
     trust = settings.trust
     return {
         name: each.copy_(trust * chosen[name] + (1 - trust) * chosen[name].double().mean())
@@ -273,15 +273,15 @@ def reverse_kl(sparse: Tensor, dense: Tensor) -> Tensor:
 
 def _class_scores(outputs: Any) -> list[Tensor]:
     """Return all floats [B, two or more, …] among the outputs."""
-    found: list[Tensor] = []
-    each_float(lambda part: found.append(part) or part, outputs)
-    found = [each for each in found if each.ndim > 1 and each.shape[1] > 1]
-    if not found:
+    class_scores: list[Tensor] = []
+    each_float(lambda part: class_scores.append(part) or part, outputs)
+    class_scores = [each for each in class_scores if each.ndim > 1 and each.shape[1] > 1]
+    if not class_scores:
         raise UsageError(
             "cts: objective kl compares class scores [B, classes], and there are none among the "
             "model's outputs; set options.objective to loss"
         )
-    return found
+    return class_scores
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:

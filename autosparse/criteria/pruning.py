@@ -185,8 +185,8 @@ def choose(
         begun = {**begun, **tie_entry(scored, chosen)}
         within = None
         if scored.dial is not None:
-            chosen, found = into_units(chosen, scored, scored.dial)
-            within, begun = found.within, {**begun, "units_left": [found.left, found.of]}
+            chosen, quota = into_units(chosen, scored, scored.dial)
+            within, begun = quota.within, {**begun, "units_left": [quota.left, quota.of]}
         if scored.selection.guard == "live":
             chosen = onto_paths(model, chosen, scored, within)
     whole = finish_card(model, chosen, scored.shape, begun)

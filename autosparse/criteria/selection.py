@@ -150,17 +150,17 @@ def into_units(chosen: Masks, scored: Scored, dial: Dial) -> tuple[Masks, Rooms]
     """Return masks inside the units that stay, as many as `units` says, and where these lie."""
     selection = scored.selection
     per_channel = selection.guard == "channel"
-    found = rooms(
+    quota = rooms(
         dial,
         scored.scores,
         chosen,
         min_per_layer=0 if selection.guard == "none" else 1,
         per_channel=per_channel,
     )
-    within = found.within
+    within = quota.within
     return (
-        masks.keep_counts(scored.scores, found.counts, per_channel=per_channel, within=within),
-        found,
+        masks.keep_counts(scored.scores, quota.counts, per_channel=per_channel, within=within),
+        quota,
     )
 
 

@@ -110,7 +110,7 @@ def rooms(
 
 def _sums(coupled: Coupled, scores: Mapping[str, Tensor], kept: Mapping[str, int]) -> np.ndarray:
     """Return per unit the sum of scores, each layer's as shares of the weights that it keeps."""
-    found = np.zeros(1 + coupled.count)
+    per_unit = np.zeros(1 + coupled.count)
     for name, tables in coupled.tables.items():
         score = scores[name].detach()
         score = score.reshape(*score.shape[:2], -1)
@@ -121,8 +121,8 @@ def _sums(coupled: Coupled, scores: Mapping[str, Tensor], kept: Mapping[str, int
             sums = score.sum((1 - dim, 2), dtype=torch.float64).cpu().numpy() - lowest * each
             share = sums / whole if whole > 0 else np.full(len(table), each / size)
             for column in table.T:
-                np.add.at(found, column, kept[name] * share)
-    return found
+                np.add.at(per_unit, column, kept[name] * share)
+    return per_unit
 
 
 def _shrink(coupled: Coupled, chosen: Masks, kept: Mapping[str, int]) -> list[float]:
@@ -176,12 +176,12 @@ def _how_many(
     wanted = count if units == 1 else wanted
 
     def room(gone: int) -> int:
-        found = 0
+        weights = 0
         for name, each in sizes.items():
             out, into = ends[name]
             kernel = each // (len(out) * len(into))
-            found += int((out >= gone).sum()) * int((into >= gone).sum()) * kernel
-        return found
+            weights += int((out >= gone).sum()) * int((into >= gone).sum()) * kernel
+        return weights
 
     low, high = 0, most  # Room for `low` gone is enough; the answer is at most `high`.
     while low < high:

@@ -96,11 +96,11 @@ def spread(places: Sequence[float], apart: float) -> list[float]:
             groups[-2], places, apart
         ):
             groups[-2:] = [groups[-2] + groups[-1]]
-    found = [0.0] * len(places)
+    heights = [0.0] * len(places)
     for group in groups:
         for rank, index in enumerate(group):
-            found[index] = _low(group, places, apart) + rank * apart
-    return found
+            heights[index] = _low(group, places, apart) + rank * apart
+    return heights
 
 
 def _low(group: Sequence[int], places: Sequence[float], apart: float) -> float:

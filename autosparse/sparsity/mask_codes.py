@@ -27,23 +27,23 @@ def gaps(mask: Tensor) -> Tensor | None:
     count = len(places)
     if not count or count > SPARSE * mask.numel():
         return None
-    found = np.diff(places, prepend=-1) - 1
-    lengths = [_length(found, low) for low in range(int(found.max()).bit_length() + 1)]
+    gaps = np.diff(places, prepend=-1) - 1
+    lengths = [_length(gaps, low) for low in range(int(gaps.max()).bit_length() + 1)]
     low = int(np.argmin(lengths))
     if lengths[low] >= (mask.numel() + 7) // 8:
         return None
-    high = found >> low
+    high = gaps >> low
     unary = np.zeros(int(high.sum()) + count, dtype=bool)
     unary[np.cumsum(high + 1) - 1] = True
-    bits = (found[:, None] >> np.arange(low)) & 1
+    bits = (gaps[:, None] >> np.arange(low)) & 1
     parts = [np.array([low], np.uint8), np.packbits(bits.astype(bool)), np.packbits(unary)]
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _length(found: np.ndarray, low: int) -> int:
+def _length(gaps: np.ndarray, low: int) -> int:
     """Return the bytes of the code with so many low bits."""
-    count = len(found)
-    return 1 + (count * low + 7) // 8 + (int((found >> low).sum()) + count + 7) // 8
+    count = len(gaps)
+    return 1 + (count * low + 7) // 8 + (int((gaps >> low).sum()) + count + 7) // 8
 
 
 def from_gaps(code: Tensor, shape: tuple[int, ...], count: int) -> Tensor:

@@ -39,8 +39,8 @@ def packed(tensors: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, 
         listed.append([name, dtype, list(tensor.shape)])
     text = json.dumps({**more, "tensors": listed}, separators=(",", ":"))
     code = np.frombuffer(bz2.compress(text.encode()), np.uint8).copy()
-    found = {PACKED + dtype: torch.cat(each) for dtype, each in parts.items()}
-    return {**found, LISTING: torch.from_numpy(code)}
+    packed = {PACKED + dtype: torch.cat(each) for dtype, each in parts.items()}
+    return {**packed, LISTING: torch.from_numpy(code)}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,11 +53,11 @@ def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         more = json.loads(text)
         listed = [(str(name), str(dtype), tuple(shape)) for name, dtype, shape in more["tensors"]]
         starts = dict.fromkeys((dtype for _, dtype, _ in listed), 0)
-        found = {}
+        unpacked = {}
         for name, dtype, shape in listed:
             first, count = starts[dtype], math.prod(shape)
-            found[name] = tensors[PACKED + dtype].narrow(0, first, count).clone().view(shape)
+            unpacked[name] = tensors[PACKED + dtype].narrow(0, first, count).clone().view(shape)
             starts[dtype] += count
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"its listing is garbled ({type(error).__name__})") from None
-    return found, more
+    return unpacked, more

@@ -86,9 +86,9 @@ class PathNetwork:
 
         Signals are scaled as they were for image 0, so call it for that one first.
         """
-        found = self._gradients(image)
+        gradients = self._gradients(image)
         spend(1)
-        return found
+        return gradients
 
     def repeated(self) -> Callable[[], dict[str, Tensor]]:
         """Return a function for many calls of `gradients()`, between which only weights change.

@@ -72,10 +72,10 @@ def onto_paths(
     if all(counts.values()) and not any(mask.any() for mask in alive.values()):
         chosen = thinned(model, scores, counts, shape, within=within)
         return {name: mask.to(masks[name].device) for name, mask in chosen.items()}
-    found = within_reach(model, alive, shape)
+    reached = within_reach(model, alive, shape)
     if within is not None:
-        found = {name: each & within[name] for name, each in found.items()}
-    return _exchanged(masks, alive, found, scores)
+        reached = {name: each & within[name] for name, each in reached.items()}
+    return _exchanged(masks, alive, reached, scores)
 
 
 def _exchanged(

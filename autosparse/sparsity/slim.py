@@ -84,9 +84,9 @@ def _make_smaller(small: fx.GraphModule, images: Tensor, multiple: int) -> None:
     before = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
     first = facts(small, images)
     fold(small, first)
-    found = facts(small, images)
-    rules = Moves(small, found)
-    rewrite(small, found, rules, Choice(rules, multiple))
+    known = facts(small, images)
+    rules = Moves(small, known)
+    rewrite(small, known, rules, Choice(rules, multiple))
     _check_exactly(first.output, facts(small, images).output)
     rounded(small)
     small.slimmed = _report(before, small, dict(rules.kept_whole))  # type: ignore[assignment]

@@ -82,7 +82,7 @@ def facts(module: fx.GraphModule, images: Tensor) -> Facts:
 
 
 def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
-    found, run = Facts(), _Run()
+    known, run = Facts(), _Run()
     last = _last_uses(module.graph)
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -93,15 +93,15 @@ def _facts(module: fx.GraphModule, images: Tensor) -> Facts:
             run.values[node] = value.double() if value.is_floating_point() else value
         elif node.op == "call_function":
             run.compute(node)
-            _note(found, run, node)
+            _note(known, run, node)
         elif node.op == "output":
-            found.output = fx.node.map_arg(node.args[0], run.values.__getitem__)
+            known.output = fx.node.map_arg(node.args[0], run.values.__getitem__)
         if node in run.values:
-            found.shapes[node] = _shapes(run.values[node])
+            known.shapes[node] = _shapes(run.values[node])
         for gone in last.get(node, ()):
             run.values.pop(gone, None)
             run.depends.pop(gone, None)
-    return found
+    return known
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -121,22 +121,22 @@ def _shapes(value: Any) -> Any:
     return [_shapes(each) for each in value] if isinstance(value, list | tuple) else None
 
 
-def _note(found: Facts, run: _Run, node: fx.Node) -> None:
+def _note(known: Facts, run: _Run, node: fx.Node) -> None:
     value, name = run.values[node], op_name(node)
     args: Any = node.args
     if isinstance(value, Tensor) and run.depends.get(node) is None:
-        found.constants[node] = value
-    if (name in CONVOLUTIONS or name == "linear") and len(found.shapes[args[0]]) > 1:
+        known.constants[node] = value
+    if (name in CONVOLUTIONS or name == "linear") and len(known.shapes[args[0]]) > 1:
         dim = 1 if name in CONVOLUTIONS else -1
-        found.constant_inputs[node] = _constant_inputs(run, args[0], dim)
+        known.constant_inputs[node] = _constant_inputs(run, args[0], dim)
     elif name in ("matmul", "bmm"):
         first, second = args[:2]
-        if len(found.shapes[first]) > 1 and len(found.shapes[second]) > 1:
-            found.zero_products[node] = run.zeros(first, -1) | run.zeros(second, -2)
+        if len(known.shapes[first]) > 1 and len(known.shapes[second]) > 1:
+            known.zero_products[node] = run.zeros(first, -1) | run.zeros(second, -2)
             if _into_softmax(node, value.dim()):
-                found.zero_products[node] |= run.alike(second, -2, -1)
+                known.zero_products[node] |= run.alike(second, -2, -1)
     elif name == "scaled_dot_product_attention":
-        found.zero_products[node] = (
+        known.zero_products[node] = (
             run.zeros(args[0], -1) | run.zeros(args[1], -1) | run.alike(args[1], -1, -2)
         )
 
@@ -244,18 +244,18 @@ class _Run:
             return self._padded(node, value)
         if is_pointwise(node) or name in CASTS:
             self._pass_shares(node, name)
-            found = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+            depends = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
             for each in node.all_input_nodes:
                 if self.depends.get(each) is not None:
-                    found = found | self.depends[each]
-            return found
+                    depends = depends | self.depends[each]
+            return depends
         return _everything(value)
 
     def _pooled(self, node: fx.Node) -> Any:
-        found = self._call(node, self._of)
-        if isinstance(found, Tensor):
-            return found > 0
-        return [found[0] > 0] * len(found)  # Of a maximum, its place too.
+        marks = self._call(node, self._of)
+        if isinstance(marks, Tensor):
+            return marks > 0
+        return [marks[0] > 0] * len(marks)  # Of a maximum, its place too.
 
     def _pass_shares(self, node: fx.Node, name: str) -> None:
         same = name in ("dropout", "clone", "contiguous", "alias", "detach", *CASTS)
@@ -279,12 +279,12 @@ class _Run:
     def _mul(self, node: fx.Node, value: Tensor) -> Tensor:
         """Zero times anything is zero."""
         first, second = node.args[:2]
-        found = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+        differs = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
         for one, other in ((first, second), (second, first)):
             depends = self.depends.get(one) if isinstance(one, fx.Node) else None
             if depends is not None:
-                found = found | (depends & self._may_differ_from_zero(other))
-        return found
+                differs = differs | (depends & self._may_differ_from_zero(other))
+        return differs
 
     def _may_differ_from_zero(self, operand: Any) -> Any:
         if not isinstance(operand, fx.Node):
@@ -304,8 +304,8 @@ class _Run:
 
     def _native_batch_norm_legit_no_training(self, node: fx.Node, value: Any) -> list[Tensor]:
         depends, scale = self.depends[node.args[0]], self.values[node.args[1]]  # type: ignore
-        found = depends & (scale != 0).view(1, -1, *[1] * (depends.dim() - 2))
-        return [found, *(torch.zeros_like(each, dtype=torch.bool) for each in value[1:])]
+        scaled = depends & (scale != 0).view(1, -1, *[1] * (depends.dim() - 2))
+        return [scaled, *(torch.zeros_like(each, dtype=torch.bool) for each in value[1:])]
 
     def _layer_norm(self, node: fx.Node, value: Tensor) -> Tensor:
         count = len(argument(node, "normalized_shape"))
@@ -363,10 +363,10 @@ def _has_floats(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _marks(found: Any) -> Any:
-    if isinstance(found, list | tuple):
-        return [each > 0 for each in found]
-    return found > 0
+def _marks(values: Any) -> Any:
+    if isinstance(values, list | tuple):
+        return [each > 0 for each in values]
+    return values > 0
 
 
 def _everything(value: Any) -> Any:

@@ -51,14 +51,14 @@ def _replace(module: fx.GraphModule, node: fx.Node, value: Tensor, facts: Facts)
     if not node.users:
         return
     with module.graph.inserting_before(node):
-        found = stored(module, value, node.meta["val"], f"constants.{node.name}")
+        constant = stored(module, value, node.meta["val"], f"constants.{node.name}")
         if any(not _broadcasts(user, node, facts) for user in node.users):
             sizes = [
                 _batch(module) if f else n for f, n in zip(free, facts.shapes[node], strict=True)
             ]
-            found = module.graph.call_function(torch.ops.aten.expand.default, (found, sizes))
-            facts.shapes[found] = facts.shapes[node]
-    node.replace_all_uses_with(found)
+            constant = module.graph.call_function(torch.ops.aten.expand.default, (constant, sizes))
+            facts.shapes[constant] = facts.shapes[node]
+    node.replace_all_uses_with(constant)
 
 
 def _adds_nothing(user: fx.Node, node: fx.Node, value: Tensor, facts: Facts) -> bool:
@@ -105,13 +105,13 @@ def stored(module: fx.GraphModule, value: Tensor, like: Any, name: str) -> fx.No
             value, indices[dim] = smaller, places
     name = free_name(module, name)
     put_exact(module, name, value.contiguous(), like, trained=False)
-    found = module.graph.get_attr(name)
+    tensor = module.graph.get_attr(name)
     for dim, places in indices.items():
         index = free_name(module, f"{name}_places_{dim}")
         put_tensor(module, index, places, trained=False)
-        args = (found, dim, module.graph.get_attr(index))
-        found = module.graph.call_function(torch.ops.aten.index_select.default, args)
-    return found
+        args = (tensor, dim, module.graph.get_attr(index))
+        tensor = module.graph.call_function(torch.ops.aten.index_select.default, args)
+    return tensor
 
 
 def _distinct(value: Tensor, dim: int) -> tuple[Tensor, Tensor]:

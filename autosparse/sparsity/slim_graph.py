@@ -71,9 +71,9 @@ def _inline(module: fx.GraphModule) -> None:
         places = [each for each in graph.nodes if each.op == "placeholder"]
         with module.graph.inserting_before(node):
             copies = dict(zip(places, inputs, strict=True))
-            found = module.graph.graph_copy(graph, copies)
+            copied = module.graph.graph_copy(graph, copies)
         for user in list(node.users):
-            user.replace_all_uses_with(found[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(copied[user.args[1]])  # type: ignore[index]
             module.graph.erase_node(user)
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
@@ -216,13 +216,13 @@ def free_name(module: nn.Module, wanted: str) -> str:
     """
     owner: Any = module
     *path, last = wanted.split(".")
-    found = []
+    names = []
     for part in (*path, last):
         number, name = 1, part
         while (there := getattr(owner, name, None)) is not None:
-            if isinstance(there, nn.Module) and len(found) < len(path):
+            if isinstance(there, nn.Module) and len(names) < len(path):
                 break
             number, name = number + 1, f"{part}_{number}"
-        found.append(name)
+        names.append(name)
         owner = nn.Module() if there is None else there
-    return ".".join(found)
+    return ".".join(names)

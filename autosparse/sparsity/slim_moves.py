@@ -20,7 +20,7 @@ class Moves(Rules):
         source = node.args[0]
         before, after = self._shape(source), self._shape(node)
         dims = self.dims[source]  # type: ignore[index]
-        found: Dims = [None] * len(after)
+        labels_after: Dims = [None] * len(after)
         for old, new in _groups(before, after):
             sizes = [before[each] for each in old]
             labels = [dims[each] for each in old]
@@ -29,16 +29,16 @@ class Moves(Rules):
                 [whole] if len(new) == 1 else self.units.split(whole, [after[each] for each in new])
             )
             for place, positions in zip(new, parts, strict=True):
-                found[place] = positions
+                labels_after[place] = positions
         known = op_name(node) in ("flatten", "reshape_as", "view_as")
-        return found if known else self._sizes_known(node, found)
+        return labels_after if known else self._sizes_known(node, labels_after)
 
     _reshape = _unsafe_view = _flatten = _unflatten = _view
 
     def _reshape_as(self, node: fx.Node) -> Dims:
         """Like a view whose sizes are those of another tensor."""
-        found, other = self._view(node), self.dims[node.args[1]]  # type: ignore[index]
-        return [self.units.same(a, b) for a, b in zip(found, other, strict=True)]
+        viewed, other = self._view(node), self.dims[node.args[1]]  # type: ignore[index]
+        return [self.units.same(a, b) for a, b in zip(viewed, other, strict=True)]
 
     _view_as = _reshape_as
 
@@ -57,13 +57,13 @@ class Moves(Rules):
         before, after = self._shape(source), self._shape(node)
         dims = [*[None] * (len(after) - len(before)), *self.dims[source]]  # type: ignore[index]
         padded = [*[1] * (len(after) - len(before)), *before]
-        found: Dims = [d if a == b else None for d, a, b in zip(dims, padded, after, strict=True)]
+        labels: Dims = [d if a == b else None for d, a, b in zip(dims, padded, after, strict=True)]
         sizes = node.args[1]
-        for place, positions in enumerate(found):
+        for place, positions in enumerate(labels):
             if positions is not None and not isinstance(sizes[place], int):  # type: ignore
                 self._keep(positions, node)
-                found[place] = None
-        return found
+                labels[place] = None
+        return labels
 
     def _permute(self, node: fx.Node) -> Dims:
         dims = self.dims[node.args[0]]  # type: ignore[index]
@@ -91,13 +91,13 @@ class Moves(Rules):
             return left
         over = node.args[1]
         over = {dimension(e, len(before)) for e in ([over] if isinstance(over, int) else over)}  # type: ignore
-        found = [
+        left = [
             d
             for i, (d, n) in enumerate(zip(self.dims[source], before, strict=True))  # type: ignore
             if not (i in over and n == 1)
         ]
-        assert len(found) == len(after)
-        return found
+        assert len(left) == len(after)
+        return left
 
     def _getitem(self, node: fx.Node) -> Any:
         return self.dims[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -107,11 +107,11 @@ class Moves(Rules):
         if len(inputs) != len(node.args[0]):  # type: ignore[arg-type]
             return self._unknown(node)
         along = dimension(argument(node, "dim", 0), len(self._shape(node)))
-        found: Dims = []
+        labels: Dims = []
         for place in range(len(self._shape(node))):
             there = [self.dims[each][place] for each in inputs]
             if place == along:
-                found.append(self._joined(there, [self._shape(each)[place] for each in inputs]))
+                labels.append(self._joined(there, [self._shape(each)[place] for each in inputs]))
                 continue
             positions = there[0]
             for other in there[1:]:
@@ -119,8 +119,8 @@ class Moves(Rules):
             if positions is None:
                 for other in there:
                     self._keep(other, node)
-            found.append(positions)
-        return found
+            labels.append(positions)
+        return labels
 
     def _joined(self, there: Dims, sizes: list[int]) -> Positions:
         if all(each is None for each in there):
@@ -147,14 +147,14 @@ class Moves(Rules):
         source = node.args[0]
         dims = self.dims[source]  # type: ignore[index]
         dim = dimension(argument(node, "dim", 0), len(dims))
-        found, start = [], 0
+        parts, start = [], 0
         for shape in self.facts.shapes[node]:
             part = list(dims)
             if dims[dim] is not None:
                 part[dim] = dims[dim][start : start + shape[dim]]
             start += shape[dim]
-            found.append(part)
-        return found
+            parts.append(part)
+        return parts
 
     _split = _chunk = _split_with_sizes
 
@@ -226,7 +226,7 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     """Return which dimensions of one shape are which of another; those of size one left out."""
     old = [place for place, n in enumerate(before) if n != 1]
     new = [place for place, n in enumerate(after) if n != 1]
-    found = []
+    pairs = []
     while old or new:
         left, right = [old.pop(0)], [new.pop(0)]
         while True:
@@ -238,5 +238,5 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
                 left.append(old.pop(0))
             else:
                 right.append(new.pop(0))
-        found.append((left, right))
-    return found
+        pairs.append((left, right))
+    return pairs

@@ -27,9 +27,9 @@ from autosparse.sparsity.slim_rules import Rules, Site
 def rewrite(module: fx.GraphModule, facts: Facts, rules: Rules, choice: Choice) -> None:
     """Cut what goes out of the graph, in place; what it adds as constants is added further on."""
     constants = {
-        site.node: found
+        site.node: constant
         for site in rules.sites
-        if (found := _removed_constant(module, facts, site, choice)) is not None
+        if (constant := _removed_constant(module, facts, site, choice)) is not None
     }
     for node in list(module.graph.nodes):
         if node.op == "call_function":
@@ -60,8 +60,8 @@ def _removed_constant(
     keep = torch.from_numpy(goes).to(inputs.values.device)
     weight = tensor_at(module, str(node.args[1].target)).detach().double()  # type: ignore
     with torch.no_grad():
-        found = unbiased(node, inputs.values * keep.view(shape), weight, lambda each: each)
-    return found if found.any() else None
+        offset = unbiased(node, inputs.values * keep.view(shape), weight, lambda each: each)
+    return offset if offset.any() else None
 
 
 def _cut(module: fx.GraphModule, name: str, dims: list, choice: Choice) -> None:

@@ -125,7 +125,7 @@ class Rules:
 
     def _pointwise(self, node: fx.Node, inputs: list[fx.Node]) -> Dims:
         shape = self._shape(node)
-        found: Dims = []
+        labels: Dims = []
         for back in range(len(shape), 0, -1):
             there = [
                 self.dims[each][-back]
@@ -138,8 +138,8 @@ class Rules:
             if positions is None:
                 for other in there:
                     self._keep(other, node)
-            found.append(positions)
-        return found
+            labels.append(positions)
+        return labels
 
     def _per_channel(self, node: fx.Node) -> Any:
         dims = self.dims[node.args[0]]  # type: ignore[index]
@@ -279,7 +279,7 @@ class Rules:
 
     def _leading(self, node: fx.Node, inputs: list[tuple[Any, Dims]]) -> Dims:
         count = len(self._shape(node)) - 2
-        found: Dims = []
+        labels: Dims = []
         for back in range(count, 0, -1):
             there = [
                 dims[-back]
@@ -289,8 +289,8 @@ class Rules:
             positions = there[0] if there else None
             for other in there[1:]:
                 positions = self.units.same(positions, other)
-            found.append(positions)
-        return found
+            labels.append(positions)
+        return labels
 
     def _scaled_dot_product_attention(self, node: fx.Node) -> Dims:
         query, key, value = node.args[:3]

@@ -174,13 +174,13 @@ class _Rules(Moves):
         return super()._convolution(node)
 
 
-def _without_constants(found: Facts) -> Facts:
+def _without_constants(facts: Facts) -> Facts:
     """Let no channel go that is read, whether it is a constant or not."""
-    for inputs in found.constant_inputs.values():
+    for inputs in facts.constant_inputs.values():
         inputs.constant.zero_()
-    for product in found.zero_products.values():
+    for product in facts.zero_products.values():
         product.zero_()
-    return found
+    return facts
 
 
 def _cut(model: nn.Module, rules: _Rules, choice: Choice) -> dict[str, Places]:
@@ -223,9 +223,9 @@ def _put_back(whole: Tensor, small: Tensor, places: Places | None) -> Tensor:
     for dim, (each, size) in enumerate(zip(places, whole.shape, strict=True)):
         there = torch.arange(size) if each is None else each
         index.append(there.view(-1, *[1] * (whole.dim() - 1 - dim)))
-    found = whole.to(small.dtype, copy=True)
-    found[tuple(index)] = small
-    return found
+    values = whole.to(small.dtype, copy=True)
+    values[tuple(index)] = small
+    return values
 
 
 def _cut_ticket(ticket: Ticket, places: Mapping[str, Places]) -> Ticket:

@@ -74,8 +74,8 @@ class Units:
             return ()
         if root not in self.bound:
             return (root,)
-        found = itertools.chain.from_iterable(self.parts(each) for each in self.bound[root])
-        return tuple(dict.fromkeys(found))
+        united = itertools.chain.from_iterable(self.parts(each) for each in self.bound[root])
+        return tuple(dict.fromkeys(united))
 
     def merged(self, dims: Sequence[Positions], sizes: Sequence[int]) -> Positions:
         """Return the units of several dimensions that are seen as one, row-major."""
@@ -85,12 +85,12 @@ class Units:
             *(np.zeros(n, int) if d is None else d for d, n in zip(dims, sizes, strict=True)),
             indexing="ij",
         )
-        found = []
+        tuples = []
         for each in zip(*(grid.reshape(-1).tolist() for grid in grids), strict=True):
             roots = tuple(self.find(unit) for unit in each)
             varying = tuple(root for root in roots if root != STAYS)
-            found.append(self._tuple(varying))
-        return np.array(found)
+            tuples.append(self._tuple(varying))
+        return np.array(tuples)
 
     def split(self, positions: Positions, sizes: Sequence[int]) -> Dims:
         """Return the units of a dimension that is seen as several of `sizes`, row-major."""

@@ -58,12 +58,12 @@ def beginning(ticket: BySeed, others: Mapping[str, BySeed | None]) -> str:
     than LABEL`: surely less than from that one; else `no sure difference`. `one seed` or `no other
     beginning` where there is nothing to hold it against.
     """
-    found = {label: paired(ticket, each) for label, each in others.items() if each}
-    if not found:
+    against = {label: paired(ticket, each) for label, each in others.items() if each}
+    if not against:
         return "no other beginning"
-    if any(each["low"] is None for each in found.values()):
+    if any(each["low"] is None for each in against.values()):
         return "one seed"
-    worse = [label for label, each in found.items() if each["high"] < 0]
+    worse = [label for label, each in against.items() if each["high"] < 0]
     if worse:
         return f"worse than {', '.join(worse)}"
-    return "matters" if all(each["low"] > 0 for each in found.values()) else "no sure difference"
+    return "matters" if all(each["low"] > 0 for each in against.values()) else "no sure difference"
