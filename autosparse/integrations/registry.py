@@ -33,7 +33,7 @@ from autosparse.integrations.registry_pages import AUTOS
 from autosparse.report import drawing
 from autosparse.sparsity.ticket import Ticket
 from autosparse.study.export import dense_model
-from autosparse.study.table import best_results
+from autosparse.study.table import best_of, best_results
 from autosparse.study.trainings import RESULT, TRAINED
 
 CACHE = Path(os.environ.get("AUTOSPARSE_CACHE", "~/.cache/autosparse")).expanduser() / "tickets"
@@ -181,11 +181,8 @@ def _add_study(folder: Path) -> list[dict[str, Any]]:
     parent = read_json(folder / RUN_FILE)["run_id"]
     added, leading = [], {}
     results = best_results(drawing.report_of(folder)["results"])
-    best: dict[tuple[str, float], dict[str, Any]] = {}  # Of one name there may be several models.
-    for each in results:
-        before = best.setdefault((each["model"], each["sparsity"]), each)
-        if each["validation_accuracy"] > before["validation_accuracy"]:
-            best[each["model"], each["sparsity"]] = each
+    # Of one name there may be several models.
+    best = best_of(results, lambda each: (each["model"], each["sparsity"]))
     for result in results:
         cell = folder / "cells" / result["cell"]
         run = nested_run(server, experiment, parent, result["cell"])
@@ -193,7 +190,7 @@ def _add_study(folder: Path) -> list[dict[str, Any]]:
             raise UsageError(f"MLflow does not know the cell {result['cell']}: run the study again")
         version = register_ticket(cell / TRAINED, read_json(cell / RESULT), run)
         name = f"{result['model']}-sparse"
-        if result is best[result["model"], result["sparsity"]]:
+        if any(result is each for each in best):
             set_alias(name, f"sparsity-{100 * result['sparsity']:g}".replace(".", "_"), version)
             leading[name] = version
         added.append((name, version))

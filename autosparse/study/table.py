@@ -239,7 +239,7 @@ def show_trainings(results: Iterable[Result]) -> None:
 
 def best(made: Sequence[Row]) -> list[Row]:
     """Return the row with the best validation accuracy of each contest, label and sparsity."""
-    return _best(made, lambda row: (row["contest"], row["label"], row["sparsity"]))
+    return best_of(made, lambda row: (row["contest"], row["label"], row["sparsity"]))
 
 
 def best_results(results: Iterable[Result]) -> list[Result]:
@@ -248,11 +248,11 @@ def best_results(results: Iterable[Result]) -> list[Result]:
     They are sorted by model and sparsity. Dense networks and twins do not compete.
     """
     tickets = [each for each in results if each["twin"] == TICKET and each["label"] != DENSE]
-    chosen = _best(tickets, lambda each: (each["contest"], each["sparsity"]))
+    chosen = best_of(tickets, lambda each: (each["contest"], each["sparsity"]))
     return sorted(chosen, key=lambda each: (each["model"], each["sparsity"]))
 
 
-def _best(candidates: Iterable[Row], of: Callable[[Row], tuple]) -> list[Row]:
+def best_of(candidates: Iterable[Row], of: Callable[[Row], tuple]) -> list[Row]:
     """Return the first row with the best validation accuracy of those that share `of`."""
     chosen: dict[tuple, Row] = {}
     for row in candidates:
