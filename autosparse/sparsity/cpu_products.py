@@ -25,7 +25,7 @@ BLOCK = 1 << 18
 """Numbers of patches that are laid out at a time: 1 MB in float32, which fits a core's cache."""
 DENSE_PER_SPARSE, LAID_OUT_AS = 8, 6
 """A sparse multiply-add takes about as long as 8 dense ones, and laying out a number as 6 sparse
-ones. Set by hand; only which way is taken hangs on them."""
+ones. Set by hand; only which way is taken depends on them."""
 LANES = 16
 """torch's sampled product works on so many numbers at once, and on the rest one by one."""
 DTYPES = (torch.float32, torch.float64)

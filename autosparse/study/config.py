@@ -140,11 +140,13 @@ class StudyConfig:
     allocation_options: dict[str, Any] = field(default_factory=dict)
     """Options of that other criterion."""
     guard: str = "layer"
-    """Keep at least one weight in every layer, in every output channel (channel), or none; or one
-    in every layer and as few as can be off all paths from input to output (live)."""
+    """What every ticket must keep: `layer`, one weight per layer; `channel`, one per output
+    channel; `none`, nothing; `live`, one per layer, with weights on no input-to-output path
+    exchanged for weights that are on one."""
     units: float = 0.0
-    """0 chooses weights one by one, 1 whole units (channels, heads, hidden units) with as many
-    weights; between them weights inside of units."""
+    """0 prunes single weights; 1 removes whole channels, heads and hidden units until those left
+    just hold the weights that are kept; in between, fewer units go. The number of weights kept is
+    always the same."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What scores are computed on."""
     executor: str = local("local")

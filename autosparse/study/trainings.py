@@ -313,7 +313,7 @@ def _result(
 def _after_moving(ticket: Ticket) -> Ticket:
     """Return a ticket whose masks have moved with a card that describes its last masks."""
     recipe, card = ticket.card["model"], dict(ticket.card)
-    for key in ("live", "effective_density", "dead", "paths"):
+    for key in ("live", "effective_density", "dead", "paths", "units_left"):
         card.pop(key, None)
     card["sparsity"] = card["topology"].get("sparsity", card.get("sparsity", ticket.sparsity))
     shape = (recipe["in_chans"], recipe["image_size"], recipe["image_size"])

@@ -32,9 +32,10 @@ def paired(first: BySeed, second: BySeed) -> dict[str, Any]:
 def verdict(ticket: BySeed, shuffled: BySeed | None, uniform: BySeed | None) -> str:
     """Say in a word what a ticket's accuracy (per seed) rests on.
 
-    `worse`: surely below its shuffled twin, or below uniform random pruning. Else `selection
-    matters`: surely above its shuffled twin. Else `only allocation`: the shuffled twin is surely
-    above uniform. Else `neither`. Surely: the paired 95 % interval leaves zero out.
+    `worse`: significantly below its shuffled twin, or below uniform random pruning. Else
+    `selection matters`: significantly above its shuffled twin. Else `only allocation`: the shuffled
+    twin is significantly above uniform. Else `neither`. Significantly: the paired 95 % interval
+    leaves zero out.
     """
     if shuffled is None or uniform is None:
         return "no twins"
@@ -54,9 +55,9 @@ def verdict(ticket: BySeed, shuffled: BySeed | None, uniform: BySeed | None) -> 
 def beginning(ticket: BySeed, others: Mapping[str, BySeed | None]) -> str:
     """Say whether a topology that moves ends better where it began with this ticket.
 
-    `matters`: surely more accurate than from every other beginning, by label in `others`; `worse
-    than LABEL`: surely less than from that one; else `no sure difference`. `one seed` or `no other
-    beginning` where there is nothing to hold it against.
+    `matters`: significantly more accurate than from every other beginning, by label in `others`;
+    `worse than LABEL`: significantly less than from that one; else `no sure difference`. `one seed`
+    or `no other beginning` where there is nothing to hold it against.
     """
     against = {label: paired(ticket, each) for label, each in others.items() if each}
     if not against:
