@@ -176,12 +176,16 @@ class DeepSpeedStepper:
         }
         checkpoints.begin(parent, self.updates, self.ranks)
         self.engine.save_checkpoint(str(parent), tag=tag, client_state=client, save_latest=False)
+        self.ranks.together(lambda: self._write_own(parent / tag))
+        checkpoints.commit(parent, self.updates, self.ranks)
+
+    def _write_own(self, folder: Path) -> None:
+        """Write what DeepSpeed does not: this rank's buffers, and which weights survive."""
         mine = {name: buffer.cpu() for name, buffer in self._buffers().items()}
-        write_tensors(parent / tag / _buffers_file(self.ranks.rank), mine, {})
+        write_tensors(folder / _buffers_file(self.ranks.rank), mine, {})
         if self.ranks.rank == 0 and self.topology.weights:
             header = {"history": self.topology.history}
-            write_tensors(parent / tag / TOPOLOGY_FILE, self.topology.indices(), header)
-        checkpoints.commit(parent, self.updates, self.ranks)
+            write_tensors(folder / TOPOLOGY_FILE, self.topology.indices(), header)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return the buffers that differ from rank to rank, by name: running statistics."""
@@ -208,8 +212,8 @@ class DeepSpeedStepper:
             raise RunFailed(f"{self.checkpoint.folder} cannot be loaded; remove it to start anew")
         if self.ema is not None:
             self.ema.module.load_state_dict(client["ema"])
-        mine = _buffers_file(self.ranks.rank % self.checkpoint.world_size)
-        tensors, _ = read_tensors(self.checkpoint.folder / mine)
+        mine = self.checkpoint.folder / _buffers_file(self.ranks.rank % self.checkpoint.world_size)
+        tensors, _ = self.ranks.together(lambda: read_tensors(mine))
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 buffer.copy_(tensors[name])
@@ -356,12 +360,19 @@ def train_one(
         made.append(DeepSpeedStepper(model, config, steps, ranks, cell.folder))
         return made[0]
 
-    result = train_cell(
-        cell, config, source, make, device=device, ranks=ranks,
-        observer=observer if ranks.rank == 0 else None, watch=watch, stop=stop,
-    )  # fmt: skip
-    stop.answer()
-    dist.barrier()
-    if made:  # Not where another process has finished the cell meanwhile.
-        made[0].close()
+    def leave() -> None:
+        stop.answer()
+        dist.barrier()
+        if made:  # Not where another process has finished the cell meanwhile.
+            made[0].close()
+
+    try:
+        result = train_cell(
+            cell, config, source, make, device=device, ranks=ranks,
+            observer=observer if ranks.rank == 0 else None, watch=watch, stop=stop,
+        )  # fmt: skip
+    except (RunFailed, UsageError):  # Raised on all ranks, which may go on with another cell.
+        leave()
+        raise
+    leave()
     return result

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +20,7 @@ import yaml
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from autosparse.core.config import plain
-from autosparse.core.errors import RunFailed, UsageError
+from autosparse.core.errors import RunFailed, Stopped, UsageError
 from autosparse.core.files import write_text
 from autosparse.core.progress import Progress
 from autosparse.study import local, plan
@@ -30,35 +33,70 @@ SETTINGS = "study.yaml"
 """The study as the ranks are told it, in its folder."""
 RANKS_ON_CPU = 2
 """The fewest that share anything: on a CPU, more ranks only take cores from each other."""
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ENTRY = "autosparse.cli.study_rank"
 """The module that every rank runs."""
 
 
 def run(config: StudyConfig, planned: list[StudyCell], tracker: Tracker | None = None) -> None:
-    """Train every cell that is not over; raise RunFailed at the first that fails."""
+    """Train every cell that is not over; one that fails is written down, and the others go on.
+
+    Raises RunFailed where a rank dies, and Stopped where this process is told to stop.
+    """
     if find_spec("deepspeed") is None:
         raise UsageError("executor deepspeed needs DeepSpeed: pip install deepspeed")
     todo = [cell for cell in planned if not cell.over]
     settings = Path(config.out) / SETTINGS
     write_text(settings, yaml.safe_dump(plain(config), sort_keys=False))
     gpus = torch.cuda.device_count()
-    done = subprocess.run(
+    code = launched(
         [
             sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error",
             "--num_accelerators", str(gpus or RANKS_ON_CPU), "--master_port", str(get_free_port()),
             "--module", ENTRY, str(settings),
         ],
-        env={**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu"})},
-        check=False,
+        {**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu"})},
     )  # fmt: skip
     for cell in todo:
-        if cell.over and tracker:
+        if tracker and cell.state != "to do":
             tracker.end(cell)
-    if done.returncode:
+    if code:
         raise RunFailed(
-            f"training under DeepSpeed failed (exit code {done.returncode}); "
+            f"training under DeepSpeed failed (exit code {code}); "
             "the same command goes on from here"
         )
+
+
+def launched(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command, and tell all its processes to stop if this one is told; return its exit code.
+
+    Raises Stopped, or KeyboardInterrupt, once they have ended.
+    """
+    told: list[int] = []
+    # In a session of its own, so that every signal comes from here, and once.
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+
+        def forward(number: int, _: object) -> None:
+            told.append(number)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+        before = {each: signal.getsignal(each) for each in STOPS}
+        heard = [each for each in STOPS if before[each] is not signal.SIG_IGN]  # As nohup does.
+        if threading.current_thread() is not threading.main_thread():
+            heard = []  # Only that one may listen.
+        for each in heard:
+            signal.signal(each, forward)
+        try:
+            code = process.wait()
+        finally:
+            for each in heard:
+                signal.signal(each, before[each])
+    if signal.SIGINT in told:
+        raise KeyboardInterrupt
+    if told:
+        raise Stopped("stopped; the same command goes on from here")
+    return code
 
 
 def train(config: StudyConfig) -> None:
@@ -73,10 +111,15 @@ def train(config: StudyConfig) -> None:
                 continue
             here = replace(cell.config, device=device)
             source = ranks.together(lambda here=here: local.load(here))
-            ready = ranks.first_says(lambda cell=cell, source=source: local.ready(cell, source))
             watch = StepWatch(progress, cell.name)
-            deepspeed.train_one(
-                ready, local.settings(cell), source, ranks, device, stop, watch
-            )  # fmt: skip
-            if ranks.rank == 0:
-                (cell.folder / FAILED).unlink(missing_ok=True)
+            try:
+                ready = ranks.first_says(lambda cell=cell, source=source: local.ready(cell, source))
+                deepspeed.train_one(
+                    ready, local.settings(cell), source, ranks, device, stop, watch
+                )  # fmt: skip
+            except (RunFailed, UsageError) as error:  # Of all ranks; others end them all.
+                said = local.in_one_line(error)
+                ranks.first_says(lambda cell=cell, said=said: cell.failed(said))
+            else:
+                if ranks.rank == 0:
+                    (cell.folder / FAILED).unlink(missing_ok=True)

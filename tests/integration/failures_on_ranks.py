@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from autosparse.core.errors import RunFailed, UsageError
 from autosparse.core.files import write_json
 from autosparse.core.locks import Claim
 from autosparse.data import sets
-from autosparse.integrations import deepspeed
+from autosparse.integrations import deepspeed, deepspeed_ranks, launched
 from autosparse.study import trainings
 from autosparse.study.cells import RESULT, cells
-from autosparse.study.config import SparseTrainConfig
+from autosparse.study.config import SparseTrainConfig, StudyConfig
 from autosparse.training.loop import fit
 from autosparse.training.steppers import Ranks
 from tests.conftest import QUICK, SMALL_DIGITS, make_model
@@ -65,6 +67,22 @@ def asked(ranks: Ranks) -> list[str]:
     return found
 
 
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Put back the handlers that a training sets."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def studied(ranks: Ranks, config: StudyConfig) -> None:
+    """Train a study's cells as the ranks do that its executor has launched."""
+    with pytest.MonkeyPatch.context() as patch, own_signals():
+        patch.setattr(deepspeed_ranks, "start", lambda: (ranks, "cpu"))
+        launched.train(config)
+
+
 def failing(ranks: Ranks, out: Path, where: str) -> str:
     """Return the error of a training in which something fails on one rank."""
     path = out / "ticket.safetensors"
@@ -76,8 +94,7 @@ def failing(ranks: Ranks, out: Path, where: str) -> str:
     def fail(*_: Any, **__: Any) -> None:
         raise (UsageError if where == "load" else RunFailed)(f"no {where}")
 
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_signals():
         patch.setattr(deepspeed, "start", lambda: (ranks, "cpu"))
         if where == "there":
             (cell,) = cells(config)
@@ -92,6 +109,4 @@ def failing(ranks: Ranks, out: Path, where: str) -> str:
             patch.setattr(trainings, "_finish", fail)
         with pytest.raises((UsageError, RunFailed)) as failed:
             deepspeed.train(config)
-    for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), handlers, strict=True):
-        signal.signal(number, handler)
     return f"{type(failed.value).__name__}: {failed.value}"

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.failures_on_ranks import asked, failing, lossy
+from autosparse.core.errors import Stopped
+from autosparse.integrations import launched
+from autosparse.study import plan
+from tests.integration.failures_on_ranks import asked, failing, lossy, studied
 from tests.integration.ranks import Group
+from tests.study.small import comparison
 
 SOON = 20
 """Seconds: a rank that waits for one that has raised would wait for minutes."""
@@ -30,3 +39,40 @@ def test_what_fails_on_one_rank_in_a_training_is_told_on_both(
 ) -> None:
     error = "UsageError" if where == "load" else "RunFailed"
     assert group.call(failing, tmp_path, where, seconds=SOON) == [f"{error}: no {where}"] * 2
+
+
+def test_a_cell_that_fails_does_not_hold_up_the_others(group: Group, tmp_path: Path) -> None:
+    settings = comparison(
+        tmp_path, criteria=["magnitude"], seeds=[0], twins=[], executor="deepspeed",
+        variations=[{"optimizer": "sgd", "learning_rate": 1e30}, {}],
+    )  # fmt: skip
+    group.call(studied, settings)
+    cells = plan.cells(settings)
+    assert [cell.state for cell in cells] == ["failed"] * 2 + ["finished"] * 2
+    assert all("the loss" in cell.error() for cell in cells[:2])
+
+
+RANK = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).write_text("at work")
+time.sleep(60)
+"""
+
+
+def test_told_to_stop_it_tells_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+
+    def tell() -> None:
+        while not told.is_file():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(Stopped):
+        launched.launched([sys.executable, "-c", RANK, str(told)], dict(os.environ))
+    assert told.read_text() == "saved"
+    assert launched.launched([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
