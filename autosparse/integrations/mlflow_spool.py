@@ -30,6 +30,8 @@ PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before the second try, the third …; the last for all that follow."""
 
 
+SENT = "sent"
+"""Comes after the events of a cell's file, which goes once they are sent: a kill may come first."""
 REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 """Errors of MLflow that are the same at every try: a run that was deleted, a value it takes not."""
 
@@ -64,7 +66,7 @@ class Spooled:
         if unsent(cell):
             for method, arguments in read_json(path):
                 self._put(_Event(method, cell, arguments))
-            path.unlink()
+            self._put(_Event(SENT, cell))
 
     def found(self, cell: Cell, config: SparseTrainConfig) -> None:
         if unsent(cell):
@@ -101,7 +103,7 @@ class Spooled:
         for event in left:
             by_folder.setdefault(event.cell.folder, []).append(event)
         for folder, events in by_folder.items():
-            plain = [[e.method, e.arguments] for e in events if e.method != "begin"]
+            plain = [[e.method, e.arguments] for e in events if e.method not in ("begin", SENT)]
             write_json(folder / UNSENT, plain)
             logger.warning(
                 "%s keeps what could not be sent to MLflow; the same command sends it",
@@ -146,6 +148,9 @@ class Spooled:
             self.changed.notify_all()
 
     def _send(self, event: _Event) -> None:
+        if event.method == SENT:
+            (event.cell.folder / UNSENT).unlink(missing_ok=True)
+            return
         arguments = event.arguments
         if event.method == "epoch":
             arguments = [Epoch(**arguments[0])]

@@ -87,6 +87,9 @@ def test_what_cannot_be_sent_is_kept_and_sent_the_next_time(tmp_path: Path, caps
     spool.close(0.1)
     assert [method for method, _ in read_json(tmp_path / UNSENT)] == ["epoch", "end"]
     assert UNSENT in capsys.readouterr().err
+    killed = Spooled(Flaky(failures=10**9))
+    killed.found(Folder(tmp_path), CONFIG)
+    assert (tmp_path / UNSENT).is_file(), "until it is sent"
     observer = Flaky(failures=0)
     again = Spooled(observer)
     again.found(Folder(tmp_path), CONFIG)
