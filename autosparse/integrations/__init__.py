@@ -2,3 +2,5 @@
 
 RUN_FILE = "mlflow.json"
 """File in the folder of a study, training or corpus that names its run in MLflow."""
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that is set inside a job of Ray's."""

@@ -31,7 +31,7 @@ from autosparse.core.files import is_local, read_json, write_json
 from autosparse.criteria.pruning import DENSE
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
-from autosparse.integrations import RUN_FILE
+from autosparse.integrations import JOB_VARIABLE, RUN_FILE
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, Cell
 from autosparse.training.steppers import Epoch
@@ -63,10 +63,17 @@ KIND = {
 
 
 def tracking_uri(folder: Path | None = None) -> str:
-    """Return MLFLOW_TRACKING_URI, or the SQLite database in `folder` (default: the current)."""
-    local = folder if folder is not None and is_local(folder) else Path.cwd()
-    database = local.absolute() / "mlflow.db"
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+    """Return MLFLOW_TRACKING_URI, or else the SQLite database in the current folder.
+
+    Inside a job of Ray's that is a temporary copy, so there it is the one in `folder`, a study's or
+    corpus's; and so it is where an earlier version has made one.
+    """
+    here = Path.cwd()
+    if folder is not None and is_local(folder):
+        own = Path(folder).absolute()
+        if JOB_VARIABLE in os.environ or (own / "mlflow.db").is_file():
+            here = own
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{here / 'mlflow.db'}"
 
 
 def client(folder: Path | None = None) -> tuple[MlflowClient, str]:

@@ -19,6 +19,7 @@ from autosparse.core.progress import Bar, Progress
 from autosparse.corpus import store
 from autosparse.corpus.store import Corpus
 from autosparse.data import identity, sets
+from autosparse.integrations import JOB_VARIABLE
 from autosparse.irp import plan
 from autosparse.irp import run as irp
 from autosparse.irp.config import CorpusConfig, IRPConfig
@@ -33,7 +34,6 @@ for ever where a run kills its worker."""
 FAILED = "failed.json"
 SHOWN = 4
 """The bar names at most this many running runs."""
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 HOME_VARIABLE = "AUTOSPARSE_HOME"
 
 

@@ -6,7 +6,6 @@ is `executor`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -89,13 +88,8 @@ def _tracked(config: StudyConfig, folder: Path) -> AbstractContextManager[Any]:
     """Return a context that gives a tracker which logs to MLflow, or None."""
     if not config.tracking:
         return nullcontext()
-    from autosparse.integrations.mlflow import RUN_FILE, tracking_uri
     from autosparse.integrations.tracking import study_tracker
 
-    database = folder / "mlflow.db"
-    if (folder / RUN_FILE).is_file() and not database.is_file() and Path("mlflow.db").is_file():
-        # Earlier versions logged comparisons to the current folder: it goes on there.
-        os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
     return study_tracker(config, folder)
 
 

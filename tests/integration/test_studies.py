@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from autosparse.core.errors import RunFailed
 from autosparse.core.files import read_json
-from autosparse.integrations import registry, studies, tracking
+from autosparse.integrations import JOB_VARIABLE, registry, studies, tracking
 from autosparse.integrations.mlflow import client
 from autosparse.study import plan, table
 from autosparse.study.trainings import RESULT
@@ -80,17 +80,27 @@ def test_a_comparison_goes_on_without_mlflow_and_tells_it_the_next_time(
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_corpus_is_tracked_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("where", ["here", "in a job", "as an earlier version"])
+def test_a_corpus_is_tracked_where_all_else_is(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
+    beside = tmp_path / "corpus" / "mlflow.db"
+    beside.parent.mkdir()
+    if where == "in a job":
+        monkeypatch.setenv(JOB_VARIABLE, "{}")
+    if where == "as an earlier version":
+        beside.touch()
     run = quick_irp(str(tmp_path / "corpus"))
     with tracking.corpus_tracker({"run": run}, tmp_path / "corpus") as tracker:
         assert tracker is not None
         tracker.levels("run", [dict.fromkeys(tracking.LEVEL, 0)])
         tracker.end("run", None)
-    assert not (tmp_path / "mlflow.db").exists()
-    found, experiment = client(tmp_path / "corpus")
-    assert len(found.search_runs([experiment])) == 2
+    here = tmp_path / "mlflow.db"
+    assert (here.exists(), beside.exists()) == (where == "here", where != "here")
+    server, experiment = client(tmp_path / "corpus")
+    assert len(server.search_runs([experiment])) == 2
 
 
 @pytest.mark.slow
