@@ -59,15 +59,13 @@ def _check(out: Path) -> None:
 
 
 def _run(out: Path, seeds: int, started: float) -> None:
-    from autosparse.integrations.mlflow import tracking_uri
-
-    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(out))
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out.absolute() / 'mlflow.db'}")
     corpus = _grow(out)
     scorer = _fit(out, corpus)
     _study(out, scorer, seeds)
     figure = quickstart_figure(out)
     names = _register(out, scorer)
-    _say_what_next(out, figure, names, time.perf_counter() - started)
+    _say_what_next(figure, names, time.perf_counter() - started)
 
 
 def _heading(text: str, command: list[str] | None = None) -> None:
@@ -146,10 +144,8 @@ def _aliases(row: dict[str, str]) -> list[str]:
     return [each.strip() for each in row["aliases"].split(",") if each.strip()]
 
 
-def _say_what_next(out: Path, figure: Path, names: list[str], seconds: float) -> None:
-    from autosparse.integrations.mlflow import tracking_uri
-
-    uri = tracking_uri(out)
+def _say_what_next(figure: Path, names: list[str], seconds: float) -> None:
+    uri = os.environ["MLFLOW_TRACKING_URI"]
     best = next(name for name in reversed(names) if name.endswith("@champion"))
     print(f"\nFigure: {figure}\nDone in {seconds:.0f} s. To browse runs and registered models:\n")
     print(f"  mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri {uri}\n")
