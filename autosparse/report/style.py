@@ -155,10 +155,12 @@ def panels(
 ) -> Iterator[tuple[Any, Any]]:
     """Give a figure and its grid of axes [lines, columns], in the style."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)  # So that `figure.canvas.draw()` places and measures texts.
         yield figure, figure.subplots(lines, columns, squeeze=False, **options)
 
 
