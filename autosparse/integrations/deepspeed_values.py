@@ -59,10 +59,12 @@ class KeptInShares:
         values, mine = parameter.detach(), _Share(self.zero, parameter)
         values.copy_(change(values))
         mine.put(values)
-        for name in self.moments():
-            whole = torch.zeros_like(values, dtype=torch.float32)
+        names = self.moments()
+        moments = values.new_zeros((len(names), len(values)), dtype=torch.float32)
+        for name, whole in zip(names, moments, strict=True):
             mine.take(whole, name)
-            dist.all_reduce(whole, group=getattr(parameter, "_dp_group", None))
+        dist.all_reduce(moments, group=getattr(parameter, "_dp_group", None))
+        for name, whole in zip(names, moments, strict=True):
             mine.put(change(whole), name)
 
 

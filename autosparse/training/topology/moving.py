@@ -188,16 +188,18 @@ class Moving(Topology):
         """Return |mean dense gradient| over all ranks, [size] each; {} if none are needed."""
         if not self.listens:
             return {}
-        means = {}
+        totals, sent = {}, []
         for name, each in self.weights.items():
             total = each.listener.total
             if total is None:  # The layer took no part in this step.
                 total = each.parameter.new_zeros(each.size)
             each.listener.total = None
+            totals[name] = total
             if self.world_size > 1:
-                dist.all_reduce(total)
-            means[name] = total.div_(self.world_size * loss_scale).abs_()
-        return means
+                sent.append(dist.all_reduce(total, async_op=True))
+        for each in sent:
+            each.wait()
+        return {n: t.div_(self.world_size * loss_scale).abs_() for n, t in totals.items()}
 
     def _chosen(
         self, layers: Mapping[str, Layer], step: int, seed: int, image_shape: tuple[int, ...]
