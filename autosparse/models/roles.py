@@ -134,13 +134,13 @@ class _Trace(TorchDispatchMode):
         self.met: dict[str, set[str]] = {}
         self.gains: dict[str, float] = {}
         self.elsewhere: set[str] = set()
+        holders: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for each in module._parameters.values():
+                holders.setdefault(id(each), []).append(module)
         for name, parameter in model.named_parameters():
             self.made[parameter] = _Made(frozenset([name]), True)
-            self.holders[name] = [
-                module
-                for module in model.modules()
-                if any(each is parameter for each in module._parameters.values())
-            ]
+            self.holders[name] = holders[id(parameter)]
 
     @contextmanager
     def following(self) -> Iterator[None]:
