@@ -121,11 +121,12 @@ def uses(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, flo
         return hook
 
     first = {id(model.get_parameter(name)): name for name in places}
-    hooks = [
-        called(model, name).register_forward_hook(note(first[id(parameter)]))
+    holders = {  # A module may have several names, too.
+        (called(model, name), first[id(parameter)])
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first
-    ]
+    }
+    hooks = [module.register_forward_hook(note(name)) for module, name in holders]
     try:
         with evaluating(model):
             outputs_of(model, image)

@@ -10,6 +10,13 @@ class UserError(Exception):
     """A mistake or a failure that one line explains; no traceback is shown for it."""
 
     exit_code = 1
+    everywhere = False
+    """Whether all ranks of a training raise it alike, so that they may go on with other work."""
+
+    def on_all_ranks(self) -> UserError:
+        """Say that all ranks raise it."""
+        self.everywhere = True
+        return self
 
 
 class UsageError(UserError):

@@ -228,7 +228,7 @@ class DeepSpeedStepper:
     def _restore_topology(self, path: Path) -> None:
         """Restore the masks that a checkpoint's values belong to."""
         if self.topology.weights:
-            indices, header = read_tensors(path)
+            indices, header = self.ranks.together(lambda: read_tensors(path))
             average = None if self.ema is None else self.ema.module
             self.topology.restore(indices, header["history"], average)
             self.scattered = self._scatterer()
@@ -371,8 +371,9 @@ def train_one(
             cell, config, source, make, device=device, ranks=ranks,
             observer=observer if ranks.rank == 0 else None, watch=watch, stop=stop,
         )  # fmt: skip
-    except (RunFailed, UsageError):  # Raised on all ranks, which may go on with another cell.
-        leave()
+    except (RunFailed, UsageError) as error:
+        if error.everywhere:  # Then all ranks may go on with another cell.
+            leave()
         raise
     leave()
     return result

@@ -67,14 +67,16 @@ def commit(parent: Path, step: int, ranks: Ranks) -> None:
     mine = {name: _entry(folder / name) for name in names[ranks.rank :: ranks.world_size]}
     everyone: list[dict] = [{} for _ in range(ranks.world_size)]
     dist.all_gather_object(everyone, mine)
-    if ranks.rank == 0:
+
+    def mark() -> None:
         files = {name: entry for part in everyone for name, entry in part.items()}
         content = {"step": step, "world_size": ranks.world_size, "files": files}
         write_json(folder / MARKER, content)
         past = [p for p in _folders(parent) if p.name <= folder.name and (p / MARKER).is_file()]
         for other in set(_folders(parent)) - set(past[:KEEP]):
             remove_tree(other)
-    dist.barrier()
+
+    ranks.first_says(mark)
 
 
 def _entry(path: Path) -> dict[str, int | str]:

@@ -23,6 +23,8 @@ LAUNCHERS = (
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
 """Variables in which torchrun, DeepSpeed and mpirun give the ranks of this machine, and the last
 resort: all ranks."""
+BOUND = "SLURM_CPUS_PER_TASK"
+"""How many cores srun gives a task, where it starts the ranks."""
 
 
 def on_gpu() -> bool:
@@ -74,8 +76,10 @@ def start() -> tuple[Ranks, str]:
 
 def threads() -> int:
     """Return this rank's share of the cores that the ranks of this machine may use."""
-    ranks = next(os.environ[name] for name in LOCAL_SIZES if name in os.environ)
-    return max(1, len(os.sched_getaffinity(0)) // int(ranks))
+    name = next(each for each in LOCAL_SIZES if each in os.environ)
+    if name == "WORLD_SIZE" and BOUND in os.environ:
+        return int(os.environ[BOUND])
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ[name]))
 
 
 def own_gpu(visible: int) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ SETTINGS = "study.yaml"
 """The study as the ranks are told it, in its folder."""
 RANKS_ON_CPU = 2
 """The fewest that share anything: on a CPU, more ranks only take cores from each other."""
+PATIENCE = 60.0
+"""Seconds that ranks have to save in when they are told to stop."""
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ENTRY = "autosparse.cli.study_rank"
 """The module that every rank runs."""
@@ -92,11 +95,22 @@ def launched(command: list[str], environment: dict[str, str]) -> int:
         finally:
             for each in heard:
                 signal.signal(each, before[each])
+    if told:
+        _wait_for_all(process.pid)
     if signal.SIGINT in told:
         raise KeyboardInterrupt
     if told:
         raise Stopped("stopped; the same command goes on from here")
     return code
+
+
+def _wait_for_all(group: int) -> None:
+    """Wait until no process of a group is left: DeepSpeed's launcher ends before the ranks do."""
+    until = time.monotonic() + PATIENCE
+    with suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(group, 0)
+            time.sleep(0.1)
 
 
 def train(config: StudyConfig) -> None:
@@ -117,7 +131,9 @@ def train(config: StudyConfig) -> None:
                 deepspeed.train_one(
                     ready, local.settings(cell), source, ranks, device, stop, watch
                 )  # fmt: skip
-            except (RunFailed, UsageError) as error:  # Of all ranks; others end them all.
+            except (RunFailed, UsageError) as error:
+                if not error.everywhere:  # The other ranks do not know of it.
+                    raise
                 said = local.in_one_line(error)
                 ranks.first_says(lambda cell=cell, said=said: cell.failed(said))
             else:

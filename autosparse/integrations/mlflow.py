@@ -25,13 +25,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from sqlalchemy.exc import SQLAlchemyError
 
 from autosparse.core.config import plain
+from autosparse.core.errors import UserError
 from autosparse.core.files import is_local, read_json, write_json
 from autosparse.criteria.pruning import DENSE
 from autosparse.data import sets
 from autosparse.data.sets import DataSource
-from autosparse.integrations import JOB_VARIABLE, RUN_FILE
+from autosparse.integrations import JOB_VARIABLE, REFUSED, RUN_FILE
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import RESULT, SETTINGS, TRAINED, Cell
 from autosparse.training.steppers import Epoch
@@ -66,12 +68,14 @@ def tracking_uri(folder: Path | None = None) -> str:
     """Return MLFLOW_TRACKING_URI, or else the SQLite database in the current folder.
 
     Inside a job of Ray's that is a temporary copy, so there it is the one in `folder`, a study's or
-    corpus's; and so it is where an earlier version has made one.
+    corpus's; and so it is where an earlier version has made one, or the current folder may not be
+    written to.
     """
     here = Path.cwd()
     if folder is not None and is_local(folder):
         own = Path(folder).absolute()
-        if JOB_VARIABLE in os.environ or (own / "mlflow.db").is_file():
+        written = os.access(here, os.W_OK)  # By SQLite, also beside its file.
+        if JOB_VARIABLE in os.environ or (own / "mlflow.db").is_file() or not written:
             here = own
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{here / 'mlflow.db'}"
 
@@ -338,8 +342,9 @@ def tried(folder: Path, send: Callable[[], Answer]) -> Answer | None:
         return None
     try:
         return send()
-    except (MlflowException, OSError) as error:
-        _AWAY.add(folder)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        if getattr(error, "error_code", "") not in REFUSED:
+            _AWAY.add(folder)
         logger.warning(
             "MLflow cannot be told (%s); %s goes on without it",
             " ".join(str(error).split())[:200], folder.name,
@@ -362,13 +367,17 @@ def parent_run(
         run, made = found_or_made(server, experiment, folder, name, {})
         if not made:
             server.update_run(run, status="RUNNING")
-        return server, run, tracker(run)
+        try:
+            return server, run, tracker(run)
+        except UserError:  # Of the data, say.
+            server.set_terminated(run, "FAILED")
+            raise
 
-    found = tried(folder, opened)
-    if found is None:
+    open_now = tried(folder, opened)
+    if open_now is None:
         yield None
         return
-    server, run, tracks = found
+    server, run, tracks = open_now
     status = "FAILED"
     try:
         yield tracks

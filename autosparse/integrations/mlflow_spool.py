@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.core.files import read_json, write_json
+from autosparse.integrations import REFUSED
 from autosparse.study.config import SparseTrainConfig
 from autosparse.study.trainings import SETTINGS, UNSENT, Cell, Observer, unsent
 from autosparse.training.steppers import Epoch
@@ -32,8 +33,6 @@ PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 SENT = "sent"
 """Comes after the events of a cell's file, which goes once they are sent: a kill may come first."""
-REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
-"""Errors of MLflow that are the same at every try: a run that was deleted, a value it takes not."""
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autosparse.autos.fit import initial_gradients
 from autosparse.core.errors import UsageError
-from autosparse.core.files import is_local
-from autosparse.corpus.store import REPORT, Corpus, IRPRun, data_name
+from autosparse.core.files import is_local, read_card
+from autosparse.corpus.store import REPORT, RUN, Corpus, IRPRun, data_name
 from autosparse.report.corpus_figures import layer_densities, level_curves, survival_map
 
 logger = logging.getLogger(__name__)
@@ -36,20 +36,21 @@ def write_report(
     corpus = Corpus(path)
     name = corpus.path.name
     out = out or (corpus.path / REPORT if is_local(corpus.path) else Path(f"{name}-{REPORT}"))
-    cards = corpus.cards()
+    folders = corpus.folders()
+    cards = [read_card(folder / RUN) for folder in folders]
     rows = [row for card in cards for row in level_rows(card)]
     figures = [level_curves(rows, out / "levels.png", f"IRP runs of {name}")]
     shown: set[tuple[Any, ...]] = set()
 
     def runs() -> Iterator[tuple[IRPRun, dict[str, Tensor]]]:
-        for folder in corpus.folders():
+        for folder in folders:
             run = corpus.read(folder.name)
             gradients = initial_gradients(run)
             yield run, gradients
             if on_run:
                 on_run()
 
-    for folder, card in zip(corpus.folders(), cards, strict=True):
+    for folder, card in zip(folders, cards, strict=True):
         config = card["config"]
         data = data_name(config["data"])
         kind = (str(config["model"]), data, config["label"], config["scope"])

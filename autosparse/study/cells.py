@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,7 +225,7 @@ def _cell(
 
 def _expand(patterns: list[str]) -> list[Path]:
     paths = []
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         files = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
         if not files:
             raise UsageError(f"no ticket matches {pattern}")

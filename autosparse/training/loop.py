@@ -221,7 +221,7 @@ class _Fit:
                 raise RunFailed(
                     f"the loss is {value} at step {step} (epoch {-(-step // self.per_epoch)}); "
                     f"{REMEDY}"
-                )
+                ).on_all_ranks()
         self.history.losses += values
         self.losses = []
 
@@ -296,7 +296,8 @@ def evaluate(
     if not images:
         raise UsageError("there is no image to evaluate on")
     if not math.isfinite(loss):
-        raise RunFailed(f"the loss over {int(images)} held-out images is {loss}; {REMEDY}")
+        message = f"the loss over {int(images)} held-out images is {loss}; {REMEDY}"
+        raise RunFailed(message).on_all_ranks()
     return Evaluation(loss / images, right / images, int(images))
 
 

@@ -107,7 +107,7 @@ def load_teacher(path: str, student: nn.Module) -> nn.Module:
         channels, side = recipe["in_chans"], recipe["image_size"]
         own: Any = model.autosparse_recipe
         try:
-            model(torch.zeros(1, channels, side, side))
+            model(torch.zeros(1, channels, side, side, device="cpu"))
         except (RuntimeError, AssertionError):
             raise UsageError(
                 f"training.teacher {path} takes no images of {channels} channels and {side} "

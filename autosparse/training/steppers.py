@@ -83,7 +83,7 @@ class Ranks:
     def _told(self, error: Exception) -> UserError:
         """Return what the other ranks raise."""
         if isinstance(error, UserError):
-            return error
+            return error.on_all_ranks()
         return RunFailed(f"rank {self.rank} failed: {type(error).__name__}: {error}")
 
 

@@ -291,3 +291,18 @@ def test_a_weight_is_used_wherever_it_is_held() -> None:
     model[1].weight = model[0].weight
     found = features.uses(model, zoo.prunable(model), torch.ones(1, 2, 5, 5))
     assert found == {"0.weight": 10, "3.weight": 1}
+
+
+def test_a_module_of_two_names_is_used_as_often_as_it_is_called() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = self.two = nn.Conv2d(2, 2, 3)
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.last(self.one(images).flatten(1))
+
+    model = Twice()
+    found = features.uses(model, zoo.prunable(model), torch.ones(1, 2, 3, 3))
+    assert found == {"one.weight": 1, "last.weight": 1}

@@ -41,6 +41,8 @@ def test_the_ranks_of_a_machine_share_the_cores_that_they_may_use(
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert deepspeed_ranks.threads() == 2
+    monkeypatch.setenv(deepspeed_ranks.BOUND, "6")
+    assert deepspeed_ranks.threads() == (6 if name == "WORLD_SIZE" else 2)
 
 
 @pytest.mark.parametrize("asked", [True, False])

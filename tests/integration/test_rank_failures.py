@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from autosparse.core.errors import Stopped
-from autosparse.integrations import launched
+from autosparse.core.errors import Stopped, UsageError
+from autosparse.integrations import deepspeed, launched
 from autosparse.study import plan
+from autosparse.training.steppers import Ranks
 from tests.integration.failures_on_ranks import asked, failing, lossy, studied
 from tests.integration.ranks import Group
 from tests.study.small import comparison
@@ -50,6 +53,26 @@ def test_a_cell_that_fails_does_not_hold_up_the_others(group: Group, tmp_path: P
     cells = plan.cells(settings)
     assert [cell.state for cell in cells] == ["failed"] * 2 + ["finished"] * 2
     assert all("the loss" in cell.error() for cell in cells[:2])
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_only_an_error_of_all_ranks_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, everywhere: bool
+) -> None:
+    """Of a bad image, say, the other ranks do not know: they are in the middle of a step."""
+    waits = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        error = UsageError("bad")
+        raise error.on_all_ranks() if everywhere else error
+
+    monkeypatch.setattr(deepspeed, "train_cell", fail)
+    monkeypatch.setattr(deepspeed.dist, "barrier", lambda: waits.append("waits"))
+    nothing: Any = None
+    stop: Any = SimpleNamespace(answer=lambda: None)
+    with pytest.raises(UsageError):
+        deepspeed.train_one(nothing, nothing, nothing, Ranks(), "cpu", stop, nothing)
+    assert bool(waits) == everywhere
 
 
 RANK = """

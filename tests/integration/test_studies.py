@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_comparison_goes_on_without_mlflow_and_tells_it_the_next_time(
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-@pytest.mark.parametrize("where", ["here", "in a job", "as an earlier version"])
+@pytest.mark.parametrize("where", ["here", "in a job", "as an earlier version", "not here"])
 def test_a_corpus_is_tracked_where_all_else_is(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -92,6 +93,11 @@ def test_a_corpus_is_tracked_where_all_else_is(
         monkeypatch.setenv(JOB_VARIABLE, "{}")
     if where == "as an earlier version":
         beside.touch()
+    if where == "not here":  # As where the folder may only be read; root may write anywhere.
+        access = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: access(path, mode) and path != tmp_path
+        )
     run = quick_irp(str(tmp_path / "corpus"))
     with tracking.corpus_tracker({"run": run}, tmp_path / "corpus") as tracker:
         assert tracker is not None

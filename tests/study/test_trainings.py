@@ -164,6 +164,17 @@ def test_nothing_to_train_is_an_error(config) -> None:
         list(cells(replace(config, tickets=["nothing*.safetensors"])))
 
 
+def test_the_home_folder_may_be_named_in_a_pattern(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells(config)
+    home = tmp_path / "home"
+    cell.ticket.save(home / "mine.safetensors")
+    monkeypatch.setenv("HOME", str(home))
+    (found,) = cells(replace(config, tickets=["~/*.safetensors"]))
+    assert found.ticket.fingerprint == cell.ticket.fingerprint
+
+
 def test_the_dense_model_has_no_ticket_that_a_topology_could_move() -> None:
     training = replace(QUICK, topology="rigl")
     asked = SparseTrainConfig(model=ModelConfig("test_byobnet"), data=SMALL_DIGITS,

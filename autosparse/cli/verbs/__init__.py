@@ -155,7 +155,7 @@ def export_ticket(config: ExportConfig) -> None:
 def _local_ticket(name: str) -> Path:
     """Return a ticket's path; one of the registry is fetched."""
     if not name.startswith("models:/"):
-        return Path(name)
+        return Path(name).expanduser()
     from autosparse.integrations.registry import fetch_ticket
 
     return fetch_ticket(name)

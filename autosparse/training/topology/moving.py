@@ -274,7 +274,7 @@ class Moving(Topology):
             raise RunFailed(
                 f"the ranks chose different masks after step {step}; are they of one kind, with "
                 "the same libraries? Go on from the last checkpoint on such"
-            )
+            ).on_all_ranks()
 
     def _overlap(self) -> float:
         """Return the share of the ticket's own survivors, among compact weights, that survive."""
