@@ -32,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.criteria.base import Scores, register
-from autosparse.criteria.rounds import Take, any_along, nonzero, shrink
+from autosparse.criteria.rounds import Take, any_along, shrink
 from autosparse.models import roles
 from autosparse.models.contract import outputs_of
 from autosparse.models.gradients import backward_one_by_one, spend
 from autosparse.models.zoo import owner
 from autosparse.sparsity.counts import keep_count
+from autosparse.sparsity.masks import nonzero
 from autosparse.sparsity.paths import (
     CannotFollow,
     followed,

@@ -203,7 +203,7 @@ def _top_of_few(layers: Sequence[Tensor], count: int, size: int) -> list[Tensor]
     above = [layer >= low for layer in layers]
     if not count <= sum(int(each.count_nonzero()) for each in above) <= size // 4:
         return None  # The bound is a bad estimate, or many values equal it.
-    places = [_places(each) for each in above]
+    places = [nonzero(each) for each in above]
     values = [layer.index_select(0, at) for layer, at in zip(layers, places, strict=True)]
     for each, at, best in zip(above, places, _top_of_all(values, count), strict=True):
         each.index_copy_(0, at, best)
@@ -243,7 +243,7 @@ def _where(flat: Tensor, chosen: Tensor) -> Tensor:
     return torch.from_numpy(flat.numpy()[chosen.numpy()])
 
 
-def _places(chosen: Tensor) -> Tensor:
+def nonzero(chosen: Tensor) -> Tensor:
     """Return where a 1-D bool tensor is True, ascending, int64."""
     if chosen.device.type != "cpu":
         return chosen.nonzero().squeeze(1)
